@@ -1,0 +1,88 @@
+"""Search launch parameters on this machine's GPU and print, or write, the JSON that `gac_kernels.tuning` reads.
+
+    python kernels/benchmarks/tune.py --out kernels/torch-ext/gac_kernels/configs
+
+A person runs it once a device and reviews the result; nothing searches at run time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from gac_kernels import CIFAR, IMAGENET, LIFSpec, tuning
+from triton.testing import do_bench
+
+NEURON_STEPS = 2**27
+WARPS = (4, 8)
+ELEMENTS_PER_THREAD = (2, 4, 8, 16)
+
+
+def scalars(spec: LIFSpec) -> tuple[float, float, int, float, bool, bool]:
+    """The spec as the raw ops take it."""
+    return spec.threshold, spec.decay, spec.surrogate_id, spec.width, spec.detach_reset, spec.soft_reset
+
+
+def workloads(num_steps: int, dtype: torch.dtype) -> dict[str, Callable[[], object]]:
+    """One call of each kernel at a size that fills the GPU."""
+    ops = torch.ops.gac_kernels
+    shape = (NEURON_STEPS // num_steps // (128 * 32 * 32), 128, 32, 32)
+    x, grad = (torch.randn(num_steps, *shape, device="cuda", dtype=dtype) for _ in range(2))
+    no_mask = torch.empty(0, device="cuda", dtype=torch.uint8)
+    mask = ops.lif(x, None, *scalars(IMAGENET), True, False)[2]
+    frame, spatial = x[0].clone(), grad[0].clone()
+    temporal = torch.randn(shape[0], num_steps, device="cuda", dtype=dtype)
+    strides = x.stride()
+    return {
+        "lif_fwd": lambda: ops.lif(x, None, *scalars(CIFAR), False, False),
+        "lif_bwd": lambda: ops.lif_backward(grad, None, x, None, no_mask, strides, *scalars(CIFAR)),
+        "lif_bwd_mask": lambda: ops.lif_backward(grad, None, no_mask, None, mask, strides, *scalars(IMAGENET)),
+        "gac_fwd": lambda: ops.gated_lif(frame, spatial, temporal, *scalars(CIFAR)),
+        "gac_bwd": lambda: ops.gated_lif_backward(grad, frame, spatial, temporal, *scalars(CIFAR)),
+    }
+
+
+def search(op: str, run: Callable[[], object]) -> tuple[dict[str, int], dict[str, float]]:
+    """Best launch parameters of ``op`` and the median of every candidate, in milliseconds."""
+    times = {}
+    for warps in WARPS:
+        for elements in ELEMENTS_PER_THREAD:
+            candidate = {"BLOCK": 32 * warps * elements, "num_warps": warps}
+            tuning.DEFAULTS[op] = candidate
+            tuning.launch_config.cache_clear()
+            times[json.dumps(candidate)] = do_bench(run, warmup=5, rep=25, return_mode="median")
+    return json.loads(min(times, key=times.__getitem__)), times
+
+
+def main() -> None:
+    """Search every op, element size and T, print the table and write the JSON file."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, help="folder to write <device name>.json to; an existing file is refused")
+    parser.add_argument("--steps", type=int, nargs="+", default=[2, 4, 6, 8], help="T to search")
+    args = parser.parse_args()
+    name = torch.cuda.get_device_name().replace(" ", "_")
+    target = args.out / f"{name}.json" if args.out else None
+    if target is not None and target.exists():
+        raise SystemExit(f"expected no file at {target}, found one: move it away to search again")
+    tuning._device_configs = lambda _: {}  # the search starts from the defaults, not from an earlier result
+    result: dict[str, dict[str, dict[str, int]]] = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        for num_steps in args.steps:
+            for op, run in workloads(num_steps, dtype).items():
+                best, times = search(op, run)
+                result.setdefault(op, {})[f"{dtype.itemsize}:{num_steps}"] = best
+                if num_steps == 4:
+                    result[op][str(dtype.itemsize)] = best
+                print(op, dtype, num_steps, {k: round(v, 4) for k, v in times.items()}, flush=True)
+            torch.cuda.empty_cache()
+    text = json.dumps(result, indent=2, sort_keys=True)
+    print(text)
+    if target is not None:
+        target.write_text(text + "\n")
+
+
+if __name__ == "__main__":
+    main()

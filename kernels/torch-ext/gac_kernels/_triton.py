@@ -1,0 +1,34 @@
+"""Triton where it is installed, and a stand-in that lets the same files import where it is not."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+HAS_TRITON = True
+TRITON_ERROR = ""
+try:
+    import triton
+    import triton.language as tl
+except ImportError as error:  # CPU-only and non-Linux installs of PyTorch come without Triton
+    HAS_TRITON = False
+    TRITON_ERROR = str(error)
+
+    class _Absent:
+        """Accepts the decorators and annotations of a kernel file; calling a kernel is what fails."""
+
+        def __getattr__(self, name: str) -> Any:
+            return _Absent()
+
+        def jit(self, function: Any) -> Any:
+            return function
+
+        def cdiv(self, a: int, b: int) -> int:
+            return -(-a // b)
+
+    triton = tl = _Absent()  # type: ignore[assignment]
+
+# Read once: Triton itself decides at decoration time, so a later change of the variable has no effect on either.
+INTERPRETED = HAS_TRITON and os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on")
+
+__all__ = ["HAS_TRITON", "INTERPRETED", "TRITON_ERROR", "tl", "triton"]

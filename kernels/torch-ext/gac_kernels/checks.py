@@ -1,0 +1,69 @@
+"""Checks of what a user hands to an op: each failure says what was expected, what came and what to do."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .reference import state_dtype
+from .spec import LIFSpec
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+
+
+def check_spec(spec: LIFSpec) -> None:
+    """Raise unless ``spec`` is a `LIFSpec`."""
+    if not isinstance(spec, LIFSpec):
+        raise ValueError(f"expected spec to be a LIFSpec, got {type(spec).__name__}: use CIFAR, IMAGENET or LIFSpec(...)")
+
+
+def check_current(name: str, x: Tensor, min_dims: int, max_dims: int | None = None) -> None:
+    """Raise unless ``x`` is a floating tensor of the right rank with at least one step."""
+    if not isinstance(x, Tensor):
+        raise ValueError(f"expected {name} to be a tensor, got {type(x).__name__}: convert it with torch.as_tensor")
+    if x.dtype not in DTYPES:
+        raise ValueError(f"expected {name} in one of {[str(d) for d in DTYPES]}, got {x.dtype}: convert it with .float()")
+    if x.dim() < min_dims or (max_dims is not None and x.dim() > max_dims):
+        rank = f"at least {min_dims}" if max_dims is None else f"{min_dims}" if max_dims == min_dims else "4 or 5"
+        axes = {4: "(B, C, H, W)", 5: "(T, B, C, H, W)"}.get(min_dims, "(T, ...)")
+        raise ValueError(f"expected {name} with {rank} axes, {axes}, got shape {tuple(x.shape)}: add or fold axes")
+    if x.shape[0] == 0 and (max_dims is None or x.dim() == 5):
+        raise ValueError(f"expected {name} with at least one time step, got shape {tuple(x.shape)}: give T >= 1 steps")
+
+
+def check_state(state: Tensor | None, x: Tensor) -> None:
+    """Raise unless ``state`` is None or a membrane that fits ``x``."""
+    if state is None:
+        return
+    if state.shape != x.shape[1:]:
+        raise ValueError(
+            f"expected state of shape {tuple(x.shape[1:])} (x without its time axis), got {tuple(state.shape)}: "
+            "hand over the state that an earlier call returned for the same batch"
+        )
+    if state.dtype != state_dtype(x.dtype):
+        raise ValueError(f"expected state in {state_dtype(x.dtype)}, got {state.dtype}: convert it with .to(...)")
+    if state.device != x.device:
+        raise ValueError(f"expected state on {x.device}, got {state.device}: move it with .to(x.device)")
+
+
+def check_gate(x: Tensor, spatial: Tensor, temporal: Tensor) -> None:
+    """Raise unless the two gate inputs fit the current ``x``, (B, C, H, W) or (T, B, C, H, W)."""
+    for name, tensor in (("spatial", spatial), ("temporal", temporal)):
+        if not isinstance(tensor, Tensor) or tensor.dtype not in DTYPES:
+            came = getattr(tensor, "dtype", type(tensor).__name__)
+            raise ValueError(f"expected {name} to be a floating tensor, got {came}: convert it with .float()")
+        if tensor.device != x.device:
+            raise ValueError(f"expected {name} on {x.device}, got {tensor.device}: move it with .to(...)")
+    if spatial.shape != x.shape or spatial.dtype != x.dtype:
+        raise ValueError(
+            f"expected spatial of shape {tuple(x.shape)} and dtype {x.dtype} like the current, got "
+            f"{tuple(spatial.shape)} and {spatial.dtype}: compute it from the same tensor"
+        )
+    batch = x.shape[0] if x.dim() == 4 else x.shape[1]
+    steps = temporal.shape[1] if x.dim() == 4 and temporal.dim() == 2 else x.shape[0]
+    if tuple(temporal.shape) != (batch, steps) or steps == 0:
+        wanted = f"({batch}, T)" if x.dim() == 4 else f"({batch}, {steps})"
+        raise ValueError(
+            f"expected temporal of shape {wanted} (batch, steps) with T >= 1, got {tuple(temporal.shape)}: give one "
+            "score for each sample and step"
+        )

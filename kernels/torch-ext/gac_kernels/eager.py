@@ -1,0 +1,124 @@
+"""The ops in vectorised PyTorch, written into outputs that the caller made: what runs without Triton.
+
+Unlike the reference these keep no graph: forward overwrites one membrane buffer, backward is the written-out
+backpropagation through time. Formulas and their source stand in `LIFSpec` and `reference`.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .reference import state_dtype, surrogate_derivative
+from .spec import SURROGATES
+
+
+def in_memory_order(state: Tensor) -> Tensor:
+    """The elements of a dense tensor as a vector, in the order in which they lie in memory."""
+    return state.as_strided((state.numel(),), (1,), state.storage_offset())
+
+
+def lif_forward(
+    x: Tensor, state: Tensor | None, spikes: Tensor, last: Tensor, mask: Tensor, threshold: float, decay: float,
+    width: float, soft_reset: bool,
+) -> None:  # fmt: skip
+    v = torch.zeros_like(x[0], dtype=state_dtype(x.dtype)) if state is None else state.clone()
+    bits = torch.zeros_like(v, dtype=torch.int64) if mask.numel() else None
+    for t, current in enumerate(x):
+        u = v.mul_(decay).add_(current)
+        fired = u > threshold
+        spikes[t] = fired
+        if bits is not None:
+            near = (u - threshold).abs() < width
+            bits |= (fired.long() + 2 * near.long()) << (2 * t)
+        v = u.sub_(fired.to(u.dtype), alpha=threshold) if soft_reset else u.masked_fill_(fired, 0.0)
+    if bits is not None:
+        mask.copy_(in_memory_order(bits))
+    if last.numel():
+        last.copy_(v)
+
+
+def lif_backward(
+    grad: Tensor, grad_last: Tensor | None, x: Tensor, state: Tensor | None, mask: Tensor, grad_x: Tensor,
+    grad_state: Tensor, threshold: float, decay: float, surrogate: int, width: float, detach_reset: bool,
+    soft_reset: bool,
+) -> None:  # fmt: skip
+    dtype = state_dtype(grad.dtype)
+    num_steps = grad.shape[0]
+    steps = []  # (surrogate derivative, fired, u or 0) of each step
+    if mask.numel():
+        bits = torch.empty_like(grad[0], dtype=torch.int64)
+        in_memory_order(bits).copy_(mask)
+        for t in range(num_steps):
+            code = bits >> (2 * t)
+            steps.append(((code & 2).to(dtype) / (4.0 * width), (code & 1).bool(), None))
+    else:
+        v = torch.zeros_like(x[0], dtype=dtype) if state is None else state
+        for current in x:
+            u = decay * v + current
+            fired = u > threshold
+            steps.append((surrogate_derivative(u - threshold, SURROGATES[surrogate], width), fired, u))
+            v = u - threshold * fired.to(u.dtype) if soft_reset else u.masked_fill(fired, 0.0)
+    gv = torch.zeros_like(grad[0], dtype=dtype) if grad_last is None else grad_last
+    for t in reversed(range(num_steps)):
+        slope, fired, u = steps[t]
+        if soft_reset:
+            carried = gv if detach_reset else gv * (1.0 - threshold * slope)
+        else:
+            carried = gv.masked_fill(fired, 0.0)
+            if not detach_reset:
+                carried = carried - gv * slope * u
+        gu = grad[t] * slope + carried
+        grad_x[t] = gu
+        gv = decay * gu
+    if grad_state.numel():
+        grad_state.copy_(gv)
+
+
+def gated_lif_forward(
+    x: Tensor, spatial: Tensor, temporal: Tensor, y: Tensor, threshold: float, decay: float, soft_reset: bool
+) -> None:
+    dtype = state_dtype(x.dtype)
+    v = torch.zeros_like(y[0], dtype=dtype)
+    for t in range(y.shape[0]):
+        current, scores = (x, spatial) if x.dim() == 4 else (x[t], spatial[t])
+        u = v.mul_(decay).add_(current)
+        fired = u > threshold
+        gate = torch.sigmoid(temporal[:, t, None, None, None].to(dtype) * scores.to(dtype))
+        y[t] = gate.mul_(fired)
+        v = u.sub_(fired.to(u.dtype), alpha=threshold) if soft_reset else u.masked_fill_(fired, 0.0)
+
+
+def gated_lif_backward(
+    grad: Tensor, x: Tensor, spatial: Tensor, temporal: Tensor, grad_x: Tensor, grad_spatial: Tensor,
+    grad_temporal: Tensor, threshold: float, decay: float, surrogate: int, width: float, detach_reset: bool,
+    soft_reset: bool,
+) -> None:  # fmt: skip
+    dtype, static = state_dtype(x.dtype), x.dim() == 4
+    membranes = []
+    v = torch.zeros_like(grad[0], dtype=dtype)
+    for t in range(grad.shape[0]):
+        u = decay * v + (x if static else x[t])
+        fired = u > threshold
+        membranes.append(u)
+        v = u - threshold * fired.to(u.dtype) if soft_reset else u.masked_fill(fired, 0.0)
+    gv, sum_x, sum_n = torch.zeros_like(v), torch.zeros_like(v), torch.zeros_like(v)
+    for t in reversed(range(grad.shape[0])):
+        u, scores = membranes[t], (spatial if static else spatial[t]).to(dtype)
+        m, gy, fired = temporal[:, t, None, None, None].to(dtype), grad[t].to(dtype), u > threshold
+        gate = torch.sigmoid(m * scores)
+        slope = surrogate_derivative(u - threshold, SURROGATES[surrogate], width)
+        gz = (gy * gate * (1.0 - gate)).masked_fill(~fired, 0.0)
+        kept = torch.ones_like(u) if soft_reset else (~fired).to(dtype)
+        through_spike = 0.0 if detach_reset else slope * (threshold if soft_reset else u)
+        gu = gy * gate * slope + gv * (kept - through_spike)
+        grad_temporal[:, t] = (gz * scores).sum((1, 2, 3))
+        gv = decay * gu
+        if static:
+            sum_x += gu
+            sum_n += gz * m
+        else:
+            grad_x[t], grad_spatial[t] = gu, gz * m
+    if static:
+        grad_x.copy_(sum_x)
+        grad_spatial.copy_(sum_n)

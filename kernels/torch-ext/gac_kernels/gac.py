@@ -1,0 +1,308 @@
+"""Gated attention coding: repetition over time, gate and neuron in one pass.
+
+``y[t] = sigmoid(temporal[b, t] * spatial) * LIF(x)[t]``. For a static image x and spatial are (B, C, H, W) and the
+T-fold repetition exists only in registers; for input that varies over time they are (T, B, C, H, W). One pair of
+kernels serves both: STATIC loads once and sums the gradient over time. A sample's (C, H, W) block is walked in its own
+memory order, so contiguous and channels-last work as they lie.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import eager
+from ._triton import tl, triton
+from .backend import resolve_backend
+from .checks import check_current, check_gate, check_spec
+from .layout import as_layout, on_device
+from .spec import CIFAR, LIFSpec
+from .surrogate import membrane_grad, reset, within
+from .tuning import launch_config
+
+CHUNK = 8  # steps held in registers at once, as in lif.py
+
+
+@triton.jit
+def _gated_fwd_kernel(
+    x_ptr, n_ptr, m_ptr, y_ptr, size, tiles, x_step, x_sample, y_step, y_sample,
+    T: tl.constexpr, STATIC: tl.constexpr, THRESHOLD: tl.constexpr, DECAY: tl.constexpr, SOFT: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    pid = tl.program_id(0).to(tl.int64)
+    sample = pid // tiles
+    i = (pid % tiles) * BLOCK + tl.arange(0, BLOCK)
+    inside = i < size
+    x_ptr += sample * x_sample + i
+    n_ptr += sample * x_sample + i
+    y_ptr += sample * y_sample + i
+    if STATIC:
+        x = tl.load(x_ptr, mask=inside, other=0.0).to(tl.float32)
+        n = tl.load(n_ptr, mask=inside, other=0.0).to(tl.float32)
+    v = tl.zeros((BLOCK,), tl.float32)
+    for t in range(T):
+        if not STATIC:
+            x = tl.load(x_ptr + tl.cast(t, tl.int64) * x_step, mask=inside, other=0.0).to(tl.float32)
+            n = tl.load(n_ptr + tl.cast(t, tl.int64) * x_step, mask=inside, other=0.0).to(tl.float32)
+        u = DECAY * v + x
+        m = tl.load(m_ptr + sample * T + t).to(tl.float32)
+        y = tl.where(u > THRESHOLD, tl.sigmoid(m * n), 0.0)
+        tl.store(y_ptr + tl.cast(t, tl.int64) * y_step, y.to(y_ptr.dtype.element_ty), mask=inside)
+        v = reset(u, THRESHOLD, SOFT)
+
+
+@triton.jit
+def _gated_bwd_kernel(
+    gy_ptr, x_ptr, n_ptr, m_ptr, gx_ptr, gn_ptr, gm_ptr, scratch_ptr,
+    size, tiles, x_step, x_sample, y_step, y_sample,
+    T: tl.constexpr, STEPS: tl.constexpr, STATIC: tl.constexpr, THRESHOLD: tl.constexpr, DECAY: tl.constexpr,
+    SURROGATE: tl.constexpr, WIDTH: tl.constexpr, DETACH: tl.constexpr, SOFT: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    pid = tl.program_id(0).to(tl.int64)
+    sample = pid // tiles
+    i = (pid % tiles) * BLOCK + tl.arange(0, BLOCK)
+    inside = i < size
+    x_ptr += sample * x_sample + i
+    n_ptr += sample * x_sample + i
+    gy_ptr += sample * y_sample + i
+    gx_ptr += sample * x_sample + i
+    gn_ptr += sample * x_sample + i
+    CHUNKS: tl.constexpr = (T + STEPS - 1) // STEPS
+    if STATIC:
+        x = tl.load(x_ptr, mask=inside, other=0.0).to(tl.float32)
+        n = tl.load(n_ptr, mask=inside, other=0.0).to(tl.float32)
+        gx = tl.zeros((BLOCK,), tl.float32)
+        gn = tl.zeros((BLOCK,), tl.float32)
+    if CHUNKS > 1:  # first sweep: the membrane at the start of each chunk, [pid, chunk, BLOCK]
+        scratch_ptr += pid * (CHUNKS * BLOCK) + tl.arange(0, BLOCK)
+        v = tl.zeros((BLOCK,), tl.float32)
+        for chunk in range(CHUNKS):
+            tl.store(scratch_ptr + chunk * BLOCK, v)
+            for k in tl.static_range(STEPS):
+                t = tl.cast(chunk * STEPS + k, tl.int64)
+                if not STATIC:
+                    x = tl.load(x_ptr + t * x_step, mask=within(inside, t, T, STEPS), other=0.0).to(tl.float32)
+                v = reset(DECAY * v + x, THRESHOLD, SOFT)
+        tl.debug_barrier()
+    gv = tl.zeros((BLOCK,), tl.float32)
+    for back in range(CHUNKS):
+        first = tl.cast((CHUNKS - 1 - back) * STEPS, tl.int64)
+        gys = ()
+        xs = ()
+        ns = ()
+        for k in tl.static_range(STEPS):
+            here = within(inside, first + k, T, STEPS)
+            gys += (tl.load(gy_ptr + (first + k) * y_step, mask=here, other=0.0),)
+            if STATIC:
+                xs += (x,)
+                ns += (n,)
+            else:
+                xs += (tl.load(x_ptr + (first + k) * x_step, mask=here, other=0.0).to(tl.float32),)
+                ns += (tl.load(n_ptr + (first + k) * x_step, mask=here, other=0.0).to(tl.float32),)
+        v = tl.zeros((BLOCK,), tl.float32)
+        if CHUNKS > 1:
+            v = tl.load(scratch_ptr + (CHUNKS - 1 - back) * BLOCK)
+        us = ()
+        for k in tl.static_range(STEPS):
+            u = DECAY * v + xs[k]
+            us += (u,)
+            v = reset(u, THRESHOLD, SOFT)
+        for k in tl.static_range(STEPS - 1, -1, -1):
+            t = first + k
+            m = tl.load(m_ptr + sample * T + t, mask=t < T, other=0.0).to(tl.float32)
+            gate = tl.sigmoid(m * ns[k])
+            gy = gys[k].to(tl.float32)
+            gz = tl.where(us[k] > THRESHOLD, gy * gate * (1.0 - gate), 0.0)  # at the score m * n
+            gu = membrane_grad(us[k], gy * gate, gv, THRESHOLD, SURROGATE, WIDTH, DETACH, SOFT)
+            tl.store(gm_ptr + pid * T + t, tl.sum(gz * ns[k], 0), mask=t < T)
+            if STATIC:
+                gn += gz * m
+                gx += tl.where(within(inside, t, T, STEPS), gu, 0.0)
+            else:
+                tl.store(gn_ptr + t * x_step, (gz * m).to(gn_ptr.dtype.element_ty), mask=within(inside, t, T, STEPS))
+                tl.store(gx_ptr + t * x_step, gu.to(gx_ptr.dtype.element_ty), mask=within(inside, t, T, STEPS))
+            gv = tl.where(within(inside, t, T, STEPS), DECAY * gu, gv)
+    if STATIC:
+        tl.store(gx_ptr, gx.to(gx_ptr.dtype.element_ty), mask=inside)
+        tl.store(gn_ptr, gn.to(gn_ptr.dtype.element_ty), mask=inside)
+
+
+def _frames_like(x: Tensor, *outer: int) -> Tensor:
+    """Unwritten (*outer, C, H, W): outer axes in order, each (C, H, W) block in the memory order of x's blocks."""
+    block = x[(0,) * (x.dim() - 3)] if x.numel() else x.new_empty(x.shape[-3:])
+    strides = list(torch.empty_like(block).stride())
+    span = block.numel()
+    for size in reversed(outer):
+        strides.insert(0, span)
+        span = span * size
+    return torch.empty_strided((*outer, *block.shape), strides, dtype=x.dtype, device=x.device)
+
+
+def _geometry(x: Tensor, y: Tensor, op: str) -> tuple[tuple[int, ...], dict[str, int], int]:
+    """Kernel arguments (size, tiles, strides of x and of y), launch parameters and the number of programs."""
+    config = launch_config(op, y.shape[0], x.element_size(), x.device)
+    size = x[(0,) * (x.dim() - 3)].numel()
+    tiles = triton.cdiv(size, config["BLOCK"])
+    x_step = size * y.shape[1] if x.dim() == 5 else 0
+    return (size, tiles, x_step, size, size * y.shape[1], size), config, tiles * y.shape[1]
+
+
+def _forward_triton(
+    x: Tensor, spatial: Tensor, temporal: Tensor, y: Tensor, threshold: float, decay: float, soft_reset: bool
+) -> None:
+    geometry, config, programs = _geometry(x, y, "gac_fwd")
+    with on_device(x):
+        _gated_fwd_kernel[(programs,)](
+            x, spatial, temporal, y, *geometry, T=y.shape[0], STATIC=x.dim() == 4, THRESHOLD=threshold, DECAY=decay,
+            SOFT=soft_reset, **config,
+        )  # fmt: skip
+
+
+def _backward_triton(
+    grad: Tensor, x: Tensor, spatial: Tensor, temporal: Tensor, grad_x: Tensor, grad_spatial: Tensor,
+    grad_temporal: Tensor, threshold: float, decay: float, surrogate: int, width: float, detach_reset: bool,
+    soft_reset: bool,
+) -> None:  # fmt: skip
+    geometry, config, programs = _geometry(x, grad, "gac_bwd")
+    num_steps, batch = grad.shape[:2]
+    chunks = triton.cdiv(num_steps, CHUNK)
+    # One partial sum a program and step, added up by torch in a fixed order: no atomics, so the same bits every time.
+    partial = torch.empty((batch, programs // batch, num_steps), dtype=torch.float32, device=x.device)
+    scratch = partial.new_empty(programs * chunks * config["BLOCK"] if chunks > 1 else 0)
+    with on_device(x):
+        _gated_bwd_kernel[(programs,)](
+            grad, x, spatial, temporal, grad_x, grad_spatial, partial, scratch, *geometry, T=num_steps,
+            STEPS=min(num_steps, CHUNK), STATIC=x.dim() == 4, THRESHOLD=threshold, DECAY=decay, SURROGATE=surrogate,
+            WIDTH=width, DETACH=detach_reset, SOFT=soft_reset, **config,
+        )  # fmt: skip
+    grad_temporal.copy_(partial.sum(1))
+
+
+_lib = torch.library.Library("gac_kernels", "FRAGMENT")
+_lib.define(
+    "gated_lif(Tensor x, Tensor spatial, Tensor temporal, float threshold, float decay, int surrogate, float width, "
+    "bool detach_reset, bool soft_reset) -> Tensor"
+)
+_lib.define(
+    "gated_lif_backward(Tensor grad, Tensor x, Tensor spatial, Tensor temporal, float threshold, float decay, "
+    "int surrogate, float width, bool detach_reset, bool soft_reset) -> (Tensor, Tensor, Tensor)"
+)
+
+
+@torch.library.impl(_lib, "gated_lif", "CompositeExplicitAutograd")
+def _gated_lif(x, spatial, temporal, threshold, decay, surrogate, width, detach_reset, soft_reset):
+    y = _gated_lif_fake(x, spatial, temporal, threshold, decay, surrogate, width, detach_reset, soft_reset)
+    if y.numel():
+        like = _frames_like(x, *x.shape[:-3])
+        run = _forward_triton if resolve_backend(x.device, x.dtype) == "triton" else eager.gated_lif_forward
+        run(as_layout(x, like), as_layout(spatial, like), temporal.contiguous(), y, threshold, decay, soft_reset)
+    return y
+
+
+@torch.library.impl(_lib, "gated_lif_backward", "CompositeExplicitAutograd")
+def _gated_lif_backward(
+    grad, x, spatial, temporal, threshold, decay, surrogate, width, detach_reset, soft_reset
+):  # fmt: skip
+    grad_x, grad_spatial, grad_temporal = _backward_outputs(x, temporal)
+    if grad.numel():
+        sources = [as_layout(x, grad_x), as_layout(spatial, grad_spatial), temporal.contiguous()]
+        grad = as_layout(grad, _frames_like(x, *grad.shape[:2]))
+        run = _backward_triton if resolve_backend(x.device, x.dtype) == "triton" else eager.gated_lif_backward
+        run(
+            grad, *sources, grad_x, grad_spatial, grad_temporal, threshold, decay, surrogate, width, detach_reset,
+            soft_reset,
+        )  # fmt: skip
+    else:
+        grad_temporal.zero_()
+    return grad_x, grad_spatial, grad_temporal
+
+
+def _backward_outputs(x: Tensor, temporal: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Unwritten gradients at x, spatial and temporal."""
+    like = _frames_like(x, *x.shape[:-3])
+    return like, torch.empty_like(like), torch.empty_like(temporal, memory_format=torch.contiguous_format)
+
+
+@torch.library.register_fake("gac_kernels::gated_lif", lib=_lib)
+def _gated_lif_fake(x, spatial, temporal, threshold, decay, surrogate, width, detach_reset, soft_reset):
+    check_current("x", x, min_dims=4, max_dims=5)
+    check_gate(x, spatial, temporal)
+    return _frames_like(x, temporal.shape[1], x.shape[-4])
+
+
+@torch.library.register_fake("gac_kernels::gated_lif_backward", lib=_lib)
+def _gated_lif_backward_fake(
+    grad, x, spatial, temporal, threshold, decay, surrogate, width, detach_reset, soft_reset
+):  # fmt: skip
+    return _backward_outputs(x, temporal)
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    x, spatial, temporal, *ctx.spec_args = inputs
+    ctx.save_for_backward(x, spatial, temporal)
+
+
+def _autograd(ctx, grad):
+    grads = torch.ops.gac_kernels.gated_lif_backward(grad, *ctx.saved_tensors, *ctx.spec_args)
+    return *grads, *[None] * 6
+
+
+torch.library.register_autograd("gac_kernels::gated_lif", _autograd, setup_context=_setup_context, lib=_lib)
+
+
+def _call(x: Tensor, spatial: Tensor, temporal: Tensor, spec: LIFSpec) -> Tensor:
+    return torch.ops.gac_kernels.gated_lif(
+        x, spatial, temporal, spec.threshold, spec.decay, spec.surrogate_id, spec.width, spec.detach_reset,
+        spec.soft_reset,
+    )  # fmt: skip
+
+
+def gac_encode(stem: Tensor, spatial: Tensor, temporal: Tensor, spec: LIFSpec = CIFAR) -> Tensor:
+    """Gated attention coding of a static image: repetition, neuron and gate in one pass.
+
+    ``y[t] = sigmoid(temporal[:, t] * spatial) * LIF(stem repeated T times)[t]``. The repeated tensor never exists in
+    memory. Gradients flow to all three inputs and are deterministic. Saved for backward: the three inputs.
+
+    Args:
+        stem: (B, C, H, W), the stem's output; float32, float16, bfloat16 or float64; any dense memory format.
+        spatial: (B, C, H, W), spatial-channel attention before the sigmoid, in stem's dtype.
+        temporal: (B, T), temporal attention before the sigmoid, any floating dtype.
+        spec: Dynamics and surrogate gradient of the neuron.
+
+    Returns:
+        Gated spikes (T, B, C, H, W) in stem's dtype and memory format, values in [0, 1).
+
+    Raises:
+        ValueError: Shapes, dtypes or devices do not fit together, T is 0, or the forced backend cannot run here.
+
+    Source: Qiu et al., AAAI 2024 (arXiv 2308.06582).
+    """
+    check_spec(spec)
+    check_current("stem", stem, min_dims=4, max_dims=4)
+    check_gate(stem, spatial, temporal)
+    return _call(stem, spatial, temporal, spec)
+
+
+def gated_lif(x: Tensor, spatial: Tensor, temporal: Tensor, spec: LIFSpec = CIFAR) -> Tensor:
+    """Gated attention coding of an input that varies over time, such as event frames.
+
+    ``y[t] = sigmoid(temporal[:, t] * spatial[t]) * LIF(x)[t]``.
+
+    Args:
+        x: (T, B, C, H, W), input current; float32, float16, bfloat16 or float64.
+        spatial: (T, B, C, H, W), spatial-channel attention before the sigmoid, in x's dtype.
+        temporal: (B, T), temporal attention before the sigmoid, any floating dtype.
+        spec: Dynamics and surrogate gradient of the neuron.
+
+    Returns:
+        Gated spikes (T, B, C, H, W) in x's dtype, time outermost, values in [0, 1).
+
+    Raises:
+        ValueError: Shapes, dtypes or devices do not fit together, T is 0, or the forced backend cannot run here.
+
+    Source: Qiu et al., AAAI 2024 (arXiv 2308.06582).
+    """
+    check_spec(spec)
+    check_current("x", x, min_dims=5, max_dims=5)
+    check_gate(x, spatial, temporal)
+    return _call(x, spatial, temporal, spec)

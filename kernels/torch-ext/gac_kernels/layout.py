@@ -1,0 +1,28 @@
+"""Memory layouts: which tensors a kernel may walk as they lie, and how the rest are brought into line."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import Tensor
+
+
+def same_layout(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors of one shape lie in memory in the same order (strides of size-1 axes do not matter)."""
+    return all(i == j or n <= 1 for i, j, n in zip(a.stride(), b.stride(), a.shape, strict=True))
+
+
+def as_layout(tensor: Tensor, like: Tensor) -> Tensor:
+    """``tensor`` with the strides of the dense tensor ``like``: itself where it has them, else a copy."""
+    return tensor if same_layout(tensor, like) else torch.empty_like(like, dtype=tensor.dtype).copy_(tensor)
+
+
+def time_stride(x: Tensor) -> int:
+    """Elements between two steps of a dense (T, ...) tensor."""
+    return x.stride(0) if x.shape[0] > 1 else x.numel()
+
+
+def on_device(tensor: Tensor) -> AbstractContextManager[object]:
+    """Context in which Triton launches on the tensor's own GPU."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()

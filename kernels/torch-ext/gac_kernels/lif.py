@@ -1,0 +1,338 @@
+"""Multi-step leaky integrate-and-fire: x (T, ...) to spikes (T, ...).
+
+The backward pass keeps x (or, where the surrogate is a rectangle and the gradient does not need u, two bits a step)
+and recomputes the membrane in registers. A (T, ...) tensor is walked as (outer, T, inner) in its own memory order, so
+any dense memory format works as it lies; contiguous and channels-last tensors have outer = 1.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import eager
+from ._triton import tl, triton
+from .backend import resolve_backend
+from .checks import check_current, check_spec, check_state
+from .layout import as_layout, on_device, time_stride
+from .reference import state_dtype
+from .spec import CIFAR, SURROGATES, LIFSpec
+from .surrogate import membrane_grad, reset, within
+from .tuning import launch_config
+
+CHUNK = 8  # steps held in registers at once; longer sequences keep one membrane a chunk in float32 scratch memory
+
+
+@triton.jit
+def _offsets(M, inner, T: tl.constexpr, BLOCK: tl.constexpr, TIME_OUTER: tl.constexpr):
+    """Offsets of a block of neurons in state tensors [M] and in sequences [outer, T, inner], and their mask."""
+    start = tl.program_id(0).to(tl.int64) * BLOCK
+    neuron = start + tl.arange(0, BLOCK)
+    inside = neuron < M
+    if TIME_OUTER:
+        sequence = neuron
+    else:
+        sequence = (neuron // inner) * (inner * T) + neuron % inner
+    return neuron, sequence, inside
+
+
+@triton.jit
+def _lif_fwd_kernel(
+    x_ptr, v0_ptr, s_ptr, v_last_ptr, mask_ptr, M, inner,
+    T: tl.constexpr, STEPS: tl.constexpr, THRESHOLD: tl.constexpr, DECAY: tl.constexpr, WIDTH: tl.constexpr,
+    SOFT: tl.constexpr, HAS_STATE: tl.constexpr, KEEP_MASK: tl.constexpr, RETURN_STATE: tl.constexpr,
+    TIME_OUTER: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    inner = tl.cast(inner, tl.int64)
+    neuron, sequence, inside = _offsets(M, inner, T, BLOCK, TIME_OUTER)
+    v = tl.zeros((BLOCK,), tl.float32)
+    if HAS_STATE:
+        v = tl.load(v0_ptr + neuron, mask=inside, other=0.0)
+    if KEEP_MASK:
+        bits = tl.zeros((BLOCK,), tl.int64 if T > 16 else tl.int32)
+    for first in range(0, T, STEPS):
+        xs = ()  # loads first: a store between them would keep the compiler from overlapping them
+        for k in tl.static_range(STEPS):
+            xs += (tl.load(x_ptr + sequence + (first + k) * inner, mask=within(inside, first + k, T, STEPS), other=0.0),)
+        for k in tl.static_range(STEPS):
+            t = first + k
+            u = DECAY * v + xs[k].to(tl.float32)
+            fired = u > THRESHOLD
+            tl.store(s_ptr + sequence + t * inner, tl.where(fired, 1.0, 0.0).to(s_ptr.dtype.element_ty), mask=within(inside, t, T, STEPS))
+            if KEEP_MASK:
+                near = tl.abs(u - THRESHOLD) < WIDTH
+                code = fired.to(tl.int32) + 2 * near.to(tl.int32)
+                bits = (bits | (code.to(bits.dtype) << (2 * t))).to(bits.dtype)
+            v = tl.where(within(inside, t, T, STEPS), reset(u, THRESHOLD, SOFT), v)
+    if KEEP_MASK:
+        tl.store(mask_ptr + neuron, bits.to(mask_ptr.dtype.element_ty), mask=inside)
+    if RETURN_STATE:
+        tl.store(v_last_ptr + neuron, v, mask=inside)
+
+
+@triton.jit
+def _lif_bwd_kernel(
+    gs_ptr, gv_ptr, x_ptr, v0_ptr, gx_ptr, gv0_ptr, scratch_ptr, M, inner,
+    T: tl.constexpr, STEPS: tl.constexpr, THRESHOLD: tl.constexpr, DECAY: tl.constexpr, SURROGATE: tl.constexpr,
+    WIDTH: tl.constexpr, DETACH: tl.constexpr, SOFT: tl.constexpr, HAS_STATE: tl.constexpr, HAS_GV: tl.constexpr,
+    TIME_OUTER: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    inner = tl.cast(inner, tl.int64)
+    neuron, sequence, inside = _offsets(M, inner, T, BLOCK, TIME_OUTER)
+    CHUNKS: tl.constexpr = (T + STEPS - 1) // STEPS
+    v0 = tl.zeros((BLOCK,), tl.float32)
+    if HAS_STATE:
+        v0 = tl.load(v0_ptr + neuron, mask=inside, other=0.0)
+    if CHUNKS > 1:  # first sweep: the membrane at the start of each chunk
+        v = v0
+        for chunk in range(CHUNKS):
+            tl.store(scratch_ptr + tl.cast(chunk, tl.int64) * M + neuron, v, mask=inside)
+            for k in tl.static_range(STEPS):
+                t = chunk * STEPS + k
+                x = tl.load(x_ptr + sequence + t * inner, mask=within(inside, t, T, STEPS), other=0.0).to(tl.float32)
+                v = reset(DECAY * v + x, THRESHOLD, SOFT)
+        tl.debug_barrier()
+    gv = tl.zeros((BLOCK,), tl.float32)
+    if HAS_GV:
+        gv = tl.load(gv_ptr + neuron, mask=inside, other=0.0)
+    for back in range(CHUNKS):
+        chunk = CHUNKS - 1 - back
+        first = chunk * STEPS
+        xs = ()
+        gs = ()
+        for k in tl.static_range(STEPS):
+            here = within(inside, first + k, T, STEPS)
+            xs += (tl.load(x_ptr + sequence + (first + k) * inner, mask=here, other=0.0),)
+            gs += (tl.load(gs_ptr + sequence + (first + k) * inner, mask=here, other=0.0),)
+        v = v0
+        if CHUNKS > 1:
+            v = tl.load(scratch_ptr + tl.cast(chunk, tl.int64) * M + neuron, mask=inside, other=0.0)
+        us = ()
+        for k in tl.static_range(STEPS):
+            u = DECAY * v + xs[k].to(tl.float32)
+            us += (u,)
+            v = reset(u, THRESHOLD, SOFT)
+        for k in tl.static_range(STEPS - 1, -1, -1):
+            t = first + k
+            gu = membrane_grad(us[k], gs[k].to(tl.float32), gv, THRESHOLD, SURROGATE, WIDTH, DETACH, SOFT)
+            tl.store(gx_ptr + sequence + t * inner, gu.to(gx_ptr.dtype.element_ty), mask=within(inside, t, T, STEPS))
+            gv = tl.where(within(inside, t, T, STEPS), DECAY * gu, gv)
+    if HAS_STATE:
+        tl.store(gv0_ptr + neuron, gv, mask=inside)
+
+
+@triton.jit
+def _lif_bwd_mask_kernel(
+    gs_ptr, gv_ptr, mask_ptr, gx_ptr, gv0_ptr, M, inner,
+    T: tl.constexpr, STEPS: tl.constexpr, DECAY: tl.constexpr, WIDTH: tl.constexpr, THRESHOLD: tl.constexpr,
+    DETACH: tl.constexpr, SOFT: tl.constexpr, HAS_STATE: tl.constexpr, HAS_GV: tl.constexpr,
+    TIME_OUTER: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    inner = tl.cast(inner, tl.int64)
+    neuron, sequence, inside = _offsets(M, inner, T, BLOCK, TIME_OUTER)
+    CHUNKS: tl.constexpr = (T + STEPS - 1) // STEPS
+    bits = tl.load(mask_ptr + neuron, mask=inside, other=0).to(tl.int64 if T > 16 else tl.int32)
+    gv = tl.zeros((BLOCK,), tl.float32)
+    if HAS_GV:
+        gv = tl.load(gv_ptr + neuron, mask=inside, other=0.0)
+    for back in range(CHUNKS):
+        first = (CHUNKS - 1 - back) * STEPS
+        gs = ()
+        for k in tl.static_range(STEPS):
+            here = within(inside, first + k, T, STEPS)
+            gs += (tl.load(gs_ptr + sequence + (first + k) * inner, mask=here, other=0.0),)
+        for k in tl.static_range(STEPS - 1, -1, -1):
+            t = first + k
+            code = (bits >> (2 * t)).to(tl.int32)
+            sg = tl.where((code & 2) != 0, 1.0 / (2.0 * WIDTH), 0.0)
+            if SOFT:
+                dv = 1.0 if DETACH else 1.0 - THRESHOLD * sg
+            else:
+                dv = tl.where((code & 1) != 0, 0.0, 1.0)
+            gu = gs[k].to(tl.float32) * sg + gv * dv
+            tl.store(gx_ptr + sequence + t * inner, gu.to(gx_ptr.dtype.element_ty), mask=within(inside, t, T, STEPS))
+            gv = tl.where(within(inside, t, T, STEPS), DECAY * gu, gv)
+    if HAS_STATE:
+        tl.store(gv0_ptr + neuron, gv, mask=inside)
+
+
+def mask_dtype(num_steps: int) -> torch.dtype:
+    """Smallest integer type that holds two bits a step."""
+    sizes = {4: torch.uint8, 8: torch.int16, 16: torch.int32, 32: torch.int64}
+    return next(dtype for steps, dtype in sizes.items() if num_steps <= steps)
+
+
+def can_keep_mask(num_steps: int, surrogate: int, detach_reset: bool, soft_reset: bool) -> bool:
+    """Whether two bits a step (fired, inside the window) are all that the backward pass needs."""
+    return SURROGATES[surrogate] == "rectangle" and (detach_reset or soft_reset) and num_steps <= 32
+
+
+def _launch(kernel, x: Tensor, args: tuple, op: str, **constants) -> None:
+    """Run a kernel over all neurons of the dense sequence ``x``."""
+    num_steps, inner = x.shape[0], time_stride(x)
+    neurons = x.numel() // num_steps
+    config = launch_config(op, num_steps, x.element_size(), x.device)
+    block = config["BLOCK"]
+    with on_device(x):
+        kernel[(triton.cdiv(neurons, block),)](
+            *args, neurons, inner, T=num_steps, STEPS=min(num_steps, CHUNK), TIME_OUTER=inner == neurons, **config,
+            **constants,
+        )  # fmt: skip
+
+
+def _forward_triton(
+    x: Tensor, state: Tensor | None, spikes: Tensor, last: Tensor, mask: Tensor, threshold: float, decay: float,
+    width: float, soft_reset: bool,
+) -> None:  # fmt: skip
+    _launch(
+        _lif_fwd_kernel, x, (x, state, spikes, last, mask), "lif_fwd",
+        THRESHOLD=threshold, DECAY=decay, WIDTH=width, SOFT=soft_reset, HAS_STATE=state is not None,
+        KEEP_MASK=mask.numel() > 0, RETURN_STATE=last.numel() > 0,
+    )  # fmt: skip
+
+
+def _backward_triton(
+    grad: Tensor, grad_last: Tensor | None, x: Tensor, state: Tensor | None, mask: Tensor, grad_x: Tensor,
+    grad_state: Tensor, threshold: float, decay: float, surrogate: int, width: float, detach_reset: bool,
+    soft_reset: bool,
+) -> None:  # fmt: skip
+    shared = dict(
+        THRESHOLD=threshold, DECAY=decay, WIDTH=width, DETACH=detach_reset, SOFT=soft_reset,
+        HAS_STATE=grad_state.numel() > 0, HAS_GV=grad_last is not None,
+    )  # fmt: skip
+    if mask.numel():
+        args = (grad, grad_last, mask, grad_x, grad_state)
+        _launch(_lif_bwd_mask_kernel, grad_x, args, "lif_bwd_mask", **shared)
+        return
+    num_steps = x.shape[0]
+    chunks = triton.cdiv(num_steps, CHUNK)
+    scratch = x.new_empty(chunks * (x.numel() // num_steps) if chunks > 1 else 0, dtype=torch.float32)
+    args = (grad, grad_last, x, state, grad_x, grad_state, scratch)
+    _launch(_lif_bwd_kernel, grad_x, args, "lif_bwd", SURROGATE=surrogate, **shared)
+
+
+_lib = torch.library.Library("gac_kernels", "FRAGMENT")
+_lib.define(
+    "lif(Tensor x, Tensor? state, float threshold, float decay, int surrogate, float width, bool detach_reset, "
+    "bool soft_reset, bool keep_mask, bool return_state) -> (Tensor, Tensor, Tensor)"
+)
+_lib.define(
+    "lif_backward(Tensor grad, Tensor? grad_last, Tensor x, Tensor? state, Tensor mask, SymInt[] strides, "
+    "float threshold, float decay, int surrogate, float width, bool detach_reset, bool soft_reset) -> (Tensor, Tensor)"
+)
+
+
+def _outputs(x: Tensor, keep_mask: bool, return_state: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Unwritten spikes, last membrane and bit mask; what was not asked for has no elements."""
+    spikes = torch.empty_like(x)
+    frame = torch.empty_like(x[0], dtype=state_dtype(x.dtype)) if return_state else x.new_empty(0, dtype=torch.float32)
+    kept = x.numel() // x.shape[0] if keep_mask else 0
+    return spikes, frame, x.new_empty(kept, dtype=mask_dtype(x.shape[0]) if keep_mask else torch.uint8)
+
+
+@torch.library.impl(_lib, "lif", "CompositeExplicitAutograd")
+def _lif(x, state, threshold, decay, surrogate, width, detach_reset, soft_reset, keep_mask, return_state):
+    check_current("x", x, min_dims=1)
+    check_state(state, x)
+    keep_mask = keep_mask and can_keep_mask(x.shape[0], surrogate, detach_reset, soft_reset)
+    spikes, last, mask = _outputs(x, keep_mask, return_state)
+    if x.numel():
+        source = as_layout(x, spikes)
+        start = None if state is None else as_layout(state, torch.empty_like(spikes[0], dtype=state.dtype))
+        run = _forward_triton if resolve_backend(x.device, x.dtype) == "triton" else eager.lif_forward
+        run(source, start, spikes, last, mask, threshold, decay, width, soft_reset)
+    elif return_state and state is not None:
+        last.copy_(state)
+    return spikes, last, mask
+
+
+@torch.library.impl(_lib, "lif_backward", "CompositeExplicitAutograd")
+def _lif_backward(
+    grad, grad_last, x, state, mask, strides, threshold, decay, surrogate, width, detach_reset, soft_reset
+):
+    grad_x = torch.empty_strided(grad.shape, strides, dtype=grad.dtype, device=grad.device)
+    frame = torch.empty_like(grad_x[0], dtype=state_dtype(grad.dtype))
+    grad_state = torch.empty_like(frame) if state is not None else frame.new_empty(0)
+    if grad.numel():
+        grad = as_layout(grad, grad_x)
+        source = x if mask.numel() else as_layout(x, grad_x)
+        start, end = (None if v is None else as_layout(v, frame) for v in (state, grad_last))
+        run = _backward_triton if resolve_backend(grad.device, grad.dtype) == "triton" else eager.lif_backward
+        run(
+            grad, end, source, start, mask, grad_x, grad_state, threshold, decay, surrogate, width, detach_reset,
+            soft_reset,
+        )  # fmt: skip
+    return grad_x, grad_state
+
+
+@torch.library.register_fake("gac_kernels::lif", lib=_lib)
+def _lif_fake(x, state, threshold, decay, surrogate, width, detach_reset, soft_reset, keep_mask, return_state):
+    check_current("x", x, min_dims=1)
+    return _outputs(x, keep_mask and can_keep_mask(x.shape[0], surrogate, detach_reset, soft_reset), return_state)
+
+
+@torch.library.register_fake("gac_kernels::lif_backward", lib=_lib)
+def _lif_backward_fake(
+    grad, grad_last, x, state, mask, strides, threshold, decay, surrogate, width, detach_reset, soft_reset
+):
+    grad_x = torch.empty_strided(grad.shape, strides, dtype=grad.dtype, device=grad.device)
+    frame = torch.empty_like(grad_x[0], dtype=state_dtype(grad.dtype))
+    return grad_x, torch.empty_like(frame) if state is not None else frame.new_empty(0)
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    x, state, *ctx.spec_args, _, ctx.return_state = inputs
+    spikes, _, mask = output
+    ctx.strides = spikes.stride()
+    ctx.has_state = state is not None
+    # With the bit mask, x is not needed any more: an empty tensor stands for it.
+    ctx.save_for_backward(x.new_empty(0) if mask.numel() else x, state, mask)
+
+
+def _autograd(ctx, grad_spikes, grad_last, _grad_mask):
+    x, state, mask = ctx.saved_tensors
+    grad_x, grad_state = torch.ops.gac_kernels.lif_backward(
+        grad_spikes, grad_last if ctx.return_state else None, x, state, mask, ctx.strides, *ctx.spec_args
+    )
+    return grad_x, grad_state if ctx.has_state else None, *[None] * 8
+
+
+torch.library.register_autograd("gac_kernels::lif", _autograd, setup_context=_setup_context, lib=_lib)
+
+
+def lif(
+    x: Tensor, spec: LIFSpec = CIFAR, state: Tensor | None = None, return_state: bool = False
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Multi-step leaky integrate-and-fire neuron over a whole sequence, in one kernel.
+
+    ``u[t] = decay * v[t-1] + x[t]``; a spike where ``u[t] > threshold``; then the reset: see `LIFSpec`. The membrane is
+    float32 whatever x's dtype (float64 for float64, which always runs as plain PyTorch). Nothing is kept between
+    calls: to go on where a sequence ended, hand its last membrane to the next call.
+
+    Args:
+        x: (T, ...), input current; float32, float16, bfloat16 or float64; any dense memory format without a copy.
+        spec: Dynamics and surrogate gradient.
+        state: (...), membrane potential after the reset of the step before the first; zeros if None.
+        return_state: Return the last membrane potential as well.
+
+    Returns:
+        Spikes (T, ...), 0 or 1, in x's dtype and memory format; with ``return_state`` also the membrane potential after
+        the last reset, (...) in float32.
+
+    Raises:
+        ValueError: x has no time axis, no step or no floating dtype; state has another shape, dtype or device; or the
+            backend that was forced cannot run here.
+
+    Source: Qiu et al., AAAI 2024 (arXiv 2308.06582).
+    """
+    check_spec(spec)
+    check_current("x", x, min_dims=1)
+    if state is not None:
+        state = state.to(state_dtype(x.dtype)) if state.is_floating_point() else state
+        check_state(state, x)
+    keep_mask = torch.is_grad_enabled() and x.requires_grad
+    spikes, last, _ = torch.ops.gac_kernels.lif(
+        x, state, spec.threshold, spec.decay, spec.surrogate_id, spec.width, spec.detach_reset, spec.soft_reset,
+        keep_mask, return_state,
+    )  # fmt: skip
+    return (spikes, last) if return_state else spikes

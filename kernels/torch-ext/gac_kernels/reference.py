@@ -1,0 +1,127 @@
+"""Plain PyTorch, one line an equation, any floating dtype and device: the definition of right.
+
+Same signatures as the ops. ``smooth=True`` replaces the step by the integral of its surrogate derivative, which makes
+the whole computation differentiable, so that its gradient can be checked numerically.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from .spec import CIFAR, LIFSpec
+
+
+def surrogate_derivative(d: Tensor, surrogate: str, width: float) -> Tensor:
+    """Surrogate of ds/du at d = u - threshold; formulas in `LIFSpec`."""
+    if surrogate == "triangle":
+        return (width - d.abs()).clamp(min=0.0) / width**2
+    if surrogate == "rectangle":
+        return (d.abs() < width).to(d.dtype) / (2.0 * width)
+    if surrogate == "atan":
+        return 1.0 / (width * (1.0 + (d * (math.pi / width)).square()))
+    p = torch.sigmoid(d * (4.0 / width))
+    return (4.0 / width) * p * (1.0 - p)
+
+
+def smooth_step(d: Tensor, surrogate: str, width: float) -> Tensor:
+    """Integral of `surrogate_derivative`: rises from 0 to 1 around d = 0."""
+    if surrogate == "triangle":
+        z = (d / width).clamp(-1.0, 1.0)
+        return 0.5 + z - 0.5 * z * z.abs()
+    if surrogate == "rectangle":
+        return 0.5 + d.clamp(-width, width) / (2.0 * width)
+    if surrogate == "atan":
+        return 0.5 + torch.atan(d * (math.pi / width)) / math.pi
+    return torch.sigmoid(d * (4.0 / width))
+
+
+class _Step(torch.autograd.Function):
+    """Heaviside step, strict, with a surrogate derivative."""
+
+    @staticmethod
+    def forward(ctx, d: Tensor, surrogate: str, width: float) -> Tensor:
+        ctx.save_for_backward(d)
+        ctx.surrogate, ctx.width = surrogate, width
+        return (d > 0).to(d.dtype)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
+        (d,) = ctx.saved_tensors
+        return grad * surrogate_derivative(d, ctx.surrogate, ctx.width), None, None
+
+
+def state_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Dtype of the membrane for an input of ``dtype``: float32, or float64 for float64."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def lif_reference(
+    x: Tensor, spec: LIFSpec = CIFAR, state: Tensor | None = None, return_state: bool = False, smooth: bool = False
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Multi-step leaky integrate-and-fire neuron, step by step.
+
+    Args:
+        x: (T, ...), input current.
+        spec: Dynamics and surrogate.
+        state: (...), membrane potential after the reset of the step before the first; zeros if None.
+        return_state: Return the last membrane potential as well.
+        smooth: Differentiable twin for numerical gradient checks.
+
+    Returns:
+        Spikes (T, ...) in x's dtype, and with ``return_state`` the membrane (...) in float32 (float64 for float64).
+    """
+    v = torch.zeros_like(x[0], dtype=state_dtype(x.dtype)) if state is None else state.to(state_dtype(x.dtype))
+    spikes = []
+    for current in x:
+        u = spec.decay * v + current.to(v.dtype)
+        d = u - spec.threshold
+        s = smooth_step(d, spec.surrogate, spec.width) if smooth else _Step.apply(d, spec.surrogate, spec.width)
+        r = s.detach() if spec.detach_reset else s
+        v = u - spec.threshold * r if spec.soft_reset else (1.0 - r) * u
+        spikes.append(s.to(x.dtype))
+    return (torch.stack(spikes), v) if return_state else torch.stack(spikes)
+
+
+def gated_lif_reference(
+    x: Tensor, spatial: Tensor, temporal: Tensor, spec: LIFSpec = CIFAR, smooth: bool = False
+) -> Tensor:
+    """Gated spikes of an input that varies over time: ``sigmoid(temporal[t] * spatial[t]) * LIF(x)[t]``.
+
+    Args:
+        x: (T, B, C, H, W), input current.
+        spatial: (T, B, C, H, W), spatial-channel attention before the sigmoid.
+        temporal: (B, T), temporal attention before the sigmoid.
+        spec: Dynamics and surrogate.
+        smooth: Differentiable twin for numerical gradient checks.
+
+    Returns:
+        (T, B, C, H, W) in x's dtype, values in [0, 1).
+
+    Source: Qiu et al., AAAI 2024 (arXiv 2308.06582).
+    """
+    dtype = state_dtype(x.dtype)
+    spikes = lif_reference(x.to(dtype), spec, smooth=smooth)
+    scores = temporal.to(dtype).t()[:, :, None, None, None] * spatial.to(dtype)  # (T, B, C, H, W)
+    return (torch.sigmoid(scores) * spikes).to(x.dtype)
+
+
+def gac_encode_reference(
+    stem: Tensor, spatial: Tensor, temporal: Tensor, spec: LIFSpec = CIFAR, smooth: bool = False
+) -> Tensor:
+    """Gated attention coding of a static image by literal repetition over time.
+
+    Args:
+        stem: (B, C, H, W), the stem's output, the same at every step.
+        spatial: (B, C, H, W), spatial-channel attention before the sigmoid.
+        temporal: (B, T), temporal attention before the sigmoid.
+        spec: Dynamics and surrogate.
+        smooth: Differentiable twin for numerical gradient checks.
+
+    Returns:
+        (T, B, C, H, W) in stem's dtype, values in [0, 1).
+    """
+    repeats = (temporal.shape[1], *stem.shape)
+    return gated_lif_reference(stem.expand(repeats), spatial.expand(repeats), temporal, spec, smooth)

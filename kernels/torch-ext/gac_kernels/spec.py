@@ -1,0 +1,80 @@
+"""What a leaky integrate-and-fire neuron computes, as frozen data."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+SURROGATES = ("triangle", "rectangle", "atan", "sigmoid")
+RESETS = ("hard", "soft")
+
+
+@dataclass(frozen=True)
+class LIFSpec:
+    """One leaky integrate-and-fire neuron: dynamics and surrogate gradient.
+
+    With u the membrane before reset, v after it, s the spike, and d = u - threshold::
+
+        u[t] = decay * v[t-1] + x[t]
+        s[t] = 1 if u[t] > threshold else 0
+        v[t] = (1 - s[t]) * u[t]              (reset='hard')
+        v[t] = u[t] - threshold * s[t]        (reset='soft')
+
+    The derivative ds/du is replaced, in the backward pass only, by a surrogate of unit area:
+
+    ==========  ============================================  =============================
+    surrogate   value at d                                    ``width``
+    ==========  ============================================  =============================
+    triangle    max(0, width - abs(d)) / width**2             half-width of the support
+    rectangle   1 / (2 * width) where abs(d) < width, else 0  half-width of the support
+    atan        1 / (width * (1 + (pi * d / width)**2))       reciprocal of the peak
+    sigmoid     a * p * (1 - p), a = 4 / width,               reciprocal of the peak
+                p = sigmoid(a * d)
+    ==========  ============================================  =============================
+
+    Args:
+        threshold: Membrane potential above which (strictly) the neuron fires.
+        decay: Fraction of the membrane potential that survives one step, in [0, 1].
+        surrogate: One of ``triangle``, ``rectangle``, ``atan``, ``sigmoid``.
+        width: Width of the surrogate, in units of membrane potential.
+        detach_reset: Treat the spike in the reset as a constant in the backward pass.
+        reset: ``hard`` resets to 0, ``soft`` subtracts the threshold.
+
+    Raises:
+        ValueError: A field is out of range; the message names the field and its valid values.
+
+    Source: Qiu et al., AAAI 2024 (arXiv 2308.06582); the two dialects are those of its published models.
+    """
+
+    threshold: float = 1.0
+    decay: float = 0.5
+    surrogate: str = "triangle"
+    width: float = 1.0
+    detach_reset: bool = False
+    reset: str = "hard"
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.threshold) and self.threshold > 0):
+            raise ValueError(f"expected a finite threshold > 0, got {self.threshold!r}: give one such as 1.0")
+        if not 0.0 <= self.decay <= 1.0:
+            raise ValueError(f"expected a decay in [0, 1], got {self.decay!r}: give one such as 0.5")
+        if self.surrogate not in SURROGATES:
+            raise ValueError(f"expected a surrogate out of {SURROGATES}, got {self.surrogate!r}: choose one of these")
+        if not (math.isfinite(self.width) and self.width > 0):
+            raise ValueError(f"expected a finite surrogate width > 0, got {self.width!r}: give one such as 1.0")
+        if self.reset not in RESETS:
+            raise ValueError(f"expected a reset out of {RESETS}, got {self.reset!r}: choose one of these")
+
+    @property
+    def surrogate_id(self) -> int:
+        """Index of the surrogate in ``SURROGATES``: the form in which kernels take it."""
+        return SURROGATES.index(self.surrogate)
+
+    @property
+    def soft_reset(self) -> bool:
+        """Whether the reset subtracts the threshold rather than clearing the membrane."""
+        return self.reset == "soft"
+
+
+CIFAR = LIFSpec(threshold=1.0, decay=0.5, surrogate="triangle", width=1.0, detach_reset=False)
+IMAGENET = LIFSpec(threshold=0.5, decay=0.25, surrogate="rectangle", width=0.5, detach_reset=True)

@@ -1,0 +1,58 @@
+"""One neuron step, forward and backward, shared by every Triton kernel that contains the neuron.
+
+The formulas and their source stand in `LIFSpec`. Ids of the surrogates index ``spec.SURROGATES``.
+"""
+
+from __future__ import annotations
+
+from ._triton import tl, triton
+
+
+@triton.jit
+def within(inside, t, T: tl.constexpr, STEPS: tl.constexpr):
+    """Mask of elements that exist at step t, where sequences of T steps are walked in chunks of STEPS."""
+    here = inside
+    if T % STEPS != 0:
+        here = inside & (tl.zeros((1,), tl.int64) + t < T)
+    return here
+
+
+@triton.jit
+def surrogate_grad(d, SURROGATE: tl.constexpr, WIDTH: tl.constexpr):
+    """Surrogate of ds/du at d = u - threshold, float32."""
+    if SURROGATE == 0:  # triangle
+        g = tl.maximum(WIDTH - tl.abs(d), 0.0) * (1.0 / (WIDTH * WIDTH))
+    elif SURROGATE == 1:  # rectangle
+        g = tl.where(tl.abs(d) < WIDTH, 1.0 / (2.0 * WIDTH), 0.0)
+    elif SURROGATE == 2:  # atan
+        z = d * (3.141592653589793 / WIDTH)
+        g = (1.0 / WIDTH) / (1.0 + z * z)
+    else:  # sigmoid
+        p = tl.sigmoid(d * (4.0 / WIDTH))
+        g = (4.0 / WIDTH) * p * (1.0 - p)
+    return g
+
+
+@triton.jit
+def reset(u, THRESHOLD: tl.constexpr, SOFT: tl.constexpr):
+    """Membrane after the reset, float32."""
+    if SOFT:
+        v = tl.where(u > THRESHOLD, u - THRESHOLD, u)
+    else:
+        v = tl.where(u > THRESHOLD, 0.0, u)
+    return v
+
+
+@triton.jit
+def membrane_grad(
+    u, gs, gv, THRESHOLD: tl.constexpr, SURROGATE: tl.constexpr, WIDTH: tl.constexpr, DETACH: tl.constexpr,
+    SOFT: tl.constexpr,
+):  # fmt: skip
+    """Gradient at the membrane u from the gradients at the spike (gs) and at the membrane after reset (gv)."""
+    sg = surrogate_grad(u - THRESHOLD, SURROGATE, WIDTH)
+    if SOFT:
+        dv = 1.0 if DETACH else 1.0 - THRESHOLD * sg
+    else:
+        keep = tl.where(u > THRESHOLD, 0.0, 1.0)
+        dv = keep if DETACH else keep - u * sg
+    return gs * sg + gv * dv

@@ -1,0 +1,50 @@
+"""Launch parameters as data: a deterministic default, and one reviewed JSON file for each device that has been tuned.
+
+``configs/<device name>.json`` maps an op to ``{"<bytes an element>": {"BLOCK": ..., "num_warps": ...}}``; a key
+``"<bytes>:<T>"`` is more specific and wins. Nothing is tuned at run time: a search on the training path would stall the
+first step and could choose differently on each rank.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from pathlib import Path
+
+import torch
+
+DEFAULTS: dict[str, dict[str, int]] = {
+    "lif_fwd": {"BLOCK": 1024, "num_warps": 4},
+    "lif_bwd": {"BLOCK": 512, "num_warps": 4},
+    "lif_bwd_mask": {"BLOCK": 1024, "num_warps": 4},
+    "gac_fwd": {"BLOCK": 1024, "num_warps": 4},
+    "gac_bwd": {"BLOCK": 512, "num_warps": 4},
+}
+
+
+@functools.cache
+def _device_configs(name: str) -> dict[str, dict[str, dict[str, int]]]:
+    path = Path(__file__).parent / "configs" / f"{name.replace(' ', '_')}.json"
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+@functools.cache
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+@functools.cache
+def launch_config(op: str, num_steps: int, element_size: int, device: torch.device) -> dict[str, int]:
+    """Launch parameters of ``op``.
+
+    Args:
+        op: Name of a kernel, a key of ``DEFAULTS``.
+        num_steps: T.
+        element_size: Bytes of an element of the main input.
+        device: Where it will run.
+
+    Returns:
+        Keyword arguments of the launch: BLOCK and num_warps.
+    """
+    tuned = _device_configs(_device_name(device)).get(op, {})
+    return DEFAULTS[op] | tuned.get(str(element_size), {}) | tuned.get(f"{element_size}:{num_steps}", {})

@@ -1,0 +1,262 @@
+"""What every benchmark of this project shares: timing, memory, provenance, and the CSV, table and chart of its rows."""
+
+from __future__ import annotations
+
+import csv
+import datetime
+import os
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+Row = dict[str, Any]
+PROVENANCE = ("date_utc", "device", "torch", "triton", "timm_gac", "commit", "backend")
+# Larger than the L2 of any GPU we know (50 MB on an H100), so that no repetition finds its input there.
+FLUSH_BYTES = 256 * 2**20
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Median and spread of repeated runs, in milliseconds."""
+
+    median_ms: float
+    p20_ms: float
+    p80_ms: float
+    repetitions: int
+
+    @classmethod
+    def of(cls, times_ms: Sequence[float]) -> Timing:
+        """Summarise one time per repetition."""
+        ordered = sorted(times_ms)
+        last = len(ordered) - 1
+        return cls(statistics.median(ordered), ordered[round(0.2 * last)], ordered[round(0.8 * last)], len(ordered))
+
+
+def measure_time(
+    function: Callable[[], object], device: torch.device, *, target_ms: float = 100.0, warmup_ms: float = 25.0
+) -> Timing:
+    """Time a function that is already compiled: the median of many repetitions.
+
+    On a CUDA device each repetition is bracketed by events. Between repetitions a buffer larger than the L2 cache is
+    written, which also leaves the cache full of dirty lines: an op pays for the lines it finds and is spared those it
+    leaves. The stream then sleeps for about half a millisecond, so that the host runs ahead and launch overhead stays
+    out. On a CPU the clock is ``time.perf_counter``.
+
+    Args:
+        function: What to time; its result is dropped.
+        device: Where it runs.
+        target_ms: Total time of the timed repetitions, at least 10 of them and at most 1000.
+        warmup_ms: Total time of the repetitions before those.
+    """
+    function()
+    if device.type != "cuda":
+        estimate = _perf_counter_ms(function)
+        for _ in range(min(100, int(warmup_ms / estimate))):
+            function()
+        return Timing.of([_perf_counter_ms(function) for _ in range(_repetitions(target_ms, estimate))])
+    flush = torch.empty(FLUSH_BYTES, dtype=torch.int8, device=device)
+    estimate = statistics.median(_event_ms(function, flush, 3))
+    _event_ms(function, flush, min(1000, int(warmup_ms / estimate)))
+    return Timing.of(_event_ms(function, flush, _repetitions(target_ms, estimate)))
+
+
+def _repetitions(target_ms: float, estimate_ms: float) -> int:
+    return max(10, min(1000, int(target_ms / max(estimate_ms, 1e-3))))
+
+
+def _perf_counter_ms(function: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    function()
+    return max(1e3 * (time.perf_counter() - start), 1e-6)
+
+
+def _event_ms(function: Callable[[], object], flush: torch.Tensor, repetitions: int) -> list[float]:
+    starts = [torch.cuda.Event(enable_timing=True) for _ in range(repetitions)]
+    ends = [torch.cuda.Event(enable_timing=True) for _ in range(repetitions)]
+    for start, end in zip(starts, ends, strict=True):
+        flush.zero_()
+        torch.cuda._sleep(1_000_000)  # cycles: about 0.5 ms
+        start.record()
+        function()
+        end.record()
+    torch.cuda.synchronize(flush.device)
+    return [start.elapsed_time(end) for start, end in zip(starts, ends, strict=True)]
+
+
+def measure_copy(size: int, dtype: torch.dtype, device: torch.device, *, target_ms: float = 100.0) -> Timing:
+    """Time an out-of-place copy of ``size`` random elements, which reads and writes each once."""
+    source = torch.randn(size, device=device, dtype=dtype)
+    target = torch.empty_like(source)
+    return measure_time(lambda: target.copy_(source), device, target_ms=target_ms)
+
+
+def measure_peak_bytes(function: Callable[[], object], device: torch.device) -> int | None:
+    """Most device memory held during a call beyond what was held before it; None where nothing counts it (CPU)."""
+    if device.type != "cuda":
+        return None
+    torch.cuda.synchronize(device)
+    before = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    function()
+    torch.cuda.synchronize(device)
+    return torch.cuda.max_memory_allocated(device) - before
+
+
+def measure_saved_bytes(forward: Callable[[], torch.Tensor]) -> int:
+    """Bytes that a forward pass keeps alive for its backward pass, its own output not counted.
+
+    Tensors that share a storage count once, and saved inputs count: they live for as long as the graph does.
+    """
+    storages: dict[int, int] = {}
+    keep: list[torch.Tensor] = []  # an address is only unique while its owner lives
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        keep.append(tensor)
+        storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        output = forward()
+    storages.pop(output.untyped_storage().data_ptr(), None)
+    return sum(storages.values())
+
+
+def provenance(device: torch.device, backend: str, commit: str = "") -> Row:
+    """What a row must say for its numbers to mean anything: when, where, with which versions.
+
+    Args:
+        device: Where the benchmark runs.
+        backend: The backend that the project's own ops resolved to.
+        commit: The source's commit; by default ``TIMM_GAC_COMMIT``, then git, then ``unknown``.
+    """
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU {platform.machine()}"
+    return {
+        "date_utc": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M"),
+        "device": name,
+        "torch": torch.__version__,
+        "triton": _version("triton"),
+        "timm_gac": _version("timm-gac"),
+        "commit": commit or os.environ.get("TIMM_GAC_COMMIT", "") or _git_commit(),
+        "backend": backend,
+    }
+
+
+def _version(distribution: str) -> str:
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return "source" if distribution == "timm-gac" else "none"
+
+
+def _git_commit() -> str:
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--exclude", "*"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"
+
+
+def check_csv(path: Path, columns: Sequence[str]) -> None:
+    """Raise unless ``path`` is a new file or has exactly these columns: call it before an hour of measuring, too.
+
+    Raises:
+        ValueError: The file's header is another one.
+    """
+    if not path.exists() or path.stat().st_size == 0:
+        return
+    with path.open(newline="") as file:
+        header = next(csv.reader(file))
+    if header != list(columns):
+        raise ValueError(f"expected {path} to have the columns {list(columns)}, got {header}: choose another file")
+
+
+def append_csv(path: Path, columns: Sequence[str], rows: Iterable[Row]) -> None:
+    """Append rows to a CSV file, with a header if it is new. What the file holds already stays as it is.
+
+    Args:
+        path: The file; its folder is made where missing.
+        columns: The header, in order.
+        rows: One mapping from column to value each; floats keep six digits, None leaves its cell empty.
+
+    Raises:
+        ValueError: The file exists with another header.
+    """
+    check_csv(path, columns)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a", newline="") as file:
+        writer = csv.DictWriter(file, columns, lineterminator="\n")
+        if file.tell() == 0:
+            writer.writeheader()
+        for row in rows:
+            writer.writerow({key: f"{value:.6g}" if isinstance(value, float) else value for key, value in row.items()})
+
+
+def rows_table(rows: Iterable[Row], columns: dict[str, str], title: str) -> Table:
+    """A rich table of some columns of the rows.
+
+    Args:
+        rows: One mapping from column to value each.
+        columns: Column name to a format specification such as ``.3f``; text columns have an empty one.
+        title: Printed above the table.
+    """
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left")
+    for name, form in columns.items():
+        table.add_column(name.replace("_", " "), justify="right" if form else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*("" if row[name] is None else format(row[name], form) for name, form in columns.items()))
+    return table
+
+
+def bar_chart(path: Path, panels: dict[str, dict[str, dict[str, float]]], *, title: str, value: str, limit: float) -> None:
+    """Write a PNG of grouped horizontal bars: one panel, one group and one bar per level of ``panels``.
+
+    Args:
+        path: The PNG file.
+        panels: Panel title to group label to series name to value.
+        title: Printed above the panels.
+        value: Label of the value axis.
+        limit: A reference value, drawn as a line.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Patch
+
+    series = list(dict.fromkeys(name for groups in panels.values() for bars in groups.values() for name in bars))
+    colours = dict(zip(series, ("#0b6e4f", "#9aa5b1", "#e0a458", "#b04a5a", "#5b7db1", "#333333"), strict=False))
+    heights = [sum(len(bars) + 0.7 for bars in groups.values()) for groups in panels.values()]
+    figure = Figure(figsize=(9, 1.2 + 0.2 * sum(heights) + 0.5 * len(heights)), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(len(panels), 1, sharex=True, squeeze=False, height_ratios=heights)[:, 0]
+    for axis, (name, groups) in zip(axes, panels.items(), strict=True):
+        position, ticks = 0.0, []
+        for bars in groups.values():
+            ticks.append(position + (len(bars) - 1) / 2)
+            for label, number in bars.items():
+                axis.barh(position, number, height=0.9, color=colours.get(label, "#333333"))
+                axis.text(number, position, f" {number:.2f}", va="center", fontsize=7)
+                position += 1
+            position += 0.7
+        axis.set_yticks(ticks, list(groups), fontsize=8)
+        axis.set_ylim(position - 0.7, -0.7)
+        axis.axvline(limit, color="black", linewidth=0.8, linestyle=":")
+        axis.set_title(name, fontsize=9, loc="left")
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[-1].set_xlabel(value)
+    figure.suptitle(title, fontsize=10)
+    handles = [Patch(color=colours.get(name, "#333333"), label=name) for name in series]
+    figure.legend(handles=handles, loc="outside lower center", ncols=min(6, len(series)), frameon=False, fontsize=8)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)

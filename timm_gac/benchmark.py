@@ -1,0 +1,299 @@
+"""Kernel benchmark: each op, once it has passed its check, against its rivals and the copy bandwidth of the same run.
+
+Run it as ``timm-gac bench kernels`` or ``python -m timm_gac.benchmark``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import itertools
+import logging
+import math
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from gac_kernels import resolve_backend
+
+from . import bench_ops
+from .bench_harness import (
+    PROVENANCE,
+    Row,
+    append_csv,
+    bar_chart,
+    check_csv,
+    measure_copy,
+    measure_peak_bytes,
+    measure_saved_bytes,
+    measure_time,
+    provenance,
+    rows_table,
+)
+from .bench_ops import DTYPES, SPECS, BenchOp, Case
+
+_logger = logging.getLogger(__name__)
+COLUMNS = (
+    *("op", "provider", "spec", "dtype", "memory_format", "num_steps", "shape", "direction", "status"),
+    *("median_ms", "p20_ms", "p80_ms", "repetitions", "bytes", "gb_per_s", "copy_fraction"),
+    *("peak_bytes", "saved_bytes_per_step", "note", *PROVENANCE),
+)
+TABLE = {"op": "", "provider": "", "spec": "", "dtype": "", "memory_format": "", "num_steps": "d", "direction": ""}
+TABLE |= {"median_ms": ".3f", "p20_ms": ".3f", "p80_ms": ".3f", "gb_per_s": ".0f", "copy_fraction": ".3f"}
+TABLE |= {"peak_gib": ".2f", "saved_bytes_per_step": ".2f", "status": "", "note": ""}
+
+
+@dataclass(frozen=True)
+class KernelBenchConfig:
+    """What `bench_kernels` runs: every combination of the tuples, then the rivals on some of them.
+
+    Args:
+        ops: Out of ``lif``, ``gac_encode``, ``gated_lif``.
+        dtypes: Out of ``float32``, ``bfloat16``.
+        memory_formats: Out of ``contiguous``, ``channels_last``.
+        num_steps: Numbers of time steps.
+        specs: Out of ``cifar``, ``imagenet``.
+        size: Neuron-steps per case; the batch is what makes T * B * C * H * W come closest from below.
+        frame: C, H and W.
+        rivals: Whether to time the reference, the compiled reference and SpikingJelly too.
+        rival_num_steps: The one number of steps at which they run, contiguous.
+        target_ms: Timed milliseconds per measurement.
+        time_budget_s: Start no further case after so many seconds; 0 is no limit. The rest is still written.
+        quick: A smaller size, T = 4 and short measurements: a look, not a result.
+        csv: File to append the rows to.
+        png: File for the bar chart.
+        commit: The source's commit, for the rows; found out where empty.
+        device: Torch device; empty is CUDA where there is one, else the CPU.
+    """
+
+    ops: tuple[str, ...] = ("lif", "gac_encode", "gated_lif")
+    dtypes: tuple[str, ...] = ("float32", "bfloat16")
+    memory_formats: tuple[str, ...] = ("contiguous", "channels_last")
+    num_steps: tuple[int, ...] = (2, 4, 6, 8)
+    specs: tuple[str, ...] = ("cifar", "imagenet")
+    size: int = 134_217_728
+    frame: tuple[int, int, int] = (128, 32, 32)
+    rivals: bool = True
+    rival_num_steps: int = 4
+    target_ms: float = 60.0
+    time_budget_s: float = 0.0
+    quick: bool = False
+    csv: Path | None = None
+    png: Path | None = None
+    commit: str = ""
+    device: str = ""
+
+    def __post_init__(self) -> None:
+        valid = {"ops": bench_ops.OPS, "dtypes": DTYPES, "memory_formats": bench_ops.MEMORY_FORMATS, "specs": SPECS}
+        for name, allowed in valid.items():
+            unknown = set(getattr(self, name)) - set(allowed)
+            if unknown:
+                raise ValueError(f"expected {name} out of {list(allowed)}, got {sorted(unknown)}: choose among these")
+
+    def cases(self) -> list[tuple[str, Case]]:
+        """Pairs of provider and case in the order they run: own ops first, since rivals are the slow part."""
+        axes = (self.ops, self.specs, self.dtypes, self.memory_formats, self.num_steps)
+        own = [("timm_gac", Case(*values)) for values in itertools.product(*axes)]
+        if not self.rivals:
+            return own
+        axes = (self.ops, self.specs, self.dtypes, ("contiguous",), (self.rival_num_steps,), bench_ops.RIVALS)
+        return own + [(provider, Case(*values)) for *values, provider in itertools.product(*axes)]
+
+
+def bench_kernels(config: KernelBenchConfig) -> list[Row]:
+    """Check and time every case; write the CSV and PNG that the config names.
+
+    Returns:
+        One row per case and direction, with `COLUMNS` as keys. A case that failed its check has one row whose
+        ``status`` is ``failed check``, with no times. Copy bandwidth is ``op='copy'``, at the start and at the end.
+
+    Raises:
+        ValueError: The CSV file has another header; nothing has been measured then.
+    """
+    if config.quick:
+        config = replace(config, size=min(config.size, 2**24), num_steps=(4,), rival_num_steps=4, target_ms=20.0)
+    if config.csv:
+        check_csv(config.csv, COLUMNS)
+    device = torch.device(config.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    origin = provenance(device, resolve_backend(device), config.commit)
+    started = time.perf_counter()
+    rows = _copy_rows(config, device, "start")
+    for provider, case in config.cases():
+        elapsed = time.perf_counter() - started
+        if config.time_budget_s and elapsed > config.time_budget_s:
+            _logger.warning("time budget of %g s spent: stopping before %s %s", config.time_budget_s, provider, case)
+            break
+        new = _bench_case(config, provider, case, device)
+        last = new[-1] if new else {"status": "not installed", "median_ms": None}
+        _logger.info("%4.0f s  %s %s: %s ms, %s", elapsed, provider, case, last["median_ms"], last["status"])
+        rows += new
+    rows += _copy_rows(config, device, "end")
+    rows = [_finish(row, rows) | origin for row in rows]
+    if config.csv:
+        append_csv(config.csv, COLUMNS, rows)
+    if config.png:
+        write_chart(rows, config.png)
+    return rows
+
+
+def _copy_rows(config: KernelBenchConfig, device: torch.device, moment: str) -> list[Row]:
+    rows = []
+    for name in config.dtypes:
+        timing = measure_copy(config.size, DTYPES[name], device, target_ms=config.target_ms)
+        row = {"op": "copy", "provider": "torch", "dtype": name, "shape": str(config.size), "direction": moment}
+        row |= {"status": "ok", "bytes": 2 * config.size * DTYPES[name].itemsize, **asdict(timing)}
+        rows.append(dict.fromkeys(COLUMNS) | row)
+    return rows
+
+
+def _bench_case(config: KernelBenchConfig, provider: str, case: Case, device: torch.device) -> list[Row]:
+    """Rows of one provider on one case: forward and forward+backward, or one that says what went wrong."""
+    op, frame = bench_ops.OPS[case.op], config.frame
+    batch = max(1, config.size // (case.num_steps * math.prod(frame)))
+    inputs = bench_ops.make_inputs(op, case, batch, frame, device)
+    common = dict.fromkeys(COLUMNS) | asdict(case) | {"provider": provider, "note": ""}
+    common["shape"] = "x".join(map(str, (case.num_steps, batch, *frame)))
+    try:
+        if provider == "timm_gac":
+            run = op.run
+            failure = bench_ops.check_case(op, case, inputs)
+            if failure:
+                return [common | {"direction": "check", "status": "failed check", "note": failure}]
+
+            def function(*tensors: torch.Tensor) -> torch.Tensor:
+                return run(*tensors, SPECS[case.spec])
+        else:
+            rival = bench_ops.make_rival(provider, case.op, SPECS[case.spec], inputs)
+            if rival is None:
+                return []
+            function = rival
+            common["note"] = _flip_note(op, case, inputs, function)
+        return _time_case(config, op, case, inputs, function, common)
+    except Exception as error:  # a rival or op that cannot run is a row of the result, not the end of the run
+        _logger.exception("%s %s", provider, case)
+        status = "failed check" if provider == "timm_gac" else "error"
+        note = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+        return [common | {"direction": "check", "status": status, "note": note}]
+    finally:
+        del inputs
+        gc.collect()
+
+
+def _flip_note(
+    op: BenchOp, case: Case, inputs: Sequence[torch.Tensor], rival: Callable[..., torch.Tensor]
+) -> str:
+    """The share of spikes on which a rival and the reference differ: SpikingJelly also fires at the threshold."""
+    with torch.no_grad():
+        expected = op.reference(*(tensor.float() for tensor in inputs), SPECS[case.spec]) != 0
+        flips = ((rival(*inputs) != 0) != expected).float().mean().item()
+    return f"{flips:.1e} of spikes differ"
+
+
+def _time_case(
+    config: KernelBenchConfig,
+    op: BenchOp,
+    case: Case,
+    inputs: Sequence[torch.Tensor],
+    function: Callable[..., torch.Tensor],
+    common: Row,
+) -> list[Row]:
+    device = inputs[0].device
+    output = function(*inputs).detach()
+    grad = torch.randn_like(output)
+    mask = bench_ops.mask_bytes(op, SPECS[case.spec], case.num_steps, output[0].numel())
+    counts = bench_ops.count_bytes(inputs, output, mask)
+    saved = {"saved_bytes_per_step": measure_saved_bytes(lambda: function(*inputs)) / output.numel()}
+    del output
+
+    def forward() -> torch.Tensor:
+        with torch.no_grad():
+            return function(*inputs)
+
+    def forward_backward() -> tuple[torch.Tensor, ...]:
+        return torch.autograd.grad(function(*inputs), list(inputs), grad)
+
+    directions: tuple[tuple[str, Callable[[], object], Row], ...]
+    directions = (("forward", forward, {}), ("forward+backward", forward_backward, saved))
+    rows = []
+    for (direction, timed, extra), count in zip(directions, counts, strict=True):
+        timing = measure_time(timed, device, target_ms=config.target_ms)
+        measured = {"bytes": count, "peak_bytes": measure_peak_bytes(timed, device), **asdict(timing), **extra}
+        rows.append(common | {"direction": direction, "status": "ok"} | measured)
+    return rows
+
+
+def _finish(row: Row, rows: list[Row]) -> Row:
+    """Add bandwidth and its fraction of the run's copies, which are complete only at the end."""
+    if row["median_ms"] is None:
+        return row
+    copies = [copy for copy in rows if copy["op"] == "copy" and copy["dtype"] == row["dtype"]]
+    bandwidth = statistics.median(copy["bytes"] / copy["median_ms"] for copy in copies)
+    speed = row["bytes"] / row["median_ms"]  # bytes per millisecond
+    return row | {"gb_per_s": speed / 1e6, "copy_fraction": speed / bandwidth}
+
+
+def kernel_table(rows: Sequence[Row]) -> Any:
+    """The rows as a rich table."""
+    shown = [row | {"peak_gib": None if row["peak_bytes"] is None else row["peak_bytes"] / 2**30} for row in rows]
+    first = rows[0]
+    title = f"{first['device']}, torch {first['torch']}, triton {first['triton']}, backend {first['backend']}"
+    return rows_table(shown, TABLE, title)
+
+
+def write_chart(rows: Sequence[Row], path: Path) -> None:
+    """Bars of copy fraction: a panel per op and direction, a group per dtype and T, a bar per provider.
+
+    The CIFAR dialect stands for both where both were run; a case that ran in both memory formats shows the contiguous.
+    """
+    timed = [row for row in rows if row["op"] != "copy" and row["status"] == "ok"]
+    spec = "cifar" if any(row["spec"] == "cifar" for row in timed) else "imagenet"
+    panels: dict[str, dict[str, dict[str, float]]] = {}
+    for row in sorted(timed, key=lambda row: row["memory_format"] == "channels_last"):
+        if row["spec"] == spec:
+            groups = panels.setdefault(f"{row['op']}, {row['direction']}", {})
+            bars = groups.setdefault(f"{row['dtype']}, T={row['num_steps']}", {})
+            bars.setdefault(row["provider"], row["copy_fraction"])
+    if panels:
+        title = f"{rows[0]['device']}, {spec} neuron, {rows[0]['date_utc']} UTC"
+        bar_chart(path, panels, title=title, value="fraction of copy bandwidth", limit=1.0)
+
+
+def parse_config(defaults: KernelBenchConfig, arguments: Sequence[str] | None = None) -> KernelBenchConfig:
+    """Command-line options, one per field of the config, for where the full command line is not installed."""
+    parser = argparse.ArgumentParser(description="Benchmark the spiking kernels.")
+    for field in fields(defaults):
+        default = getattr(defaults, field.name)
+        options: dict[str, Any] = {"default": default, "type": Path if "Path" in str(field.type) else type(default)}
+        if isinstance(default, tuple):
+            options |= {"nargs": "+", "type": type(default[0])}
+        elif isinstance(default, bool):
+            options = {"default": default, "action": argparse.BooleanOptionalAction}
+        parser.add_argument("--" + field.name.replace("_", "-"), **options)
+    values = vars(parser.parse_args(arguments))
+    return replace(defaults, **{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})
+
+
+def main(defaults: KernelBenchConfig | None = None, arguments: Sequence[str] | None = None) -> int:
+    """Run the benchmark and show its table; 1 when an op failed its check, else 0."""
+    from rich.console import Console
+
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    rows = bench_kernels(parse_config(defaults or KernelBenchConfig(), arguments))
+    console = Console()
+    # Off a terminal rich assumes 80 columns and would fold every cell of a log.
+    console.width = console.width if console.is_terminal else 220
+    console.print(kernel_table(rows))
+    return exit_code(rows)
+
+
+def exit_code(rows: Sequence[Row]) -> int:
+    """1 when an op failed its check, else 0."""
+    return int(any(row["status"] == "failed check" for row in rows))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

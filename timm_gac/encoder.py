@@ -1,0 +1,207 @@
+"""Input encoders: gated attention coding and direct coding.
+
+No ``from __future__ import annotations`` here: TorchScript reads the class annotations as types, not as strings.
+"""
+
+import torch
+import torch.nn.functional as F
+from timm.layers import register_notrace_module
+from torch import Tensor, nn
+
+from gac_kernels import CIFAR, LIFSpec, gac_encode, gated_lif
+
+from .neuron import check_num_steps
+
+__all__ = ["DirectCoding", "GatedAttentionCoding", "SpatialChannelAttention", "TemporalAttention"]
+
+
+class TemporalAttention(nn.Module):
+    """One score per sample and time step: ``W2 relu(W1 average) + W2 relu(W1 maximum)``, without bias.
+
+    Shape:
+        - ``average``, ``maximum``: ``(B, T)``, each frame pooled over channels and space
+        - output: ``(B, T)``, before the sigmoid
+
+    Args:
+        num_steps: Number of time steps T.
+        reduction: Hidden width is ``T // reduction``, at least 1.
+        device: Device of the parameters.
+        dtype: Dtype of the parameters.
+
+    Source: Qiu et al., AAAI 2024 (arXiv 2308.06582), the temporal attention of gated attention coding.
+    """
+
+    def __init__(
+        self,
+        num_steps: int,
+        reduction: int = 2,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        check_num_steps(num_steps)
+        if reduction < 1:
+            raise ValueError(f"expected reduction >= 1, got {reduction!r}: give one such as 2")
+        hidden = max(1, num_steps // reduction)
+        self.fc1 = nn.Linear(num_steps, hidden, bias=False, device=device, dtype=dtype)
+        self.fc2 = nn.Linear(hidden, num_steps, bias=False, device=device, dtype=dtype)
+
+    def forward(self, average: Tensor, maximum: Tensor) -> Tensor:
+        """Scores ``(B, T)``."""
+        return self.fc2(F.relu(self.fc1(average))) + self.fc2(F.relu(self.fc1(maximum)))
+
+
+class SpatialChannelAttention(nn.Module):
+    """One score per pixel and channel of a frame: two 4x4 'same' convolutions with a ReLU between, without bias.
+
+    Shape:
+        - ``(N, C, H, W)`` -> ``(N, C, H, W)``, before the sigmoid
+
+    Args:
+        channels: Number of channels C.
+        device: Device of the parameters.
+        dtype: Dtype of the parameters.
+
+    Source: Qiu et al., AAAI 2024 (arXiv 2308.06582), the spatial-channel attention of gated attention coding.
+    """
+
+    def __init__(
+        self, channels: int, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> None:
+        super().__init__()
+        self.conv_a = nn.Conv2d(channels, channels, 4, bias=False, device=device, dtype=dtype)
+        self.conv_b = nn.Conv2d(channels, channels, 4, bias=False, device=device, dtype=dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Scores in the shape of ``x``."""
+        # 'same' for an even kernel: one before, two after. Spelled out, as padding='same' warns about the copy it makes.
+        x = F.relu(self.conv_a(F.pad(x, [1, 2, 1, 2])))
+        return self.conv_b(F.pad(x, [1, 2, 1, 2]))
+
+
+@register_notrace_module
+class GatedAttentionCoding(nn.Module):
+    """Gated attention coding (GAC): real-valued frames to gated spikes, in front of any spiking network.
+
+    ``y[t] = sigmoid(m[t] * n[t]) * LIF(A)[t]`` with the temporal score m, the spatial-channel score n and the frames A. For
+    a static image all A[t] are equal, so n and the pools are computed once and the repetition never exists in memory.
+
+    Shape:
+        - static image: ``(B, C, H, W)`` -> ``(T, B, C, H, W)``
+        - frames: ``(T, B, C, H, W)`` -> ``(T, B, C, H, W)``
+
+    Args:
+        channels: Number of channels C.
+        num_steps: Number of time steps T.
+        spec: What the neuron computes.
+        reduction: Hidden width of the temporal attention is ``T // reduction``, at least 1.
+        device: Device of the parameters.
+        dtype: Dtype of the parameters.
+
+    Raises:
+        ValueError: The input has another rank, number of channels or number of steps.
+
+    Source: Qiu et al., AAAI 2024 (arXiv 2308.06582), section "Gated attention coding".
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        num_steps: int,
+        spec: LIFSpec = CIFAR,
+        reduction: int = 2,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.channels = channels
+        self.num_steps = check_num_steps(num_steps)
+        self.spec = spec
+        # TorchScript knows no dataclass: the same values once more as plain attributes.
+        self.threshold, self.decay = float(spec.threshold), float(spec.decay)
+        self.surrogate, self.width = int(spec.surrogate_id), float(spec.width)
+        self.detach_reset, self.soft_reset = bool(spec.detach_reset), bool(spec.soft_reset)
+        self.temporal = TemporalAttention(num_steps, reduction, device=device, dtype=dtype)
+        self.spatial = SpatialChannelAttention(channels, device=device, dtype=dtype)
+
+    def forward(self, stem: Tensor) -> Tensor:
+        """Gated spikes ``(T, B, C, H, W)``, real-valued in [0, 1), in the dtype of ``stem``."""
+        _check_input(stem, self.num_steps)
+        if stem.shape[-3] != self.channels:
+            raise ValueError(f"expected {self.channels} channels, got {stem.shape[-3]}: match `channels` to the input")
+        static = stem.ndim == 4
+        # Pools in at least float32: a 16-bit mean over C*H*W values keeps 8 to 11 bits of it.
+        wide = stem.float() if stem.dtype == torch.float16 or stem.dtype == torch.bfloat16 else stem
+        average, maximum = wide.mean([-3, -2, -1]), wide.amax([-3, -2, -1])  # (B,) or (T, B)
+        if static:
+            average = average.unsqueeze(1).expand(-1, self.num_steps)
+            maximum = maximum.unsqueeze(1).expand(-1, self.num_steps)
+        else:
+            average, maximum = average.t(), maximum.t()
+        dtype = self.temporal.fc1.weight.dtype
+        temporal = self.temporal(average.to(dtype), maximum.to(dtype))  # (B, T)
+        spatial = self.spatial(stem if static else stem.flatten(0, 1)).to(stem.dtype)
+        spatial = spatial.view_as(stem) if static else spatial.unflatten(0, [stem.shape[0], stem.shape[1]])
+        return self._gate(stem, spatial, temporal)
+
+    def _gate(self, stem: Tensor, spatial: Tensor, temporal: Tensor) -> Tensor:
+        if torch.jit.is_scripting():
+            return torch.ops.gac_kernels.gated_lif(
+                stem,
+                spatial,
+                temporal,
+                self.threshold,
+                self.decay,
+                self.surrogate,
+                self.width,
+                self.detach_reset,
+                self.soft_reset,
+            )
+        if stem.ndim == 4:
+            return gac_encode(stem, spatial, temporal, self.spec)
+        return gated_lif(stem, spatial, temporal, self.spec)
+
+    def extra_repr(self) -> str:
+        """Channels, steps and the spec's fields."""
+        return f"{self.channels}, num_steps={self.num_steps}, {self.spec}"
+
+
+@register_notrace_module
+class DirectCoding(nn.Module):
+    """Direct coding, the baseline encoder: every time step sees the same real-valued image.
+
+    Shape:
+        - static image: ``(B, C, H, W)`` -> ``(T, B, C, H, W)``, an expanded view without a copy
+        - frames: ``(T, B, C, H, W)`` -> the same tensor
+
+    Args:
+        num_steps: Number of time steps T.
+
+    Raises:
+        ValueError: The input has another rank or number of steps.
+    """
+
+    def __init__(self, num_steps: int) -> None:
+        super().__init__()
+        self.num_steps = check_num_steps(num_steps)
+
+    def forward(self, stem: Tensor) -> Tensor:
+        """The frames ``(T, B, C, H, W)``."""
+        _check_input(stem, self.num_steps)
+        if stem.ndim == 5:
+            return stem
+        return stem.unsqueeze(0).expand(self.num_steps, -1, -1, -1, -1)
+
+    def extra_repr(self) -> str:
+        """The number of steps."""
+        return f"num_steps={self.num_steps}"
+
+
+def _check_input(stem: Tensor, num_steps: int) -> None:
+    if stem.ndim != 4 and stem.ndim != 5:
+        raise ValueError(f"expected (B, C, H, W) or (T, B, C, H, W), got {stem.shape}: add or fold axes")
+    if stem.ndim == 5 and stem.shape[0] != num_steps:
+        raise ValueError(
+            f"expected num_steps={num_steps} frames on axis 0 of (T, B, C, H, W), got {stem.shape[0]}: "
+            "create the module with num_steps equal to the number of frames"
+        )

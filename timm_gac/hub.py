@@ -1,0 +1,202 @@
+"""Model folders: config.json and model.safetensors, as timm loads them and as the Model Hub holds them."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import pickle
+import struct
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import timm
+import torch
+from timm.models import clean_state_dict, is_model_in_modules, save_for_hf
+from torch import Tensor, nn
+
+from .models.published import NETWORKS
+from .models.spiking_resnet import checkpoint_filter_fn
+
+_logger = logging.getLogger(__name__)
+
+# Keys under which training scripts nest the tensors.
+WRAPPERS = ("state_dict_ema", "model_ema", "state_dict", "model_state_dict", "model", "net")
+# What the restricted unpickler and the archive readers raise on bytes that are not a checkpoint.
+UNREADABLE = (
+    pickle.UnpicklingError,
+    safetensors.SafetensorError,
+    struct.error,
+    RuntimeError,
+    EOFError,
+    ValueError,
+    LookupError,
+    AttributeError,
+    TypeError,
+    AssertionError,
+)
+
+
+def read_checkpoint(file: Path) -> dict[str, Tensor]:
+    """The tensors of a checkpoint file, by name, on the CPU; no code in the file is ever run.
+
+    Args:
+        file: A ``.safetensors`` file, or a pickle as written by ``torch.save`` (read with ``weights_only=True``): the
+            state dict itself or a dict that holds it under a usual key. A ``module.`` prefix is removed.
+
+    Raises:
+        ValueError: There is no such file, it cannot be read without running code, or it holds no state dict.
+    """
+    if not file.is_file():
+        raise ValueError(f"expected a checkpoint file, got {str(file)!r}, which is none: check the path")
+    try:
+        if file.suffix == ".safetensors":
+            checkpoint: Any = safetensors.torch.load_file(file, device="cpu")
+        else:
+            checkpoint = torch.load(file, map_location="cpu", weights_only=True)
+    except UNREADABLE as error:
+        reason = next((line for line in str(error).splitlines() if "GLOBAL" in line), type(error).__name__).strip()
+        raise ValueError(
+            f"expected a file of tensors, got {file.name!r}, which cannot be read without running code in it or is "
+            f"damaged ({reason}): save its state dict alone, with torch.save or as safetensors"
+        ) from error
+    if isinstance(checkpoint, dict):
+        wrapper = next((key for key in WRAPPERS if isinstance(checkpoint.get(key), dict)), None)
+        checkpoint = checkpoint if wrapper is None else checkpoint[wrapper]
+    if not isinstance(checkpoint, dict) or not checkpoint:
+        raise ValueError(f"expected a state dict, got {type(checkpoint).__name__} in {file.name!r}: save the state dict")
+    strangers = [key for key, value in checkpoint.items() if not (isinstance(key, str) and isinstance(value, Tensor))]
+    if strangers:
+        raise ValueError(
+            f"expected tensors by name, got a non-tensor under {strangers[0]!r} in {file.name!r}: save the state dict alone"
+        )
+    return clean_state_dict(checkpoint)
+
+
+def infer_model(tensors: dict[str, Tensor]) -> str:
+    """Name of the model whose published layout these tensors have.
+
+    Raises:
+        ValueError: The names are not those of a published network.
+    """
+    gac = "gac_" if any(name.startswith("encoding.") for name in tensors) else ""
+    cifar = "layer1.0.conv1.weight" in tensors
+    for base, (_, depths, _, _) in NETWORKS.items():
+        if base.endswith("_cifar") != cifar:
+            continue
+        stage = "layer{}" if cifar else "conv{}_x"
+        expected = {f"{stage.format(i + (1 if cifar else 2))}.{d}" for i, n in enumerate(depths) for d in range(n)}
+        if expected == {name.removesuffix(".conv2.weight") for name in tensors if name.endswith(".conv2.weight")}:
+            return gac + base
+    raise ValueError(
+        f"expected the tensor names of a published network, got {len(tensors)} tensors such as {next(iter(tensors))!r}: "
+        "name the model, or convert a checkpoint of the published code"
+    )
+
+
+def _size(tensors: dict[str, Tensor], names: tuple[str, ...], axis: int, ndim: int) -> int | None:
+    """Length of an axis of the first of these tensors that is there; None where none is.
+
+    Raises:
+        ValueError: The tensor has another rank.
+    """
+    name = next((name for name in names if name in tensors), None)
+    if name is None:
+        return None
+    if tensors[name].ndim != ndim:
+        raise ValueError(f"expected {name} with {ndim} axes, got {tuple(tensors[name].shape)}: check the file")
+    return tensors[name].shape[axis]
+
+
+def save_model_folder(model: nn.Module, out: Path, model_args: dict[str, Any] | None = None) -> Path:
+    """Write ``config.json`` and ``model.safetensors``, so that ``timm.create_model('local-dir:OUT')`` rebuilds the model.
+
+    Both files are written beside the folder first and moved into it whole; other files in it are left alone.
+
+    Args:
+        model: A model made by ``timm.create_model``.
+        out: Folder to write to; made if it is not there.
+        model_args: Further arguments that the architecture needs to be rebuilt; ``num_steps``, and ``in_chans``
+            where it is not 3, are added.
+
+    Returns:
+        The folder.
+    """
+    args = {"num_steps": model.num_steps, **(model_args or {})}
+    if model.in_chans != 3:
+        args.setdefault("in_chans", model.in_chans)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as scratch:
+        save_for_hf(model, scratch, model_args=args, safe_serialization=True)
+        config_file = Path(scratch, "config.json")
+        config = json.loads(config_file.read_text())
+        # timm >= 1.0.31 adds num_classes here too, beside its place at the top level; transformers then refuses to
+        # load the folder ("multiple values for keyword argument 'num_classes'").
+        config["model_args"] = {key: value for key, value in args.items() if key != "num_classes"}
+        config_file.write_text(json.dumps(config, indent=2) + "\n")
+        out.mkdir(exist_ok=True)
+        for name in ("model.safetensors", "config.json"):
+            os.replace(Path(scratch, name), out / name)
+    return out
+
+
+def convert_checkpoint(
+    file: Path,
+    out: Path,
+    model: str | None = None,
+    num_classes: int | None = None,
+    num_steps: int | None = None,
+    overwrite: bool = False,
+) -> Path:
+    """Turn a checkpoint of the published code into a model folder without pickles.
+
+    Values are stored in the file's floating-point type, so nothing is rounded: a float64 file gives a float64
+    ``model.safetensors``, which ``timm.create_model`` reads as float32 unless it is given ``dtype=torch.float64``.
+
+    Args:
+        file: Checkpoint in the published layout, a pickle of tensors (``.pth``, ``.pt``, ``.pth.tar``) or safetensors.
+        out: Folder to write ``config.json`` and ``model.safetensors`` to.
+        model: Model name; inferred from the tensor names if not given.
+        num_classes: Number of classes; inferred from the head if not given, and an error if it differs from it.
+        num_steps: Time steps T; inferred from the temporal attention if not given. Another T resamples it. A network
+            with direct coding stores no T: it gets the model's default.
+        overwrite: Replace the two files in a folder that is not empty.
+
+    Returns:
+        The folder, to be loaded by ``timm.create_model('local-dir:OUT', pretrained=True)``.
+
+    Raises:
+        ValueError: The file is unreadable, needs code to be run, or does not fit the model; or the folder is not empty.
+    """
+    file, out = Path(file), Path(out)
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"expected a folder to write to, got the file {str(out)!r}: choose another name")
+    if out.is_dir() and any(out.iterdir()) and not overwrite:
+        raise ValueError(f"expected a new or empty folder, got {str(out)!r}: choose another or allow overwriting")
+    tensors = read_checkpoint(file)
+    name = model or infer_model(tensors)
+    if not is_model_in_modules(name, ["spiking_resnet"]):
+        raise ValueError(f"expected a model of this package, got {name!r}: see timm.list_models('*msresnet*')")
+
+    classes = _size(tensors, ("fc1.weight", "fc.weight"), axis=0, ndim=2)
+    if num_classes is not None and num_classes != classes:
+        raise ValueError(f"expected num_classes={classes} as in the file's head, got {num_classes}: leave it out")
+    published_steps = _size(tensors, ("encoding.TA.sharedMLP.0.weight",), axis=1, ndim=5)
+    steps = num_steps or published_steps or _size(tensors, ("encoder.temporal.fc1.weight",), axis=1, ndim=2)
+    in_chans = _size(tensors, ("conv1.0.weight", "conv1.weight"), axis=1, ndim=4)
+    dtypes = sorted({tensor.dtype for tensor in tensors.values() if tensor.is_floating_point()}, key=lambda d: d.itemsize)
+    dtype = dtypes[-1] if dtypes else torch.float32
+
+    network = timm.create_model(name, num_classes=classes, num_steps=steps, in_chans=in_chans, dtype=dtype)
+    try:
+        network.load_state_dict(checkpoint_filter_fn(tensors, network), strict=True)
+    except (RuntimeError, KeyError) as error:
+        detail = " ".join(str(error).split())[:300]
+        raise ValueError(f"expected the tensors of {name}, got others in {file.name!r} ({detail}): name the right model") from error
+    _logger.info(
+        "%s: %s with %d classes and %d time steps, stored as %s", file.name, name, network.num_classes, network.num_steps, dtype
+    )
+    return save_model_folder(network, out)

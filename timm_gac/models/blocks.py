@@ -1,0 +1,121 @@
+"""Residual blocks of spiking ResNets, and the stages made of them.
+
+A block takes and returns the pair (membrane, spikes), both time-folded ``(T*B, C, H, W)``, so every neuron stands at the end of
+a batch norm, where one kernel can do norm, residual and neuron together.
+
+No ``from __future__ import annotations`` here: TorchScript reads annotations as types, not as strings.
+"""
+
+from typing import Optional, Tuple
+
+import torch
+from timm.models import checkpoint
+from torch import Tensor, nn
+
+from gac_kernels import CIFAR, LIFSpec
+
+from ..neuron import BatchNormLIF, MembraneBatchNormLIF
+
+__all__ = ["MSBlock", "SpikingBlock", "Stage"]
+
+
+class _Block(nn.Module):
+    """What both blocks share: two 3x3 convolutions and, where the shape changes, a 1x1 shortcut.
+
+    Args:
+        in_chs: Channels of the input.
+        out_chs: Channels of the output.
+        stride: Stride of the first convolution and of the shortcut.
+        num_steps: Number of time steps T folded into the first axis.
+        spec: What the neurons compute.
+        drop_path: Probability, in training, of dropping the residual branch of a sample at all of its time steps.
+        device: Device of the parameters.
+        dtype: Dtype of the parameters.
+    """
+
+    last_norm: type[BatchNormLIF] = BatchNormLIF
+
+    def __init__(
+        self,
+        in_chs: int,
+        out_chs: int,
+        stride: int = 1,
+        num_steps: int = 4,
+        spec: LIFSpec = CIFAR,
+        drop_path: float = 0.0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        dd = {"device": device, "dtype": dtype}
+        self.conv1 = nn.Conv2d(in_chs, out_chs, 3, stride=stride, padding=1, bias=False, **dd)
+        self.bn1 = BatchNormLIF(out_chs, spec, num_steps, **dd)
+        self.conv2 = nn.Conv2d(out_chs, out_chs, 3, padding=1, bias=False, **dd)
+        self.bn2 = self.last_norm(out_chs, spec, num_steps, drop_path=drop_path, **dd)
+        self.downsample: Optional[nn.Sequential] = None
+        if stride != 1 or in_chs != out_chs:
+            self.downsample = nn.Sequential(
+                nn.Conv2d(in_chs, out_chs, 1, stride=stride, bias=False, **dd), nn.BatchNorm2d(out_chs, **dd)
+            )
+
+    def zero_init_last(self) -> None:
+        """Make the residual branch start as zero."""
+        nn.init.zeros_(self.bn2.weight)
+
+    def _shortcut(self, x: Tensor) -> Tensor:
+        if self.downsample is not None:
+            x = self.downsample(x)
+        return x
+
+
+class MSBlock(_Block):
+    """Membrane-shortcut block: ``y = BN2(conv2(LIF(BN1(conv1(LIF(x)))))) + shortcut(x)``.
+
+    It takes (x, LIF(x)) and returns (y, LIF(y)): the neuron that opens a block is evaluated at the end of the one before.
+    See `_Block` for the arguments.
+
+    Source: Hu et al., "Advancing Spiking Neural Networks toward Deep Residual Learning" (arXiv 2112.08954).
+    """
+
+    last_norm = MembraneBatchNormLIF
+
+    def forward(self, membrane: Tensor, spikes: Tensor) -> Tuple[Tensor, Tensor]:
+        """The pair (membrane, spikes), ``(T*B, C', H', W')`` each."""
+        hidden = self.bn1(self.conv1(spikes))
+        membrane, spikes = self.bn2(self.conv2(hidden), self._shortcut(membrane))
+        return membrane, spikes
+
+
+class SpikingBlock(_Block):
+    """Plain spiking block: ``y = LIF(BN2(conv2(LIF(BN1(conv1(x))))) + shortcut(x))``.
+
+    It has spikes only: the first of its inputs is ignored, and y is returned in both places. See `_Block` for the arguments.
+
+    Source: Zheng et al., "Going Deeper With Directly-Trained Larger Spiking Neural Networks" (arXiv 2011.05280).
+    """
+
+    def forward(self, membrane: Tensor, spikes: Tensor) -> Tuple[Tensor, Tensor]:
+        """The pair (spikes, spikes), ``(T*B, C', H', W')`` each."""
+        hidden = self.bn1(self.conv1(spikes))
+        spikes = self.bn2(self.conv2(hidden), self._shortcut(spikes))
+        return spikes, spikes
+
+
+class Stage(nn.Sequential):
+    """Blocks in sequence on the pair (membrane, spikes); an empty stage returns its input.
+
+    With ``grad_checkpointing`` set, the backward pass recomputes each block instead of keeping its activations.
+    """
+
+    def __init__(self, *blocks: nn.Module) -> None:
+        super().__init__(*blocks)
+        self.grad_checkpointing = False
+
+    def forward(self, membrane: Tensor, spikes: Tensor) -> Tuple[Tensor, Tensor]:
+        """The pair (membrane, spikes) after the last block."""
+        for block in self:
+            if self.grad_checkpointing and not torch.jit.is_scripting():
+                membrane, spikes = checkpoint(block, membrane, spikes)
+            else:
+                membrane, spikes = block(membrane, spikes)
+        return membrane, spikes

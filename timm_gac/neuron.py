@@ -1,0 +1,232 @@
+"""Spiking neurons as modules: the neuron alone, and batch norm + residual + neuron in one.
+
+No ``from __future__ import annotations`` here: TorchScript reads the class annotations as types, not as strings.
+"""
+
+from typing import Optional, Tuple
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from timm.layers import register_notrace_module
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+
+from gac_kernels import CIFAR, LIFSpec, lif
+
+__all__ = ["LIF", "BatchNormLIF", "MembraneBatchNormLIF"]
+
+
+def check_num_steps(num_steps: int) -> int:
+    """``num_steps`` itself where it is a valid number of time steps, else a ValueError."""
+    if not isinstance(num_steps, int) or isinstance(num_steps, bool) or num_steps < 1:
+        raise ValueError(f"expected num_steps as an integer >= 1, got {num_steps!r}: give one such as 4")
+    return num_steps
+
+
+@register_notrace_module
+class LIF(nn.Module):
+    """Multi-step leaky integrate-and-fire neuron without parameters and without memory between calls.
+
+    Shape:
+        - ``num_steps=None``: ``(T, ...)`` -> spikes ``(T, ...)``
+        - ``num_steps=T``: time-folded ``(T*B, ...)`` -> spikes ``(T*B, ...)``, row ``t*B + b`` being sample b at step t
+
+    Args:
+        spec: What the neuron computes.
+        num_steps: Number of time steps T folded into the first axis, or None where time is an axis of its own.
+
+    Raises:
+        ValueError: ``num_steps`` is no integer >= 1, or the first axis of an input is no multiple of it.
+    """
+
+    num_steps: Optional[int]
+
+    def __init__(self, spec: LIFSpec = CIFAR, num_steps: Optional[int] = None) -> None:
+        super().__init__()
+        self.spec = spec
+        self.num_steps = None if num_steps is None else check_num_steps(num_steps)
+        # TorchScript knows no dataclass: the same values once more as plain attributes.
+        self.threshold, self.decay = float(spec.threshold), float(spec.decay)
+        self.surrogate, self.width = int(spec.surrogate_id), float(spec.width)
+        self.detach_reset, self.soft_reset = bool(spec.detach_reset), bool(spec.soft_reset)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Spikes of the input current, in the input's dtype."""
+        num_steps = self.num_steps
+        if num_steps is None:
+            return self._fire(x)
+        if x.shape[0] % num_steps != 0:
+            raise ValueError(
+                f"expected a first axis of num_steps * batch with num_steps={num_steps}, got {x.shape[0]}: "
+                "fold time with x.flatten(0, 1)"
+            )
+        return self._fire(x.unflatten(0, [num_steps, x.shape[0] // num_steps])).flatten(0, 1)
+
+    def _fire(self, x: Tensor) -> Tensor:
+        if torch.jit.is_scripting():
+            return torch.ops.gac_kernels.lif(
+                x,
+                None,
+                self.threshold,
+                self.decay,
+                self.surrogate,
+                self.width,
+                self.detach_reset,
+                self.soft_reset,
+                False,
+                False,
+            )[0]
+        return lif(x, self.spec)
+
+    def extra_repr(self) -> str:
+        """The spec's fields, and the number of steps where time is folded."""
+        steps = "" if self.num_steps is None else f", num_steps={self.num_steps}"
+        return f"{self.spec}{steps}"
+
+
+@register_notrace_module
+class BatchNormLIF(_NormBase):
+    """Batch norm over (T, B, H, W), plus an optional residual, then LIF: ``LIF(BN(x) + residual)``.
+
+    Its parameters, buffers and state_dict are those of ``nn.BatchNorm2d``. It is deliberately not a subclass of
+    ``_BatchNorm``: ``nn.SyncBatchNorm.convert_sync_batchnorm`` (and timm's) would replace it whole and lose the neuron in
+    silence. They replace its child `sync` instead, a batch norm without parameters, statistics or state, and a
+    ``SyncBatchNorm`` in that place tells this module to share its batch statistics over that process group.
+
+    Shape:
+        - ``x``, ``residual`` and spikes: ``(T*B, C, H, W)`` with ``num_steps=T``; ``(T, B, C, H, W)`` with ``num_steps=None``
+
+    Args:
+        num_features: Number of channels C.
+        spec: What the neuron computes.
+        num_steps: Number of time steps T folded into the first axis, or None where time is an axis of its own.
+        eps: Added to the variance.
+        momentum: Weight of a batch in the running statistics; None for a cumulative average.
+        affine: Learn a scale and a shift per channel.
+        track_running_stats: Keep running statistics; without them batch statistics are used in eval mode too.
+        drop_path: Probability, in training, of dropping ``BN(x)`` of a sample at all of its time steps.
+        device: Device of the parameters.
+        dtype: Dtype of the parameters.
+    """
+
+    def __init__(
+        self,
+        num_features: int,
+        spec: LIFSpec = CIFAR,
+        num_steps: Optional[int] = None,
+        eps: float = 1e-5,
+        momentum: Optional[float] = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        drop_path: float = 0.0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(num_features, eps, momentum, affine, track_running_stats, device=device, dtype=dtype)
+        if not 0.0 <= drop_path < 1.0:
+            raise ValueError(f"expected drop_path in [0, 1), got {drop_path!r}: give one such as 0.1")
+        self.drop_path = float(drop_path)
+        self.lif = LIF(spec)
+        self.num_steps = 0 if num_steps is None else check_num_steps(num_steps)
+        self.sync = nn.BatchNorm2d(num_features, affine=False, track_running_stats=False)
+
+    def forward(self, x: Tensor, residual: Optional[Tensor] = None) -> Tensor:
+        """Spikes of ``BN(x) + residual``."""
+        return self._membrane_and_spikes(x, residual)[1]
+
+    def _membrane_and_spikes(self, x: Tensor, residual: Optional[Tensor]) -> Tuple[Tensor, Tensor]:
+        """The whole computation, in one place: what a fused kernel replaces."""
+        num_steps = self.num_steps
+        steps = num_steps if num_steps > 0 else x.shape[0]
+        if x.ndim != (4 if num_steps > 0 else 5) or x.shape[0] % max(steps, 1) != 0:
+            raise ValueError(
+                f"expected x as (T*B, C, H, W) with T = num_steps = {num_steps}, or (T, B, C, H, W) with num_steps=None, "
+                f"got {x.shape}: fold time with x.flatten(0, 1)"
+            )
+        folded = x if num_steps > 0 else x.flatten(0, 1)
+        membrane = self._normalize(folded).unflatten(0, [steps, folded.shape[0] // max(steps, 1)])
+        if self.training and self.drop_path > 0.0:
+            keep = membrane.new_empty([1, membrane.shape[1], 1, 1, 1]).bernoulli_(1.0 - self.drop_path)
+            membrane = membrane * (keep / (1.0 - self.drop_path))
+        if residual is not None:
+            membrane = membrane + residual.view_as(membrane)
+        spikes = self.lif(membrane)
+        if num_steps > 0:
+            return membrane.flatten(0, 1), spikes.flatten(0, 1)
+        return membrane, spikes
+
+    def _normalize(self, x: Tensor) -> Tensor:
+        """Batch norm of ``(T*B, C, H, W)`` in the manner of ``nn.BatchNorm2d``."""
+        momentum = 0.0 if self.momentum is None else self.momentum
+        if self.training and self.track_running_stats and self.num_batches_tracked is not None:
+            self.num_batches_tracked.add_(1)
+            if self.momentum is None:
+                momentum = 1.0 / float(self.num_batches_tracked)
+        if not torch.jit.is_scripting():
+            if self.training and isinstance(self.sync, nn.SyncBatchNorm) and _world_size(self.sync) > 1:
+                return self._synced_normalize(x, momentum)
+        update = not self.training or self.track_running_stats
+        return F.batch_norm(
+            x,
+            self.running_mean if update else None,
+            self.running_var if update else None,
+            self.weight,
+            self.bias,
+            self.training or (self.running_mean is None and self.running_var is None),
+            momentum,
+            self.eps,
+        )
+
+    @torch.jit.unused
+    def _synced_normalize(self, x: Tensor, momentum: float) -> Tensor:
+        """Training-mode batch norm with the statistics of all processes of the group, on any backend and device.
+
+        Mean and variance are combined from those of each process (no difference of two large sums), by all-reduces whose
+        backward pass is an all-reduce again.
+        """
+        from torch.distributed.nn.functional import all_reduce  # slow to import, needed in distributed runs only
+
+        group = self.sync.process_group or dist.group.WORLD
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        count = wide.new_tensor([float(x.numel() // self.num_features)])
+        total = count.clone()
+        dist.all_reduce(total, group=group)
+        share = count / total
+        local = wide.mean((0, 2, 3))
+        mean = all_reduce(local * share, group=group)
+        spread = wide.var((0, 2, 3), correction=0) + (local - mean) ** 2
+        var = all_reduce(spread * share, group=group)
+        if self.track_running_stats and self.running_mean is not None and self.running_var is not None:
+            with torch.no_grad():
+                unbiased = var * (total / (total - 1.0))
+                self.running_mean.lerp_(mean.to(self.running_mean.dtype), momentum)
+                self.running_var.lerp_(unbiased.to(self.running_var.dtype), momentum)
+        scale = torch.rsqrt(var + self.eps)
+        shift = -mean * scale
+        if self.affine:
+            shift = shift * self.weight + self.bias
+            scale = scale * self.weight
+        return (wide * scale[:, None, None] + shift[:, None, None]).to(x.dtype)
+
+    def extra_repr(self) -> str:
+        """Batch norm's fields, the number of steps and the drop probability."""
+        return f"{super().extra_repr()}, num_steps={self.num_steps or None}, drop_path={self.drop_path}"
+
+
+@register_notrace_module
+class MembraneBatchNormLIF(BatchNormLIF):
+    """`BatchNormLIF` that also returns what its neuron integrates, for networks with membrane shortcuts.
+
+    ``membrane = BN(x) + residual``, ``spikes = LIF(membrane)``, both in the shape and dtype of ``x``.
+    """
+
+    def forward(self, x: Tensor, residual: Optional[Tensor] = None) -> Tuple[Tensor, Tensor]:
+        """The pair (membrane, spikes)."""
+        return self._membrane_and_spikes(x, residual)
+
+
+def _world_size(sync: nn.SyncBatchNorm) -> int:
+    if not (dist.is_available() and dist.is_initialized()):
+        return 1
+    return dist.get_world_size(sync.process_group or dist.group.WORLD)
