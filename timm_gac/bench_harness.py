@@ -220,7 +220,9 @@ def rows_table(rows: Iterable[Row], columns: dict[str, str], title: str) -> Tabl
     return table
 
 
-def bar_chart(path: Path, panels: dict[str, dict[str, dict[str, float]]], *, title: str, value: str, limit: float) -> None:
+def bar_chart(
+    path: Path, panels: dict[str, dict[str, dict[str, float]]], *, title: str, value: str, limit: float
+) -> None:
     """Write a PNG of grouped horizontal bars: one panel, one group and one bar per level of ``panels``.
 
     Args:

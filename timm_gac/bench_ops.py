@@ -5,12 +5,14 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+
 from gac_kernels import CIFAR, IMAGENET, LIFSpec, gac_encode, gated_lif, lif
 from gac_kernels.reference import gac_encode_reference, gated_lif_reference, lif_reference
 
-Op = Callable[..., torch.Tensor]
+Op = Callable[..., Any]
 Tensors = Sequence[torch.Tensor]
 SPECS = {"cifar": CIFAR, "imagenet": IMAGENET}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -126,7 +128,7 @@ def check_case(op: BenchOp, case: Case, inputs: Tensors) -> str:
     elif op.binary and not torch.equal(output.detach().float(), expected):
         failures.append("spikes are not 0 or 1")
     pairs = [("output", output.detach(), expected)]
-    pairs += [(f"grad of {name}", *pair) for name, *pair in zip(op.inputs, grads, expected_grads, strict=True)]
+    pairs += zip((f"grad of {name}" for name in op.inputs), grads, expected_grads, strict=True)
     for name, got, wanted in pairs:
         tolerance = TOLERANCES[got.dtype]["reduced" if name == "grad of temporal" else "elementwise"]
         error = relative_error(got, wanted)

@@ -12,12 +12,13 @@ import logging
 import math
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+
 from gac_kernels import resolve_backend
 
 from . import bench_ops
@@ -88,7 +89,9 @@ class KernelBenchConfig:
     device: str = ""
 
     def __post_init__(self) -> None:
-        valid = {"ops": bench_ops.OPS, "dtypes": DTYPES, "memory_formats": bench_ops.MEMORY_FORMATS, "specs": SPECS}
+        formats = bench_ops.MEMORY_FORMATS
+        valid: dict[str, Iterable[str]]
+        valid = {"ops": bench_ops.OPS, "dtypes": DTYPES, "memory_formats": formats, "specs": SPECS}
         for name, allowed in valid.items():
             unknown = set(getattr(self, name)) - set(allowed)
             if unknown:
@@ -128,8 +131,10 @@ def bench_kernels(config: KernelBenchConfig) -> list[Row]:
             _logger.warning("time budget of %g s spent: stopping before %s %s", config.time_budget_s, provider, case)
             break
         new = _bench_case(config, provider, case, device)
-        last = new[-1] if new else {"status": "not installed", "median_ms": None}
-        _logger.info("%4.0f s  %s %s: %s ms, %s", elapsed, provider, case, last["median_ms"], last["status"])
+        times = "".join(f", {row['direction']} {row['median_ms']:.3f} ms" for row in new if row["median_ms"])
+        label = " ".join(map(str, asdict(case).values()))
+        status = new[-1]["status"] if new else "not installed"
+        _logger.info("%4.0f s  %s %s: %s%s", elapsed, provider, label, status, times)
         rows += new
     rows += _copy_rows(config, device, "end")
     rows = [_finish(row, rows) | origin for row in rows]
@@ -183,9 +188,7 @@ def _bench_case(config: KernelBenchConfig, provider: str, case: Case, device: to
         gc.collect()
 
 
-def _flip_note(
-    op: BenchOp, case: Case, inputs: Sequence[torch.Tensor], rival: Callable[..., torch.Tensor]
-) -> str:
+def _flip_note(op: BenchOp, case: Case, inputs: Sequence[torch.Tensor], rival: Callable[..., torch.Tensor]) -> str:
     """The share of spikes on which a rival and the reference differ: SpikingJelly also fires at the threshold."""
     with torch.no_grad():
         expected = op.reference(*(tensor.float() for tensor in inputs), SPECS[case.spec]) != 0
@@ -274,7 +277,9 @@ def parse_config(defaults: KernelBenchConfig, arguments: Sequence[str] | None = 
             options = {"default": default, "action": argparse.BooleanOptionalAction}
         parser.add_argument("--" + field.name.replace("_", "-"), **options)
     values = vars(parser.parse_args(arguments))
-    return replace(defaults, **{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})
+    return replace(
+        defaults, **{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
+    )
 
 
 def main(defaults: KernelBenchConfig | None = None, arguments: Sequence[str] | None = None) -> int:

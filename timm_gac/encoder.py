@@ -74,7 +74,7 @@ class SpatialChannelAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Scores in the shape of ``x``."""
-        # 'same' for an even kernel: one before, two after. Spelled out, as padding='same' warns about the copy it makes.
+        # 'same' for an even kernel: one before, two after. Spelled out, as padding='same' warns about its copy.
         x = F.relu(self.conv_a(F.pad(x, [1, 2, 1, 2])))
         return self.conv_b(F.pad(x, [1, 2, 1, 2]))
 
@@ -83,8 +83,9 @@ class SpatialChannelAttention(nn.Module):
 class GatedAttentionCoding(nn.Module):
     """Gated attention coding (GAC): real-valued frames to gated spikes, in front of any spiking network.
 
-    ``y[t] = sigmoid(m[t] * n[t]) * LIF(A)[t]`` with the temporal score m, the spatial-channel score n and the frames A. For
-    a static image all A[t] are equal, so n and the pools are computed once and the repetition never exists in memory.
+    ``y[t] = sigmoid(m[t] * n[t]) * LIF(A)[t]`` with the temporal score m, the spatial-channel score n and the frames A.
+    For a static image all A[t] are equal, so n and the pools are computed once and the repetition never exists in
+    memory.
 
     Shape:
         - static image: ``(B, C, H, W)`` -> ``(T, B, C, H, W)``

@@ -3,8 +3,6 @@
 No ``from __future__ import annotations`` here: TorchScript reads the class annotations as types, not as strings.
 """
 
-from typing import Optional, Tuple
-
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -40,9 +38,9 @@ class LIF(nn.Module):
         ValueError: ``num_steps`` is no integer >= 1, or the first axis of an input is no multiple of it.
     """
 
-    num_steps: Optional[int]
+    num_steps: int | None
 
-    def __init__(self, spec: LIFSpec = CIFAR, num_steps: Optional[int] = None) -> None:
+    def __init__(self, spec: LIFSpec = CIFAR, num_steps: int | None = None) -> None:
         super().__init__()
         self.spec = spec
         self.num_steps = None if num_steps is None else check_num_steps(num_steps)
@@ -90,12 +88,12 @@ class BatchNormLIF(_NormBase):
     """Batch norm over (T, B, H, W), plus an optional residual, then LIF: ``LIF(BN(x) + residual)``.
 
     Its parameters, buffers and state_dict are those of ``nn.BatchNorm2d``. It is deliberately not a subclass of
-    ``_BatchNorm``: ``nn.SyncBatchNorm.convert_sync_batchnorm`` (and timm's) would replace it whole and lose the neuron in
-    silence. They replace its child `sync` instead, a batch norm without parameters, statistics or state, and a
+    ``_BatchNorm``: ``nn.SyncBatchNorm.convert_sync_batchnorm`` (and timm's) would replace it whole and lose the neuron
+    in silence. They replace its child `sync` instead, a batch norm without parameters, statistics or state, and a
     ``SyncBatchNorm`` in that place tells this module to share its batch statistics over that process group.
 
     Shape:
-        - ``x``, ``residual`` and spikes: ``(T*B, C, H, W)`` with ``num_steps=T``; ``(T, B, C, H, W)`` with ``num_steps=None``
+        - ``x``, ``residual`` and spikes: ``(T*B, C, H, W)`` with ``num_steps=T``; with None ``(T, B, C, H, W)``
 
     Args:
         num_features: Number of channels C.
@@ -114,9 +112,9 @@ class BatchNormLIF(_NormBase):
         self,
         num_features: int,
         spec: LIFSpec = CIFAR,
-        num_steps: Optional[int] = None,
+        num_steps: int | None = None,
         eps: float = 1e-5,
-        momentum: Optional[float] = 0.1,
+        momentum: float | None = 0.1,
         affine: bool = True,
         track_running_stats: bool = True,
         drop_path: float = 0.0,
@@ -131,18 +129,18 @@ class BatchNormLIF(_NormBase):
         self.num_steps = 0 if num_steps is None else check_num_steps(num_steps)
         self.sync = nn.BatchNorm2d(num_features, affine=False, track_running_stats=False)
 
-    def forward(self, x: Tensor, residual: Optional[Tensor] = None) -> Tensor:
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """Spikes of ``BN(x) + residual``."""
         return self._membrane_and_spikes(x, residual)[1]
 
-    def _membrane_and_spikes(self, x: Tensor, residual: Optional[Tensor]) -> Tuple[Tensor, Tensor]:
+    def _membrane_and_spikes(self, x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
         """The whole computation, in one place: what a fused kernel replaces."""
         num_steps = self.num_steps
         steps = num_steps if num_steps > 0 else x.shape[0]
         if x.ndim != (4 if num_steps > 0 else 5) or x.shape[0] % max(steps, 1) != 0:
             raise ValueError(
-                f"expected x as (T*B, C, H, W) with T = num_steps = {num_steps}, or (T, B, C, H, W) with num_steps=None, "
-                f"got {x.shape}: fold time with x.flatten(0, 1)"
+                f"expected x as (T*B, C, H, W) with T = num_steps = {num_steps}, or as (T, B, C, H, W) with "
+                f"num_steps=None, got {x.shape}: fold time with x.flatten(0, 1)"
             )
         folded = x if num_steps > 0 else x.flatten(0, 1)
         membrane = self._normalize(folded).unflatten(0, [steps, folded.shape[0] // max(steps, 1)])
@@ -163,7 +161,7 @@ class BatchNormLIF(_NormBase):
             self.num_batches_tracked.add_(1)
             if self.momentum is None:
                 momentum = 1.0 / float(self.num_batches_tracked)
-        if not torch.jit.is_scripting():
+        if not torch.jit.is_scripting():  # noqa: SIM102 (TorchScript skips the block only where this stands alone)
             if self.training and isinstance(self.sync, nn.SyncBatchNorm) and _world_size(self.sync) > 1:
                 return self._synced_normalize(x, momentum)
         update = not self.training or self.track_running_stats
@@ -182,8 +180,8 @@ class BatchNormLIF(_NormBase):
     def _synced_normalize(self, x: Tensor, momentum: float) -> Tensor:
         """Training-mode batch norm with the statistics of all processes of the group, on any backend and device.
 
-        Mean and variance are combined from those of each process (no difference of two large sums), by all-reduces whose
-        backward pass is an all-reduce again.
+        Mean and variance are combined from those of each process (no difference of two large sums), by all-reduces
+        whose backward pass is an all-reduce again.
         """
         from torch.distributed.nn.functional import all_reduce  # slow to import, needed in distributed runs only
 
@@ -221,7 +219,7 @@ class MembraneBatchNormLIF(BatchNormLIF):
     ``membrane = BN(x) + residual``, ``spikes = LIF(membrane)``, both in the shape and dtype of ``x``.
     """
 
-    def forward(self, x: Tensor, residual: Optional[Tensor] = None) -> Tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """The pair (membrane, spikes)."""
         return self._membrane_and_spikes(x, residual)
 

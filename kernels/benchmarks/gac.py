@@ -1,4 +1,4 @@
-"""Benchmark `gac_encode` and `gated_lif` against their rivals, appending to results.csv beside this file; see --help."""
+"""Benchmark `gac_encode` and `gated_lif` against their rivals; rows go to results.csv beside this file; see --help."""
 
 from pathlib import Path
 

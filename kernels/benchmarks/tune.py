@@ -17,8 +17,9 @@ from gac_kernels import CIFAR, IMAGENET, LIFSpec, tuning
 from triton.testing import do_bench
 
 NEURON_STEPS = 2**27
-WARPS = (4, 8)
+WARPS = (1, 2, 4, 8)
 ELEMENTS_PER_THREAD = (2, 4, 8, 16)
+TILES = (1, 4, 16)
 
 
 def scalars(spec: LIFSpec) -> tuple[float, float, int, float, bool, bool]:
@@ -50,10 +51,13 @@ def search(op: str, run: Callable[[], object]) -> tuple[dict[str, int], dict[str
     times = {}
     for warps in WARPS:
         for elements in ELEMENTS_PER_THREAD:
-            candidate = {"BLOCK": 32 * warps * elements, "num_warps": warps}
-            tuning.DEFAULTS[op] = candidate
-            tuning.launch_config.cache_clear()
-            times[json.dumps(candidate)] = do_bench(run, warmup=5, rep=25, return_mode="median")
+            if warps * elements < 4 or ("TILES" in tuning.DEFAULTS[op] and (warps > 4 or elements > 4)):
+                continue
+            for tiles in TILES if "TILES" in tuning.DEFAULTS[op] else (0,):
+                candidate = {"BLOCK": 32 * warps * elements, "num_warps": warps} | ({"TILES": tiles} if tiles else {})
+                tuning.DEFAULTS[op] = candidate
+                tuning.launch_config.cache_clear()
+                times[json.dumps(candidate)] = do_bench(run, warmup=5, rep=25, return_mode="median")
     return json.loads(min(times, key=times.__getitem__)), times
 
 
@@ -62,6 +66,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, help="folder to write <device name>.json to; an existing file is refused")
     parser.add_argument("--steps", type=int, nargs="+", default=[2, 4, 6, 8], help="T to search")
+    parser.add_argument("--ops", nargs="+", default=list(tuning.DEFAULTS), help="kernels to search")
     args = parser.parse_args()
     name = torch.cuda.get_device_name().replace(" ", "_")
     target = args.out / f"{name}.json" if args.out else None
@@ -71,7 +76,8 @@ def main() -> None:
     result: dict[str, dict[str, dict[str, int]]] = {}
     for dtype in (torch.float32, torch.bfloat16):
         for num_steps in args.steps:
-            for op, run in workloads(num_steps, dtype).items():
+            calls = workloads(num_steps, dtype)
+            for op, run in ((op, calls[op]) for op in args.ops):
                 best, times = search(op, run)
                 result.setdefault(op, {})[f"{dtype.itemsize}:{num_steps}"] = best
                 if num_steps == 4:

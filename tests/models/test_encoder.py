@@ -3,9 +3,9 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from gac_kernels import CIFAR, IMAGENET, LIFSpec, lif_reference
 from torch import Tensor, nn
 
+from gac_kernels import CIFAR, IMAGENET, LIFSpec, lif_reference
 from timm_gac.encoder import DirectCoding, GatedAttentionCoding, SpatialChannelAttention, TemporalAttention
 
 T, B, C, H, W = 4, 3, 6, 5, 7
@@ -56,7 +56,8 @@ def test_gac_is_the_formula(spec: LIFSpec, static: bool) -> None:
     torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-14)
     torch.testing.assert_close(inputs[0].grad, inputs[1].grad, rtol=1e-10, atol=1e-12)
     for name, parameter in encoder.named_parameters():
-        torch.testing.assert_close(grads[name], parameter.grad, rtol=1e-10, atol=1e-12, msg=lambda m, n=name: f"{n}: {m}")
+        message = f"gradient of {name}"
+        torch.testing.assert_close(grads[name], parameter.grad, rtol=1e-10, atol=1e-12, msg=message)
 
 
 @pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
@@ -85,7 +86,8 @@ def test_hoisting_equals_repetition(train: bool) -> None:
         n = B * H * W
         factor = (n / (n - 1)) / (T * n / (T * n - 1))
         kept = 0.9
-        torch.testing.assert_close(norm.running_var - kept, (norm_repeated.running_var - kept) * factor, rtol=1e-10, atol=1e-12)
+        expected = kept + (norm_repeated.running_var - kept) * factor
+        torch.testing.assert_close(norm.running_var, expected, rtol=1e-10, atol=1e-12)
 
 
 def test_convolutions_and_pools_run_once_for_an_image() -> None:
@@ -138,7 +140,7 @@ def test_direct_coding_repeats_without_a_copy() -> None:
 
 @pytest.mark.parametrize("module", [encoder_of(), DirectCoding(T)], ids=["gac", "direct"])
 def test_wrong_inputs_say_what_was_expected(module: nn.Module) -> None:
-    with pytest.raises(ValueError, match="expected num_steps=4 frames on axis 0.*got 3"):
+    with pytest.raises(ValueError, match=r"expected num_steps=4 frames on axis 0.*got 3"):
         module(frames(3, B, C, H, W))
     with pytest.raises(ValueError, match=r"expected \(B, C, H, W\)"):
         module(frames(C, H, W))

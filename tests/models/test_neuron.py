@@ -7,10 +7,10 @@ import textwrap
 
 import pytest
 import torch
-from gac_kernels import CIFAR, IMAGENET, LIFSpec, lif_reference
 from timm.layers import convert_sync_batchnorm
 from torch import Tensor, nn
 
+from gac_kernels import CIFAR, IMAGENET, LIFSpec, lif_reference
 from timm_gac.neuron import LIF, BatchNormLIF, MembraneBatchNormLIF
 
 SPECS = pytest.mark.parametrize("spec", [CIFAR, IMAGENET], ids=["cifar", "imagenet"])
@@ -97,7 +97,7 @@ def test_options_of_batch_norm(kwargs: dict) -> None:
     module, plain = MembraneBatchNormLIF(C, CIFAR, T, **kwargs), nn.BatchNorm2d(C, **kwargs)
     for train in (True, True, False):
         module.train(train), plain.train(train)
-        x = current(T * B, C, H, W, seed=train).float()
+        x = current(T * B, C, H, W, seed=int(train)).float()
         torch.testing.assert_close(module(x)[0], plain(x), rtol=0, atol=0)
     assert module.state_dict().keys() == plain.state_dict().keys()
 
@@ -127,7 +127,9 @@ def test_channels_last_and_torchscript_give_the_same() -> None:
     torch.testing.assert_close(scripted(x, residual), expected, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("convert", [nn.SyncBatchNorm.convert_sync_batchnorm, convert_sync_batchnorm], ids=["torch", "timm"])
+@pytest.mark.parametrize(
+    "convert", [nn.SyncBatchNorm.convert_sync_batchnorm, convert_sync_batchnorm], ids=["torch", "timm"]
+)
 def test_sync_batch_norm_conversion_keeps_the_neuron(convert) -> None:
     fused, plain = trained_pair(CIFAR, num_steps=T)
     x = current(T * B, C, H, W)
@@ -172,7 +174,8 @@ def test_sync_batch_norm_of_two_processes_equals_one_of_the_whole_batch(tmp_path
     command = [sys.executable, "-c", script]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     workers = [
-        subprocess.Popen([*command, str(rank), store], env=environment, stderr=subprocess.PIPE, text=True) for rank in (0, 1)
+        subprocess.Popen([*command, str(rank), store], env=environment, stderr=subprocess.PIPE, text=True)
+        for rank in (0, 1)
     ]
     for worker in workers:
         _, error = worker.communicate(timeout=120)

@@ -1,12 +1,12 @@
 """Residual blocks of spiking ResNets, and the stages made of them.
 
-A block takes and returns the pair (membrane, spikes), both time-folded ``(T*B, C, H, W)``, so every neuron stands at the end of
-a batch norm, where one kernel can do norm, residual and neuron together.
+A block takes and returns the pair (membrane, spikes), both time-folded ``(T*B, C, H, W)``, so every neuron stands at
+the end of a batch norm, where one kernel can do norm, residual and neuron together.
 
 No ``from __future__ import annotations`` here: TorchScript reads annotations as types, not as strings.
 """
 
-from typing import Optional, Tuple
+from typing import Any
 
 import torch
 from timm.models import checkpoint
@@ -47,12 +47,12 @@ class _Block(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        dd = {"device": device, "dtype": dtype}
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
         self.conv1 = nn.Conv2d(in_chs, out_chs, 3, stride=stride, padding=1, bias=False, **dd)
         self.bn1 = BatchNormLIF(out_chs, spec, num_steps, **dd)
         self.conv2 = nn.Conv2d(out_chs, out_chs, 3, padding=1, bias=False, **dd)
         self.bn2 = self.last_norm(out_chs, spec, num_steps, drop_path=drop_path, **dd)
-        self.downsample: Optional[nn.Sequential] = None
+        self.downsample: nn.Sequential | None = None
         if stride != 1 or in_chs != out_chs:
             self.downsample = nn.Sequential(
                 nn.Conv2d(in_chs, out_chs, 1, stride=stride, bias=False, **dd), nn.BatchNorm2d(out_chs, **dd)
@@ -71,15 +71,15 @@ class _Block(nn.Module):
 class MSBlock(_Block):
     """Membrane-shortcut block: ``y = BN2(conv2(LIF(BN1(conv1(LIF(x)))))) + shortcut(x)``.
 
-    It takes (x, LIF(x)) and returns (y, LIF(y)): the neuron that opens a block is evaluated at the end of the one before.
-    See `_Block` for the arguments.
+    It takes (x, LIF(x)) and returns (y, LIF(y)): the neuron that opens a block is evaluated at the end of the one
+    before. See `_Block` for the arguments.
 
     Source: Hu et al., "Advancing Spiking Neural Networks toward Deep Residual Learning" (arXiv 2112.08954).
     """
 
     last_norm = MembraneBatchNormLIF
 
-    def forward(self, membrane: Tensor, spikes: Tensor) -> Tuple[Tensor, Tensor]:
+    def forward(self, membrane: Tensor, spikes: Tensor) -> tuple[Tensor, Tensor]:
         """The pair (membrane, spikes), ``(T*B, C', H', W')`` each."""
         hidden = self.bn1(self.conv1(spikes))
         membrane, spikes = self.bn2(self.conv2(hidden), self._shortcut(membrane))
@@ -89,12 +89,13 @@ class MSBlock(_Block):
 class SpikingBlock(_Block):
     """Plain spiking block: ``y = LIF(BN2(conv2(LIF(BN1(conv1(x))))) + shortcut(x))``.
 
-    It has spikes only: the first of its inputs is ignored, and y is returned in both places. See `_Block` for the arguments.
+    It has spikes only: the first of its inputs is ignored, and y is returned in both places. See `_Block` for the
+    arguments.
 
     Source: Zheng et al., "Going Deeper With Directly-Trained Larger Spiking Neural Networks" (arXiv 2011.05280).
     """
 
-    def forward(self, membrane: Tensor, spikes: Tensor) -> Tuple[Tensor, Tensor]:
+    def forward(self, membrane: Tensor, spikes: Tensor) -> tuple[Tensor, Tensor]:
         """The pair (spikes, spikes), ``(T*B, C', H', W')`` each."""
         hidden = self.bn1(self.conv1(spikes))
         spikes = self.bn2(self.conv2(hidden), self._shortcut(spikes))
@@ -111,7 +112,7 @@ class Stage(nn.Sequential):
         super().__init__(*blocks)
         self.grad_checkpointing = False
 
-    def forward(self, membrane: Tensor, spikes: Tensor) -> Tuple[Tensor, Tensor]:
+    def forward(self, membrane: Tensor, spikes: Tensor) -> tuple[Tensor, Tensor]:
         """The pair (membrane, spikes) after the last block."""
         for block in self:
             if self.grad_checkpointing and not torch.jit.is_scripting():

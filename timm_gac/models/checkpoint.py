@@ -11,13 +11,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["checkpoint_filter_fn", "canonical_name", "resample_temporal_weight"]
+__all__ = ["canonical_name", "checkpoint_filter_fn", "resample_temporal_weight"]
 
 _logger = logging.getLogger(__name__)
 
 _WRAPPERS = ("state_dict", "model", "model_state_dict", "net")
 
-# The published code keeps most tensors under several names: `x_s` wraps the convolution `x` and its norm, `seqbn` wraps `bn`.
+# The published code keeps most tensors under several names: `x_s` wraps the layer `x` and its norm, `seqbn` wraps `bn`.
 _RENAMES = tuple(
     (re.compile(pattern), replacement)
     for pattern, replacement in (
@@ -70,9 +70,10 @@ def resample_temporal_weight(weight: Tensor, shape: tuple[int, int]) -> Tensor:
 def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: nn.Module) -> dict[str, Tensor]:
     """A checkpoint as a state_dict of ``model``.
 
-    Accepts the names of this package and both layouts of the published code, bare or wrapped (``{'state_dict': ...}``), with
-    or without DataParallel's ``module.`` prefix. Tensors that the published code stores under several names are checked to
-    agree and kept once. Temporal weights of another number of steps are resampled, with a warning in the log.
+    Accepts the names of this package and both layouts of the published code, bare or wrapped (``{'state_dict': ...}``),
+    with or without DataParallel's ``module.`` prefix. Tensors that the published code stores under several names are
+    checked to agree and kept once. Temporal weights of another number of steps are resampled, with a warning in the
+    log.
 
     Args:
         state_dict: The checkpoint.

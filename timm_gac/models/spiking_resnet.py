@@ -1,287 +1,26 @@
-"""Spiking ResNets with gated attention coding (GAC) or direct coding, in timm's model contract.
+"""The registered spiking ResNets, as data.
 
-Activations inside are time-folded: ``(T*B, C, H, W)``, row ``t*B + b`` being sample b at step t.
+Every ``gac_x`` has a twin ``x`` with direct coding. The number of time steps, 4 unless said otherwise, is an argument:
+``timm.create_model('gac_msresnet34', num_steps=6)``.
 
-Source: Qiu et al., "Gated Attention Coding for Training High-performance and Efficient Spiking Neural Networks", AAAI 2024
-(arXiv 2308.06582). No ``from __future__ import annotations`` here: TorchScript reads annotations as types, not as strings.
+Source: Qiu et al., "Gated Attention Coding for Training High-performance and Efficient Spiking Neural Networks", AAAI
+2024 (arXiv 2308.06582); the tdBN ResNet-19 is Zheng et al.'s (arXiv 2011.05280).
 """
+
+from __future__ import annotations
 
 from typing import Any
 
-import torch
-import torch.nn.functional as F
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.layers import calculate_drop_path_rates, create_classifier, get_device_dtype, register_notrace_function
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
-from timm.models._features import feature_take_indices  # timm offers it to model files under this name only
-from torch import Tensor, nn
 
-from gac_kernels import CIFAR, IMAGENET, LIFSpec
+from gac_kernels import CIFAR, IMAGENET
 
-from ..encoder import DirectCoding, GatedAttentionCoding
-from ..neuron import LIF, check_num_steps
-from .blocks import MSBlock, SpikingBlock, Stage
+from .blocks import MSBlock, SpikingBlock
 from .checkpoint import checkpoint_filter_fn
+from .network import SpikingResNet
 
 __all__ = ["SpikingResNet"]
-
-_STAGES = ("layer1", "layer2", "layer3", "layer4")
-
-
-@register_notrace_function
-def fold_time(x: Tensor, num_steps: int) -> Tensor:
-    """Event frames ``(B, T, C, H, W)`` as ``(T*B, C, H, W)``; images ``(B, C, H, W)`` as they are."""
-    if x.ndim == 4:
-        return x
-    if x.ndim != 5 or x.shape[1] != num_steps:
-        raise ValueError(
-            f"expected images (B, C, H, W) or frames (B, T, C, H, W) with T = num_steps = {num_steps}, got {x.shape}: "
-            "create the model with num_steps equal to the number of frames"
-        )
-    return x.transpose(0, 1).flatten(0, 1)
-
-
-@register_notrace_function
-def unfold_time(stem: Tensor, x: Tensor, num_steps: int) -> Tensor:
-    """The stem's output on `fold_time` of x: ``(B, C, H, W)`` for images, ``(T, B, C, H, W)`` for event frames."""
-    if x.ndim == 5:
-        return stem.unflatten(0, [num_steps, x.shape[0]])
-    return stem
-
-
-class SpikingResNet(nn.Module):
-    """Spiking ResNet whose features are firing rates.
-
-    Shape:
-        - input: images ``(B, C, H, W)``, whose stem runs once for all steps, or event frames ``(B, T, C, H, W)``
-        - `forward`: logits ``(B, num_classes)``; `forward_steps`: logits of each step ``(B, T, num_classes)``
-        - `forward_features`: firing rates ``(B, C', H', W')``, the mean of the spikes over time
-
-    Args:
-        block: Block class, `MSBlock` (membrane shortcut) or `SpikingBlock` (plain).
-        layers: Number of blocks of each stage, 3 or 4 stages.
-        channels: Channels of each stage.
-        strides: Stride of each stage.
-        stem_width: Channels of the stem.
-        stem_kernel: Kernel size of the stem, 7 (stride 2) or 3 (stride 1).
-        encoder: Input encoder, ``gac`` or ``direct``.
-        spec: What the neurons compute.
-        num_steps: Number of time steps T.
-        num_classes: Number of classes; 0 for pooled features instead of logits.
-        in_chans: Channels of the input.
-        global_pool: Pooling before the classifier, as in timm; '' for none.
-        drop_rate: Dropout before the classifier.
-        drop_path_rate: Stochastic depth of the last block, growing linearly from 0; a sample keeps its mask over time.
-        scaled_init: Initialise for the ImageNet dialect: convolutions kaiming-normal (fan-out), batch norm weights at the
-            threshold and 0 at the end of each residual branch. Otherwise PyTorch's defaults.
-        device: Device of the parameters.
-        dtype: Dtype of the parameters.
-
-    Raises:
-        ValueError: An argument is out of range.
-    """
-
-    def __init__(
-        self,
-        block: type[MSBlock] | type[SpikingBlock] = MSBlock,
-        layers: tuple[int, ...] = (2, 2, 2, 2),
-        channels: tuple[int, ...] = (64, 128, 256, 512),
-        strides: tuple[int, ...] = (2, 2, 2, 2),
-        stem_width: int = 64,
-        stem_kernel: int = 7,
-        encoder: str = "gac",
-        spec: LIFSpec = IMAGENET,
-        num_steps: int = 4,
-        num_classes: int = 1000,
-        in_chans: int = 3,
-        global_pool: str = "avg",
-        drop_rate: float = 0.0,
-        drop_path_rate: float = 0.0,
-        scaled_init: bool = True,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__()
-        dd = {"device": device, "dtype": dtype}
-        self.num_steps = check_num_steps(num_steps)
-        if encoder not in ("gac", "direct"):
-            raise ValueError(f"expected encoder 'gac' or 'direct', got {encoder!r}: choose one of these")
-        if not (len(layers) == len(channels) == len(strides) and 3 <= len(layers) <= len(_STAGES)):
-            raise ValueError(
-                f"expected layers, channels and strides of one length, 3 or 4, got {layers}, {channels}, {strides}: "
-                "give one entry a stage"
-            )
-        self.spec = spec
-        self.num_classes = num_classes
-        self.in_chans = in_chans
-        self.drop_rate = drop_rate
-        self.scaled_init = scaled_init
-
-        stride = 2 if stem_kernel > 3 else 1
-        self.conv1 = nn.Conv2d(in_chans, stem_width, stem_kernel, stride, stem_kernel // 2, bias=False, **dd)
-        self.bn1 = nn.BatchNorm2d(stem_width, **dd)
-        gated = encoder == "gac"
-        self.encoder = GatedAttentionCoding(stem_width, num_steps, spec, **dd) if gated else DirectCoding(num_steps)
-        # Blocks with membrane shortcuts take LIF(x) beside x; within the net the block before has computed it.
-        self.lif = LIF(spec, num_steps) if block is MSBlock else nn.Identity()
-        self.feature_info = [dict(num_chs=stem_width, reduction=stride, module="encoder")]
-
-        rates = calculate_drop_path_rates(drop_path_rate, list(layers), stagewise=True)
-        width, reduction = stem_width, stride
-        for i, name in enumerate(_STAGES):
-            blocks = []
-            for j in range(layers[i] if i < len(layers) else 0):  # a missing fourth stage is an empty one
-                first = strides[i] if j == 0 else 1
-                blocks.append(block(width, channels[i], first, num_steps, spec, rates[i][j], **dd))
-                width = channels[i]
-            self.add_module(name, Stage(*blocks))
-            if blocks:
-                reduction *= strides[i]
-                self.feature_info.append(dict(num_chs=width, reduction=reduction, module=name))
-
-        self.num_features = width
-        self.global_pool, self.fc = create_classifier(width, num_classes, pool_type=global_pool, **dd)
-        self.head_hidden_size = width * self.global_pool.feat_mult()
-        if scaled_init:
-            self.init_weights()
-
-    @torch.jit.ignore
-    def init_weights(self) -> None:
-        """Initialise as the ImageNet models are: see ``scaled_init``."""
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d):
-                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-            elif hasattr(module, "running_var") and module.weight is not None:
-                nn.init.constant_(module.weight, self.spec.threshold)
-        for module in self.modules():
-            if hasattr(module, "zero_init_last"):
-                module.zero_init_last()
-
-    @torch.jit.ignore
-    def group_matcher(self, coarse: bool = False) -> dict[str, str]:
-        """Patterns that group parameters by stage (coarse) or by block, for layer-wise learning rates."""
-        return dict(stem=r"^(?:conv1|bn1|encoder)\.", blocks=r"^layer(\d+)" if coarse else r"^layer(\d+)\.(\d+)")
-
-    @torch.jit.ignore
-    def no_weight_decay(self) -> set[str]:
-        """Names of parameters without weight decay beyond timm's rule (one-dimensional ones): none."""
-        return set()
-
-    @torch.jit.ignore
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recompute each block in the backward pass instead of keeping its activations."""
-        for name in _STAGES:
-            getattr(self, name).grad_checkpointing = enable
-
-    @torch.jit.ignore
-    def get_classifier(self, name_only: bool = False) -> nn.Module | str:
-        """The classifier, or its name."""
-        return "fc" if name_only else self.fc
-
-    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Replace the classifier, keeping the pooling where ``global_pool`` is None."""
-        dd = get_device_dtype(self)
-        self.num_classes = num_classes
-        pool_type = self.global_pool.pool_type if global_pool is None else global_pool
-        self.global_pool, self.fc = create_classifier(self.num_features, num_classes, pool_type=pool_type, **dd)
-        self.head_hidden_size = self.num_features * self.global_pool.feat_mult()
-        self.global_pool.train(self.training)
-        self.fc.train(self.training)
-
-    def _encode(self, x: Tensor) -> Tensor:
-        """The encoder's output, time-folded: ``(T*B, C, H, W)``."""
-        stem = self.bn1(self.conv1(fold_time(x, self.num_steps)))
-        return self.encoder(unfold_time(stem, x, self.num_steps)).flatten(0, 1)
-
-    def _rate(self, spikes: Tensor) -> Tensor:
-        """Mean over time: ``(T*B, C, H, W)`` -> ``(B, C, H, W)``."""
-        return spikes.unflatten(0, [self.num_steps, spikes.shape[0] // self.num_steps]).mean(0)
-
-    def _forward_spikes(self, x: Tensor) -> Tensor:
-        """Spikes of the last stage, time-folded: ``(T*B, C', H', W')``."""
-        membrane = self._encode(x)
-        spikes = self.lif(membrane)
-        membrane, spikes = self.layer1(membrane, spikes)
-        membrane, spikes = self.layer2(membrane, spikes)
-        membrane, spikes = self.layer3(membrane, spikes)
-        membrane, spikes = self.layer4(membrane, spikes)
-        return spikes
-
-    def forward_intermediates(
-        self,
-        x: Tensor,
-        indices: int | list[int] | None = None,
-        norm: bool = False,
-        stop_early: bool = False,
-        output_fmt: str = "NCHW",
-        intermediates_only: bool = False,
-    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
-        """Firing rates after the encoder (index 0) and after each stage.
-
-        Args:
-            x: Images ``(B, C, H, W)`` or event frames ``(B, T, C, H, W)``.
-            indices: The last n if an integer, all if None, else which ones.
-            norm: Without effect: there is no final norm.
-            stop_early: Run no stage beyond the last one asked for.
-            output_fmt: ``NCHW``.
-            intermediates_only: Return the intermediates alone.
-
-        Returns:
-            Final features (those of `forward_features`) and the intermediates, each ``(B, C', H', W')``.
-        """
-        assert output_fmt == "NCHW", "Output shape must be NCHW."
-        take_indices, max_index = feature_take_indices(len(self.feature_info), indices)
-        membrane = self._encode(x)
-        features = self._rate(membrane)
-        intermediates = [features] if 0 in take_indices else []
-        spikes = self.lif(membrane)
-        stages = [getattr(self, name) for name in _STAGES[: len(self.feature_info) - 1]]
-        for i, stage in enumerate(stages[:max_index] if stop_early else stages, start=1):
-            membrane, spikes = stage(membrane, spikes)
-            if len(stage):
-                features = self._rate(spikes)
-            if i in take_indices:
-                intermediates.append(features)
-        return intermediates if intermediates_only else (features, intermediates)
-
-    def prune_intermediate_layers(
-        self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
-    ) -> list[int]:
-        """Remove the stages after the last of ``indices`` and, where asked for or no longer fitting, the classifier."""
-        last = len(self.feature_info) - 1
-        take_indices, max_index = feature_take_indices(len(self.feature_info), indices)
-        for name in _STAGES[max_index:]:
-            setattr(self, name, Stage())
-        if max_index == 0:
-            self.lif = nn.Identity()  # the features end at the encoder's output
-        if max_index < last:
-            self.num_features = self.head_hidden_size = self.feature_info[max_index]["num_chs"]
-        if prune_head or max_index < last:
-            self.reset_classifier(0, "")
-        return take_indices
-
-    def forward_features(self, x: Tensor) -> Tensor:
-        """Firing rates of the last stage, ``(B, C', H', W')`` in [0, 1]."""
-        return self._rate(self._forward_spikes(x))
-
-    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """Logits, or with ``pre_logits`` what the classifier would see, from features ``(N, C', H', W')``."""
-        x = self.global_pool(x)
-        if self.drop_rate > 0.0:
-            x = F.dropout(x, p=float(self.drop_rate), training=self.training)
-        return x if pre_logits else self.fc(x)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Logits ``(B, num_classes)`` from images ``(B, C, H, W)`` or event frames ``(B, T, C, H, W)``."""
-        return self.forward_head(self.forward_features(x))
-
-    def forward_steps(self, x: Tensor) -> Tensor:
-        """Logits of each time step, ``(B, T, num_classes)``.
-
-        The classifier is linear, so with average pooling and no dropout their mean over time equals `forward`.
-        """
-        logits = self.forward_head(self._forward_spikes(x))
-        return logits.unflatten(0, [self.num_steps, logits.shape[0] // self.num_steps]).transpose(0, 1)
 
 
 def _create_spiking_resnet(variant: str, pretrained: bool = False, **kwargs: Any) -> SpikingResNet:
@@ -313,15 +52,19 @@ def _cifar_cfg(**kwargs: Any) -> dict[str, Any]:
     return _cfg(**cifar | kwargs)
 
 
+_IMAGENET_NAMES = ("msresnet18", "msresnet34", "spiking_resnet18", "spiking_resnet34")
+_CIFAR_NAMES = ("msresnet18_cifar", "spiking_resnet19")
+
 default_cfgs = generate_default_cfgs(
-    {f"{encoder}{name}": _cfg() for encoder in ("gac_", "") for name in (
-        "msresnet18", "msresnet34", "spiking_resnet18", "spiking_resnet34")}
-    | {f"{encoder}{name}": _cifar_cfg() for encoder in ("gac_", "") for name in ("msresnet18_cifar", "spiking_resnet19")}
+    {prefix + name: _cfg() for prefix in ("gac_", "") for name in _IMAGENET_NAMES}
+    | {prefix + name: _cifar_cfg() for prefix in ("gac_", "") for name in _CIFAR_NAMES}
     | {"test_gac_msresnet": _cifar_cfg()}
-)  # fmt: skip
+)
 
 # The architecture of every variant. The number of time steps is a default, so it may be given to create_model.
-_CIFAR = dict(layers=(3, 3, 2), channels=(128, 256, 512), strides=(1, 2, 2), stem_kernel=3, spec=CIFAR, scaled_init=False)
+_CIFAR = dict(
+    layers=(3, 3, 2), channels=(128, 256, 512), strides=(1, 2, 2), stem_kernel=3, spec=CIFAR, scaled_init=False
+)
 _DEPTH18 = dict(layers=(2, 2, 2, 2), spec=IMAGENET)
 _DEPTH34 = dict(layers=(3, 4, 6, 3), spec=IMAGENET)
 _TINY = dict(_CIFAR, layers=(1, 1, 1), channels=(24, 32, 48), stem_width=16)

@@ -24,6 +24,16 @@ CHUNK = 8  # steps held in registers at once, as in lif.py
 
 
 @triton.jit
+def _gate(m, n):
+    """sigmoid(m * n) in two special-function operations: 1 / (1 + e) as rsqrt squared, which spares a division.
+
+    The backward kernel is bound by instructions, not memory, from T = 4 in bfloat16 on; a full division is six of them.
+    """
+    r = tl.rsqrt(1.0 + tl.exp2((m * -1.4426950408889634) * n))
+    return r * r
+
+
+@triton.jit
 def _gated_fwd_kernel(
     x_ptr, n_ptr, m_ptr, y_ptr, size, tiles, x_step, x_sample, y_step, y_sample,
     T: tl.constexpr, STATIC: tl.constexpr, THRESHOLD: tl.constexpr, DECAY: tl.constexpr, SOFT: tl.constexpr,
@@ -46,7 +56,7 @@ def _gated_fwd_kernel(
             n = tl.load(n_ptr + tl.cast(t, tl.int64) * x_step, mask=inside, other=0.0).to(tl.float32)
         u = DECAY * v + x
         m = tl.load(m_ptr + sample * T + t).to(tl.float32)
-        y = tl.where(u > THRESHOLD, tl.sigmoid(m * n), 0.0)
+        y = tl.where(u > THRESHOLD, _gate(m, n), 0.0)
         tl.store(y_ptr + tl.cast(t, tl.int64) * y_step, y.to(y_ptr.dtype.element_ty), mask=inside)
         v = reset(u, THRESHOLD, SOFT)
 
@@ -54,77 +64,95 @@ def _gated_fwd_kernel(
 @triton.jit
 def _gated_bwd_kernel(
     gy_ptr, x_ptr, n_ptr, m_ptr, gx_ptr, gn_ptr, gm_ptr, scratch_ptr,
-    size, tiles, x_step, x_sample, y_step, y_sample,
+    size, groups, x_step, x_sample, y_step, y_sample,
     T: tl.constexpr, STEPS: tl.constexpr, STATIC: tl.constexpr, THRESHOLD: tl.constexpr, DECAY: tl.constexpr,
     SURROGATE: tl.constexpr, WIDTH: tl.constexpr, DETACH: tl.constexpr, SOFT: tl.constexpr, BLOCK: tl.constexpr,
+    TILES: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0).to(tl.int64)
-    sample = pid // tiles
-    i = (pid % tiles) * BLOCK + tl.arange(0, BLOCK)
-    inside = i < size
-    x_ptr += sample * x_sample + i
-    n_ptr += sample * x_sample + i
-    gy_ptr += sample * y_sample + i
-    gx_ptr += sample * x_sample + i
-    gn_ptr += sample * x_sample + i
+    sample = pid // groups
     CHUNKS: tl.constexpr = (T + STEPS - 1) // STEPS
-    if STATIC:
-        x = tl.load(x_ptr, mask=inside, other=0.0).to(tl.float32)
-        n = tl.load(n_ptr, mask=inside, other=0.0).to(tl.float32)
-        gx = tl.zeros((BLOCK,), tl.float32)
-        gn = tl.zeros((BLOCK,), tl.float32)
-    if CHUNKS > 1:  # first sweep: the membrane at the start of each chunk, [pid, chunk, BLOCK]
-        scratch_ptr += pid * (CHUNKS * BLOCK) + tl.arange(0, BLOCK)
-        v = tl.zeros((BLOCK,), tl.float32)
-        for chunk in range(CHUNKS):
-            tl.store(scratch_ptr + chunk * BLOCK, v)
+    gms = ()  # sums for the temporal gradient, last step first: one vector a step, reduced once after all tiles
+    for k in tl.static_range(STEPS):
+        gms += (tl.zeros((BLOCK,), tl.float32),)
+    for tile in range(TILES):
+        i = ((pid % groups) * TILES + tile) * BLOCK + tl.arange(0, BLOCK)
+        inside = i < size
+        at_x = sample * x_sample + i
+        at_y = sample * y_sample + i
+        if STATIC:
+            x = tl.load(x_ptr + at_x, mask=inside, other=0.0).to(tl.float32)
+            n = tl.load(n_ptr + at_x, mask=inside, other=0.0).to(tl.float32)
+            gx = tl.zeros((BLOCK,), tl.float32)
+            gn = tl.zeros((BLOCK,), tl.float32)
+        scratch = (pid * TILES + tile) * (CHUNKS * BLOCK) + tl.arange(0, BLOCK)
+        if CHUNKS > 1:  # first sweep: the membrane at the start of each chunk, [pid, tile, chunk, BLOCK]
+            v = tl.zeros((BLOCK,), tl.float32)
+            for chunk in range(CHUNKS):
+                tl.store(scratch_ptr + scratch + chunk * BLOCK, v)
+                for k in tl.static_range(STEPS):
+                    t = tl.cast(chunk * STEPS + k, tl.int64)
+                    if not STATIC:
+                        here = within(inside, t, T, STEPS)
+                        x = tl.load(x_ptr + at_x + t * x_step, mask=here, other=0.0).to(tl.float32)
+                    v = reset(DECAY * v + x, THRESHOLD, SOFT)
+            tl.debug_barrier()
+        gv = tl.zeros((BLOCK,), tl.float32)
+        for back in range(CHUNKS):
+            first = tl.cast((CHUNKS - 1 - back) * STEPS, tl.int64)
+            gys = ()
+            xs = ()
+            ns = ()
             for k in tl.static_range(STEPS):
-                t = tl.cast(chunk * STEPS + k, tl.int64)
-                if not STATIC:
-                    x = tl.load(x_ptr + t * x_step, mask=within(inside, t, T, STEPS), other=0.0).to(tl.float32)
-                v = reset(DECAY * v + x, THRESHOLD, SOFT)
-        tl.debug_barrier()
-    gv = tl.zeros((BLOCK,), tl.float32)
-    for back in range(CHUNKS):
-        first = tl.cast((CHUNKS - 1 - back) * STEPS, tl.int64)
-        gys = ()
-        xs = ()
-        ns = ()
+                here = within(inside, first + k, T, STEPS)
+                gys += (tl.load(gy_ptr + at_y + (first + k) * y_step, mask=here, other=0.0),)
+                if STATIC:
+                    xs += (x,)
+                    ns += (n,)
+                else:
+                    xs += (tl.load(x_ptr + at_x + (first + k) * x_step, mask=here, other=0.0).to(tl.float32),)
+                    ns += (tl.load(n_ptr + at_x + (first + k) * x_step, mask=here, other=0.0).to(tl.float32),)
+            v = tl.zeros((BLOCK,), tl.float32)
+            if CHUNKS > 1:
+                v = tl.load(scratch_ptr + scratch + (CHUNKS - 1 - back) * BLOCK)
+            us = ()
+            for k in tl.static_range(STEPS):
+                u = DECAY * v + xs[k]
+                us += (u,)
+                v = reset(u, THRESHOLD, SOFT)
+            sums = ()
+            for k in tl.static_range(STEPS - 1, -1, -1):
+                t = first + k
+                here = within(inside, t, T, STEPS)
+                m = tl.load(m_ptr + sample * T + t, mask=t < T, other=0.0).to(tl.float32)
+                gate = _gate(m, ns[k])
+                gs = gys[k].to(tl.float32) * gate
+                gz = tl.where(us[k] > THRESHOLD, gs - gs * gate, 0.0)  # at the score m * n
+                gu = membrane_grad(us[k], gs, gv, THRESHOLD, SURROGATE, WIDTH, DETACH, SOFT)
+                if T % STEPS != 0:
+                    gu = tl.where(here, gu, 0.0)
+                if CHUNKS > 1:
+                    tl.store(gm_ptr + pid * T + t, tl.sum(gz * ns[k], 0), mask=t < T)
+                else:
+                    sums += (gms[STEPS - 1 - k] + gz * ns[k],)
+                if STATIC:
+                    gn += gz * m
+                    gx += gu
+                else:
+                    tl.store(gn_ptr + at_x + t * x_step, (gz * m).to(gn_ptr.dtype.element_ty), mask=here)
+                    tl.store(gx_ptr + at_x + t * x_step, gu.to(gx_ptr.dtype.element_ty), mask=here)
+                if T % STEPS != 0:
+                    gv = tl.where(here, DECAY * gu, gv)
+                else:
+                    gv = DECAY * gu
+            if CHUNKS == 1:
+                gms = sums
+        if STATIC:
+            tl.store(gx_ptr + at_x, gx.to(gx_ptr.dtype.element_ty), mask=inside)
+            tl.store(gn_ptr + at_x, gn.to(gn_ptr.dtype.element_ty), mask=inside)
+    if CHUNKS == 1:
         for k in tl.static_range(STEPS):
-            here = within(inside, first + k, T, STEPS)
-            gys += (tl.load(gy_ptr + (first + k) * y_step, mask=here, other=0.0),)
-            if STATIC:
-                xs += (x,)
-                ns += (n,)
-            else:
-                xs += (tl.load(x_ptr + (first + k) * x_step, mask=here, other=0.0).to(tl.float32),)
-                ns += (tl.load(n_ptr + (first + k) * x_step, mask=here, other=0.0).to(tl.float32),)
-        v = tl.zeros((BLOCK,), tl.float32)
-        if CHUNKS > 1:
-            v = tl.load(scratch_ptr + (CHUNKS - 1 - back) * BLOCK)
-        us = ()
-        for k in tl.static_range(STEPS):
-            u = DECAY * v + xs[k]
-            us += (u,)
-            v = reset(u, THRESHOLD, SOFT)
-        for k in tl.static_range(STEPS - 1, -1, -1):
-            t = first + k
-            m = tl.load(m_ptr + sample * T + t, mask=t < T, other=0.0).to(tl.float32)
-            gate = tl.sigmoid(m * ns[k])
-            gy = gys[k].to(tl.float32)
-            gz = tl.where(us[k] > THRESHOLD, gy * gate * (1.0 - gate), 0.0)  # at the score m * n
-            gu = membrane_grad(us[k], gy * gate, gv, THRESHOLD, SURROGATE, WIDTH, DETACH, SOFT)
-            tl.store(gm_ptr + pid * T + t, tl.sum(gz * ns[k], 0), mask=t < T)
-            if STATIC:
-                gn += gz * m
-                gx += tl.where(within(inside, t, T, STEPS), gu, 0.0)
-            else:
-                tl.store(gn_ptr + t * x_step, (gz * m).to(gn_ptr.dtype.element_ty), mask=within(inside, t, T, STEPS))
-                tl.store(gx_ptr + t * x_step, gu.to(gx_ptr.dtype.element_ty), mask=within(inside, t, T, STEPS))
-            gv = tl.where(within(inside, t, T, STEPS), DECAY * gu, gv)
-    if STATIC:
-        tl.store(gx_ptr, gx.to(gx_ptr.dtype.element_ty), mask=inside)
-        tl.store(gn_ptr, gn.to(gn_ptr.dtype.element_ty), mask=inside)
+            tl.store(gm_ptr + pid * T + k, tl.sum(gms[STEPS - 1 - k], 0))
 
 
 def _frames_like(x: Tensor, *outer: int) -> Tensor:
@@ -141,8 +169,10 @@ def _frames_like(x: Tensor, *outer: int) -> Tensor:
 def _geometry(x: Tensor, y: Tensor, op: str) -> tuple[tuple[int, ...], dict[str, int], int]:
     """Kernel arguments (size, tiles, strides of x and of y), launch parameters and the number of programs."""
     config = launch_config(op, y.shape[0], x.element_size(), x.device)
+    if y.shape[0] > CHUNK and "TILES" in config:
+        config = config | {"TILES": 1}  # beyond one chunk the temporal sums leave the registers step by step
     size = x[(0,) * (x.dim() - 3)].numel()
-    tiles = triton.cdiv(size, config["BLOCK"])
+    tiles = triton.cdiv(size, config["BLOCK"] * config.get("TILES", 1))
     x_step = size * y.shape[1] if x.dim() == 5 else 0
     return (size, tiles, x_step, size, size * y.shape[1], size), config, tiles * y.shape[1]
 

@@ -18,7 +18,7 @@ DEFAULTS: dict[str, dict[str, int]] = {
     "lif_bwd": {"BLOCK": 512, "num_warps": 4},
     "lif_bwd_mask": {"BLOCK": 1024, "num_warps": 4},
     "gac_fwd": {"BLOCK": 1024, "num_warps": 4},
-    "gac_bwd": {"BLOCK": 512, "num_warps": 4},
+    "gac_bwd": {"BLOCK": 128, "num_warps": 1, "TILES": 4},
 }
 
 
@@ -44,7 +44,7 @@ def launch_config(op: str, num_steps: int, element_size: int, device: torch.devi
         device: Where it will run.
 
     Returns:
-        Keyword arguments of the launch: BLOCK and num_warps.
+        Keyword arguments of the launch: BLOCK, num_warps and, for ``gac_bwd``, TILES (blocks a program).
     """
     tuned = _device_configs(_device_name(device)).get(op, {})
     return DEFAULTS[op] | tuned.get(str(element_size), {}) | tuned.get(f"{element_size}:{num_steps}", {})

@@ -1,0 +1,310 @@
+"""The demonstration: a spiking network learns scikit-learn's handwritten digits, is saved, reloaded and drawn.
+
+Run it as ``timm-gac demo`` or ``make demo``. The claim it checks: at least 95 % of digits it has not seen are read right, and
+the network that comes back from the saved folder gives exactly the same logits.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+import torch.nn.functional as F
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from .encoder import GatedAttentionCoding
+from .hub import save_model_folder
+from .neuron import LIF, BatchNormLIF
+
+RESULT = "demo.json"  # also the mark of a folder that the demo made and may write again
+REQUIRED_ACCURACY = 0.95
+MODEL = "test_gac_msresnet"
+PIXELS = 8
+Recording = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class DemoConfig:
+    """What `run_demo` does.
+
+    Args:
+        out: Folder for the model, the spike raster and the result.
+        overwrite: Write to ``out`` even if it holds files that the demo did not make.
+        epochs: Passes over the training digits.
+        num_steps: Time steps T of the spiking network.
+        batch_size: Digits per training step.
+        lr: Peak learning rate.
+        weight_decay: Weight decay of AdamW.
+        seed: Seed of the split, the weights and the order of the digits.
+    """
+
+    out: Path = Path("demo")
+    overwrite: bool = False
+    epochs: int = 15
+    num_steps: int = 4
+    batch_size: int = 64
+    lr: float = 5e-3
+    weight_decay: float = 0.02
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "num_steps", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"expected {name} of at least 1, got {getattr(self, name)}: raise it")
+        if not self.lr > 0:
+            raise ValueError(f"expected a positive lr, got {self.lr}: try 0.005")
+
+
+def run_demo(config: DemoConfig, console: Console | None = None) -> int:
+    """Train, evaluate, save, reload, compare and draw.
+
+    Returns:
+        0, or 1 where the accuracy is under 95 % or the reloaded network gives other logits.
+
+    Raises:
+        ValueError: ``out`` holds files of somebody else.
+    """
+    console = console or Console()
+    check_folder(config.out, config.overwrite)
+    started = time.perf_counter()
+    train_set, test_set = load_digits(config.seed)
+    torch.manual_seed(config.seed)
+    model = create_demo_model(config.num_steps)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    console.print(
+        f"[bold]{MODEL}[/]: {parameters:,} parameters, {config.num_steps} time steps; "
+        f"{len(train_set)} digits to learn from, {len(test_set)} to be tested on"
+    )
+    train(model, train_set, config, console)
+    train_seconds = time.perf_counter() - started
+
+    images, labels = test_set.tensors
+    logits, rates = evaluate(model, images)
+    accuracy = (logits.argmax(1) == labels).float().mean().item()
+    save_model_folder(model, config.out)
+    reloaded = timm.create_model(f"local-dir:{config.out}", pretrained=True).eval()
+    equal = torch.equal(evaluate(reloaded, images)[0], logits)
+    raster = draw_raster(reloaded, images, labels, config.out / "spikes.png")
+
+    result = {
+        "model": MODEL, "accuracy": accuracy, "test_digits": len(labels), "parameters": parameters, "num_steps": config.num_steps,
+        "epochs": config.epochs, "seed": config.seed, "train_seconds": round(train_seconds, 1), "firing_rates": rates,
+        "reload_equal": equal, "versions": {"torch": torch.__version__, "timm": timm.__version__},
+    }  # fmt: skip
+    (config.out / RESULT).write_text(json.dumps(result, indent=2) + "\n")
+    seconds = time.perf_counter() - started
+    console.print(rate_table(rates))
+    passed = accuracy >= REQUIRED_ACCURACY
+    console.print(
+        f"test accuracy   {_mark(passed)} {accuracy:.2%} ({round(accuracy * len(labels))} of {len(labels)} digits)\n"
+        f"reloaded logits {_mark(equal)} {'equal, bit for bit' if equal else 'different'}\n"
+        f"time            {train_seconds:.0f} s to train, {seconds:.0f} s in all\n"
+        f"model           {config.out}/config.json, {config.out}/model.safetensors\n"
+        f"spikes          {raster}",
+        highlight=False,
+    )
+    return 0 if passed and equal else 1
+
+
+def _mark(good: bool) -> str:
+    return "[green]ok  [/]" if good else "[red]FAIL[/]"
+
+
+def check_folder(out: Path, overwrite: bool) -> None:
+    """Refuse a folder with files that the demo did not make.
+
+    Raises:
+        ValueError: ``out`` is a file, or such a folder and ``overwrite`` is not set.
+    """
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"expected a folder, got the file {out}: choose another --out")
+    if out.is_dir() and any(out.iterdir()) and not (overwrite or (out / RESULT).is_file()):
+        raise ValueError(f"expected a new, an empty or an earlier demo's folder, got {out}: choose another --out or --overwrite")
+
+
+def load_digits(seed: int) -> tuple[TensorDataset, TensorDataset]:
+    """scikit-learn's 1,797 handwritten digits, a fifth of each class held out for testing.
+
+    Returns:
+        Training and test set, each images ``(N, 1, 8, 8)`` in [-1, 1] and labels ``(N,)``.
+    """
+    from sklearn.datasets import load_digits as sklearn_digits
+    from sklearn.model_selection import train_test_split
+
+    digits = sklearn_digits()
+    images = torch.from_numpy(digits.images).float().unsqueeze(1) / 8 - 1
+    labels = torch.from_numpy(digits.target).long()
+    held_in, held_out = train_test_split(range(len(labels)), test_size=0.2, stratify=labels, random_state=seed)
+    return TensorDataset(images[held_in], labels[held_in]), TensorDataset(images[held_out], labels[held_out])
+
+
+def create_demo_model(num_steps: int) -> nn.Module:
+    """The tiny membrane-shortcut network with gated attention coding, for one channel of 8x8 pixels and ten classes."""
+    preprocessing = {"input_size": (1, PIXELS, PIXELS), "pool_size": (2, 2), "mean": (0.5,), "std": (0.5,)}
+    return timm.create_model(MODEL, num_classes=10, in_chans=1, num_steps=num_steps, pretrained_cfg_overlay=preprocessing)
+
+
+def train(model: nn.Module, digits: TensorDataset, config: DemoConfig, console: Console) -> None:
+    """Train on the CPU: AdamW, cosine schedule, shifts by up to one pixel."""
+    from accelerate import Accelerator
+    from timm.optim import create_optimizer_v2
+    from timm.scheduler import CosineLRScheduler
+
+    accelerator = Accelerator(cpu=True)
+    loader = DataLoader(digits, config.batch_size, shuffle=True, generator=torch.Generator().manual_seed(config.seed))
+    optimizer = create_optimizer_v2(model, opt="adamw", lr=config.lr, weight_decay=config.weight_decay)
+    total = config.epochs * len(loader)
+    scheduler = CosineLRScheduler(optimizer, total, warmup_t=total // 10, warmup_lr_init=config.lr / 100, t_in_epochs=False)
+    network, optimizer, loader = accelerator.prepare(model, optimizer, loader)
+    columns = ("{task.description}", BarColumn(), MofNCompleteColumn(), TextColumn("loss {task.fields[loss]:.3f}"))
+    step, average = 0, float("nan")
+    network.train()
+    with Progress(*columns, TimeElapsedColumn(), console=console) as progress:
+        task = progress.add_task("training", total=total, loss=average)
+        for _ in range(config.epochs):
+            for images, labels in loader:
+                scheduler.step_update(step)
+                loss = F.cross_entropy(network(shift(images)), labels, label_smoothing=0.1)
+                optimizer.zero_grad()
+                accelerator.backward(loss)
+                optimizer.step()
+                step += 1
+                average = loss.item() if step == 1 else 0.95 * average + 0.05 * loss.item()
+                progress.update(task, advance=1, loss=average)
+    model.eval()
+
+
+def shift(images: Tensor) -> Tensor:
+    """Each image ``(B, 1, H, W)`` moved by -1, 0 or 1 pixel in each direction; what comes in is background."""
+    rows, columns = images.shape[-2:]
+    windows = F.pad(images, (1, 1, 1, 1), value=-1.0).unfold(2, rows, 1).unfold(3, columns, 1)  # (B, 1, 3, 3, H, W)
+    which = torch.arange(len(images)), 0, torch.randint(3, (len(images),)), torch.randint(3, (len(images),))
+    return windows[which].unsqueeze(1)
+
+
+@contextmanager
+def record_spikes(model: nn.Module) -> Iterator[Recording]:
+    """Record what each neuron layer emits, time-folded ``(T*B, C, H, W)``, by name, in the order of the forward pass."""
+    recording: Recording = {}
+
+    def hook(name: str) -> Any:
+        def keep(module: nn.Module, inputs: Any, output: Any) -> None:
+            spikes = output[-1] if isinstance(output, tuple) else output  # (membrane, spikes), or spikes alone
+            recording[name] = spikes.flatten(0, 1) if isinstance(module, GatedAttentionCoding) else spikes
+
+        return keep
+
+    layers: list[tuple[str, nn.Module]] = []
+    for name, module in model.named_modules():
+        inside = any(name.startswith(f"{outer}.") for outer, _ in layers)  # a neuron that is part of a recorded layer
+        if isinstance(module, LIF | BatchNormLIF | GatedAttentionCoding) and not inside:
+            layers.append((name, module))
+    handles = [module.register_forward_hook(hook(name)) for name, module in layers]
+    try:
+        yield recording
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, images: Tensor) -> tuple[Tensor, dict[str, float]]:
+    """Logits ``(N, classes)`` and the firing rate of each neuron layer: spikes per neuron and time step."""
+    with record_spikes(model) as recording:
+        logits = model(images)
+    return logits, {name: (spikes != 0).float().mean().item() for name, spikes in recording.items()}
+
+
+def rate_table(rates: dict[str, float]) -> Table:
+    """Firing rates with a bar each."""
+    table = Table("layer", title="Firing rate (spikes per neuron and time step)", title_justify="left")
+    table.add_column("rate", justify="right")
+    table.add_column("0 to 50 %", min_width=25)
+    for name, rate in rates.items():
+        table.add_row(name, f"{rate:.1%}", f"[cyan]{'█' * round(min(rate, 0.5) * 50)}[/]")
+    return table
+
+
+@torch.no_grad()
+def draw_raster(model: nn.Module, images: Tensor, labels: Tensor, path: Path, neurons: int = 36) -> Path:
+    """Draw one digit of each class on its way through the network, time from left to right.
+
+    Args:
+        model: Network with gated attention coding, in eval mode.
+        images: Images ``(N, 1, H, W)``.
+        labels: Their classes ``(N,)``, each of 0 to 9 at least once.
+        path: PNG file to write.
+        neurons: Neurons drawn of each layer, those whose firing varies most between the digits and steps.
+
+    Returns:
+        ``path``.
+    """
+    from matplotlib.figure import Figure
+
+    steps: int = model.num_steps
+    chosen = images[torch.stack([(labels == digit).nonzero()[0, 0] for digit in range(10)])]
+    scores: dict[str, Tensor] = {}
+    attention = (("temporal", model.encoder.temporal), ("spatial", model.encoder.spatial))
+    handles = [
+        module.register_forward_hook(lambda _m, _i, output, name=name: scores.update({name: output}))
+        for name, module in attention
+    ]
+    with record_spikes(model) as recording:
+        evidence = model.forward_steps(chosen).softmax(-1)  # (10, T, classes)
+    for handle in handles:
+        handle.remove()
+    gate = (scores["temporal"][:, :, None, None, None] * scores["spatial"][:, None]).sigmoid().mean(2)  # (10, T, H, W)
+    by_digit = {name: spikes.unflatten(0, (steps, 10)).transpose(0, 1) for name, spikes in recording.items()}
+    encoded = by_digit["encoder"].mean(2)
+
+    figure = Figure(figsize=(13, 11), dpi=110, facecolor="white", layout="constrained")
+    heights = [1.9, 0.9, 0.9, 7.2, 2.0]
+    axes = figure.subplots(5, 1, sharex=True, gridspec_kw={"height_ratios": heights})
+    for digit in range(10):
+        extent = (digit * steps + steps / 2 - 2, digit * steps + steps / 2 + 2, 0, 1)
+        axes[0].imshow(-chosen[digit, 0], cmap="gray", extent=extent, aspect="auto")
+    axes[0].set_title(f"Ten unseen digits, {steps} time steps each, through {MODEL}", loc="left", fontsize=14, pad=10)
+    for axis, maps, colours, name in ((axes[1], gate, "magma", "gate"), (axes[2], encoded, "viridis", "gated\nspikes")):
+        strip = torch.cat(list(maps.flatten(0, 1)), dim=1)  # (H, 10*T*W)
+        axis.imshow(strip, cmap=colours, extent=(0, 10 * steps, 0, 1), aspect="auto", interpolation="nearest")
+        axis.set_ylabel(name, rotation=0, ha="right", va="center")
+    _draw_neurons(axes[3], by_digit, neurons)
+    axes[4].imshow(evidence.flatten(0, 1).T, cmap="Greens", vmin=0, vmax=1, extent=(0, 10 * steps, 9.5, -0.5), aspect="auto")
+    axes[4].set(yticks=range(10), xlim=(0, 10 * steps), xlabel="time step")
+    axes[4].set_ylabel("class\nscores", rotation=0, ha="right", va="center")
+    axes[4].set_xticks([step + 0.5 for step in range(10 * steps)], [str(step % steps + 1) for step in range(10 * steps)])
+    for axis in axes:
+        axis.tick_params(length=0, labelsize=8)
+        for side in axis.spines.values():
+            side.set_visible(False)
+        for digit in range(1, 10):
+            axis.axvline(digit * steps, color="0.75" if axis in (axes[0], axes[3]) else "white", linewidth=1)
+    for axis in axes[:3]:
+        axis.set_yticks([])
+    figure.savefig(path)
+    return path
+
+
+def _draw_neurons(axis: Any, by_digit: Recording, neurons: int) -> None:
+    """Dots for the spikes of some neurons of each layer, ``(10, T, C, H, W)`` by name, layers from top to bottom."""
+    top, labels = 0.0, []
+    for index, (name, spikes) in enumerate(by_digit.items()):
+        trains = (spikes != 0).float().flatten(2).flatten(0, 1)  # (10*T, neurons)
+        picked = trains.var(0).topk(min(neurons, trains.shape[1])).indices
+        when, which = trains[:, picked.sort().values].nonzero(as_tuple=True)
+        axis.scatter(when + 0.5, top + which, s=5, marker="s", linewidths=0, color=f"C{index % 10}")
+        labels.append((top + len(picked) / 2, name))
+        top += len(picked) + 6
+    axis.set(ylim=(top - 3, -3))
+    axis.set_yticks([place for place, _ in labels], [name for _, name in labels])
