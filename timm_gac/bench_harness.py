@@ -86,7 +86,7 @@ def _event_ms(function: Callable[[], object], flush: torch.Tensor, repetitions: 
     ends = [torch.cuda.Event(enable_timing=True) for _ in range(repetitions)]
     for start, end in zip(starts, ends, strict=True):
         flush.zero_()
-        torch.cuda._sleep(1_000_000)  # cycles: about 0.5 ms
+        torch.cuda._sleep(6_000_000)  # cycles: about 3 ms, longer than autograd takes to launch a step
         start.record()
         function()
         end.record()
@@ -239,24 +239,31 @@ def bar_chart(
     series = list(dict.fromkeys(name for groups in panels.values() for bars in groups.values() for name in bars))
     colours = dict(zip(series, ("#0b6e4f", "#9aa5b1", "#e0a458", "#b04a5a", "#5b7db1", "#333333"), strict=False))
     heights = [sum(len(bars) + 0.7 for bars in groups.values()) for groups in panels.values()]
-    figure = Figure(figsize=(9, 1.2 + 0.2 * sum(heights) + 0.5 * len(heights)), layout="constrained")
+    # Two panels to a line, each line as tall as its taller panel.
+    lines = [max(heights[first : first + 2]) for first in range(0, len(heights), 2)]
+    figure = Figure(figsize=(12, 1.2 + 0.19 * sum(lines) + 0.5 * len(lines)), layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.subplots(len(panels), 1, sharex=True, squeeze=False, height_ratios=heights)[:, 0]
-    for axis, (name, groups) in zip(axes, panels.items(), strict=True):
+    axes = figure.subplots(len(lines), 2, sharex=True, squeeze=False, height_ratios=lines).flat
+    for axis in axes[len(panels) :]:
+        axis.set_visible(False)
+    for axis, (name, groups) in zip(axes, panels.items(), strict=False):
         position, ticks = 0.0, []
         for bars in groups.values():
             ticks.append(position + (len(bars) - 1) / 2)
             for label, number in bars.items():
                 axis.barh(position, number, height=0.9, color=colours.get(label, "#333333"))
-                axis.text(number, position, f" {number:.2f}", va="center", fontsize=7)
+                inside = number > 0.2 * limit
+                style = {"ha": "right", "color": "white"} if inside else {"ha": "left", "color": "black"}
+                axis.text(number, position, f" {number:.2f} ", va="center", fontsize=7, **style)
                 position += 1
             position += 0.7
         axis.set_yticks(ticks, list(groups), fontsize=8)
         axis.set_ylim(position - 0.7, -0.7)
         axis.axvline(limit, color="black", linewidth=0.8, linestyle=":")
         axis.set_title(name, fontsize=9, loc="left")
+        if axis.get_subplotspec().is_last_row():
+            axis.set_xlabel(value, fontsize=8)
         axis.spines[["top", "right"]].set_visible(False)
-    axes[-1].set_xlabel(value)
     figure.suptitle(title, fontsize=10)
     handles = [Patch(color=colours.get(name, "#333333"), label=name) for name in series]
     figure.legend(handles=handles, loc="outside lower center", ncols=min(6, len(series)), frameon=False, fontsize=8)

@@ -103,8 +103,9 @@ class KernelBenchConfig:
         own = [("timm_gac", Case(*values)) for values in itertools.product(*axes)]
         if not self.rivals:
             return own
-        axes = (self.ops, self.specs, self.dtypes, ("contiguous",), (self.rival_num_steps,), bench_ops.RIVALS)
-        return own + [(provider, Case(*values)) for *values, provider in itertools.product(*axes)]
+        axes = (self.ops, self.specs, self.dtypes, ("contiguous",), (self.rival_num_steps,))
+        shared = [Case(*values) for values in itertools.product(*axes)]
+        return own + [(provider, case) for case in shared for provider in bench_ops.RIVALS]
 
 
 def bench_kernels(config: KernelBenchConfig) -> list[Row]:
@@ -149,7 +150,7 @@ def _copy_rows(config: KernelBenchConfig, device: torch.device, moment: str) -> 
     rows = []
     for name in config.dtypes:
         timing = measure_copy(config.size, DTYPES[name], device, target_ms=config.target_ms)
-        row = {"op": "copy", "provider": "torch", "dtype": name, "shape": str(config.size), "direction": moment}
+        row: Row = {"op": "copy", "provider": "torch", "dtype": name, "shape": str(config.size), "direction": moment}
         row |= {"status": "ok", "bytes": 2 * config.size * DTYPES[name].itemsize, **asdict(timing)}
         rows.append(dict.fromkeys(COLUMNS) | row)
     return rows
@@ -276,10 +277,9 @@ def parse_config(defaults: KernelBenchConfig, arguments: Sequence[str] | None = 
         elif isinstance(default, bool):
             options = {"default": default, "action": argparse.BooleanOptionalAction}
         parser.add_argument("--" + field.name.replace("_", "-"), **options)
-    values = vars(parser.parse_args(arguments))
-    return replace(
-        defaults, **{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
-    )
+    values: Row = vars(parser.parse_args(arguments))
+    values = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+    return replace(defaults, **values)
 
 
 def main(defaults: KernelBenchConfig | None = None, arguments: Sequence[str] | None = None) -> int:

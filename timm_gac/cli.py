@@ -64,7 +64,7 @@ def bench_kernels(config: Annotated[KernelBenchConfig, tyro.conf.arg(name="")]) 
 
 
 def models(pattern: tyro.conf.Positional[str] = "*") -> int:
-    """List the registered models with their parameters, time steps, neurons and input.
+    """List the registered models with their encoder, neuron dialect, parameters, time steps T and input.
 
     Args:
         pattern: Show only names that match, such as 'gac_*'.
@@ -74,20 +74,24 @@ def models(pattern: tyro.conf.Positional[str] = "*") -> int:
     from rich.console import Console
     from rich.table import Table
 
+    from . import CIFAR, IMAGENET, GatedAttentionCoding
+
     names = timm.list_models(pattern, module="spiking_resnet")
     if not names:
         raise ValueError(f"expected a pattern that matches a model, got {pattern!r}: try '*resnet*'")
-    table = Table("model", "encoder", "neurons", title=f"{len(names)} models")
+    table = Table(title=f"{len(names)} models")
+    table.add_column("model", no_wrap=True)
+    table.add_column("encoder")
+    table.add_column("dialect")
     for heading in ("parameters", "T", "classes", "input"):
-        table.add_column(heading, justify="right")
+        table.add_column(heading, justify="right", no_wrap=True)
     for name in names:
         network = timm.create_model(name, device=torch.device("meta"))
-        parameters = sum(parameter.numel() for parameter in network.parameters())
         table.add_row(
             name,
-            "gated attention" if hasattr(network.encoder, "temporal") else "direct",
-            f"threshold {network.spec.threshold:g}, decay {network.spec.decay:g}",
-            f"{parameters:,}",
+            "GAC" if isinstance(network.encoder, GatedAttentionCoding) else "direct",
+            {CIFAR: "CIFAR", IMAGENET: "ImageNet"}[network.spec],
+            f"{sum(parameter.numel() for parameter in network.parameters()):,}",
             str(network.num_steps),
             str(network.num_classes),
             "x".join(map(str, network.pretrained_cfg["input_size"])),

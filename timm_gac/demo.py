@@ -84,7 +84,8 @@ def run_demo(config: DemoConfig, console: Console | None = None) -> int:
     parameters = sum(parameter.numel() for parameter in model.parameters())
     console.print(
         f"[bold]{MODEL}[/]: {parameters:,} parameters, {config.num_steps} time steps; "
-        f"{len(train_set)} digits to learn from, {len(test_set)} to be tested on"
+        f"{len(train_set)} digits to learn from, {len(test_set)} to be tested on",
+        soft_wrap=True,
     )
     train(model, train_set, config, console)
     train_seconds = time.perf_counter() - started
@@ -237,7 +238,7 @@ def rate_table(rates: dict[str, float]) -> Table:
 
 
 @torch.no_grad()
-def draw_raster(model: nn.Module, images: Tensor, labels: Tensor, path: Path, neurons: int = 36) -> Path:
+def draw_raster(model: nn.Module, images: Tensor, labels: Tensor, path: Path, neurons: int = 32) -> Path:
     """Draw one digit of each class on its way through the network, time from left to right.
 
     Args:
@@ -298,12 +299,15 @@ def draw_raster(model: nn.Module, images: Tensor, labels: Tensor, path: Path, ne
 
 def _draw_neurons(axis: Any, by_digit: Recording, neurons: int) -> None:
     """Dots for the spikes of some neurons of each layer, ``(10, T, C, H, W)`` by name, layers from top to bottom."""
+    from matplotlib import colormaps
+
+    colours = colormaps["viridis"]
     top, labels = 0.0, []
     for index, (name, spikes) in enumerate(by_digit.items()):
         trains = (spikes != 0).float().flatten(2).flatten(0, 1)  # (10*T, neurons)
         picked = trains.var(0).topk(min(neurons, trains.shape[1])).indices
         when, which = trains[:, picked.sort().values].nonzero(as_tuple=True)
-        axis.scatter(when + 0.5, top + which, s=5, marker="s", linewidths=0, color=f"C{index % 10}")
+        axis.hlines(top + which, when + 0.12, when + 0.88, linewidth=1.5, color=colours(index / len(by_digit)))
         labels.append((top + len(picked) / 2, name))
         top += len(picked) + 6
     axis.set(ylim=(top - 3, -3))

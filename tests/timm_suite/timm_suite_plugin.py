@@ -102,15 +102,16 @@ def list_pretrained(*args: Any, **kwargs: Any) -> list[str]:
 
 
 def create_model(*args: Any, **kwargs: Any) -> nn.Module:
-    """timm's `create_model`, with random batch-norm biases of the order of the threshold.
+    """timm's `create_model`, with random batch norms of the order of the threshold.
 
-    An untrained spiking network in eval mode is silent from the second stage on, whatever the image: without this, most of
-    timm's comparisons would be of zeros with zeros.
+    An untrained spiking network in eval mode soon falls silent, and its residual branches may start at zero: without this,
+    most of timm's comparisons would be of zeros with zeros.
     """
     model = _create_model(*args, **kwargs)
     for module in model.modules():
         if getattr(module, "running_var", None) is not None and not module.bias.is_meta:
-            nn.init.normal_(module.bias, mean=0.0, std=0.7)
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+            nn.init.normal_(module.bias, mean=0.0, std=0.5)
     return model
 
 

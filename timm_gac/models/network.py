@@ -6,7 +6,7 @@ Source: Qiu et al., "Gated Attention Coding for Training High-performance and Ef
 2024 (arXiv 2308.06582). No ``from __future__ import annotations`` here: TorchScript reads annotations as types.
 """
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +19,7 @@ from gac_kernels import IMAGENET, LIFSpec
 from ..encoder import DirectCoding, GatedAttentionCoding
 from ..neuron import LIF, BatchNormLIF, check_num_steps
 from .blocks import MSBlock, SpikingBlock, Stage
+from .checkpoint import checkpoint_filter_fn as checkpoint_filter_fn  # timm expects it beside the model's class
 
 __all__ = ["SpikingResNet"]
 
@@ -78,10 +79,11 @@ class SpikingResNet(nn.Module):
         ValueError: An argument is out of range.
     """
 
-    layer1: Stage
-    layer2: Stage
-    layer3: Stage
-    layer4: Stage
+    if TYPE_CHECKING:  # set by name below; TorchScript would take annotations seen at run time for its own types
+        layer1: Stage
+        layer2: Stage
+        layer3: Stage
+        layer4: Stage
 
     def __init__(
         self,
