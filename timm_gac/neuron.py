@@ -75,7 +75,9 @@ class LIF(nn.Module):
                 False,
                 False,
             )[0]
-        return lif(x, self.spec)
+        spikes = lif(x, self.spec)
+        assert isinstance(spikes, Tensor)  # a pair only where the state is asked for
+        return spikes
 
     def extra_repr(self) -> str:
         """The spec's fields, and the number of steps where time is folded."""
@@ -185,7 +187,7 @@ class BatchNormLIF(_NormBase):
         """
         from torch.distributed.nn.functional import all_reduce  # slow to import, needed in distributed runs only
 
-        group = self.sync.process_group or dist.group.WORLD
+        group = _process_group(self.sync)
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
         count = wide.new_tensor([float(x.numel() // self.num_features)])
         total = count.clone()
@@ -219,12 +221,17 @@ class MembraneBatchNormLIF(BatchNormLIF):
     ``membrane = BN(x) + residual``, ``spikes = LIF(membrane)``, both in the shape and dtype of ``x``.
     """
 
-    def forward(self, x: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:  # type: ignore[override]
         """The pair (membrane, spikes)."""
         return self._membrane_and_spikes(x, residual)
 
 
-def _world_size(sync: nn.SyncBatchNorm) -> int:
+def _process_group(sync: nn.Module) -> dist.ProcessGroup | None:
+    group = getattr(sync, "process_group", None)
+    return dist.group.WORLD if group is None else group
+
+
+def _world_size(sync: nn.Module) -> int:
     if not (dist.is_available() and dist.is_initialized()):
         return 1
-    return dist.get_world_size(sync.process_group or dist.group.WORLD)
+    return dist.get_world_size(_process_group(sync))
