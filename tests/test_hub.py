@@ -57,7 +57,14 @@ def config(folder: Path) -> dict[str, Any]:
     ],
 )
 def test_converted_folder_reloads_with_equal_logits(
-    name: str, num_classes: int, num_steps: int, in_chans: int, size: int, dtype: torch.dtype, suffix: str, tmp_path: Path
+    name: str,
+    num_classes: int,
+    num_steps: int,
+    in_chans: int,
+    size: int,
+    dtype: torch.dtype,
+    suffix: str,
+    tmp_path: Path,
 ) -> None:
     net = network(name, num_classes, num_steps, in_chans).to(dtype)
     file = tmp_path / f"published{suffix}"
@@ -121,7 +128,7 @@ def test_failed_conversion_leaves_nothing(tensors: dict[str, Tensor], tmp_path: 
     with pytest.raises(ValueError, match=r"expected the tensors of gac_msresnet18_cifar, got others in 'wrong.pth'"):
         convert_checkpoint(file, tmp_path / "folder")
     torch.save({**tensors, "conv1_s.layer.module.weight": tensors["conv1.weight"] + 1}, file)
-    with pytest.raises(ValueError, match="expected one value of 'conv1.weight', got two under"):
+    with pytest.raises(ValueError, match=r"expected one value of 'conv1\.weight', got two under"):
         convert_checkpoint(file, tmp_path / "folder")
     assert [path.name for path in tmp_path.iterdir()] == ["wrong.pth"]
 
@@ -154,7 +161,9 @@ def test_code_in_a_pickle_is_not_run(plain_pickle: bool, nested: bool, tmp_path:
 
 
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
-@pytest.mark.parametrize("content", [b"", b"no checkpoint", b"PK\x03\x04 cut short", b"\x80\x02}q\x00(", bytes(range(256))])
+@pytest.mark.parametrize(
+    "content", [b"", b"no checkpoint", b"PK\x03\x04 cut short", b"\x80\x02}q\x00(", bytes(range(256))]
+)
 def test_unreadable_bytes(content: bytes, suffix: str, tmp_path: Path) -> None:
     file = tmp_path / f"damaged{suffix}"
     file.write_bytes(content)

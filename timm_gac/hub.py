@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import pickle
 import struct
 import tempfile
@@ -67,11 +66,11 @@ def read_checkpoint(file: Path) -> dict[str, Tensor]:
         wrapper = next((key for key in WRAPPERS if isinstance(checkpoint.get(key), dict)), None)
         checkpoint = checkpoint if wrapper is None else checkpoint[wrapper]
     if not isinstance(checkpoint, dict) or not checkpoint:
-        raise ValueError(f"expected a state dict, got {type(checkpoint).__name__} in {file.name!r}: save the state dict")
+        raise ValueError(f"expected a state dict, got {type(checkpoint).__name__} in {file.name!r}: save one")
     strangers = [key for key, value in checkpoint.items() if not (isinstance(key, str) and isinstance(value, Tensor))]
     if strangers:
         raise ValueError(
-            f"expected tensors by name, got a non-tensor under {strangers[0]!r} in {file.name!r}: save the state dict alone"
+            f"expected tensors by name, got a non-tensor under {strangers[0]!r} in {file.name!r}: save these alone"
         )
     return clean_state_dict(checkpoint)
 
@@ -92,7 +91,7 @@ def infer_model(tensors: dict[str, Tensor]) -> str:
         if expected == {name.removesuffix(".conv2.weight") for name in tensors if name.endswith(".conv2.weight")}:
             return gac + base
     raise ValueError(
-        f"expected the tensor names of a published network, got {len(tensors)} tensors such as {next(iter(tensors))!r}: "
+        f"expected the tensor names of a published network, got {len(tensors)} such as {next(iter(tensors))!r}: "
         "name the model, or convert a checkpoint of the published code"
     )
 
@@ -112,7 +111,7 @@ def _size(tensors: dict[str, Tensor], names: tuple[str, ...], axis: int, ndim: i
 
 
 def save_model_folder(model: nn.Module, out: Path, model_args: dict[str, Any] | None = None) -> Path:
-    """Write ``config.json`` and ``model.safetensors``, so that ``timm.create_model('local-dir:OUT')`` rebuilds the model.
+    """Write ``config.json`` and ``model.safetensors``, from which ``timm.create_model('local-dir:OUT')`` rebuilds a model.
 
     Both files are written beside the folder first and moved into it whole; other files in it are left alone.
 
@@ -139,7 +138,7 @@ def save_model_folder(model: nn.Module, out: Path, model_args: dict[str, Any] | 
         config_file.write_text(json.dumps(config, indent=2) + "\n")
         out.mkdir(exist_ok=True)
         for name in ("model.safetensors", "config.json"):
-            os.replace(Path(scratch, name), out / name)
+            Path(scratch, name).replace(out / name)
     return out
 
 
@@ -187,16 +186,16 @@ def convert_checkpoint(
     published_steps = _size(tensors, ("encoding.TA.sharedMLP.0.weight",), axis=1, ndim=5)
     steps = num_steps or published_steps or _size(tensors, ("encoder.temporal.fc1.weight",), axis=1, ndim=2)
     in_chans = _size(tensors, ("conv1.0.weight", "conv1.weight"), axis=1, ndim=4)
-    dtypes = sorted({tensor.dtype for tensor in tensors.values() if tensor.is_floating_point()}, key=lambda d: d.itemsize)
-    dtype = dtypes[-1] if dtypes else torch.float32
+    dtypes = {tensor.dtype for tensor in tensors.values() if tensor.is_floating_point()}
+    dtype = max(dtypes, key=lambda dtype: dtype.itemsize, default=torch.float32)
 
     network = timm.create_model(name, num_classes=classes, num_steps=steps, in_chans=in_chans, dtype=dtype)
     try:
         network.load_state_dict(checkpoint_filter_fn(tensors, network), strict=True)
     except (RuntimeError, KeyError) as error:
         detail = " ".join(str(error).split())[:300]
-        raise ValueError(f"expected the tensors of {name}, got others in {file.name!r} ({detail}): name the right model") from error
-    _logger.info(
-        "%s: %s with %d classes and %d time steps, stored as %s", file.name, name, network.num_classes, network.num_steps, dtype
-    )
+        raise ValueError(
+            f"expected the tensors of {name}, got others in {file.name!r} ({detail}): name the right model"
+        ) from error
+    _logger.info("%s: %s, %s classes, %s time steps, stored as %s", file.name, name, classes, network.num_steps, dtype)
     return save_model_folder(network, out)

@@ -21,13 +21,20 @@ from timm_gac.models.spiking_resnet import checkpoint_filter_fn
 TOLERANCE = 1e-9  # of the largest value of each tensor compared, in float64
 
 # The state dicts of the published code: tensors, parameters, and the SHA-256 of the sorted lines "name shape alias".
+# fmt: off
 FACTS = {
-    ("gac_msresnet18_cifar", 4, 10): (415, 12633178, "58470153b200a9292165301b63db6872cf764a2882ad8692efcf2c6536bf17be"),
-    ("gac_msresnet18_cifar", 6, 100): (415, 12679368, "349df50fec504d89f627b8292da82c5df981d3d1e340ec9ba0d02d41bda9f677"),
-    ("gac_msresnet18", 4, 1000): (134, 11824824, "835aa3fb00115dd42952b2122f2a46e57a4c4633c38e7bf952f40085d30ecaec"),
-    ("gac_msresnet34", 4, 1000): (230, 21932984, "0aae687b98d18ecf5c7c72e7acb015d7629c75a520b9d6338a6990897fc72766"),
-    ("msresnet18_cifar", 4, 10): (411, 12502090, "9abdac6fd093311e00459da05be540cf70bf78764f88745aab6a0fd0a2433d1b"),
+    ("gac_msresnet18_cifar", 4, 10):
+        (415, 12633178, "58470153b200a9292165301b63db6872cf764a2882ad8692efcf2c6536bf17be"),
+    ("gac_msresnet18_cifar", 6, 100):
+        (415, 12679368, "349df50fec504d89f627b8292da82c5df981d3d1e340ec9ba0d02d41bda9f677"),
+    ("gac_msresnet18", 4, 1000):
+        (134, 11824824, "835aa3fb00115dd42952b2122f2a46e57a4c4633c38e7bf952f40085d30ecaec"),
+    ("gac_msresnet34", 4, 1000):
+        (230, 21932984, "0aae687b98d18ecf5c7c72e7acb015d7629c75a520b9d6338a6990897fc72766"),
+    ("msresnet18_cifar", 4, 10):
+        (411, 12502090, "9abdac6fd093311e00459da05be540cf70bf78764f88745aab6a0fd0a2433d1b"),
 }
+# fmt: on
 FACTS_FILE = Path(__file__).parents[3] / "shared" / "design" / "published_state_dicts.json"
 
 
@@ -145,7 +152,7 @@ def test_state_dict_has_the_published_layout(key: tuple[str, int, int]) -> None:
     assert (len(lines), sum(p.numel() for p in net.parameters()), digest) == FACTS[key]
 
 
-@pytest.mark.skipif(not FACTS_FILE.is_file(), reason="the full list of names is not beside this checkout; its digests are")
+@pytest.mark.skipif(not FACTS_FILE.is_file(), reason="the full list is not beside this checkout; its digests are")
 def test_state_dict_equals_every_published_fact() -> None:
     facts = json.loads(FACTS_FILE.read_text())
     assert len(facts) == len(FACTS)
@@ -169,7 +176,9 @@ def test_eval_logits_equal(case: Case, tmp_path: Path, firing_rates: list[float]
     ids=str,
 )
 @pytest.mark.parametrize("case", [CIFAR_GAC, IMAGENET_18], ids=lambda case: case.name)
-def test_eval_logits_equal_from_any_file(case: Case, dtype: torch.dtype, prefix: str, wrapper: str, tmp_path: Path) -> None:
+def test_eval_logits_equal_from_any_file(
+    case: Case, dtype: torch.dtype, prefix: str, wrapper: str, tmp_path: Path
+) -> None:
     net = case.published(seed=2)
     fast = case.fast(save(net, tmp_path / "published.pth.tar", dtype, prefix, wrapper)).eval()
     net = net.to(dtype).double().eval()
@@ -218,5 +227,5 @@ def test_train_loss_gradients_and_statistics_equal(case: Case, tmp_path: Path, f
 
 
 def test_unknown_name_says_which_exist() -> None:
-    with pytest.raises(ValueError, match="expected one of .*msresnet34.*got 'resnet18'"):
+    with pytest.raises(ValueError, match=r"expected one of .*msresnet34.*got 'resnet18'"):
         PublishedNet("resnet18")

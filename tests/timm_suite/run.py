@@ -19,10 +19,10 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 CACHE = ROOT / ".cache" / "timm_suite"
 # pip's words where no index answers, as against an index that answers with an error.
-UNREACHABLE = ("NewConnectionError", "NameResolutionError", "ConnectTimeoutError", "ConnectionError", "ProxyError", "timed out")
+UNREACHABLE = ("ConnectionError", "NameResolutionError", "ConnectTimeoutError", "ProxyError", "timed out")
 
 
-class RegistryUnreachable(RuntimeError):
+class RegistryUnreachableError(RuntimeError):
     """The package registry does not answer, and the file is not in the cache."""
 
 
@@ -30,7 +30,7 @@ def fetch(timm_version: str | None = None) -> Path:
     """Path of timm's ``test_models.py`` of this version, downloaded on first use.
 
     Raises:
-        RegistryUnreachable: It is not cached and the registry does not answer.
+        RegistryUnreachableError: It is not cached and the registry does not answer.
         RuntimeError: The download failed for another reason; the message is pip's.
     """
     timm_version = timm_version or version("timm")
@@ -45,7 +45,7 @@ def fetch(timm_version: str | None = None) -> Path:
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode != 0:
             unreachable = any(word in done.stderr for word in UNREACHABLE)
-            raise (RegistryUnreachable if unreachable else RuntimeError)(done.stderr.strip()[-2000:])
+            raise (RegistryUnreachableError if unreachable else RuntimeError)(done.stderr.strip()[-2000:])
     with tarfile.open(archive) as tar:
         member = tar.extractfile(f"timm-{timm_version}/tests/test_models.py")
         assert member is not None
@@ -64,10 +64,10 @@ def run(models: str, arguments: list[str], report: Path | None = None) -> int:
         report: JSON file to write the counts to.
     """
     suite = fetch()
-    paths = [str(Path(__file__).parent), str(ROOT), str(ROOT / "kernels" / "torch-ext"), os.environ.get("PYTHONPATH", "")]
+    paths = [Path(__file__).parent, ROOT, ROOT / "kernels" / "torch-ext", os.environ.get("PYTHONPATH", "")]
     environment = {
         **os.environ,
-        "PYTHONPATH": os.pathsep.join(path for path in paths if path),
+        "PYTHONPATH": os.pathsep.join(str(path) for path in paths if path),
         "TIMM_SUITE_MODELS": "*" if models == "all" else models,
     }
     if report is not None:

@@ -1,8 +1,8 @@
 """pytest plugin: runs timm's own ``tests/test_models.py`` on the models of this package.
 
-`TIMM_SUITE_MODELS` holds comma-separated name patterns. timm's lists of models are narrowed to those of ours that match,
-families with hard-coded names that state a general contract are pointed at our models, and what is left is about other
-architectures or needs weights: it is deselected by name, each time with the reason, and listed at the end of the run.
+`TIMM_SUITE_MODELS` holds comma-separated name patterns. timm's lists of models are narrowed to those of ours that
+match, families with hard-coded names that state a general contract are pointed at our models, and what is left is about
+other architectures or needs weights: it is deselected by name, with the reason, and listed at the end of the run.
 `TIMM_SUITE_REPORT`, if set, names a JSON file for the counts.
 """
 
@@ -52,7 +52,7 @@ DESELECTED: dict[str, str] = {
     "test_model_load_pretrained": NEEDS_WEIGHTS,
     "test_model_features_pretrained": NEEDS_WEIGHTS,
     "test_model_default_cfgs_non_std": "for models without spatial features; ours pass the standard test",
-    "test_features_only_grad_checkpointing_backward": "for timm's FeatureListNet; the FeatureGetterNet around ours has no switch",
+    "test_features_only_grad_checkpointing_backward": "for FeatureListNet; the FeatureGetterNet of ours has no switch",
     "test_feature_getter_stage_ends_torchscript": "for models whose forward_intermediates can be scripted",
     "test_model_features_output_stride": "for models with dilated stages (output_stride)",
     "test_model_forward_torchscript_with_features_fx": "fx features of regnet; ours use forward_intermediates",
@@ -93,7 +93,8 @@ def _arch(name: str) -> str:
 
 def list_models(*args: Any, module: Any = "", **kwargs: Any) -> list[str]:
     """timm's `list_models`, narrowed to ours; a list of modules (those with intermediates) counts as including ours."""
-    return [name for name in _list_models(*args, module=module if isinstance(module, str) else "", **kwargs) if _arch(name) in OURS]
+    names = _list_models(*args, module=module if isinstance(module, str) else "", **kwargs)
+    return [name for name in names if _arch(name) in OURS]
 
 
 def list_pretrained(*args: Any, **kwargs: Any) -> list[str]:
@@ -104,8 +105,8 @@ def list_pretrained(*args: Any, **kwargs: Any) -> list[str]:
 def create_model(*args: Any, **kwargs: Any) -> nn.Module:
     """timm's `create_model`, with random batch norms of the order of the threshold.
 
-    An untrained spiking network in eval mode soon falls silent, and its residual branches may start at zero: without this,
-    most of timm's comparisons would be of zeros with zeros.
+    An untrained spiking network in eval mode soon falls silent, and its residual branches may start at zero: without
+    this, most of timm's comparisons would be of zeros with zeros.
     """
     model = _create_model(*args, **kwargs)
     for module in model.modules():
@@ -126,7 +127,17 @@ def pytest_configure(config: pytest.Config) -> None:
     """Know timm's markers, so that they cause no warnings."""
     if not OURS:
         raise pytest.UsageError(f"expected patterns of our models in TIMM_SUITE_MODELS, got {PATTERNS}: none matches")
-    for marker in ("base", "cfg", "cfg_nonstd", "forward", "backward", "features", "torchscript", "fxforward", "fxbackward"):
+    for marker in [
+        "base",
+        "cfg",
+        "cfg_nonstd",
+        "forward",
+        "backward",
+        "features",
+        "torchscript",
+        "fxforward",
+        "fxbackward",
+    ]:
         config.addinivalue_line("markers", f"{marker}: a group of timm's tests")
     if not config.pluginmanager.hasplugin("timeout"):
         config.addinivalue_line("markers", "timeout(seconds): ignored without pytest-timeout")
@@ -151,7 +162,8 @@ def _reason(item: pytest.Item) -> str | None:
     if callspec is not None and _arch(str(callspec.params.get("model_name", ""))) in OURS:
         return None
     name = getattr(item, "originalname", item.name)
-    return next((why for pattern, why in DESELECTED.items() if fnmatch(name, pattern)), "other models, not classified yet")
+    reasons = (why for pattern, why in DESELECTED.items() if fnmatch(name, pattern))
+    return next(reasons, "other models, not classified yet")
 
 
 @pytest.hookimpl(trylast=True)
@@ -175,7 +187,8 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
     if report.when == "call" or report.outcome != "passed":
         _counts[report.outcome] += 1
     if report.skipped:
-        _skips.append(f"{report.nodeid}: {report.longrepr[2] if isinstance(report.longrepr, tuple) else report.longrepr}")
+        why = report.longrepr[2] if isinstance(report.longrepr, tuple) else report.longrepr
+        _skips.append(f"{report.nodeid}: {why}")
 
 
 def _lines() -> Iterable[str]:

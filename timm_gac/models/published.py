@@ -10,8 +10,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from gac_kernels.spec import CIFAR, IMAGENET, LIFSpec
 from torch import Tensor, nn
+
+from gac_kernels.spec import CIFAR, IMAGENET, LIFSpec
 
 # name: neuron, then blocks, widths and strides of the stages
 NETWORKS: dict[str, tuple[LIFSpec, tuple[int, ...], tuple[int, ...], tuple[int, ...]]] = {
@@ -68,6 +69,7 @@ class FrameNorm(nn.Module):
             self.seqbn = nn.ModuleDict({"module": self.bn})
 
     def forward(self, x: Tensor) -> Tensor:
+        """Normalised frames: (B·T, C, H, W) → (B·T, C, H, W)."""
         return self.bn(x)
 
 
@@ -86,21 +88,16 @@ class Encoding(nn.Module):
         super().__init__()
         hidden = max(1, num_steps // 2)
         self.spec = spec
-        self.TA = nn.Module()
-        self.TA.sharedMLP = nn.Sequential(
-            nn.Conv3d(num_steps, hidden, 1, bias=False), nn.ReLU(), nn.Conv3d(hidden, num_steps, 1, bias=False)
-        )
-        self.SCA = nn.Module()
-        self.SCA.sharedMLP = nn.Sequential(
-            nn.Conv2d(width, width, 4, padding="same", bias=False),
-            nn.ReLU(),
-            nn.Conv2d(width, width, 4, padding="same", bias=False),
-        )
+        temporal = [nn.Conv3d(num_steps, hidden, 1, bias=False), nn.Conv3d(hidden, num_steps, 1, bias=False)]
+        spatial = [nn.Conv2d(width, width, 4, padding="same", bias=False) for _ in range(2)]
+        self.TA = nn.ModuleDict({"sharedMLP": nn.Sequential(temporal[0], nn.ReLU(), temporal[1])})
+        self.SCA = nn.ModuleDict({"sharedMLP": nn.Sequential(spatial[0], nn.ReLU(), spatial[1])})
 
     def forward(self, x: Tensor) -> Tensor:
+        """Gated spikes of the frames."""
         average, peak = x.mean((2, 3, 4), keepdim=True), x.amax((2, 3, 4), keepdim=True)  # [B, T, 1, 1, 1]
-        temporal = self.TA.sharedMLP(average) + self.TA.sharedMLP(peak)
-        return torch.sigmoid(temporal * per_frame(self.SCA.sharedMLP, x)) * fire(x, self.spec)
+        temporal = self.TA["sharedMLP"](average) + self.TA["sharedMLP"](peak)
+        return torch.sigmoid(temporal * per_frame(self.SCA["sharedMLP"], x)) * fire(x, self.spec)
 
 
 class Block(nn.Module):
@@ -127,6 +124,7 @@ class Block(nn.Module):
             self.conv2_s = alias(self.conv2, self.bn2)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Membrane potentials of the block's output."""
         y = per_frame(self.bn1, per_frame(self.conv1, fire(x, self.spec)))
         y = per_frame(self.bn2, per_frame(self.conv2, fire(y, self.spec)))
         for name in self.projection:
