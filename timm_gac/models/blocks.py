@@ -112,7 +112,7 @@ class Stage(nn.Sequential):
         super().__init__(*blocks)
         self.grad_checkpointing = False
 
-    def forward(self, membrane: Tensor, spikes: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, membrane: Tensor, spikes: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
         """The pair (membrane, spikes) after the last block."""
         for block in self:
             if self.grad_checkpointing and not torch.jit.is_scripting():

@@ -110,7 +110,7 @@ def _fit_temporal_weights(state_dict: dict[str, Tensor], model: nn.Module) -> di
             continue
         weight = weight.reshape(weight.shape[0], weight.shape[1])  # published as (out, in, 1, 1, 1)
         if weight.shape != target.shape:
-            old, new = tuple(weight.shape), tuple(target.shape)
+            old, new = tuple(weight.shape), (target.shape[0], target.shape[1])
             _logger.warning("Resampled %s from %s to %s: the checkpoint has another number of steps", name, old, new)
             weight = resample_temporal_weight(weight, new)
         state_dict[name] = weight
