@@ -131,7 +131,9 @@ def check_folder(out: Path, overwrite: bool) -> None:
     if out.exists() and not out.is_dir():
         raise ValueError(f"expected a folder, got the file {out}: choose another --out")
     if out.is_dir() and any(out.iterdir()) and not (overwrite or (out / RESULT).is_file()):
-        raise ValueError(f"expected a new, an empty or an earlier demo's folder, got {out}: choose another --out or --overwrite")
+        raise ValueError(
+            f"expected a new, an empty or an earlier demo's folder, got {out}: choose another --out or --overwrite"
+        )
 
 
 def load_digits(seed: int) -> tuple[TensorDataset, TensorDataset]:
@@ -153,7 +155,9 @@ def load_digits(seed: int) -> tuple[TensorDataset, TensorDataset]:
 def create_demo_model(num_steps: int) -> nn.Module:
     """The tiny membrane-shortcut network with gated attention coding, for one channel of 8x8 pixels and ten classes."""
     preprocessing = {"input_size": (1, PIXELS, PIXELS), "pool_size": (2, 2), "mean": (0.5,), "std": (0.5,)}
-    return timm.create_model(MODEL, num_classes=10, in_chans=1, num_steps=num_steps, pretrained_cfg_overlay=preprocessing)
+    return timm.create_model(
+        MODEL, num_classes=10, in_chans=1, num_steps=num_steps, pretrained_cfg_overlay=preprocessing
+    )
 
 
 def train(model: nn.Module, digits: TensorDataset, config: DemoConfig, console: Console) -> None:
@@ -166,7 +170,9 @@ def train(model: nn.Module, digits: TensorDataset, config: DemoConfig, console: 
     loader = DataLoader(digits, config.batch_size, shuffle=True, generator=torch.Generator().manual_seed(config.seed))
     optimizer = create_optimizer_v2(model, opt="adamw", lr=config.lr, weight_decay=config.weight_decay)
     total = config.epochs * len(loader)
-    scheduler = CosineLRScheduler(optimizer, total, warmup_t=total // 10, warmup_lr_init=config.lr / 100, t_in_epochs=False)
+    scheduler = CosineLRScheduler(
+        optimizer, total, warmup_t=total // 10, warmup_lr_init=config.lr / 100, t_in_epochs=False
+    )
     network, optimizer, loader = accelerator.prepare(model, optimizer, loader)
     columns = ("{task.description}", BarColumn(), MofNCompleteColumn(), TextColumn("loss {task.fields[loss]:.3f}"))
     step, average = 0, float("nan")
@@ -281,10 +287,14 @@ def draw_raster(model: nn.Module, images: Tensor, labels: Tensor, path: Path, ne
         axis.imshow(strip, cmap=colours, extent=(0, 10 * steps, 0, 1), aspect="auto", interpolation="nearest")
         axis.set_ylabel(name, rotation=0, ha="right", va="center")
     _draw_neurons(axes[3], by_digit, neurons)
-    axes[4].imshow(evidence.flatten(0, 1).T, cmap="Greens", vmin=0, vmax=1, extent=(0, 10 * steps, 9.5, -0.5), aspect="auto")
+    axes[4].imshow(
+        evidence.flatten(0, 1).T, cmap="Greens", vmin=0, vmax=1, extent=(0, 10 * steps, 9.5, -0.5), aspect="auto"
+    )
     axes[4].set(yticks=range(10), xlim=(0, 10 * steps), xlabel="time step")
     axes[4].set_ylabel("class\nscores", rotation=0, ha="right", va="center")
-    axes[4].set_xticks([step + 0.5 for step in range(10 * steps)], [str(step % steps + 1) for step in range(10 * steps)])
+    axes[4].set_xticks(
+        [step + 0.5 for step in range(10 * steps)], [str(step % steps + 1) for step in range(10 * steps)]
+    )
     for axis in axes:
         axis.tick_params(length=0, labelsize=8)
         for side in axis.spines.values():

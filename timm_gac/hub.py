@@ -111,9 +111,10 @@ def _size(tensors: dict[str, Tensor], names: tuple[str, ...], axis: int, ndim: i
 
 
 def save_model_folder(model: nn.Module, out: Path, model_args: dict[str, Any] | None = None) -> Path:
-    """Write ``config.json`` and ``model.safetensors``, from which ``timm.create_model('local-dir:OUT')`` rebuilds a model.
+    """Write the two files from which ``timm.create_model('local-dir:OUT')`` rebuilds a model.
 
-    Both files are written beside the folder first and moved into it whole; other files in it are left alone.
+    ``config.json`` and ``model.safetensors`` are written beside the folder first and moved into it whole; other files
+    in it are left alone.
 
     Args:
         model: A model made by ``timm.create_model``.

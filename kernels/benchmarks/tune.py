@@ -13,8 +13,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from gac_kernels import CIFAR, IMAGENET, LIFSpec, tuning
 from triton.testing import do_bench
+
+from gac_kernels import CIFAR, IMAGENET, LIFSpec, tuning
 
 NEURON_STEPS = 2**27
 WARPS = (1, 2, 4, 8)

@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-# Largest ||out - ref|| / ||ref||. Both sides compute in float32 and round once to the dtype, so 16-bit types are allowed
-# their own rounding and no more.
+# Largest ||out - ref|| / ||ref||. Both sides compute in float32 and round once to the dtype, so 16-bit types are
+# allowed their own rounding and no more.
 TOLERANCES = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 6e-3}
 
 

@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import torch
+
 from gac_kernels import backend, lif, requested_backend, resolve_backend, use_backend
 
 

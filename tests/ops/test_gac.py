@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from compare import assert_close, assert_matches
 from gac_kernels import (
     CIFAR,

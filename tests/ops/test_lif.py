@@ -6,6 +6,7 @@ import itertools
 
 import pytest
 import torch
+
 from compare import assert_matches
 from gac_kernels import CIFAR, IMAGENET, LIFSpec, lif, lif_reference, use_backend
 from gac_kernels.spec import SURROGATES
@@ -187,6 +188,7 @@ def test_opcheck(backend, device):
 
 def test_compiles_in_one_graph(device):
     for spec in DIALECTS.values():
+
         def step(x, spec=spec):
             return (lif(x * 1.5, spec) * x).sum()
 

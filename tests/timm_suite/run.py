@@ -18,8 +18,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 CACHE = ROOT / ".cache" / "timm_suite"
-# pip's words where no index answers, as against an index that answers with an error.
-UNREACHABLE = ("ConnectionError", "NameResolutionError", "ConnectTimeoutError", "ProxyError", "timed out")
+# pip's words where no index answers: it then knows no version of timm at all.
+UNREACHABLE = ("(from versions: none)", "ConnectionError", "NameResolutionError", "ProxyError", "timed out")
 
 
 class RegistryUnreachableError(RuntimeError):

@@ -27,12 +27,14 @@ class Spike(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, membrane: Tensor, spec: LIFSpec) -> Tensor:
+        """Spikes, 0 or 1, in the membrane's shape and dtype."""
         ctx.spec = spec
         ctx.save_for_backward(membrane)
         return (membrane > spec.threshold).to(membrane.dtype)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        """Gradient of the membrane; the spec has none."""
         (membrane,), width = ctx.saved_tensors, ctx.spec.width
         distance = (membrane - ctx.spec.threshold).abs()
         if ctx.spec.surrogate == "triangle":

@@ -1,7 +1,7 @@
 """Which implementation an op runs: one switch, resolved in one place, never in silence.
 
-``TIMM_GAC_BACKEND`` (``auto``, ``triton`` or ``eager``) sets the process default, `use_backend` overrides it for a block.
-``auto`` is Triton on a CUDA (or ROCm) device that has Triton and plain PyTorch elsewhere.
+``TIMM_GAC_BACKEND`` (``auto``, ``triton`` or ``eager``) sets the process default, `use_backend` overrides it for a
+block. ``auto`` is Triton on a CUDA (or ROCm) device that has Triton and plain PyTorch elsewhere.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def resolve_backend(device: torch.device | str, dtype: torch.dtype = torch.float
         if dtype == torch.float64:
             raise ValueError("expected float32, float16 or bfloat16 for backend 'triton', got float64: use 'eager'")
         if not HAS_TRITON:
-            raise ValueError(f"expected Triton for backend 'triton', got none ({TRITON_ERROR}): install it or use 'auto'")
+            raise ValueError(f"expected Triton for backend 'triton', got none ({TRITON_ERROR}): use 'auto'")
         if not on_gpu and not (INTERPRETED and device_type == "cpu"):
             raise ValueError(
                 f"expected a CUDA device for backend 'triton', got {device_type!r}: move the tensors to a GPU, use "

@@ -14,7 +14,7 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 def check_spec(spec: LIFSpec) -> None:
     """Raise unless ``spec`` is a `LIFSpec`."""
     if not isinstance(spec, LIFSpec):
-        raise ValueError(f"expected spec to be a LIFSpec, got {type(spec).__name__}: use CIFAR, IMAGENET or LIFSpec(...)")
+        raise ValueError(f"expected spec to be a LIFSpec, got {type(spec).__name__}: use CIFAR or LIFSpec(...)")
 
 
 def check_current(name: str, x: Tensor, min_dims: int, max_dims: int | None = None) -> None:
@@ -22,7 +22,8 @@ def check_current(name: str, x: Tensor, min_dims: int, max_dims: int | None = No
     if not isinstance(x, Tensor):
         raise ValueError(f"expected {name} to be a tensor, got {type(x).__name__}: convert it with torch.as_tensor")
     if x.dtype not in DTYPES:
-        raise ValueError(f"expected {name} in one of {[str(d) for d in DTYPES]}, got {x.dtype}: convert it with .float()")
+        names = [str(dtype) for dtype in DTYPES]
+        raise ValueError(f"expected {name} in one of {names}, got {x.dtype}: convert it with .float()")
     if x.dim() < min_dims or (max_dims is not None and x.dim() > max_dims):
         rank = f"at least {min_dims}" if max_dims is None else f"{min_dims}" if max_dims == min_dims else "4 or 5"
         axes = {4: "(B, C, H, W)", 5: "(T, B, C, H, W)"}.get(min_dims, "(T, ...)")

@@ -22,6 +22,7 @@ def lif_forward(
     x: Tensor, state: Tensor | None, spikes: Tensor, last: Tensor, mask: Tensor, threshold: float, decay: float,
     width: float, soft_reset: bool,
 ) -> None:  # fmt: skip
+    """Write spikes and, where they have elements, the last membrane and the bit mask."""
     v = torch.zeros_like(x[0], dtype=state_dtype(x.dtype)) if state is None else state.clone()
     bits = torch.zeros_like(v, dtype=torch.int64) if mask.numel() else None
     for t, current in enumerate(x):
@@ -43,6 +44,7 @@ def lif_backward(
     grad_state: Tensor, threshold: float, decay: float, surrogate: int, width: float, detach_reset: bool,
     soft_reset: bool,
 ) -> None:  # fmt: skip
+    """Write the gradients at x and, where it has elements, at the initial state."""
     dtype = state_dtype(grad.dtype)
     num_steps = grad.shape[0]
     steps = []  # (surrogate derivative, fired, u or 0) of each step
@@ -78,6 +80,7 @@ def lif_backward(
 def gated_lif_forward(
     x: Tensor, spatial: Tensor, temporal: Tensor, y: Tensor, threshold: float, decay: float, soft_reset: bool
 ) -> None:
+    """Write the gated spikes of a static (4-D) or varying (5-D) current."""
     dtype = state_dtype(x.dtype)
     v = torch.zeros_like(y[0], dtype=dtype)
     for t in range(y.shape[0]):
@@ -94,6 +97,7 @@ def gated_lif_backward(
     grad_temporal: Tensor, threshold: float, decay: float, surrogate: int, width: float, detach_reset: bool,
     soft_reset: bool,
 ) -> None:  # fmt: skip
+    """Write the gradients at the current, the spatial and the temporal scores."""
     dtype, static = state_dtype(x.dtype), x.dim() == 4
     membranes = []
     v = torch.zeros_like(grad[0], dtype=dtype)

@@ -73,7 +73,7 @@ def _gated_bwd_kernel(
     sample = pid // groups
     CHUNKS: tl.constexpr = (T + STEPS - 1) // STEPS
     gms = ()  # sums for the temporal gradient, last step first: one vector a step, reduced once after all tiles
-    for k in tl.static_range(STEPS):
+    for _ in tl.static_range(STEPS):
         gms += (tl.zeros((BLOCK,), tl.float32),)
     for tile in range(TILES):
         i = ((pid % groups) * TILES + tile) * BLOCK + tl.arange(0, BLOCK)

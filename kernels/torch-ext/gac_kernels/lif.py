@@ -53,12 +53,14 @@ def _lif_fwd_kernel(
     for first in range(0, T, STEPS):
         xs = ()  # loads first: a store between them would keep the compiler from overlapping them
         for k in tl.static_range(STEPS):
-            xs += (tl.load(x_ptr + sequence + (first + k) * inner, mask=within(inside, first + k, T, STEPS), other=0.0),)
+            here = within(inside, first + k, T, STEPS)
+            xs += (tl.load(x_ptr + sequence + (first + k) * inner, mask=here, other=0.0),)
         for k in tl.static_range(STEPS):
             t = first + k
             u = DECAY * v + xs[k].to(tl.float32)
             fired = u > THRESHOLD
-            tl.store(s_ptr + sequence + t * inner, tl.where(fired, 1.0, 0.0).to(s_ptr.dtype.element_ty), mask=within(inside, t, T, STEPS))
+            here = within(inside, t, T, STEPS)
+            tl.store(s_ptr + sequence + t * inner, tl.where(fired, 1.0, 0.0).to(s_ptr.dtype.element_ty), mask=here)
             if KEEP_MASK:
                 near = tl.abs(u - THRESHOLD) < WIDTH
                 code = fired.to(tl.int32) + 2 * near.to(tl.int32)
@@ -167,7 +169,7 @@ def can_keep_mask(num_steps: int, surrogate: int, detach_reset: bool, soft_reset
     return SURROGATES[surrogate] == "rectangle" and (detach_reset or soft_reset) and num_steps <= 32
 
 
-def _launch(kernel, x: Tensor, args: tuple, op: str, **constants) -> None:
+def _launch(kernel, x: Tensor, args: tuple, op: str, **constants: float | bool) -> None:
     """Run a kernel over all neurons of the dense sequence ``x``."""
     num_steps, inner = x.shape[0], time_stride(x)
     neurons = x.numel() // num_steps
