@@ -29,6 +29,7 @@ def convert(
     out_folder: tyro.conf.Positional[Path],
     model: str | None = None,
     num_classes: int | None = None,
+    num_steps: int | None = None,
     overwrite: bool = False,
 ) -> int:
     """Turn a checkpoint of the published code into a model folder (config.json, model.safetensors).
@@ -38,13 +39,14 @@ def convert(
         out_folder: Folder to write.
         model: Name of the model; found out from the file where left out.
         num_classes: Number of classes; found out from the file where left out.
+        num_steps: Number of time steps T; found out from the file where left out, 4 for direct coding.
         overwrite: Replace the model in a folder that has one.
     """
     from rich import print as show
 
     from .hub import convert_checkpoint
 
-    folder = convert_checkpoint(file, out_folder, model=model, num_classes=num_classes, overwrite=overwrite)
+    folder = convert_checkpoint(file, out_folder, model, num_classes, num_steps, overwrite)
     show(f"wrote {folder}: load it with timm.create_model('local-dir:{folder}', pretrained=True)")
     return 0
 
