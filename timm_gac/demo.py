@@ -1,7 +1,7 @@
 """The demonstration: a spiking network learns scikit-learn's handwritten digits, is saved, reloaded and drawn.
 
-Run it as ``timm-gac demo`` or ``make demo``. The claim it checks: at least 95 % of digits it has not seen are read right, and
-the network that comes back from the saved folder gives exactly the same logits.
+Run it as ``timm-gac demo`` or ``make demo``. The claim it checks: at least 95 % of digits it has not seen are read
+right, and the network that comes back from the saved folder gives exactly the same logits.
 """
 
 from __future__ import annotations
@@ -99,9 +99,10 @@ def run_demo(config: DemoConfig, console: Console | None = None) -> int:
     raster = draw_raster(reloaded, images, labels, config.out / "spikes.png")
 
     result = {
-        "model": MODEL, "accuracy": accuracy, "test_digits": len(labels), "parameters": parameters, "num_steps": config.num_steps,
-        "epochs": config.epochs, "seed": config.seed, "train_seconds": round(train_seconds, 1), "firing_rates": rates,
-        "reload_equal": equal, "versions": {"torch": torch.__version__, "timm": timm.__version__},
+        "model": MODEL, "accuracy": accuracy, "test_digits": len(labels), "parameters": parameters,
+        "num_steps": config.num_steps, "epochs": config.epochs, "seed": config.seed,
+        "train_seconds": round(train_seconds, 1), "firing_rates": rates, "reload_equal": equal,
+        "versions": {"torch": torch.__version__, "timm": timm.__version__},
     }  # fmt: skip
     (config.out / RESULT).write_text(json.dumps(result, indent=2) + "\n")
     seconds = time.perf_counter() - started
@@ -202,7 +203,7 @@ def shift(images: Tensor) -> Tensor:
 
 @contextmanager
 def record_spikes(model: nn.Module) -> Iterator[Recording]:
-    """Record what each neuron layer emits, time-folded ``(T*B, C, H, W)``, by name, in the order of the forward pass."""
+    """Record what each neuron layer emits, time-folded ``(T*B, C, H, W)``, by name, in forward order."""
     recording: Recording = {}
 
     def hook(name: str) -> Any:
@@ -317,7 +318,7 @@ def _draw_neurons(axis: Any, by_digit: Recording, neurons: int) -> None:
         trains = (spikes != 0).float().flatten(2).flatten(0, 1)  # (10*T, neurons)
         picked = trains.var(0).topk(min(neurons, trains.shape[1])).indices
         when, which = trains[:, picked.sort().values].nonzero(as_tuple=True)
-        axis.hlines(top + which, when + 0.12, when + 0.88, linewidth=1.5, color=colours(index / len(by_digit)))
+        axis.hlines(top + which, when + 0.12, when + 0.88, linewidth=1.1, color=colours(index / len(by_digit)))
         labels.append((top + len(picked) / 2, name))
         top += len(picked) + 6
     axis.set(ylim=(top - 3, -3))
