@@ -1,0 +1,223 @@
+"""Images too large or too many to keep on the device: timm's data sets, transforms and loader, our augmentation."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import IterableDataset
+
+from .augment import Augmentation, draw_augmentation
+from .decode import class_names, open_dataset
+from .loader import check_sharding, generator
+from .transforms import BatchAugmenter, Normalizer
+
+__all__ = ["StreamLoader", "create_stream_loaders"]
+
+
+class _Order:
+    """The sampler: indices of the coming epoch, set from outside."""
+
+    def __init__(self, indices: Sequence[int]) -> None:
+        self.indices = indices
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self.indices)
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+
+class StreamLoader:
+    """Batches of a timm data set, decoded by worker processes, augmented on the device.
+
+    It iterates as `DeviceLoader` does: order and parts for the processes are the same function of seed and epoch. The
+    augmentation on the device is a function of seed, epoch, step and rank, so two processes draw others than one. The
+    crops that the workers draw depend on the step at which the iteration began: an epoch that is resumed at ``start``
+    continues with exactly the images that the interrupted one had left, but with other crops of them, and with
+    ``num_workers=0`` the crops follow the global random numbers. A data set that can only be read in
+    sequence (``wds``, ``hfids``, ``tfds``) is shuffled and divided by timm, and ``start`` reads and
+    drops what comes before.
+
+    Args:
+        loader: Of timm's `create_loader`, its normalisation left out (mean 0, std 1) and its sampler ours.
+        augmenter: For training; None evaluates.
+        normalizer: Maps grey values to the network's input.
+        batch_size: Images per batch and process.
+        seed: Of order and augmentation.
+        rank: Of this process.
+        world_size: Processes.
+    """
+
+    def __init__(
+        self,
+        loader: Any,
+        augmenter: BatchAugmenter | None,
+        normalizer: Normalizer,
+        batch_size: int,
+        seed: int,
+        rank: int,
+        world_size: int,
+    ) -> None:
+        self._loader, self._augmenter, self._normalizer = loader, augmenter, normalizer
+        self._seed, self._rank, self.world_size = seed, rank, world_size
+        self.batch_size, self.training = batch_size, augmenter is not None
+        self.label_names = class_names(loader.dataset)
+        self._streams = isinstance(loader.dataset, IterableDataset)
+        self.num_images = len(loader.dataset)
+        if not self._streams:
+            self._sampler = _Order(self._own_part(0))
+            loader.loader.batch_sampler.sampler = self._sampler
+        # The seed that timm's workers get, new in each epoch.
+        loader.loader.generator = self._worker_seeds = torch.Generator()
+
+    def __len__(self) -> int:
+        """Steps of an epoch on this process; of a data set read in sequence, timm's estimate."""
+        if self._streams:
+            return len(self._loader)
+        if self.training:
+            return self.num_images // (self.batch_size * self.world_size)
+        first, end = self._part_of_test()
+        return -(-(end - first) // self.batch_size)
+
+    def batches(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+        """The batches of one epoch from the step ``start``, as `DeviceLoader.batches` gives them.
+
+        Raises:
+            ValueError: ``epoch`` is negative, or ``start`` lies outside of the epoch.
+        """
+        if epoch < 0 or not 0 <= start <= len(self):
+            raise ValueError(
+                f"expected epoch >= 0 and start in 0 to {len(self)}, got {epoch} and {start}: "
+                "resume with the same set and batch size as before"
+            )
+        return self._batches(epoch, start)
+
+    def _batches(self, epoch: int, start: int) -> Iterator[tuple[Tensor, Tensor]]:
+        skip = start
+        if self._streams:
+            self._loader.dataset.set_epoch(epoch)
+        else:
+            self._sampler.indices, skip = self._own_part(epoch)[start * self.batch_size :], 0
+            if not len(self._sampler):
+                return
+        seeds = generator("workers", self._seed, epoch, start, self._rank)
+        self._worker_seeds.manual_seed(int(seeds.integers(2**63)))
+        for step, (images, labels) in enumerate(self._loader, start - skip):
+            if step < start:
+                continue
+            yield self._finished(images * 255, labels, epoch, step)
+
+    def _finished(self, pixels: Tensor, labels: Tensor, epoch: int, step: int) -> tuple[Tensor, Tensor]:
+        if self._augmenter is None:
+            return self._normalizer.finish(self._normalizer(pixels)), labels
+        rng = generator("augmentation", self._seed, epoch, step, self._rank)
+        size = (pixels.shape[2], pixels.shape[3])
+        draws = torch.from_numpy(draw_augmentation(self._augmenter.augmentation, len(pixels), size, rng))
+        if pixels.device.type == "cuda":
+            draws = draws.pin_memory()
+        return self._augmenter(pixels.round(), labels, draws.to(pixels.device, non_blocking=True))
+
+    def _part_of_test(self) -> tuple[int, int]:
+        return (
+            self.num_images * self._rank // self.world_size,
+            self.num_images * (self._rank + 1) // self.world_size,
+        )
+
+    def _own_part(self, epoch: int) -> list[int]:
+        if not self.training:
+            return list(range(*self._part_of_test()))
+        steps = len(self)
+        order = generator("order", self._seed, epoch).permutation(self.num_images)
+        order = order[: steps * self.world_size * self.batch_size]
+        return order.reshape(steps, self.world_size, self.batch_size)[:, self._rank].flatten().tolist()
+
+
+def create_stream_loaders(
+    data: str,
+    *,
+    data_dir: str | None,
+    image_size: int,
+    batch_size: int,
+    device: torch.device | str,
+    mean: Sequence[float],
+    std: Sequence[float],
+    augmentation: Augmentation | None,
+    num_classes: int,
+    seed: int,
+    num_workers: int,
+    rank: int = 0,
+    world_size: int = 1,
+    dtype: torch.dtype = torch.float32,
+    **loader_options: Any,
+) -> tuple[StreamLoader, StreamLoader]:
+    """Loaders of the training and the test set.
+
+    Args:
+        data: Name as `timm.data.create_dataset` takes it.
+        data_dir: Folder of the data set.
+        image_size: Side of the crops, pixels: a random resized crop in training, the centre in the test.
+        batch_size: Images per batch and process.
+        device: Where images and targets are to be.
+        mean: Per channel, of values in 0 to 1.
+        std: Likewise.
+        augmentation: After the crop, as `DeviceLoader` does it. None: none, also no mirroring.
+        num_classes: Of the network.
+        seed: Of order and augmentation.
+        num_workers: Processes that decode, per set.
+        rank: Of this process.
+        world_size: Processes.
+        dtype: Of the images that come out.
+        loader_options: For timm's `create_loader`, such as ``scale``, ``interpolation``, ``crop_pct``, ``color_jitter``
+            and ``auto_augment``. Colour jitter is off unless given.
+
+    Raises:
+        ValueError: There is no such data set or it has more classes than the network; a number is out of its range.
+    """
+    check_sharding(batch_size, rank, world_size, seed)
+    augmentation = augmentation or Augmentation()
+    if augmentation.mixes and batch_size % 2:
+        raise ValueError(f"expected an even batch_size to mix in pairs, got {batch_size}: add or drop one")
+    if len(mean) != 3:
+        raise ValueError(f"expected mean and std of 3 channels, got {len(mean)}: images are read as RGB")
+    device = torch.device(device)
+    normalizer = Normalizer(mean, std, device, dtype)
+    augmenter = BatchAugmenter(augmentation, (len(mean), image_size, image_size), num_classes, normalizer, device)
+    common = {"input_size": (len(mean), image_size, image_size), "batch_size": batch_size, "device": device}
+    common |= {"num_workers": num_workers, "mean": (0.0,) * len(mean), "std": (1.0,) * len(mean)}
+    common |= {"persistent_workers": False, "pin_memory": device.type == "cuda", "hflip": 0.0, "color_jitter": None}
+    loaders = []
+    for split, training in (("train", augmenter), ("test", None)):
+        options = {"is_training": training is not None, "batch_size": batch_size, "seed": seed}
+        dataset = open_dataset(data, split, data_dir, **options)
+        _check_dataset(dataset, split, batch_size * world_size if training else 1, num_classes)
+        loaders.append(_create(dataset, training, {**common, **loader_options}))
+    train, test = (
+        StreamLoader(loader, part, normalizer, batch_size, seed, rank, world_size)
+        for loader, part in zip(loaders, (augmenter, None), strict=True)
+    )
+    if train.label_names != test.label_names:
+        raise ValueError("expected the same classes in training and test set, got others: compare their folders")
+    return train, test
+
+
+def _create(dataset: Any, training: BatchAugmenter | None, options: dict[str, Any]) -> Any:
+    from timm.data import create_loader
+
+    # Each process takes its part through the sampler: timm's own would need torch.distributed and repeat test images.
+    return create_loader(dataset, is_training=training is not None, distributed=False, **options)
+
+
+def _check_dataset(dataset: Any, split: str, needed: int, num_classes: int) -> None:
+    if len(dataset) < needed:
+        raise ValueError(
+            f"expected at least {needed} images in the {split} set, got {len(dataset)}: lower batch_size, or check it"
+        )
+    if len(class_names(dataset)) > num_classes:
+        count = len(class_names(dataset))
+        raise ValueError(
+            f"expected at most num_classes {num_classes} classes in the {split} set, got {count}: "
+            f"create the network with num_classes={count}"
+        )
