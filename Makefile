@@ -14,7 +14,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test timm-suite lint format bench clean
+.PHONY: help install demo test timm-suite lint format bench kernel space clean
 
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -49,6 +49,14 @@ format: $(STAMP)  ## Apply style and format
 
 bench: $(STAMP)  ## Time the kernels against their rivals on this machine
 	$(BIN)/timm-gac bench kernels $(ARGS)
+
+kernel: $(STAMP)  ## Stage the kernels for the Kernel Hub in build/gac-kernels
+	$(BIN)/python kernels/stage.py $(ARGS)
+
+space: $(STAMP)  ## Serve the demonstration Space on this machine, http://127.0.0.1:7860
+	@$(BIN)/python -c 'import gradio' 2>/dev/null \
+		|| $(BIN)/python -m pip install --disable-pip-version-check --no-input --quiet --editable '.[space]'
+	$(BIN)/python hub/space/app.py $(ARGS)
 
 clean:  ## Remove build products and caches, but not .venv
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache

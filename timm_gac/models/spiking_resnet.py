@@ -19,17 +19,21 @@ from gac_kernels import CIFAR, IMAGENET
 from .blocks import MSBlock, SpikingBlock
 from .checkpoint import checkpoint_filter_fn
 from .network import SpikingResNet
+from .weights import WEIGHTS, weights_cfg
 
 __all__ = ["SpikingResNet"]
 
 
 def _create_spiking_resnet(variant: str, pretrained: bool = False, **kwargs: Any) -> SpikingResNet:
     stages = len(kwargs["layers"])
+    # Of a Hub repository timm would else read a pickle where it finds no safetensors.
+    overlay = {"hf_hub_filename": WEIGHTS} | (kwargs.pop("pretrained_cfg_overlay", None) or {})
     return build_model_with_cfg(
         SpikingResNet,
         variant,
         pretrained,
         pretrained_filter_fn=checkpoint_filter_fn,
+        pretrained_cfg_overlay=overlay,
         feature_cfg=dict(out_indices=tuple(range(stages + 1)), feature_cls="getter"),
         **kwargs,
     )
@@ -55,10 +59,13 @@ def _cifar_cfg(**kwargs: Any) -> dict[str, Any]:
 _IMAGENET_NAMES = ("msresnet18", "msresnet34", "spiking_resnet18", "spiking_resnet34")
 _CIFAR_NAMES = ("msresnet18_cifar", "spiking_resnet19")
 
+_PUBLISHED_CIFAR100 = ("gac_msresnet18_cifar", "msresnet18_cifar")
+
 default_cfgs = generate_default_cfgs(
     {prefix + name: _cfg() for prefix in ("gac_", "") for name in _IMAGENET_NAMES}
     | {prefix + name: _cifar_cfg() for prefix in ("gac_", "") for name in _CIFAR_NAMES}
     | {"test_gac_msresnet": _cifar_cfg()}
+    | {f"{name}.cifar100": _cifar_cfg(**weights_cfg(name, "cifar100")) for name in _PUBLISHED_CIFAR100}
 )
 
 # The architecture of every variant. The number of time steps is a default, so it may be given to create_model.

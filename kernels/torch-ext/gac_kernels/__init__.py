@@ -1,5 +1,6 @@
 """Gated attention coding and multi-step spiking neurons as registered PyTorch ops with Triton kernels."""
 
+from . import layers as layers
 from .backend import requested_backend, resolve_backend, use_backend
 from .gac import gac_encode, gated_lif
 from .lif import lif

@@ -1,12 +1,10 @@
-"""Model folders: config.json and model.safetensors, as timm loads them and as the Model Hub holds them."""
+"""Checkpoints of the published code, read without running code and turned into model folders."""
 
 from __future__ import annotations
 
-import json
 import logging
 import pickle
 import struct
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +12,12 @@ import safetensors
 import safetensors.torch
 import timm
 import torch
-from timm.models import clean_state_dict, is_model_in_modules, save_for_hf
-from torch import Tensor, nn
+from timm.models import clean_state_dict, is_model_in_modules
+from torch import Tensor
 
-from .models.published import NETWORKS
-from .models.spiking_resnet import checkpoint_filter_fn
+from ..models.published import NETWORKS
+from ..models.spiking_resnet import checkpoint_filter_fn
+from .folder import save_model_folder
 
 _logger = logging.getLogger(__name__)
 
@@ -108,39 +107,6 @@ def _size(tensors: dict[str, Tensor], names: tuple[str, ...], axis: int, ndim: i
     if tensors[name].ndim != ndim:
         raise ValueError(f"expected {name} with {ndim} axes, got {tuple(tensors[name].shape)}: check the file")
     return tensors[name].shape[axis]
-
-
-def save_model_folder(model: nn.Module, out: Path, model_args: dict[str, Any] | None = None) -> Path:
-    """Write the two files from which ``timm.create_model('local-dir:OUT')`` rebuilds a model.
-
-    ``config.json`` and ``model.safetensors`` are written beside the folder first and moved into it whole; other files
-    in it are left alone.
-
-    Args:
-        model: A model made by ``timm.create_model``.
-        out: Folder to write to; made if it is not there.
-        model_args: Further arguments that the architecture needs to be rebuilt; ``num_steps``, and ``in_chans``
-            where it is not 3, are added.
-
-    Returns:
-        The folder.
-    """
-    args = {"num_steps": model.num_steps, **(model_args or {})}
-    if model.in_chans != 3:
-        args.setdefault("in_chans", model.in_chans)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as scratch:
-        save_for_hf(model, scratch, model_args=args, safe_serialization=True)
-        config_file = Path(scratch, "config.json")
-        config = json.loads(config_file.read_text())
-        # timm >= 1.0.31 adds num_classes here too, beside its place at the top level; transformers then refuses to
-        # load the folder ("multiple values for keyword argument 'num_classes'").
-        config["model_args"] = {key: value for key, value in args.items() if key != "num_classes"}
-        config_file.write_text(json.dumps(config, indent=2) + "\n")
-        out.mkdir(exist_ok=True)
-        for name in ("model.safetensors", "config.json"):
-            Path(scratch, name).replace(out / name)
-    return out
 
 
 def convert_checkpoint(

@@ -1,0 +1,221 @@
+"""What the demonstration shows of one picture: classes, spikes, gate and energy, computed from a model folder."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import timm.data
+import torch
+from PIL import Image, ImageOps, UnidentifiedImageError
+from torch import Tensor, nn
+
+from timm_gac.hub import load_model
+from timm_gac.hub.facts import DIGITS, Facts, gather
+from timm_gac.neuron import LIF, BatchNormLIF
+
+MAX_FILE_BYTES = 20 << 20
+MAX_PIXELS = 50_000_000
+PICOJOULE_MAC, PICOJOULE_AC = 4.6, 0.9  # 45 nm, float32 (Horowitz 2014)
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One convolution or linear layer in one forward pass of one image.
+
+    Attributes:
+        name: Name of the module.
+        dense: Multiply-accumulates if every input counts, over all of its runs.
+        density: Share of its inputs that are not zero.
+        binary: Whether its inputs are zeros and ones only.
+        runs: How often it ran: T times, or once where its input does not vary over time.
+    """
+
+    name: str
+    dense: int
+    density: float
+    binary: bool
+    runs: int
+
+    @property
+    def picojoule(self) -> float:
+        """Energy: an accumulate for each spike, a multiply-accumulate for each real value."""
+        return self.dense * (PICOJOULE_AC * self.density if self.binary else PICOJOULE_MAC)
+
+
+@dataclass(frozen=True)
+class Analysis:
+    """What one picture does in the network.
+
+    Attributes:
+        prepared: The picture as the network sees it, (H, W, C) in [0, 1].
+        steps: Logits of each time step, (T, classes).
+        spikes: Output of each neuron layer, (T, C, H, W), in the order of the forward pass.
+        gate: Gate of the encoder, mean over channels, (T, H, W); None with direct coding.
+        layers: Convolutions and linear layers with their operations.
+    """
+
+    prepared: Tensor
+    steps: Tensor
+    spikes: dict[str, Tensor]
+    gate: Tensor | None
+    layers: list[Layer]
+
+    @property
+    def probabilities(self) -> Tensor:
+        """Class probabilities after 1 to T time steps, (T, classes): softmax of the mean logits so far."""
+        count = torch.arange(1, len(self.steps) + 1, dtype=self.steps.dtype)
+        return (self.steps.cumsum(0) / count[:, None]).softmax(1)
+
+    @property
+    def rates(self) -> dict[str, float]:
+        """Firing rate of each neuron layer: spikes per neuron and time step."""
+        return {name: (spikes != 0).float().mean().item() for name, spikes in self.spikes.items()}
+
+    @property
+    def energy(self) -> tuple[float, float]:
+        """Microjoules of this picture: spiking, and the same layers as an ANN, each once and without the gate."""
+        spiking = sum(layer.picojoule for layer in self.layers)
+        dense = sum(layer.dense / layer.runs for layer in self.layers if not layer.name.startswith("encoder."))
+        return spiking / 1e6, dense * PICOJOULE_MAC / 1e6
+
+
+class Network:
+    """A model folder, ready to analyse pictures on the CPU.
+
+    Args:
+        folder: Model folder.
+
+    Raises:
+        ValueError: It is no model folder of timm_gac.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.model: Any = load_model(folder)
+        self.facts: Facts = gather(folder, folder)
+        self.config = timm.data.resolve_data_config(pretrained_cfg=self.model.pretrained_cfg)
+
+    @cached_property
+    def labels(self) -> list[str]:
+        """A name for each class."""
+        kind = "digit" if self.facts.dataset == DIGITS else "class"
+        return list(self.facts.label_names) or [f"{kind} {index}" for index in range(self.facts.num_classes)]
+
+    def prepare(self, picture: Image.Image) -> Tensor:
+        """A picture as the network's input, (1, C, H, W).
+
+        For networks of one channel, dark ink on a light ground is inverted: they were trained on light digits.
+        """
+        channels = self.config["input_size"][0]
+        if channels not in (1, 3):
+            raise ValueError(f"expected a network for grey or colour pictures, got one for {channels} channels")
+        picture = picture.convert("L" if channels == 1 else "RGB")
+        size = min(picture.size)
+        picture = ImageOps.fit(picture, (size, size))
+        transform = timm.data.create_transform(**self.config, is_training=False)
+        pixels = transform(picture)[None]
+        if channels == 1:
+            border = torch.cat([pixels[..., 0, :], pixels[..., -1, :], pixels[..., 0], pixels[..., -1]], -1)
+            pixels = -pixels if border.mean() > 0 else pixels
+        return pixels
+
+    @torch.no_grad()
+    def analyse(self, picture: Image.Image) -> Analysis:
+        """Run a picture through the network and record what happens in it."""
+        pixels = self.prepare(picture)
+        mean, std = (torch.tensor(self.config[key])[:, None, None] for key in ("mean", "std"))
+        with record(self.model) as recorded:
+            steps = self.model.forward_steps(pixels)[0]
+        time = self.facts.num_steps
+        gate = None
+        if {"temporal", "spatial"} <= recorded.scores.keys():
+            scores = recorded.scores["temporal"][0, :, None, None, None] * recorded.scores["spatial"][0]
+            gate = scores.sigmoid().mean(1)
+        spikes = {name: tensor.unflatten(0, (time, -1))[:, 0] for name, tensor in recorded.spikes.items()}
+        prepared = (pixels[0] * std + mean).clamp(0, 1).permute(1, 2, 0)
+        return Analysis(prepared, steps, spikes, gate, recorded.layers)
+
+
+@dataclass
+class Recording:
+    """What the hooks of `record` keep."""
+
+    spikes: dict[str, Tensor]
+    scores: dict[str, Tensor]
+    layers: list[Layer]
+
+
+@contextmanager
+def record(model: nn.Module) -> Iterator[Recording]:
+    """Keep spikes, attention scores and operations of the forward passes inside the block, of one image each."""
+    kept = Recording({}, {}, [])
+
+    def keep_spikes(name: str) -> Any:
+        def hook(module: nn.Module, inputs: Any, output: Any) -> None:
+            kept.spikes[name] = output[-1] if isinstance(output, tuple) else output  # (membrane, spikes), or spikes
+
+        return hook
+
+    def keep_operations(name: str) -> Any:
+        def hook(module: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+            x = inputs[0]
+            nonzero = x != 0
+            kept.layers.append(
+                Layer(
+                    name=name,
+                    dense=output.numel() * module.weight[0].numel(),
+                    density=nonzero.float().mean().item(),
+                    binary=bool((~nonzero | (x == 1)).all()),
+                    runs=len(x),
+                )
+            )
+
+        return hook
+
+    handles = []
+    neurons: list[str] = []
+    for name, module in model.named_modules():
+        if isinstance(module, LIF | BatchNormLIF) and not any(name.startswith(f"{outer}.") for outer in neurons):
+            neurons.append(name)
+            handles.append(module.register_forward_hook(keep_spikes(name)))
+        elif isinstance(module, nn.Conv2d | nn.Linear) and ".temporal." not in name:
+            handles.append(module.register_forward_hook(keep_operations(name)))
+    for part in ("temporal", "spatial"):
+        attention = getattr(model.encoder, part, None)
+        if attention is not None:
+            handles.append(
+                attention.register_forward_hook(lambda _m, _i, output, part=part: kept.scores.update({part: output}))
+            )
+    try:
+        yield kept
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def open_picture(file: Path) -> Image.Image:
+    """A picture file that anybody may have sent, upright and in memory.
+
+    Raises:
+        ValueError: The file is too large, no picture, damaged, or has too many pixels.
+    """
+    size = file.stat().st_size
+    if size > MAX_FILE_BYTES:
+        raise ValueError(f"Please choose a picture of at most {MAX_FILE_BYTES >> 20} MB; this one has {size >> 20} MB.")
+    try:
+        with Image.open(file) as picture:
+            if picture.width * picture.height > MAX_PIXELS:
+                raise ValueError(
+                    f"Please choose a picture of at most {MAX_PIXELS // 1_000_000} megapixels; this one has "
+                    f"{picture.width} x {picture.height} pixels."
+                )
+            return ImageOps.exif_transpose(picture).convert("RGB")
+    except UnidentifiedImageError as error:
+        raise ValueError("This file is not a picture. Please choose a PNG, JPEG or WebP file.") from error
+    except (OSError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
+        raise ValueError(f"This picture is damaged and cannot be read ({type(error).__name__}).") from error

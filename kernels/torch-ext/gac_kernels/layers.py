@@ -1,0 +1,46 @@
+"""Layers for ``kernels.kernelize``: stateless modules whose forward stands in for that of another module.
+
+They call the operators with plain numbers, never a `LIFSpec`: the module may hold one of another copy of this package.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["LIF"]
+
+
+class LIF(nn.Module):
+    """The multi-step leaky integrate-and-fire neuron, in the place of ``timm_gac.LIF``.
+
+    The module that it stands in for has ``num_steps`` (T folded into the first axis, or None where time is an axis of
+    its own), ``threshold``, ``decay``, ``surrogate`` (its index), ``width``, ``detach_reset`` and ``soft_reset``.
+    """
+
+    can_torch_compile = True
+    has_backward = True
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Spikes of the input current, in the shape and dtype of ``x``."""
+        num_steps: int | None = self.num_steps  # type: ignore[assignment]
+        if num_steps is not None:
+            if x.shape[0] % num_steps != 0:
+                raise ValueError(
+                    f"expected a first axis of num_steps * batch with num_steps={num_steps}, got {x.shape[0]}: "
+                    "fold time with x.flatten(0, 1)"
+                )
+            x = x.unflatten(0, [num_steps, x.shape[0] // num_steps])
+        spikes = torch.ops.gac_kernels.lif(
+            x,
+            None,
+            self.threshold,
+            self.decay,
+            self.surrogate,
+            self.width,
+            self.detach_reset,
+            self.soft_reset,
+            torch.is_grad_enabled() and x.requires_grad,
+            False,
+        )[0]
+        return spikes if num_steps is None else spikes.flatten(0, 1)

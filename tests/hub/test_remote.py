@@ -1,0 +1,180 @@
+"""Fetching: only safetensors and plain names, small and well-formed configs, pinned revisions, the cache offline."""
+
+from __future__ import annotations
+
+import functools
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+from huggingface_hub import HfApi, constants, hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError
+
+from loopback import LoopbackHub, Repository
+from timm_gac.hub import PublishConfig, check_config, fetch_model, open_source, push, read_config
+from timm_gac.hub.folder import MAX_CONFIG_BYTES
+
+REPO = "me/gac-tiny"
+
+
+@pytest.fixture
+def repository(model_folder: Path, hub: LoopbackHub, api: HfApi) -> Repository:
+    """A published model."""
+    push(model_folder, PublishConfig(REPO), api)
+    hub.requests.clear()
+    return hub.repositories[REPO]
+
+
+def test_fetches_the_wanted_files_only(
+    repository: Repository, hub: LoopbackHub, api: HfApi, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    repository.commits.append(repository.commits[-1] | {"pytorch_model.bin": b"x", "big.zip": b"y", "run/a.pt": b"z"})
+    folder = fetch_model(REPO, api=api)
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "README.md", "config.json", "golden.safetensors", "model.safetensors",
+    ]  # fmt: skip
+    assert not {"pytorch_model.bin", "big.zip", "a.pt"} & set(hub.downloads())
+
+    hub.requests.clear()
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert fetch_model(REPO) == folder and hub.requests == []
+    with pytest.raises(ValueError, match="expected me/other in the cache or a connection"):
+        fetch_model("me/other")
+
+
+def test_revisions_are_pinned(repository: Repository, api: HfApi) -> None:
+    first = repository.sha(len(repository.commits) - 1)
+    repository.tags["v1"] = len(repository.commits) - 1
+    repository.commits.append(repository.commits[-1] | {"README.md": b"second"})
+    assert fetch_model(f"{REPO}@v1", api=api) == fetch_model(REPO, revision=first, api=api)
+    assert (fetch_model(f"hf-hub:{REPO}".removeprefix("hf-hub:"), api=api) / "README.md").read_bytes() == b"second"
+    with pytest.raises(ValueError, match="expected an existing revision, got me/gac-tiny@v2"):
+        fetch_model(f"{REPO}@v2", api=api)
+    with pytest.raises(ValueError, match="expected one revision, got 'v1' and 'main'"):
+        fetch_model(f"{REPO}@v1", revision="main", api=api)
+
+
+def test_a_repository_with_pickles_only_is_refused_unread(hub: LoopbackHub, api: HfApi) -> None:
+    hub.repositories[REPO] = Repository([{"config.json": b"{}", "pytorch_model.bin": b"\x80"}])
+    with pytest.raises(ValueError, match=r"got only pytorch_model\.bin, which may run code when read"):
+        fetch_model(REPO, api=api)
+    assert hub.downloads() == []
+
+
+def test_a_commit_between_the_check_and_the_download_is_noticed(
+    repository: Repository, api: HfApi, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checked = api.model_info(REPO, files_metadata=True)
+    repository.commits.append(repository.commits[-1] | {"../x": b"y"})
+    monkeypatch.setattr(api, "model_info", lambda *arguments, **options: checked)
+    with pytest.raises(ValueError, match="got a new commit: try again"):
+        fetch_model(REPO, api=api)
+
+
+@pytest.mark.skipif(
+    timm.create_model("test_gac_msresnet", device="meta").pretrained_cfg.get("hf_hub_filename") is None,
+    reason="the registered models do not ask for model.safetensors by name",
+)
+def test_timm_itself_reads_no_pickle(hub: LoopbackHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = json.dumps(GOOD | {"pretrained_cfg": {"num_classes": 3, "input_size": [3, 32, 32]}}).encode()
+    hub.repositories[REPO] = Repository([{"config.json": config, "pytorch_model.bin": b"\x80"}])
+    download = functools.partial(hf_hub_download, endpoint=hub.url)
+    monkeypatch.setattr("timm.models._hub.hf_hub_download", download)
+    with pytest.raises(EntryNotFoundError, match=r"model\.safetensors"):
+        timm.create_model(f"hf-hub:{REPO}", pretrained=True, cache_dir=tmp_path)
+    assert hub.downloads() == ["config.json"]
+
+
+@pytest.mark.parametrize(
+    "name", ["../../.bashrc", "/etc/passwd", "a/../../b", "a\\..\\b", "C:x", "~/x", "a\x00b", "a\nb"]
+)
+def test_path_tricks_are_refused_unread(name: str, repository: Repository, hub: LoopbackHub, api: HfApi) -> None:
+    repository.commits.append(repository.commits[-1] | {name: b"x"})
+    with pytest.raises(ValueError, match="expected plain relative file names in me/gac-tiny, got"):
+        fetch_model(REPO, api=api)
+    assert hub.downloads() == []
+
+
+def test_an_oversized_config_is_refused_unread(repository: Repository, hub: LoopbackHub, api: HfApi) -> None:
+    repository.commits.append(repository.commits[-1] | {"config.json": b" " * (MAX_CONFIG_BYTES + 1)})
+    with pytest.raises(ValueError, match=r"expected config\.json in me/gac-tiny of at most 1,048,576 bytes"):
+        fetch_model(REPO, api=api)
+    assert hub.downloads() == []
+
+
+def test_missing_repository_and_no_network(hub: LoopbackHub, api: HfApi) -> None:
+    with pytest.raises(ValueError, match="expected an existing repository, got me/none"):
+        fetch_model("me/none", api=api)
+    with pytest.raises(ValueError, match="expected a connection to the Hub for me/none"):
+        fetch_model("me/none", api=HfApi(endpoint="http://127.0.0.1:9"))
+    with pytest.raises(ValueError, match="expected a repository as ORG/NAME"):
+        fetch_model("a/b/c", api=api)
+
+
+def test_a_cut_download_is_one_sentence_and_the_next_try_completes(
+    repository: Repository, hub: LoopbackHub, api: HfApi
+) -> None:
+    hub.failures[("GET", "model.safetensors")] = None
+    with pytest.raises(ValueError, match=r"expected a connection to the Hub|in the cache or a connection"):
+        fetch_model(REPO, api=api)
+    hub.failures.clear()
+    assert (fetch_model(REPO, api=api) / "model.safetensors").is_file()
+
+
+def test_sources(model_folder: Path, tmp_path: Path) -> None:
+    assert open_source(str(model_folder)) == open_source(f"local-dir:{model_folder}") == model_folder
+    shutil.copytree(model_folder, tmp_path / "run" / "model")
+    assert open_source(str(tmp_path / "run")) == tmp_path / "run" / "model"
+    with pytest.raises(ValueError, match="expected a model folder or ORG/NAME"):
+        open_source("no such thing")
+    with pytest.raises(ValueError, match="expected a repository of the Hub with a revision"):
+        open_source(str(model_folder), revision="main")
+    pickled = tmp_path / "pickled"
+    pickled.mkdir()
+    (pickled / "config.json").write_text("{}")
+    (pickled / "model.pth").write_bytes(b"x")
+    with pytest.raises(ValueError, match=r"got only model\.pth, which may run code"):
+        open_source(str(pickled))
+
+
+GOOD: dict[str, Any] = {"architecture": "test_gac_msresnet", "num_classes": 3, "model_args": {"num_steps": 2}}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"architecture": "resnet18"}, "expected an architecture of this package"),
+        ({"architecture": None}, "expected an architecture of this package"),
+        ({"num_classes": "3"}, "expected num_classes from 0"),
+        ({"num_classes": 10**12}, "expected num_classes from 0"),
+        ({"num_classes": True}, "expected num_classes from 0"),
+        ({"model_args": [1]}, "expected model_args as an object"),
+        ({"model_args": {"num_steps": 10**9}}, "expected num_steps from 1 to 1,024"),
+        ({"model_args": {"in_chans": 10**9}}, "expected in_chans from 1"),
+        ({"model_args": {"checkpoint_path": "/etc/passwd"}}, "expected model_args among"),
+        ({"model_args": {"num_classes": 4}}, "expected one number of classes"),
+        ({"pretrained_cfg": "x"}, "expected pretrained_cfg as an object"),
+        ({"pretrained_cfg": {"file": "/etc/passwd"}}, "which leads elsewhere"),
+        ({"pretrained_cfg": {"url": "http://127.0.0.1/x.pth"}}, "which leads elsewhere"),
+        ({"pretrained_cfg": {"hf_hub_filename": "x.bin"}}, "which leads elsewhere"),
+        ({"pretrained_cfg": {"input_size": [3, 10**6, 10**6]}}, "expected input_size as"),
+        ({"label_names": ["a"]}, "expected 3 label names"),
+        ({"label_names": "abc"}, "expected label names as a list"),
+    ],
+)
+def test_malformed_configs(change: dict[str, Any], message: str) -> None:
+    check_config(GOOD)
+    with pytest.raises(ValueError, match=message):
+        check_config(GOOD | change)
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"\xff\xfe", b"[" * 100_000, b'"text"'])
+def test_unreadable_configs(content: bytes, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_bytes(content)
+    with pytest.raises(ValueError, match="as a JSON object"):
+        read_config(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(GOOD))
+    assert read_config(tmp_path) == GOOD

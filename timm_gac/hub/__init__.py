@@ -1,0 +1,30 @@
+"""Model folders and the Hugging Face Hub: converting, publishing, fetching and verifying.
+
+Weights are safetensors only: no pickle is written, published or read from the Hub.
+"""
+
+from .convert import convert_checkpoint, infer_model, read_checkpoint
+from .folder import check_config, load_model, read_config, save_model_folder
+from .golden import Verification, verify, write_golden
+from .prepare import PublishConfig, prepare_folder
+from .push import PushResult, push
+from .remote import fetch_model, open_source
+
+__all__ = [
+    "PublishConfig",
+    "PushResult",
+    "Verification",
+    "check_config",
+    "convert_checkpoint",
+    "fetch_model",
+    "infer_model",
+    "load_model",
+    "open_source",
+    "prepare_folder",
+    "push",
+    "read_checkpoint",
+    "read_config",
+    "save_model_folder",
+    "verify",
+    "write_golden",
+]

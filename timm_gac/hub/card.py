@@ -1,0 +1,239 @@
+"""The model card: README.md of a model repository, in the Hub's own form, with measured figures only."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from huggingface_hub import EvalResult, ModelCardData
+
+from gac_kernels import LIFSpec
+
+from .facts import CURVE, DIGITS, LOG, RASTER, Facts
+from .folder import WEIGHTS
+from .remote import GOLDEN
+
+PAPER = "arXiv:2308.06582"
+CITATION = """\
+@inproceedings{qiu2024gac,
+  title     = {Gated Attention Coding for Training High-performance and Efficient Spiking Neural Networks},
+  author    = {Qiu, Xuerui and Zhu, Rui-Jie and Chou, Yuhong and Wang, Zhaorui and Deng, Liang-Jian and Li, Guoqi},
+  booktitle = {AAAI Conference on Artificial Intelligence},
+  year      = {2024}
+}"""
+
+
+def write_card(facts: Facts, repo_id: str, license_id: str = "apache-2.0") -> str:
+    """The card as text; sections about things that were not measured are left out.
+
+    Args:
+        facts: What is known of the model.
+        repo_id: ``ORG/NAME`` that its snippets load.
+        license_id: The Hub's identifier of the licence of the weights.
+    """
+    name = repo_id.rpartition("/")[2]
+    sections = [
+        f"# {name}",
+        _summary(facts),
+        _usage(facts, repo_id),
+        _model(facts),
+        _results(facts),
+        _firing_rates(facts),
+        _energy(facts.energy),
+        _training(facts),
+        _limits(facts),
+        _verification(repo_id),
+        f"## Source\n\nThe method is that of Qiu et al., AAAI 2024 ({PAPER}).\n\n```bibtex\n{CITATION}\n```",
+    ]
+    header = card_data(facts, name, license_id).to_yaml()
+    return f"---\n{header.strip()}\n---\n\n" + "\n\n".join(section for section in sections if section) + "\n"
+
+
+def card_data(facts: Facts, name: str, license_id: str) -> ModelCardData:
+    """The card's YAML header."""
+    dataset, results = facts.dataset, []
+    if dataset is not None:
+        shared: dict[str, Any] = {
+            "task_type": "image-classification",
+            "dataset_type": dataset[0] or dataset[1],
+            "dataset_name": dataset[1],
+            "dataset_split": "test",
+        }
+        accuracies = (("Top-1 accuracy", facts.top1), ("Top-5 accuracy", facts.accuracy("top5")))
+        results = [
+            EvalResult(metric_type="accuracy", metric_name=metric, metric_value=round(100 * value, 2), **shared)
+            for metric, value in accuracies
+            if value is not None
+        ]
+    tags = ["image-classification", "timm", "transformers", "spiking-neural-network", "neuromorphic"]
+    return ModelCardData(
+        license=license_id,
+        library_name="timm",
+        pipeline_tag="image-classification",
+        tags=[*tags, "gated-attention-coding"] if facts.gated else tags,
+        datasets=[dataset[0]] if dataset and dataset[0] else None,
+        metrics=["accuracy"] if results else None,
+        model_name=name if results else None,
+        eval_results=results or None,
+    )
+
+
+def _summary(facts: Facts) -> str:
+    shortcut = "membrane shortcuts" if facts.membrane_shortcut else "plain spiking blocks"
+    coding = "gated attention coding" if facts.gated else "direct coding"
+    trained = f", trained on {facts.dataset[1]}" if facts.dataset else ""
+    return (
+        f"A spiking ResNet (`{facts.architecture}`) with {coding} and {shortcut}{trained}. It sees an image for "
+        f"T = {facts.num_steps} time steps; its neurons send zeros and ones."
+    )
+
+
+def _usage(facts: Facts, repo_id: str) -> str:
+    channels, height, width = facts.preprocessing.get("input_size", (3, 32, 32))
+    return f"""\
+## Use
+
+The models are registered by `import timm_gac`, without which neither library knows the architecture.
+
+```python
+import timm
+import timm_gac
+import torch
+
+model = timm.create_model("hf-hub:{repo_id}", pretrained=True).eval()
+images = torch.randn(1, {channels}, {height}, {width})  # prepared by timm.data.create_transform
+with torch.no_grad():
+    logits = model(images)  # (1, {facts.num_classes})
+    steps = model.forward_steps(images)  # (1, {facts.num_steps}, {facts.num_classes}): the logits of each time step
+```
+
+Pin a revision with `hf-hub:{repo_id}@REVISION`. With transformers:
+
+```python
+import timm_gac
+from transformers import AutoModelForImageClassification
+
+model = AutoModelForImageClassification.from_pretrained("{repo_id}")
+```"""
+
+
+def _table(heading: tuple[str, str], rows: Mapping[str, Any] | list[tuple[str, Any]]) -> str:
+    pairs = list(rows.items()) if isinstance(rows, Mapping) else rows
+    lines = [f"| {heading[0]} | {heading[1]} |", "|---|---|"]
+    return "\n".join([*lines, *(f"| {key} | {_cell(value)} |" for key, value in pairs)])
+
+
+def _cell(value: Any) -> str:
+    value = ", ".join(map(str, value)) if isinstance(value, list | tuple) else value
+    return str(value).replace("|", "\\|").replace("\n", " ")
+
+
+def _neuron(spec: LIFSpec) -> str:
+    reset = "soft" if spec.soft_reset else "hard"
+    detached = ", detached from the gradient" if spec.detach_reset else ""
+    return (
+        f"LIF, threshold {spec.threshold:g}, decay {spec.decay:g}, {reset} reset{detached}; "
+        f"surrogate gradient: {spec.surrogate}, width {spec.width:g}"
+    )
+
+
+def _model(facts: Facts) -> str:
+    rows = [
+        ("architecture", f"`{facts.architecture}`"),
+        ("parameters", f"{facts.parameters:,}"),
+        ("time steps T", facts.num_steps),
+        ("neuron", _neuron(facts.spec)),
+        ("classes", facts.num_classes),
+    ]
+    shown = {"input_size": "input (C, H, W)", "crop_pct": "crop", "interpolation": "interpolation"}
+    rows += [(shown[key], value) for key, value in facts.preprocessing.items() if key in shown]
+    rows += [(key, value) for key, value in facts.preprocessing.items() if key in ("mean", "std")]
+    return "## Model\n\n" + _table(("", "value"), rows)
+
+
+def _results(facts: Facts) -> str:
+    rows = [
+        (f"{metric} accuracy", f"{value:.2%}")
+        for metric, value in (("top-1", facts.top1), ("top-5", facts.accuracy("top5")))
+        if value is not None
+    ]
+    error = facts.accuracy("ece", "calibration_error")
+    if error is not None:
+        rows.append(("expected calibration error", f"{error:.4f}"))
+    images = next((facts.evaluation[key] for key in ("images", "test_digits") if key in facts.evaluation), None)
+    if rows and images is not None:
+        rows.append(("images", f"{images:,}"))
+    rows += [
+        (f"top-1 accuracy after {step} of {facts.num_steps} time steps", f"{value:.2%}")
+        for step, value in enumerate(facts.step_accuracies, start=1)
+    ]
+    if not rows:
+        return ""
+    where = f" on the test set of {facts.dataset[1]}" if facts.dataset and facts.dataset != DIGITS else ""
+    where = where or (" on held-out digits of scikit-learn" if facts.dataset == DIGITS else "")
+    return f"## Results\n\nMeasured{where} with these weights, one run.\n\n" + _table(("", "value"), rows)
+
+
+def _firing_rates(facts: Facts) -> str:
+    if not facts.firing_rates:
+        return ""
+    rows = {f"`{layer}`": f"{rate:.2%}" for layer, rate in facts.firing_rates.items()}
+    picture = f"\n\n![Spikes of some neurons of each layer]({RASTER})" if RASTER in facts.files else ""
+    return "## Firing rates\n\nSpikes per neuron and time step.\n\n" + _table(("layer", "rate"), rows) + picture
+
+
+def _energy(energy: Mapping[str, Any]) -> str:
+    rows = _numbers(energy)
+    if not rows:
+        return ""
+    return (
+        "## Energy\n\nEstimated from counted operations, as the field does (45 nm, float32: 4.6 pJ a "
+        "multiply-accumulate, 0.9 pJ an accumulate; memory traffic left out); not measured on a chip.\n\n"
+        + _table(("", "value"), rows)
+    )
+
+
+def _numbers(tree: Mapping[str, Any], prefix: str = "", depth: int = 2) -> list[tuple[str, str]]:
+    """Numbers and texts of nested objects, to the given depth, with dotted names; lists and layers stay in the file."""
+    rows: list[tuple[str, str]] = []
+    for key, value in tree.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, Mapping) and depth > 1 and key not in ("layers", "versions"):
+            rows += _numbers(value, f"{name}.", depth - 1)
+        elif isinstance(value, int | float) and not isinstance(value, bool):
+            rows.append((name, f"{value:,}" if isinstance(value, int) else f"{value:.4g}"))
+        elif isinstance(value, str) and len(value) <= 80:
+            rows.append((name, value))
+    return rows
+
+
+def _training(facts: Facts) -> str:
+    parts = []
+    if facts.training:
+        parts.append(_table(("recipe", "value"), _numbers(facts.training)))
+    if LOG in facts.files:
+        parts.append(f"The log of each epoch is in [{LOG}]({LOG}).")
+    if CURVE in facts.files:
+        parts.append(f"![Loss and accuracy by epoch]({CURVE})")
+    return "## Training\n\n" + "\n\n".join(parts) if parts else ""
+
+
+def _limits(facts: Facts) -> str:
+    _, height, width = facts.preprocessing.get("input_size", (3, 32, 32))
+    lines = [
+        f"- It sorts images of {height}x{width} pixels into {facts.num_classes} classes and always names one of them, "
+        "whatever the image shows.",
+        f"- It was trained for T = {facts.num_steps}. Another number of time steps loads, with resampled temporal "
+        "attention, and needs fine-tuning." if facts.gated else f"- It was trained for T = {facts.num_steps}.",
+        "- A GPU rounds differently from a CPU; a membrane near its threshold may then spike on one of them only, so "
+        "single logits can differ.",
+        "- It has not been examined for bias or robustness to other data: do not use it for decisions about people.",
+    ]  # fmt: skip
+    return "## Limits\n\n" + "\n".join(lines)
+
+
+def _verification(repo_id: str) -> str:
+    return (
+        f"## Verification\n\n`timm-gac verify {repo_id}` downloads the repository, rebuilds the network and compares "
+        f"its logits with those in `{GOLDEN}`, and `{WEIGHTS}` with the checksum kept there."
+    )

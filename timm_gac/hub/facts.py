@@ -1,0 +1,167 @@
+"""What a model folder and its run say of a model: only what was measured and written down, nothing made up."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from gac_kernels import LIFSpec
+
+from ..encoder import GatedAttentionCoding
+from ..models.blocks import MSBlock
+from .folder import CONFIG, load_model, read_config
+
+EVALUATIONS = ("eval.json", "demo.json")  # the trainer's evaluation, and the demonstration's result
+ENERGY = "energy.json"
+LOG = "metrics.csv"
+CURVE, RASTER = "curve.png", "spikes.png"
+TRAINING = "training.json"  # the run's own config.json, whose name the model's takes in a repository
+MAX_JSON_BYTES = 1 << 22
+# Names of data sets in recipes, as the Hub knows them.
+DATASETS = {
+    "cifar10": ("uoft-cs/cifar10", "CIFAR-10"),
+    "cifar100": ("uoft-cs/cifar100", "CIFAR-100"),
+    "imagenet": ("ILSVRC/imagenet-1k", "ImageNet-1k"),
+}
+DIGITS = ("", "scikit-learn digits")
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What is known of a model.
+
+    Attributes:
+        architecture: Name of the registered model.
+        num_classes: Number of classes.
+        num_steps: Time steps T.
+        parameters: Number of parameters.
+        gated: Whether its encoder is gated attention coding.
+        membrane_shortcut: Whether its blocks have membrane shortcuts.
+        spec: Its neuron.
+        preprocessing: Fields of pretrained_cfg that say how an image is prepared.
+        label_names: Names of the classes, empty if unknown.
+        training: The run's configuration.
+        evaluation: The evaluation's results.
+        energy: The energy accounting's results.
+        files: Extra files to publish, by their name in the repository.
+    """
+
+    architecture: str
+    num_classes: int
+    num_steps: int
+    parameters: int
+    gated: bool
+    membrane_shortcut: bool
+    spec: LIFSpec
+    preprocessing: Mapping[str, Any]
+    label_names: tuple[str, ...] = ()
+    training: Mapping[str, Any] = field(default_factory=dict)
+    evaluation: Mapping[str, Any] = field(default_factory=dict)
+    energy: Mapping[str, Any] = field(default_factory=dict)
+    files: Mapping[str, Path] = field(default_factory=dict)
+
+    @property
+    def dataset(self) -> tuple[str, str] | None:
+        """Id on the Hub ('' where there is none) and name of the data set, where the run names it."""
+        if "test_digits" in self.evaluation:
+            return DIGITS
+        for source in (self.evaluation, self.training):
+            name = first(source, "dataset", "data")
+            if isinstance(name, str) and name:
+                return DATASETS.get(name.lower().replace("-", ""), ("", name))
+        return None
+
+    def accuracy(self, *names: str) -> float | None:
+        """A measured accuracy as a fraction, under the first of these names that the evaluation has."""
+        value = first(self.evaluation, *names)
+        return float(value) if isinstance(value, int | float) and 0 <= value <= 1 else None
+
+    @property
+    def top1(self) -> float | None:
+        """Top-1 accuracy as a fraction."""
+        return self.accuracy("top1", "accuracy")
+
+    @property
+    def step_accuracies(self) -> list[float]:
+        """Top-1 accuracy after 1 to T time steps."""
+        values = first(self.evaluation, "top1_per_step", "step_top1", "per_step", "step_accuracy")
+        values = list(values.values()) if isinstance(values, Mapping) else values
+        if not isinstance(values, list) or not all(isinstance(value, int | float) for value in values):
+            return []
+        return [float(value) for value in values]
+
+    @property
+    def firing_rates(self) -> dict[str, float]:
+        """Spikes per neuron and time step, by layer."""
+        rates = first(self.evaluation, "firing_rates", "firing_rate")
+        if not isinstance(rates, Mapping):
+            return {}
+        return {str(name): float(rate) for name, rate in rates.items() if isinstance(rate, int | float)}
+
+
+def first(source: Mapping[str, Any], *names: str) -> Any:
+    """The first of these entries that is there."""
+    return next((source[name] for name in names if name in source), None)
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """A JSON object; empty where there is no such file.
+
+    Raises:
+        ValueError: The file is over 4 MiB or no JSON object.
+    """
+    if not file.is_file():
+        return {}
+    try:
+        if file.stat().st_size > MAX_JSON_BYTES:
+            raise ValueError(f"over {MAX_JSON_BYTES:,} bytes")
+        content = json.loads(file.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise ValueError(
+            f"expected {str(file)!r} as a JSON object, got {error}: delete it or write it again"
+        ) from error
+    if not isinstance(content, dict):
+        raise ValueError(f"expected {str(file)!r} as a JSON object, got {type(content).__name__}: write it again")
+    return content
+
+
+def gather(folder: Path, run: Path) -> Facts:
+    """The facts of a model folder and of the run around it.
+
+    Args:
+        folder: Model folder.
+        run: Folder with what the run wrote; the model folder again where there is no run around it.
+
+    Raises:
+        ValueError: The folder is no model folder, or a JSON file of the run is damaged.
+    """
+    config = read_config(folder)
+    model: Any = load_model(folder)
+    files = {
+        name: run / name for name in (*EVALUATIONS, ENERGY, LOG, CURVE, RASTER, TRAINING) if (run / name).is_file()
+    }
+    if run != folder and (run / CONFIG).is_file():
+        files[TRAINING] = run / CONFIG
+    training = read_json(files[TRAINING]) if TRAINING in files else {}
+    evaluation = next((read_json(files[name]) for name in EVALUATIONS if name in files), {})
+    names = config.get("label_names") or first(training, "label_names", "class_names") or ()
+    cfg = config.get("pretrained_cfg", {})
+    wanted = ("input_size", "crop_pct", "interpolation", "mean", "std")
+    return Facts(
+        architecture=config["architecture"],
+        num_classes=config["num_classes"],
+        num_steps=model.num_steps,
+        parameters=sum(parameter.numel() for parameter in model.parameters()),
+        gated=isinstance(model.encoder, GatedAttentionCoding),
+        membrane_shortcut=any(isinstance(module, MSBlock) for module in model.modules()),
+        spec=model.spec,
+        preprocessing={name: cfg[name] for name in wanted if name in cfg},
+        label_names=tuple(names),
+        training=training,
+        evaluation=evaluation,
+        energy=read_json(run / ENERGY),
+        files=files,
+    )

@@ -1,0 +1,124 @@
+"""A model repository made of a run or a model folder: exactly the files that are published, and no others."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from huggingface_hub.utils import validate_repo_id
+
+from .card import write_card
+from .facts import Facts, gather
+from .folder import CONFIG, WEIGHTS, check_labels, read_config, write_config
+from .golden import write_golden
+from .remote import CARD, model_folder
+
+MAX_LABEL_BYTES = 1 << 20
+
+
+@dataclass(frozen=True)
+class PublishConfig:
+    """What `push` publishes, and where.
+
+    Args:
+        repo_id: Repository on the Hub, ORG/NAME.
+        private: Make a new repository private.
+        dry_run: Write the folder and show its files; nothing is sent.
+        out: Folder to keep what is published in; push/NAME in a dry run where left out.
+        overwrite: Replace files that are there already, on the Hub and in the folder.
+        label_names: Text file with the name of one class a line, in order.
+        dataset: Name of the training data, such as cifar100, where the run does not say it.
+        license: Licence of the weights, as the Hub spells it.
+    """
+
+    repo_id: str
+    private: bool = False
+    dry_run: bool = False
+    out: Path | None = None
+    overwrite: bool = False
+    label_names: Path | None = None
+    dataset: str | None = None
+    license: str = "apache-2.0"
+
+    def __post_init__(self) -> None:
+        try:
+            validate_repo_id(self.repo_id)
+            valid = self.repo_id.count("/") == 1
+        except ValueError:  # HFValidationError
+            valid = False
+        if not valid:
+            raise ValueError(f"expected repo_id as ORG/NAME, got {self.repo_id!r}: such as your-name/gac-digits")
+
+
+def prepare_folder(source: Path, out: Path, config: PublishConfig) -> list[Path]:
+    """Write the repository of a model: config, weights, golden tensors, card and what the run measured.
+
+    Only these files are taken: config.json and model.safetensors; of a run also its configuration (as training.json),
+    metrics.csv, curve.png, eval.json and energy.json. Nothing else of the source is published.
+
+    Args:
+        source: Run folder of the trainer (with ``model/`` in it), or a model folder.
+        out: Folder to write; new or empty, unless ``config.overwrite``. It is replaced file by file at the end, so a
+            failure leaves it as it was.
+        config: What to publish.
+
+    Returns:
+        The files written, in the order of their names.
+
+    Raises:
+        ValueError: The source is no model folder, its files are damaged, ``out`` is not empty, or the labels do not
+            fit.
+    """
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"expected a folder to write to, got the file {str(out)!r}: choose another --out")
+    if out.is_dir() and any(out.iterdir()) and not config.overwrite:
+        raise ValueError(f"expected a new or empty folder, got {str(out)!r}: choose another --out or --overwrite")
+    folder = model_folder(source)
+    facts = _complete(gather(folder, source), config)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as scratch:
+        stage = Path(scratch)
+        labels = {"label_names": list(facts.label_names)} if facts.label_names else {}
+        write_config(stage / CONFIG, read_config(folder) | labels)
+        shutil.copyfile(folder / WEIGHTS, stage / WEIGHTS)
+        for name, file in facts.files.items():
+            shutil.copyfile(file, stage / name)
+        write_golden(folder, stage)
+        (stage / CARD).write_text(write_card(facts, config.repo_id, config.license), encoding="utf-8")
+        out.mkdir(exist_ok=True)
+        names = sorted(file.name for file in stage.iterdir())
+        for name in names:
+            (stage / name).replace(out / name)
+    return [out / name for name in names]
+
+
+def _complete(facts: Facts, config: PublishConfig) -> Facts:
+    """The facts with what the user says beside them."""
+    labels = facts.label_names
+    if config.label_names is not None:
+        labels = read_labels(config.label_names)
+    if labels:
+        check_labels(labels, facts.num_classes)
+    evaluation = facts.evaluation if config.dataset is None else {**facts.evaluation, "dataset": config.dataset}
+    training = facts.training if config.dataset is None else {**facts.training, "dataset": config.dataset}
+    return replace(facts, label_names=tuple(labels), evaluation=evaluation, training=training)
+
+
+def read_labels(file: Path) -> tuple[str, ...]:
+    """The names of the classes in a text file, one a line.
+
+    Raises:
+        ValueError: There is no such file, or it is no UTF-8 text of at most 1 MiB.
+    """
+    if not file.is_file():
+        raise ValueError(f"expected a file of label names, got {str(file)!r}, which is none: check the path")
+    content = file.read_bytes()
+    try:
+        if len(content) > MAX_LABEL_BYTES:
+            raise ValueError(f"{len(content):,} bytes")
+        text = content.decode("utf-8")
+    except ValueError as error:  # UnicodeDecodeError is one
+        raise ValueError(f"expected label names as a short UTF-8 text, got {file.name!r} ({error})") from error
+    return tuple(line.strip() for line in text.splitlines() if line.strip())
