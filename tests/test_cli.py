@@ -15,12 +15,15 @@ from timm_gac import benchmark, cli, hub
 @pytest.mark.parametrize(
     ("arguments", "shown"),
     [
-        ([], ["demo", "convert", "models", "bench"]),
+        ([], ["demo", "convert", "models", "push", "verify", "bench"]),
         (["demo"], ["--out", "--epochs", "--seed"]),
         (["convert"], ["FILE", "OUT_FOLDER", "--num-classes", "--overwrite"]),
-        (["bench"], ["kernels"]),
+        (["bench"], ["kernels", "model"]),
         (["bench", "kernels"], ["--ops", "--quick", "--csv"]),
+        (["bench", "model"], ["--providers", "--num-steps", "--profile"]),
         (["models"], ["PATTERN"]),
+        (["push"], ["RUN_OR_FOLDER", "--repo-id", "--dry-run", "--overwrite", "--label-names"]),
+        (["verify"], ["REPO_OR_FOLDER", "--revision"]),
     ],
     ids=lambda value: "-".join(value) or "top" if isinstance(value, list) else None,
 )
@@ -39,7 +42,7 @@ def test_models_lists_every_model_with_its_parameters(
     assert cli.main(["models"]) == 0
     text = capsys.readouterr().out
     assert [name for name in timm.list_models(module="spiking_resnet") if f"{name} " not in text] == []
-    row = next(line for line in text.splitlines() if line.startswith("gac_msresnet34 "))
+    row = next(line for line in text.splitlines() if line.split()[:1] == ["gac_msresnet34"])
     assert row.split() == ["gac_msresnet34", "GAC", "ImageNet", "21,932,984", "4", "1000", "3x224x224"]
 
 
@@ -55,7 +58,11 @@ def test_models_takes_a_pattern(capsys: pytest.CaptureFixture[str]) -> None:
         ["models", "no_such_model"],
         ["convert", "no_such_file.pth", "folder"],
         ["demo", "--epochs", "0"],
+        ["push", "no_such_folder", "--repo-id", "me/x"],
+        ["push", "no_such_folder", "--repo-id", "x", "--dry-run"],
+        ["verify", "no_such_folder"],
         ["bench", "kernels", "--ops", "no_such_op"],
+        ["bench", "model", "--providers", "no_such_network"],
     ],
     ids=lambda arguments: arguments[0],
 )

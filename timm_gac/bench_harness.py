@@ -1,25 +1,34 @@
-"""What every benchmark of this project shares: timing, memory, provenance, and the CSV, table and chart of its rows."""
+"""What every benchmark of this project shares: timing, memory, provenance, and the CSV and table of its rows."""
 
 from __future__ import annotations
 
+import argparse
 import csv
+import dataclasses
 import datetime
+import math
 import os
 import platform
+import signal
 import statistics
 import subprocess
+import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+import typing
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
 if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
     from rich.table import Table
 
+Config = TypeVar("Config", bound="DataclassInstance")
 Row = dict[str, Any]
 PROVENANCE = ("date_utc", "device", "torch", "triton", "timm_gac", "commit", "backend")
 # Larger than the L2 of any GPU we know (50 MB on an H100), so that no repetition finds its input there.
@@ -220,52 +229,61 @@ def rows_table(rows: Iterable[Row], columns: dict[str, str], title: str) -> Tabl
     return table
 
 
-def bar_chart(
-    path: Path, panels: dict[str, dict[str, dict[str, float]]], *, title: str, value: str, limit: float
-) -> None:
-    """Write a PNG of grouped horizontal bars: one panel, one group and one bar per level of ``panels``.
+def show_table(table: Table) -> None:
+    """Print a table to the standard output."""
+    from rich.console import Console
+
+    console = Console()
+    # Off a terminal rich assumes 80 columns and would fold every cell of a log.
+    console.width = console.width if console.is_terminal else 220
+    console.print(table)
+
+
+@contextmanager
+def time_limit(seconds: float) -> Iterator[None]:
+    """Raise `TimeoutError` inside the block after so many seconds; infinity is no limit.
+
+    It is a Unix signal, which Python acts upon between two of its own instructions: a long compilation ends soon after,
+    a single long call into C++ only when it returns. Off the main thread, and on systems without that signal, no limit
+    holds.
+    """
+    timed = math.isfinite(seconds) and hasattr(signal, "setitimer")
+    if not timed or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(*_: object) -> None:
+        raise TimeoutError(f"not done within {seconds:.0f} s")
+
+    previous = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, max(seconds, 1e-3), 5.0)  # once more, should an `except Exception` swallow it
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0.0)
+        signal.signal(signal.SIGALRM, previous)
+
+
+def parse_config(defaults: Config, arguments: Sequence[str] | None, description: str) -> Config:
+    """Command-line options, one per field of a config, for where the full command line is not installed.
 
     Args:
-        path: The PNG file.
-        panels: Panel title to group label to series name to value.
-        title: Printed above the panels.
-        value: Label of the value axis.
-        limit: A reference value, drawn as a line.
+        defaults: The config: fields are numbers, strings, flags, paths, or tuples of numbers or strings.
+        arguments: The command line; of the process where None.
+        description: Shown by ``--help``.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-    from matplotlib.patches import Patch
-
-    series = list(dict.fromkeys(name for groups in panels.values() for bars in groups.values() for name in bars))
-    colours = dict(zip(series, ("#0b6e4f", "#9aa5b1", "#e0a458", "#b04a5a", "#5b7db1", "#333333"), strict=False))
-    heights = [sum(len(bars) + 0.7 for bars in groups.values()) for groups in panels.values()]
-    # Two panels to a line, each line as tall as its taller panel.
-    lines = [max(heights[first : first + 2]) for first in range(0, len(heights), 2)]
-    figure = Figure(figsize=(12, 1.2 + 0.19 * sum(lines) + 0.5 * len(lines)), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots(len(lines), 2, sharex=True, squeeze=False, height_ratios=lines).flat
-    for axis in axes[len(panels) :]:
-        axis.set_visible(False)
-    for axis, (name, groups) in zip(axes, panels.items(), strict=False):
-        position, ticks = 0.0, []
-        for bars in groups.values():
-            ticks.append(position + (len(bars) - 1) / 2)
-            for label, number in bars.items():
-                axis.barh(position, number, height=0.9, color=colours.get(label, "#333333"))
-                inside = number > 0.2 * limit
-                style = {"ha": "right", "color": "white"} if inside else {"ha": "left", "color": "black"}
-                axis.text(number, position, f" {number:.2f} ", va="center", fontsize=7, **style)
-                position += 1
-            position += 0.7
-        axis.set_yticks(ticks, list(groups), fontsize=8)
-        axis.set_ylim(position - 0.7, -0.7)
-        axis.axvline(limit, color="black", linewidth=0.8, linestyle=":")
-        axis.set_title(name, fontsize=9, loc="left")
-        if axis.get_subplotspec().is_last_row():
-            axis.set_xlabel(value, fontsize=8)
-        axis.spines[["top", "right"]].set_visible(False)
-    figure.suptitle(title, fontsize=10)
-    handles = [Patch(color=colours.get(name, "#333333"), label=name) for name in series]
-    figure.legend(handles=handles, loc="outside lower center", ncols=min(6, len(series)), frameon=False, fontsize=8)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
+    parser = argparse.ArgumentParser(description=description)
+    hints = typing.get_type_hints(type(defaults))
+    for field in dataclasses.fields(defaults):
+        default, hint = getattr(defaults, field.name), hints[field.name]
+        options: dict[str, Any] = {"default": default, "type": Path if Path in (hint, *typing.get_args(hint)) else hint}
+        if isinstance(default, tuple):
+            options |= {"nargs": "+", "type": typing.get_args(hint)[0]}
+        elif isinstance(default, bool):
+            options = {"default": default, "action": argparse.BooleanOptionalAction}
+        parser.add_argument("--" + field.name.replace("_", "-"), **options)
+    values = {
+        name: tuple(value) if isinstance(value, list) else value
+        for name, value in vars(parser.parse_args(arguments)).items()
+    }
+    return dataclasses.replace(defaults, **values)

@@ -142,7 +142,8 @@ def relative_error(got: torch.Tensor, expected: torch.Tensor) -> float:
     if got.shape != expected.shape:
         return float("inf")
     norm = torch.linalg.vector_norm
-    return (norm(got.float() - expected) / norm(expected).clamp_min(1e-30)).item()
+    got = got.to(torch.promote_types(got.dtype, expected.dtype))
+    return (norm(got - expected) / norm(expected).clamp_min(1e-30)).item()
 
 
 def _poison_free_memory(inputs: Tensors, output: torch.Tensor) -> None:
@@ -170,28 +171,28 @@ def make_rival(name: str, op_name: str, spec: LIFSpec, inputs: Tensors) -> Op | 
     if importlib.util.find_spec("spikingjelly") is None:
         return None
     frame = inputs[0] if op_name == "gac_encode" else inputs[0][0]
-    neuron = _spikingjelly_neuron(spec, torch.zeros_like(frame, dtype=torch.float32, requires_grad=False))
+    fire, state = spikingjelly_neuron(spec), torch.zeros_like(frame, dtype=torch.float32, requires_grad=False)
     if op_name == "lif":
-        return neuron
+        return lambda x: fire(x, state)
 
     def gated(x: torch.Tensor, spatial: torch.Tensor, temporal: torch.Tensor) -> torch.Tensor:
         steps = temporal.t()[:, :, None, None, None]  # (T, B, 1, 1, 1)
         x = x.expand(temporal.shape[1], *x.shape) if op_name == "gac_encode" else x
-        return torch.sigmoid(steps * spatial) * neuron(x)
+        return torch.sigmoid(steps * spatial) * fire(x, state)
 
     return gated
 
 
-def _spikingjelly_neuron(spec: LIFSpec, state: torch.Tensor) -> Op:
+def spikingjelly_neuron(spec: LIFSpec) -> Op:
+    """SpikingJelly's functional multi-step LIF as ``(x, state) -> spikes``, both (T, ...) but the state, (...)."""
     from spikingjelly.activation_based import functional, surrogate
 
     triangle = spec.surrogate == "triangle"
     # Its alpha is the slope of the membrane's distance: 1 / width for the triangle, 1 / (2 * width) for the rectangle.
     shape = surrogate.PiecewiseQuadratic(alpha=1 / spec.width) if triangle else surrogate.Rect(alpha=0.5 / spec.width)
-    tau = 1 / (1 - spec.decay)
+    settings = (1 / (1 - spec.decay), False, spec.threshold, 0.0, shape, spec.detach_reset, False)
 
-    def neuron(x: torch.Tensor) -> torch.Tensor:
-        settings = (tau, False, spec.threshold, 0.0, shape, spec.detach_reset, False)
+    def neuron(x: torch.Tensor, state: torch.Tensor) -> torch.Tensor:
         return functional.lif_multi_step(x, state, *settings)[0]
 
     return neuron

@@ -5,7 +5,6 @@ Run it as ``timm-gac bench kernels`` or ``python -m timm_gac.benchmark``.
 
 from __future__ import annotations
 
-import argparse
 import gc
 import itertools
 import logging
@@ -13,7 +12,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,18 +21,20 @@ import torch
 from gac_kernels import resolve_backend
 
 from . import bench_ops
+from .bench_charts import bar_chart
 from .bench_harness import (
     PROVENANCE,
     Row,
     append_csv,
-    bar_chart,
     check_csv,
     measure_copy,
     measure_peak_bytes,
     measure_saved_bytes,
     measure_time,
+    parse_config,
     provenance,
     rows_table,
+    show_table,
 )
 from .bench_ops import DTYPES, SPECS, BenchOp, Case
 
@@ -266,32 +267,11 @@ def write_chart(rows: Sequence[Row], path: Path) -> None:
         bar_chart(path, panels, title=title, value="fraction of copy bandwidth", limit=1.0)
 
 
-def parse_config(defaults: KernelBenchConfig, arguments: Sequence[str] | None = None) -> KernelBenchConfig:
-    """Command-line options, one per field of the config, for where the full command line is not installed."""
-    parser = argparse.ArgumentParser(description="Benchmark the spiking kernels.")
-    for field in fields(defaults):
-        default = getattr(defaults, field.name)
-        options: dict[str, Any] = {"default": default, "type": Path if "Path" in str(field.type) else type(default)}
-        if isinstance(default, tuple):
-            options |= {"nargs": "+", "type": type(default[0])}
-        elif isinstance(default, bool):
-            options = {"default": default, "action": argparse.BooleanOptionalAction}
-        parser.add_argument("--" + field.name.replace("_", "-"), **options)
-    values: Row = vars(parser.parse_args(arguments))
-    values = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
-    return replace(defaults, **values)
-
-
 def main(defaults: KernelBenchConfig | None = None, arguments: Sequence[str] | None = None) -> int:
     """Run the benchmark and show its table; 1 when an op failed its check, else 0."""
-    from rich.console import Console
-
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    rows = bench_kernels(parse_config(defaults or KernelBenchConfig(), arguments))
-    console = Console()
-    # Off a terminal rich assumes 80 columns and would fold every cell of a log.
-    console.width = console.width if console.is_terminal else 220
-    console.print(kernel_table(rows))
+    rows = bench_kernels(parse_config(defaults or KernelBenchConfig(), arguments, "Benchmark the spiking kernels."))
+    show_table(kernel_table(rows))
     return exit_code(rows)
 
 

@@ -11,22 +11,24 @@ from typing import Annotated
 import tyro
 from tyro.extras import SubcommandApp
 
+from .bench_model import ModelBenchConfig
 from .benchmark import KernelBenchConfig
 from .demo import DemoConfig
+from .hub.prepare import PublishConfig
 
 DESCRIPTION = "Gated attention coding and spiking ResNets for timm: demonstrate, convert, benchmark and list."
 
 
 def demo(config: Annotated[DemoConfig, tyro.conf.arg(name="")]) -> int:
-    """Train a small network on real handwritten digits (CPU, about a minute), save it, reload it and draw its spikes."""
+    """Train a small network on real handwritten digits (about a minute), save it, reload it, draw its spikes."""
     from .demo import run_demo
 
     return run_demo(config)
 
 
 def convert(
-    file: tyro.conf.Positional[Path],
-    out_folder: tyro.conf.Positional[Path],
+    file: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="FILE")],
+    out_folder: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT_FOLDER")],
     model: str | None = None,
     num_classes: int | None = None,
     num_steps: int | None = None,
@@ -51,6 +53,56 @@ def convert(
     return 0
 
 
+def push(
+    source: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN_OR_FOLDER")],
+    config: Annotated[PublishConfig, tyro.conf.arg(name="")],
+) -> int:
+    """Publish a run or a model folder on the Hugging Face Hub (token: HF_TOKEN or `hf auth login`).
+
+    Args:
+        source: Run folder of the trainer, or a folder with config.json and model.safetensors.
+        config: What to publish, and where.
+    """
+    from rich.console import Console
+
+    from .hub import push as publish
+
+    result = publish(source, config)
+    console = Console(highlight=False, soft_wrap=True)
+    for name, size in result.files.items():
+        mark = "sent" if name in result.sent else "    " if config.dry_run else "same"
+        console.print(f"{mark}  {size:>12,}  {name}")
+    if config.dry_run:
+        console.print(f"nothing was sent: look at {result.folder}, then push without --dry-run")
+    else:
+        console.print(f"published: {result.url}\nload it with timm.create_model('hf-hub:{config.repo_id}')")
+    return 0
+
+
+def verify(
+    source: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="REPO_OR_FOLDER")], revision: str | None = None
+) -> int:
+    """Rebuild a model of the Hub or of a folder and compare its logits with the golden ones kept with it.
+
+    Args:
+        source: ORG/NAME on the Hub, or a folder.
+        revision: Branch, tag or commit of the repository.
+    """
+    from rich.console import Console
+
+    from .hub import open_source
+    from .hub import verify as check
+
+    result = check(open_source(source, revision))
+    Console(highlight=False, soft_wrap=True).print(
+        f"weights         {'those' if result.same_weights else 'NOT those'} that the golden output was made with\n"
+        f"float64 logits  largest difference {result.difference:.1e} over {result.images} images\n"
+        f"float32 classes {'equal' if result.same_classes else 'different'}\n"
+        f"{'verified' if result.passed else 'FAILED'}: {source}"
+    )
+    return 0 if result.passed else 1
+
+
 def bench_kernels(config: Annotated[KernelBenchConfig, tyro.conf.arg(name="")]) -> int:
     """Time each kernel against its rivals and the copy bandwidth of the same run, once it has passed its check."""
     from rich.console import Console
@@ -65,7 +117,14 @@ def bench_kernels(config: Annotated[KernelBenchConfig, tyro.conf.arg(name="")]) 
     return benchmark.exit_code(rows)
 
 
-def models(pattern: tyro.conf.Positional[str] = "*") -> int:
+def bench_model(config: Annotated[ModelBenchConfig, tyro.conf.arg(name="")]) -> int:
+    """Time a whole network, in training and inference, against its rivals, timm's ANN and its convolutions alone."""
+    from . import bench_model
+
+    return bench_model.show_results(*bench_model.bench_model(config))
+
+
+def models(pattern: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="PATTERN")] = "*") -> int:
     """List the registered models with their encoder, neuron dialect, parameters, time steps T and input.
 
     Args:
@@ -73,6 +132,7 @@ def models(pattern: tyro.conf.Positional[str] = "*") -> int:
     """
     import timm
     import torch
+    from rich.box import SIMPLE_HEAD
     from rich.console import Console
     from rich.table import Table
 
@@ -81,10 +141,9 @@ def models(pattern: tyro.conf.Positional[str] = "*") -> int:
     names = timm.list_models(pattern, module="spiking_resnet")
     if not names:
         raise ValueError(f"expected a pattern that matches a model, got {pattern!r}: try '*resnet*'")
-    table = Table(title=f"{len(names)} models")
-    table.add_column("model", no_wrap=True)
-    table.add_column("encoder")
-    table.add_column("dialect")
+    table = Table(title=f"{len(names)} models", box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    for heading in ("model", "encoder", "dialect"):
+        table.add_column(heading, no_wrap=True)
     for heading in ("parameters", "T", "classes", "input"):
         table.add_column(heading, justify="right", no_wrap=True)
     for name in names:
@@ -107,13 +166,16 @@ def _parser() -> SubcommandApp:
     app.command(demo)
     app.command(convert)
     app.command(models)
-    benchmarks.command(bench_kernels, name="kernels")
+    app.command(push)
+    app.command(verify)
+    benchmarks.command(name="kernels")(bench_kernels)
+    benchmarks.command(name="model")(bench_model)
     app.command(benchmarks, name="bench", help="Benchmarks: `timm-gac bench kernels --help`.")
     return app
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line and return its exit status: 0, 1 where a check failed, 2 where the user has to change something.
+    """Run the command line; its exit status is 0, 1 where a check failed, 2 where the user has to change something.
 
     Args:
         arguments: What follows ``timm-gac``; of the process where left out.

@@ -1,0 +1,125 @@
+"""Charts of benchmark rows."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+
+def bar_chart(
+    path: Path, panels: dict[str, dict[str, dict[str, float]]], *, title: str, value: str, limit: float
+) -> None:
+    """Write a PNG of grouped horizontal bars: one panel, one group and one bar per level of ``panels``.
+
+    Args:
+        path: The PNG file.
+        panels: Panel title to group label to series name to value.
+        title: Printed above the panels.
+        value: Label of the value axis.
+        limit: A reference value, drawn as a line.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Patch
+
+    series = list(dict.fromkeys(name for groups in panels.values() for bars in groups.values() for name in bars))
+    colours = dict(zip(series, ("#0b6e4f", "#9aa5b1", "#e0a458", "#b04a5a", "#5b7db1", "#333333"), strict=False))
+    heights = [sum(len(bars) + 0.7 for bars in groups.values()) for groups in panels.values()]
+    # Two panels to a line, each line as tall as its taller panel.
+    lines = [max(heights[first : first + 2]) for first in range(0, len(heights), 2)]
+    figure = Figure(figsize=(12, 1.2 + 0.19 * sum(lines) + 0.5 * len(lines)), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(len(lines), 2, sharex=True, squeeze=False, height_ratios=lines).flat
+    for axis in axes[len(panels) :]:
+        axis.set_visible(False)
+    for axis, (name, groups) in zip(axes, panels.items(), strict=False):
+        position, ticks = 0.0, []
+        for bars in groups.values():
+            ticks.append(position + (len(bars) - 1) / 2)
+            for label, number in bars.items():
+                axis.barh(position, number, height=0.9, color=colours.get(label, "#333333"))
+                inside = number > 0.2 * limit
+                style = {"ha": "right", "color": "white"} if inside else {"ha": "left", "color": "black"}
+                axis.text(number, position, f" {number:.2f} ", va="center", fontsize=7, **style)
+                position += 1
+            position += 0.7
+        axis.set_yticks(ticks, list(groups), fontsize=8)
+        axis.set_ylim(position - 0.7, -0.7)
+        axis.axvline(limit, color="black", linewidth=0.8, linestyle=":")
+        axis.set_title(name, fontsize=9, loc="left")
+        if axis.get_subplotspec().is_last_row():
+            axis.set_xlabel(value, fontsize=8)
+        axis.spines[["top", "right"]].set_visible(False)
+    figure.suptitle(title, fontsize=10)
+    handles = [Patch(color=colours.get(name, "#333333"), label=name) for name in series]
+    figure.legend(handles=handles, loc="outside lower center", ncols=min(6, len(series)), frameon=False, fontsize=8)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)
+
+
+def throughput_chart(
+    path: Path,
+    bars: dict[str, dict[str, float]],
+    curves: dict[str, dict[str, dict[int, float]]],
+    *,
+    title: str,
+) -> None:
+    """Write a PNG of the throughput of networks, a column a panel.
+
+    Args:
+        path: The PNG file.
+        bars: Panel title to provider to images a second; drawn from fast to slow.
+        curves: Panel title to provider to number of time steps T to milliseconds per time step; below where not empty.
+        title: Printed above the panels.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    height = 1.2 + 0.27 * max(len(panel) for panel in bars.values())
+    heights = [height, 3.6][: 2 if curves else 1]
+    figure = Figure(figsize=(6.2 * len(bars), sum(heights) + 0.4), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(len(heights), len(bars), squeeze=False, height_ratios=heights)
+    for column, (name, panel) in enumerate(bars.items()):
+        axis, fastest = axes[0][column], max(panel.values())
+        for position, (provider, speed) in enumerate(sorted(panel.items(), key=lambda item: -item[1])):
+            axis.barh(position, speed, height=0.8, color=_colour(provider))
+            axis.text(
+                speed + 0.01 * fastest,
+                position,
+                f"{speed:,.4g}" if speed < 100 else f"{speed:,.0f}",
+                va="center",
+                fontsize=7,
+            )
+        axis.set_yticks(range(len(panel)), sorted(panel, key=lambda provider: -panel[provider]), fontsize=8)
+        axis.set_ylim(len(panel) - 0.4, -0.6)
+        axis.set_xlim(0, 1.15 * fastest)
+        axis.set_xlabel("images per second", fontsize=8)
+        axis.set_title(name, fontsize=9, loc="left")
+        axis.spines[["top", "right"]].set_visible(False)
+        if curves:
+            _draw_curves(axes[1][column], curves.get(name, {}))
+    figure.suptitle(title, fontsize=10)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)
+
+
+def _draw_curves(axis: Any, curves: dict[str, dict[int, float]]) -> None:
+    """What one time step of the batch costs, against T: flat where the cost is proportional to T."""
+    for provider, points in curves.items():
+        ordered = sorted(points.items())
+        style = {"linestyle": "--" if "+graph" in provider else "-", "marker": "o", "markersize": 3}
+        axis.plot(*zip(*ordered, strict=True), color=_colour(provider), label=provider, **style)
+    axis.set_xticks(sorted({steps for points in curves.values() for steps in points}))
+    axis.set_ylim(bottom=0)
+    axis.set_xlabel("time steps T", fontsize=8)
+    axis.set_ylabel("ms of the batch per time step", fontsize=8)
+    axis.legend(fontsize=7, frameon=False)
+    axis.spines[["top", "right"]].set_visible(False)
+
+
+def _colour(provider: str) -> str:
+    """This package green, floors grey and blue, rivals warm."""
+    colours = {"timm_gac": "#0b6e4f", "timm_gac_lean": "#4fa37f", "timm_gac_fused": "#17324d", "ann": "#5b7db1"}
+    colours |= {"convolutions": "#9aa5b1", "spikingjelly": "#e0a458", "published": "#7a5230"}
+    return colours.get(provider.split("+")[0], "#b04a5a")

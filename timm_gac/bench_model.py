@@ -1,0 +1,287 @@
+"""Model benchmark: a network of this package, its rivals with the same weights, and the floors below them, in one run.
+
+Run it as ``timm-gac bench model`` or ``python -m timm_gac.bench_model``.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+
+from gac_kernels import resolve_backend
+
+from . import bench_steps
+from .bench_charts import throughput_chart
+from .bench_harness import (
+    PROVENANCE,
+    Row,
+    append_csv,
+    check_csv,
+    parse_config,
+    provenance,
+    rows_table,
+    show_table,
+    time_limit,
+)
+from .bench_networks import LAUNCHES, NETWORKS, Unavailable
+from .bench_profile import append_json, read_json
+from .bench_session import Case, Session
+
+_logger = logging.getLogger(__name__)
+COLUMNS = (
+    *("model", "provider", "mode", "precision", "num_steps", "batch", "image_size", "memory_format", "threads"),
+    *("status", "images_per_s", "median_ms", "p20_ms", "p80_ms", "repetitions", "steps_per_block", "peak_gib"),
+    *("floor_fraction", "setup_s", "note", *PROVENANCE),
+)
+TABLE = {"provider": "", "mode": "", "precision": "", "num_steps": "d", "batch": "d", "images_per_s": ".0f"}
+TABLE |= {"median_ms": ".2f", "p20_ms": ".2f", "p80_ms": ".2f", "peak_gib": ".2f", "floor_fraction": ".3f"}
+TABLE |= {"setup_s": ".0f", "status": "", "note": ""}
+
+
+@dataclass(frozen=True)
+class ModelBenchConfig:
+    """What `bench_model` runs: every provider on every combination of mode, precision and number of steps.
+
+    A provider is a network and how it is launched, such as ``timm_gac``, ``timm_gac+graph`` (the whole step as one CUDA
+    graph), ``loop+compile`` (torch.compile) or ``spikingjelly+compile+graph``. Networks: ``timm_gac``;
+    ``timm_gac_lean`` (packed spikes); ``timm_gac_fused`` (batch norm folded, inference); ``convolutions``, the floor;
+    ``ann``, timm's ResNet of the same shape on T batches; ``spikingjelly`` and ``loop``, the time-major network with
+    SpikingJelly's functional LIF and with an ordinary loop; ``published``, the published algorithm step by step.
+
+    Args:
+        model: A registered model of this package.
+        modes: Out of ``train``, ``infer``.
+        precisions: Out of ``float32``, ``tf32``, ``bfloat16``, ``float16`` (autocast); the first and third on a CPU.
+        num_steps: Numbers of time steps T; several make a curve.
+        providers: Which to run, in this order; all that apply where left out.
+        train_batch: Images a training step.
+        infer_batch: Images an inference step.
+        image_size: Height and width of the images; 0 is the model's own.
+        steps: Steps to time, in up to 10 blocks.
+        provider_limit_s: Give up a provider (its compilation, say) after so many seconds; 0 is no limit.
+        time_budget_s: Start no further provider after so many seconds; 0 is no limit. The rest is still written.
+        profile: Say where a step of ``timm_gac`` spends its time, by kind of kernel; JSON beside the CSV.
+        csv: File to append the rows to.
+        png: File for the chart.
+        commit: The source's commit, for the rows; found out where empty.
+        device: Torch device; empty is CUDA where there is one, else the CPU.
+    """
+
+    model: str = "gac_msresnet18_cifar"
+    modes: tuple[str, ...] = ("train", "infer")
+    precisions: tuple[str, ...] = ("bfloat16",)
+    num_steps: tuple[int, ...] = (4,)
+    providers: tuple[str, ...] = ()
+    train_batch: int = 128
+    infer_batch: int = 512
+    image_size: int = 0
+    steps: int = 50
+    provider_limit_s: float = 120.0
+    time_budget_s: float = 0.0
+    profile: bool = False
+    csv: Path | None = None
+    png: Path | None = None
+    commit: str = ""
+    device: str = ""
+
+    def __post_init__(self) -> None:
+        for name, allowed in {"modes": bench_steps.MODES, "precisions": bench_steps.PRECISIONS}.items():
+            unknown = set(getattr(self, name)) - set(allowed)
+            if unknown:
+                raise ValueError(f"expected {name} out of {list(allowed)}, got {sorted(unknown)}: choose among these")
+        for provider in self.providers:
+            network, *launch = provider.split("+")
+            if network not in NETWORKS or launch not in ([], ["compile"], ["graph"], ["compile", "graph"]):
+                raise ValueError(
+                    f"expected a provider such as 'timm_gac+graph', got {provider!r}: give one of {list(NETWORKS)}, "
+                    "with nothing, +compile, +graph or +compile+graph behind it"
+                )
+        for name in ("modes", "precisions", "num_steps"):
+            if not getattr(self, name):
+                raise ValueError(f"expected at least one of {name}, got none: leave the option out for its default")
+        for name in ("train_batch", "infer_batch", "steps", "num_steps"):
+            value = getattr(self, name)
+            if (min(value) if isinstance(value, tuple) else value) < 1:
+                raise ValueError(f"expected {name} >= 1, got {value}: give a positive number")
+        if self.model not in timm.list_models(module="spiking_resnet"):
+            raise ValueError(f"expected a model of this package, got {self.model!r}: `timm-gac models` lists them")
+        exotic = {"tf32", "float16"} & set(self.precisions)
+        if exotic and self.torch_device().type != "cuda":
+            raise ValueError(f"expected float32 or bfloat16 on a CPU, got {sorted(exotic)}: choose one of these")
+
+    def torch_device(self) -> torch.device:
+        """The device that ``device`` means here."""
+        return torch.device(self.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+    def profile_path(self) -> Path | None:
+        """Where the profiles go: beside the CSV."""
+        return self.csv.with_suffix(".profile.json") if self.csv and self.profile else None
+
+    def cases(self) -> list[Case]:
+        """The combinations, in the order they run."""
+        size = self.image_size or timm.get_pretrained_cfg_value(self.model, "input_size")[-1]
+        batch = {"train": self.train_batch, "infer": self.infer_batch}
+        axes = itertools.product(self.modes, self.precisions, self.num_steps)
+        return [Case(self.model, mode, precision, t, batch[mode], size) for mode, precision, t in axes]
+
+    def providers_of(self, case: Case) -> list[str]:
+        """The providers of a case in the order they run: by default those that compile come last."""
+        if self.providers:
+            return list(self.providers)
+        skip = "timm_gac_fused" if case.mode == "train" else "timm_gac_lean"
+        found = [network + launch for network, launches in LAUNCHES.items() if network != skip for launch in launches]
+        found = [name for name in found if "graph" not in name or self.torch_device().type == "cuda"]
+        return sorted(found, key=lambda name: "compile" in name)
+
+
+def bench_model(config: ModelBenchConfig) -> tuple[list[Row], list[Row]]:
+    """Check and time every provider; write the CSV, the PNG and the profiles that the config names.
+
+    Returns:
+        One row per case and provider, with `COLUMNS` as keys, and one profile per case where asked for. A row's
+        ``status`` is ``ok``, ``skipped`` (the note says why), ``failed check``, ``out of time`` or ``error``; only the
+        first has times.
+
+    Raises:
+        ValueError: A file to append to is of another kind; nothing has been measured then.
+    """
+    profile_path = config.profile_path()
+    if config.csv:
+        check_csv(config.csv, COLUMNS)
+    if profile_path:
+        read_json(profile_path)
+    device = config.torch_device()
+    origin = provenance(device, resolve_backend(device), config.commit)
+    deadline = time.perf_counter() + (config.time_budget_s or math.inf)
+    rows: list[Row] = []
+    profiles: list[Row] = []
+    for case in config.cases():
+        bench_steps.free_memory(device)
+        session = Session(case, device, config.steps)
+        for provider in config.providers_of(case):
+            remaining = deadline - time.perf_counter()
+            if remaining <= 0:
+                _logger.warning("time budget spent: no %s %s", provider, case)
+                continue
+            rows.append(_bench_provider(session, provider, min(remaining, config.provider_limit_s or math.inf)))
+        if config.profile and deadline > time.perf_counter():
+            profiles.append(asdict(case) | session.profile() | origin)
+        del session
+    rows = [_finish(row, rows) | origin for row in rows]
+    if config.csv:
+        append_csv(config.csv, COLUMNS, rows)
+    if profile_path:
+        append_json(profile_path, profiles)
+    if config.png:
+        write_chart(rows, config.png)
+    return rows, profiles
+
+
+def _bench_provider(session: Session, provider: str, limit_s: float) -> Row:
+    """The row of one provider, whatever becomes of it."""
+    threads = torch.get_num_threads() if session.device.type == "cpu" else None
+    row: Row = dict.fromkeys(COLUMNS) | asdict(session.case) | {"provider": provider, "threads": threads}
+    bench_steps.free_memory(session.device)
+    started = time.perf_counter()
+    try:
+        with time_limit(limit_s):
+            row |= session.measure(provider)
+    except Unavailable as reason:
+        row |= {"status": "skipped", "note": str(reason)}
+    except TimeoutError as error:
+        row |= {"status": "out of time", "note": str(error)}
+    except Exception as error:  # a rival that cannot run is a row of the result, not the end of the run
+        _logger.debug("%s", provider, exc_info=True)
+        row |= {"status": "error", "note": _reason(error)}
+    speed = f"{row['images_per_s']:.1f} img/s" if row["status"] == "ok" else f"{row['status']}: {row['note']}"
+    labels = (session.case.mode, session.case.precision, session.case.num_steps, provider)
+    _logger.info("%4.0f s  %s %s T=%d %s: %s", time.perf_counter() - started, *labels, speed)
+    return row
+
+
+def _reason(error: BaseException) -> str:
+    """The first line of what went wrong first: a failed capture raises once more when it ends."""
+    while error.__context__ is not None and not error.__suppress_context__:
+        error = error.__context__
+    return f"{type(error).__name__}: {error}".splitlines()[0][:200]
+
+
+def _finish(row: Row, rows: list[Row]) -> Row:
+    """Add the fraction of the floor, the faster of the case's networks of convolutions alone."""
+    keys = ("model", "mode", "precision", "num_steps", "batch", "image_size")
+    peers = [other for other in rows if all(other[key] == row[key] for key in keys) and other["status"] == "ok"]
+    floor = [other["images_per_s"] for other in peers if other["provider"].startswith("convolutions")]
+    return row | {"floor_fraction": row["images_per_s"] / max(floor)} if floor and row["status"] == "ok" else row
+
+
+def model_table(rows: Sequence[Row]) -> Any:
+    """The rows as a rich table."""
+    first = rows[0]
+    threads = f", {first['threads']} threads" if first["threads"] else ""
+    title = f"{first['model']}, {first['image_size']}x{first['image_size']}, {first['device']}{threads}, "
+    return rows_table(rows, TABLE, title + f"torch {first['torch']}, triton {first['triton']}, {first['backend']}")
+
+
+def profile_tables(profiles: Sequence[Row]) -> list[Any]:
+    """Each profile as a rich table."""
+    tables = []
+    for found in profiles:
+        title = f"timm_gac, {found['mode']}, {found['precision']}, T={found['num_steps']}, batch {found['batch']}: "
+        kinds = [{"kind": name, **kind} for name, kind in found["kinds"].items()]
+        columns = {"kind": "", "ms": ".2f", "share": ".1%", "calls": ".0f"}
+        tables.append(rows_table(kinds, columns, title + f"{found['total_ms']:.2f} ms of kernels or operators a step"))
+    return tables
+
+
+def write_chart(rows: Sequence[Row], path: Path) -> None:
+    """Throughput at the first T by provider and, of several T, the cost of one time step; a column a mode."""
+    timed = [row for row in rows if row["status"] == "ok"]
+    bars: dict[str, dict[str, float]] = {}
+    curves: dict[str, dict[str, dict[int, float]]] = {}
+    for row in timed:
+        panel = f"{row['mode']}, {row['precision']}, batch {row['batch']}"
+        curves.setdefault(panel, {}).setdefault(row["provider"], {})[row["num_steps"]] = (
+            row["median_ms"] / row["num_steps"]
+        )
+        if row["num_steps"] == rows[0]["num_steps"]:
+            bars.setdefault(panel, {})[row["provider"]] = row["images_per_s"]
+    several = len({row["num_steps"] for row in timed}) > 1
+    if bars:
+        first = rows[0]
+        title = f"{first['model']}, T={first['num_steps']}, {first['device']}, {first['date_utc']} UTC"
+        throughput_chart(path, bars, curves if several else {}, title=title)
+
+
+def show_results(rows: Sequence[Row], profiles: Sequence[Row]) -> int:
+    """Print the tables; 1 when a network of this package failed its check or could not run, else 0."""
+    if rows:
+        show_table(model_table(rows))
+    for table in profile_tables(profiles):
+        show_table(table)
+    return exit_code(rows)
+
+
+def exit_code(rows: Sequence[Row]) -> int:
+    """1 when a network of this package failed its check or could not run, else 0."""
+    own = (row for row in rows if row["provider"].startswith("timm_gac"))
+    return int(any(row["status"] in ("failed check", "error") for row in own))
+
+
+def main(defaults: ModelBenchConfig | None = None, arguments: Sequence[str] | None = None) -> int:
+    """Run the benchmark and show its tables; the exit status is that of `exit_code`."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    config = parse_config(defaults or ModelBenchConfig(), arguments, "Benchmark a spiking network against its rivals.")
+    return show_results(*bench_model(config))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

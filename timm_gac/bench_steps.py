@@ -1,0 +1,153 @@
+"""One training or inference step of a network, and its time and memory."""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .bench_harness import Row, Timing
+from .graphs import GraphedStep
+
+MODES = ("train", "infer")
+# Name to the dtype of autocast; None is none. tf32 is float32 with TensorFloat-32 convolutions.
+PRECISIONS = {"float32": None, "tf32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
+Step = Callable[..., Tensor]
+
+
+@contextmanager
+def precision_settings(precision: str, *, search: bool = True) -> Iterator[None]:
+    """Switches of cuDNN for a precision: TensorFloat-32 for ``tf32`` alone, and its search for algorithms."""
+    cudnn = torch.backends.cudnn
+    before = cudnn.allow_tf32, cudnn.benchmark
+    cudnn.allow_tf32, cudnn.benchmark = precision == "tf32", search
+    try:
+        yield
+    finally:
+        cudnn.allow_tf32, cudnn.benchmark = before
+
+
+def autocast(device: torch.device, precision: str) -> torch.autocast:
+    """The autocast of a precision, switched off for float32."""
+    dtype = PRECISIONS[precision]
+    return torch.autocast(device.type, dtype or torch.bfloat16, enabled=dtype is not None)
+
+
+def make_inputs(network: nn.Module, mode: str, images: Tensor, classes: int, copies: int) -> tuple[Tensor, ...]:
+    """A step's inputs: images and, in training, labels; ``copies`` times the batch where time steps are passes."""
+    layout = torch.channels_last if is_channels_last(network) else torch.contiguous_format
+    images = torch.cat([images] * copies).contiguous(memory_format=layout)
+    if mode == "infer":
+        return (images,)
+    return images, torch.randint(classes, (len(images),), device=images.device)
+
+
+def is_channels_last(network: nn.Module) -> bool:
+    """Whether the network's 4D weights are stored channels-last."""
+    weights = [weight for weight in network.parameters() if weight.ndim == 4 and min(weight.shape[1:3]) > 1]
+    return bool(weights) and all(weight.is_contiguous(memory_format=torch.channels_last) for weight in weights)
+
+
+def make_step(network: nn.Module, mode: str, precision: str, device: torch.device, *, compiled: bool) -> Step:
+    """A step as a function of its inputs.
+
+    Training is forward, cross entropy of the logits, backward and fused SGD with momentum (with a gradient scaler in
+    float16), and returns the loss; inference returns the logits.
+    """
+    network.train(mode == "train")
+    forward: Callable[[Tensor], Tensor] = torch.compile(network, dynamic=False) if compiled else network
+    if mode == "infer":
+
+        def infer(images: Tensor) -> Tensor:
+            with torch.no_grad(), autocast(device, precision):
+                return forward(images)
+
+        return infer
+    # So small a rate that the weights, and with them the firing rates, stay what they are for as long as it takes.
+    optimizer = torch.optim.SGD(network.parameters(), lr=1e-6, momentum=0.9, fused=True)
+    scaler = torch.amp.GradScaler(device.type, enabled=PRECISIONS[precision] == torch.float16)
+
+    def train(images: Tensor, labels: Tensor) -> Tensor:
+        optimizer.zero_grad(set_to_none=True)
+        with autocast(device, precision):
+            loss = F.cross_entropy(forward(images).float(), labels)
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        return loss.detach()
+
+    return train
+
+
+def measure_step(
+    step: Step, inputs: tuple[Tensor, ...], device: torch.device, *, graph: bool, steps: int, seconds: float
+) -> Row:
+    """Time and memory of a step.
+
+    A time is the host's wall clock over a block of steps, synchronised at its end, divided by their number; up to 10
+    blocks make median and spread. Peak memory is everything allocated in one step, parameters, optimiser and inputs
+    included, after cuDNN's search for algorithms, whose workspaces are not part of it. With ``graph`` that step is the
+    captured one.
+
+    Args:
+        step: What to run.
+        inputs: Its inputs.
+        device: Where it runs.
+        graph: Replay it as one CUDA graph.
+        steps: How many to time.
+        seconds: Begin no fourth or later block after so many.
+
+    Raises:
+        ValueError: The step's result is not finite.
+    """
+    on_cuda = device.type == "cuda"
+    warmup = 4 if on_cuda else 1
+    run: Step = GraphedStep(step, warmup) if graph else step
+    started = time.perf_counter()
+    for _ in range(warmup):
+        run(*inputs)
+    _synchronize(device)
+    if on_cuda:
+        gc.collect()
+        torch.cuda.reset_peak_memory_stats(device)
+    result = run(*inputs)
+    _synchronize(device)
+    peak = torch.cuda.max_memory_allocated(device) / 2**30 if on_cuda else None
+    setup = time.perf_counter() - started
+    for _ in range(3 if on_cuda else 0):
+        run(*inputs)
+    _synchronize(device)
+    length, times = max(1, steps // 10), list[float]()
+    started = time.perf_counter()
+    while len(times) < min(10, steps) and (len(times) < 3 or time.perf_counter() - started < seconds):
+        begun = time.perf_counter()
+        for _ in range(length):
+            result = run(*inputs)
+        _synchronize(device)
+        times.append(1e3 * (time.perf_counter() - begun) / length)
+    if not torch.isfinite(result).all():
+        raise ValueError("expected a finite result of the step, got one that is not: its time would mean nothing")
+    return {**asdict(Timing.of(times)), "steps_per_block": length, "peak_gib": peak, "setup_s": setup}
+
+
+def free_memory(device: torch.device) -> float:
+    """Return to a fresh state; GiB that are still allocated there."""
+    torch._dynamo.reset()
+    gc.collect()
+    if device.type != "cuda":
+        return 0.0
+    torch.cuda.synchronize(device)
+    torch._C._cuda_clearCublasWorkspaces()
+    torch.cuda.empty_cache()
+    return torch.cuda.memory_allocated(device) / 2**30
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
