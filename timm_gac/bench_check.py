@@ -41,8 +41,9 @@ def prepare_weights(model: SpikingResNet, images: Tensor) -> None:
     """Give a new model weights that make a check and a timing mean something, in place.
 
     Its scales are drawn around the threshold (a residual branch that starts at zero would hide every error in it), its
-    shifts around 0, the encoder's attention is widened (gates near 1/2 let hardly a neuron behind them fire), and the
-    running statistics are set to those of ``images``.
+    shifts around 0, the encoder's attention is widened (gates near 1/2 let hardly a neuron behind them fire), but not
+    so far that a sigmoid saturates: a gate of exactly 1 meets a threshold of 1, where ``u > threshold`` here and
+    SpikingJelly's ``u >= threshold`` part. The running statistics are set to those of ``images``.
     """
     norms = [module for module in model.modules() if isinstance(module, _NormBase) and module.affine]
     before = [norm.momentum for norm in norms]
@@ -52,9 +53,9 @@ def prepare_weights(model: SpikingResNet, images: Tensor) -> None:
         norm.momentum = 1.0
     for name, parameter in model.named_parameters():
         if name.startswith("encoder.temporal."):
-            nn.init.uniform_(parameter, 0.5, 1.5)
+            nn.init.uniform_(parameter, 0.25, 0.75)
         elif name.startswith("encoder.spatial."):
-            parameter.mul_(3.0)
+            parameter.mul_(2.0)
     model.train()
     model(images)
     for norm, momentum in zip(norms, before, strict=True):
