@@ -133,10 +133,10 @@ class BatchNormLIF(_NormBase):
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """Spikes of ``BN(x) + residual``."""
-        return self._membrane_and_spikes(x, residual)[1]
+        return self._membrane_and_spikes(x, residual, False)[1]
 
-    def _membrane_and_spikes(self, x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
-        """The whole computation, in one place: what a fused kernel replaces."""
+    def _membrane_and_spikes(self, x: Tensor, residual: Tensor | None, keep: bool) -> tuple[Tensor, Tensor]:
+        """The pair (membrane, spikes) in the shape of x; without ``keep`` the membrane is not to be used."""
         num_steps = self.num_steps
         steps = num_steps if num_steps > 0 else x.shape[0]
         if x.ndim != (4 if num_steps > 0 else 5) or x.shape[0] % max(steps, 1) != 0:
@@ -145,63 +145,137 @@ class BatchNormLIF(_NormBase):
                 f"num_steps=None, got {x.shape}: fold time with x.flatten(0, 1)"
             )
         folded = x if num_steps > 0 else x.flatten(0, 1)
-        membrane = self._normalize(folded).unflatten(0, [steps, folded.shape[0] // max(steps, 1)])
+        shortcut = residual
+        if shortcut is not None:
+            shortcut = shortcut if num_steps > 0 else shortcut.flatten(0, 1)
         if self.training and self.drop_path > 0.0:
-            keep = membrane.new_empty([1, membrane.shape[1], 1, 1, 1]).bernoulli_(1.0 - self.drop_path)
-            membrane = membrane * (keep / (1.0 - self.drop_path))
-        if residual is not None:
-            membrane = membrane + residual.view_as(membrane)
-        spikes = self.lif(membrane)
+            membrane, spikes = self._with_drop_path(folded, shortcut, steps)
+        else:
+            membrane, spikes = self._fused(folded, shortcut, steps, keep)
         if num_steps > 0:
-            return membrane.flatten(0, 1), spikes.flatten(0, 1)
-        return membrane, spikes
+            return membrane, spikes
+        return membrane.view_as(x) if keep else membrane, spikes.view_as(x)
 
-    def _normalize(self, x: Tensor) -> Tensor:
-        """Batch norm of ``(T*B, C, H, W)`` in the manner of ``nn.BatchNorm2d``."""
-        momentum = 0.0 if self.momentum is None else self.momentum
-        if self.training and self.track_running_stats and self.num_batches_tracked is not None:
-            self.num_batches_tracked.add_(1)
-            if self.momentum is None:
-                momentum = 1.0 / float(self.num_batches_tracked)
-        if not torch.jit.is_scripting():  # noqa: SIM102 (TorchScript skips the block only where this stands alone)
-            if self.training and isinstance(self.sync, nn.SyncBatchNorm) and _world_size(self.sync) > 1:
-                return self._synced_normalize(x, momentum)
-        update = not self.training or self.track_running_stats
-        return F.batch_norm(
+    def _fused(self, x: Tensor, residual: Tensor | None, steps: int, keep: bool) -> tuple[Tensor, Tensor]:
+        """Norm, residual and neuron of ``(T*B, C, H, W)`` in one op; without ``keep`` the membrane is empty."""
+        if residual is not None and residual.dtype != x.dtype:
+            dtype = torch.promote_types(x.dtype, residual.dtype)
+            x, residual = x.to(dtype), residual.to(dtype)
+        mean, var, total, group = self._statistics(x.detach())
+        lif = self.lif
+        spikes, membrane = torch.ops.gac_kernels.norm_lif(
             x,
-            self.running_mean if update else None,
-            self.running_var if update else None,
+            residual,
             self.weight,
             self.bias,
-            self.training or (self.running_mean is None and self.running_var is None),
-            momentum,
+            mean,
+            var,
+            total,
             self.eps,
+            steps,
+            lif.threshold,
+            lif.decay,
+            lif.surrogate,
+            lif.width,
+            lif.detach_reset,
+            lif.soft_reset,
+            self.training or self.running_mean is None,
+            keep,
+            group,
         )
+        return membrane, spikes
+
+    def _statistics(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None, str]:
+        """Mean and variance to normalise with; over several processes also the count of values and the group's name.
+
+        In training the running statistics are brought up to date on the way.
+        """
+        running_mean, running_var = self.running_mean, self.running_var
+        if not self.training and running_mean is not None and running_var is not None:
+            return running_mean, running_var, None, ""
+        momentum = 0.0 if self.momentum is None else self.momentum
+        update = self.training and self.track_running_stats
+        if update and self.num_batches_tracked is not None:
+            self.num_batches_tracked.add_(1)
+        if not torch.jit.is_scripting():  # noqa: SIM102 (TorchScript skips the block only where this stands alone)
+            if self.training and isinstance(self.sync, nn.SyncBatchNorm) and _world_size(self.sync) > 1:
+                return self._synced_statistics(x)
+        in_place = update and self.momentum is not None
+        mean, var = torch.ops.gac_kernels.batch_stats(
+            x, self.running_mean if in_place else None, self.running_var if in_place else None, momentum
+        )
+        if update and self.momentum is None:
+            count = x.numel() // x.shape[1]
+            self._update_running(mean, var * (count / (count - 1.0)))
+        return mean, var, None, ""
+
+    def _update_running(self, mean: Tensor, unbiased_var: Tensor) -> None:
+        """Bring the running statistics up to date, without a host synchronisation where they are cumulative."""
+        running_mean, running_var, count = self.running_mean, self.running_var, self.num_batches_tracked
+        if running_mean is None or running_var is None:
+            return
+        if self.momentum is not None:
+            momentum = torch.full_like(mean, self.momentum)
+        elif count is not None:
+            momentum = (1.0 / count.to(mean.dtype)).expand_as(mean)
+        else:
+            return
+        running_mean.lerp_(mean.to(running_mean.dtype), momentum.to(running_mean.dtype))
+        running_var.lerp_(unbiased_var.to(running_var.dtype), momentum.to(running_var.dtype))
 
     @torch.jit.unused
-    def _synced_normalize(self, x: Tensor, momentum: float) -> Tensor:
-        """Training-mode batch norm with the statistics of all processes of the group, on any backend and device.
+    def _synced_statistics(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None, str]:
+        """Statistics over all processes of the group, on any backend and device."""
+        mean, var = torch.ops.gac_kernels.batch_stats(x, None, None, 0.0)
+        mean, var, total = self._combine(mean, var, x.numel() // self.num_features)
+        group = _process_group(self.sync)
+        assert group is not None
+        return mean, var, total, group.group_name
 
-        Mean and variance are combined from those of each process (no difference of two large sums), by all-reduces
-        whose backward pass is an all-reduce again.
+    @torch.jit.unused
+    def _combine(self, mean: Tensor, var: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Mean, variance and count of values over all processes from those of each; also the running statistics.
+
+        No difference of two large sums is taken, and the all-reduces have a backward pass, an all-reduce again.
         """
         from torch.distributed.nn.functional import all_reduce  # slow to import, needed in distributed runs only
 
         group = _process_group(self.sync)
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        count = wide.new_tensor([float(x.numel() // self.num_features)])
-        total = count.clone()
+        total = mean.new_tensor([float(count)])
         dist.all_reduce(total, group=group)
         share = count / total
-        local = wide.mean((0, 2, 3))
-        mean = all_reduce(local * share, group=group)
-        spread = wide.var((0, 2, 3), correction=0) + (local - mean) ** 2
-        var = all_reduce(spread * share, group=group)
-        if self.track_running_stats and self.running_mean is not None and self.running_var is not None:
+        mean_of_all = all_reduce(mean * share, group=group)
+        var_of_all = all_reduce((var + (mean - mean_of_all) ** 2) * share, group=group)
+        if self.track_running_stats:
             with torch.no_grad():
-                unbiased = var * (total / (total - 1.0))
-                self.running_mean.lerp_(mean.to(self.running_mean.dtype), momentum)
-                self.running_var.lerp_(unbiased.to(self.running_var.dtype), momentum)
+                self._update_running(mean_of_all, var_of_all * (total / (total - 1.0)))
+        return mean_of_all, var_of_all, total
+
+    def _with_drop_path(self, x: Tensor, residual: Tensor | None, steps: int) -> tuple[Tensor, Tensor]:
+        """The same with the norm's output dropped for some samples: norm, drop, add and neuron one by one."""
+        normed = self._normalize(x)
+        membrane = normed.unflatten(0, [steps, x.shape[0] // max(steps, 1)])
+        keep = membrane.new_empty([1, membrane.shape[1], 1, 1, 1]).bernoulli_(1.0 - self.drop_path)
+        membrane = membrane * (keep / (1.0 - self.drop_path))
+        if residual is not None:
+            membrane = membrane + residual.view_as(membrane)
+        return membrane.flatten(0, 1), self.lif(membrane).flatten(0, 1)
+
+    def _normalize(self, x: Tensor) -> Tensor:
+        """Batch norm alone, in training."""
+        if not torch.jit.is_scripting():  # noqa: SIM102 (TorchScript skips the block only where this stands alone)
+            if isinstance(self.sync, nn.SyncBatchNorm) and _world_size(self.sync) > 1:
+                return self._synced_normalize(x)
+        self._statistics(x.detach())  # for the running statistics
+        return F.batch_norm(x, None, None, self.weight, self.bias, True, 0.0, self.eps)
+
+    @torch.jit.unused
+    def _synced_normalize(self, x: Tensor) -> Tensor:
+        if self.track_running_stats and self.num_batches_tracked is not None:
+            self.num_batches_tracked.add_(1)
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        var, mean = torch.var_mean(wide, (0, 2, 3), correction=0)
+        mean, var, _ = self._combine(mean, var, x.numel() // self.num_features)
         scale = torch.rsqrt(var + self.eps)
         shift = -mean * scale
         if self.affine:
@@ -223,7 +297,7 @@ class MembraneBatchNormLIF(BatchNormLIF):
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:  # type: ignore[override]
         """The pair (membrane, spikes)."""
-        return self._membrane_and_spikes(x, residual)
+        return self._membrane_and_spikes(x, residual, True)
 
 
 def _process_group(sync: nn.Module) -> dist.ProcessGroup | None:

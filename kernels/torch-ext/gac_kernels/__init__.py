@@ -2,21 +2,26 @@
 
 from . import layers as layers
 from .backend import requested_backend, resolve_backend, use_backend
+from .batch_stats import batch_stats
 from .gac import gac_encode, gated_lif
 from .lif import lif
-from .reference import gac_encode_reference, gated_lif_reference, lif_reference
+from .norm_lif import norm_lif
+from .reference import gac_encode_reference, gated_lif_reference, lif_reference, norm_lif_reference
 from .spec import CIFAR, IMAGENET, LIFSpec
 
 __all__ = [
     "CIFAR",
     "IMAGENET",
     "LIFSpec",
+    "batch_stats",
     "gac_encode",
     "gac_encode_reference",
     "gated_lif",
     "gated_lif_reference",
     "lif",
     "lif_reference",
+    "norm_lif",
+    "norm_lif_reference",
     "requested_backend",
     "resolve_backend",
     "use_backend",

@@ -68,3 +68,29 @@ def check_gate(x: Tensor, spatial: Tensor, temporal: Tensor) -> None:
             f"expected temporal of shape {wanted} (batch, steps) with T >= 1, got {tuple(temporal.shape)}: give one "
             "score for each sample and step"
         )
+
+
+def check_norm(
+    x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, mean: Tensor, var: Tensor,
+    num_steps: int,
+) -> None:  # fmt: skip
+    """Raise unless residual, scale, shift and statistics fit the time-folded (T*B, C, H, W) tensor ``x``."""
+    check_current("x", x, min_dims=4, max_dims=4)
+    if not isinstance(num_steps, int) or num_steps < 1 or x.shape[0] % num_steps:
+        raise ValueError(
+            f"expected num_steps >= 1 that divides the first axis of x, got {num_steps!r} and shape {tuple(x.shape)}: "
+            "fold time with x.flatten(0, 1)"
+        )
+    if residual is not None and (residual.shape, residual.dtype, residual.device) != (x.shape, x.dtype, x.device):
+        raise ValueError(
+            f"expected residual of shape {tuple(x.shape)}, {x.dtype}, on {x.device} like x, got "
+            f"{tuple(residual.shape)}, {residual.dtype}, on {residual.device}: bring it to x's with .to(x)"
+        )
+    if (weight is None) != (bias is None):
+        raise ValueError("expected weight and bias both or neither, got one: give ones or zeros for the other")
+    for name, tensor in (("weight", weight), ("bias", bias), ("mean", mean), ("var", var)):
+        if tensor is not None and (tensor.shape != x.shape[1:2] or tensor.device != x.device):
+            raise ValueError(
+                f"expected {name} of shape ({x.shape[1]},) on {x.device}, got {tuple(tensor.shape)} on "
+                f"{tensor.device}: one value a channel, where x is"
+            )

@@ -125,3 +125,39 @@ def gac_encode_reference(
     """
     repeats = (temporal.shape[1], *stem.shape)
     return gated_lif_reference(stem.expand(repeats), spatial.expand(repeats), temporal, spec, smooth)
+
+
+def norm_lif_reference(
+    x: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    num_steps: int,
+    spec: LIFSpec = CIFAR,
+    *,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    eps: float = 1e-5,
+    batch_stats: bool = False,
+    return_membrane: bool = False,
+    smooth: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Batch norm, residual and multi-step LIF, one after the other; arguments as in `norm_lif`.
+
+    With ``batch_stats`` mean and variance are computed from x here, so that autograd sees them; the ones given are not
+    used.
+    """
+    wide = x.to(state_dtype(x.dtype))
+    if batch_stats:
+        var, mean = torch.var_mean(wide, (0, 2, 3), correction=0)
+    a = (wide - mean[:, None, None]) * torch.rsqrt(var + eps)[:, None, None]
+    if weight is not None and bias is not None:
+        a = a * weight[:, None, None] + bias[:, None, None]
+    if residual is not None:
+        a = a + residual
+    if return_membrane:
+        a = a.to(x.dtype)
+    spikes = lif_reference(a.unflatten(0, (num_steps, -1)), spec, smooth=smooth)
+    assert isinstance(spikes, Tensor)  # a pair only where the state is asked for
+    spikes = spikes.flatten(0, 1).to(x.dtype)
+    return (a, spikes) if return_membrane else spikes

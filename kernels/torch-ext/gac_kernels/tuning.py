@@ -19,6 +19,10 @@ DEFAULTS: dict[str, dict[str, int]] = {
     "lif_bwd_mask": {"BLOCK": 1024, "num_warps": 4},
     "gac_fwd": {"BLOCK": 1024, "num_warps": 4},
     "gac_bwd": {"BLOCK": 128, "num_warps": 1, "TILES": 4},
+    "batch_stats": {"TILE": 2048, "BLOCK_C": 128, "num_warps": 4, "PER_SM": 8},
+    "norm_lif_fwd": {"TILE": 4096, "BLOCK_C": 128, "num_warps": 8},
+    "norm_lif_bwd_reduce": {"TILE": 1024, "BLOCK_C": 128, "num_warps": 4, "PER_SM": 4},
+    "norm_lif_bwd_apply": {"TILE": 2048, "BLOCK_C": 128, "num_warps": 8},
 }
 
 
@@ -44,7 +48,9 @@ def launch_config(op: str, num_steps: int, element_size: int, device: torch.devi
         device: Where it will run.
 
     Returns:
-        Keyword arguments of the launch: BLOCK, num_warps and, for ``gac_bwd``, TILES (blocks a program).
+        num_warps and BLOCK, for ``gac_bwd`` also TILES (blocks a program); for the batch-norm kernels num_warps, TILE
+        (elements a tile), BLOCK_C (channels a tile) and, where a fixed number of programs shares the tiles, PER_SM
+        (programs a multiprocessor).
     """
     tuned = _device_configs(_device_name(device)).get(op, {})
     return DEFAULTS[op] | tuned.get(str(element_size), {}) | tuned.get(f"{element_size}:{num_steps}", {})

@@ -1,0 +1,153 @@
+"""Mean and variance of each channel in one read, with the running statistics of a batch norm brought up to date.
+
+Sums are taken around a pivot, the channel's first value, so that a large mean does not swamp a small variance. Each
+program walks its tiles in a fixed order and leaves one partial sum, which a second kernel adds up in a fixed order: no
+atomics, so the same bits every time.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ._triton import tl, triton
+from .backend import resolve_backend
+from .checks import check_current
+from .layout import on_device
+from .reference import state_dtype
+from .tiles import channel_tiles, dense, sum_partials, tile_offsets
+from .tuning import launch_config
+
+
+@triton.jit
+def _batch_stats_kernel(
+    x_ptr, partial_ptr, rows, C, S, tiles, CHANNELS_LAST: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr
+):  # fmt: skip
+    channel = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    pivot_at = tl.cast(channel, tl.int64) * (1 if CHANNELS_LAST else S)
+    pivot = tl.load(x_ptr + pivot_at, mask=channel < C, other=0.0).to(tl.float32)[None, :]
+    total = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
+    square = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
+    for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):
+        at, inside = tile_offsets(tile, channel, rows, C, S, CHANNELS_LAST, BLOCK_R)
+        d = tl.where(inside, tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32) - pivot, 0.0)
+        total += d
+        square += d * d
+    at = partial_ptr + tl.program_id(0) * 2 * C + channel
+    tl.store(at, tl.sum(total, 0), mask=channel < C)
+    tl.store(at + C, tl.sum(square, 0), mask=channel < C)
+
+
+@triton.jit
+def _finish_stats_kernel(
+    x_ptr, partial_ptr, mean_ptr, var_ptr, running_mean_ptr, running_var_ptr, momentum, count, programs, C, stride,
+    UPDATE: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    channel = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    inside = channel < C
+    total, square = sum_partials(partial_ptr, channel, programs, C, BLOCK_P, BLOCK_C)
+    pivot = tl.load(x_ptr + tl.cast(channel, tl.int64) * stride, mask=inside, other=0.0).to(tl.float32)
+    values = tl.cast(count, tl.float32)
+    shift = total / values
+    mean = pivot + shift
+    var = tl.maximum(square / values - shift * shift, 0.0)
+    tl.store(mean_ptr + channel, mean, mask=inside)
+    tl.store(var_ptr + channel, var, mask=inside)
+    if UPDATE:
+        weight = tl.cast(momentum, tl.float32)
+        before = tl.load(running_mean_ptr + channel, mask=inside, other=0.0).to(tl.float32)
+        after = before + weight * (mean - before)
+        tl.store(running_mean_ptr + channel, after.to(running_mean_ptr.dtype.element_ty), mask=inside)
+        before = tl.load(running_var_ptr + channel, mask=inside, other=0.0).to(tl.float32)
+        after = before + weight * (var * (values / (values - 1.0)) - before)
+        tl.store(running_var_ptr + channel, after.to(running_var_ptr.dtype.element_ty), mask=inside)
+
+
+def _stats_triton(
+    x: Tensor, mean: Tensor, var: Tensor, running_mean: Tensor | None, running_var: Tensor | None, momentum: float
+) -> None:
+    tiles = channel_tiles(x, 1, launch_config("batch_stats", 1, x.element_size(), x.device))
+    programs, channels = tiles.grid[0], tiles.channels
+    partial = torch.empty((programs, 2, channels), dtype=torch.float32, device=x.device)
+    stride = 1 if tiles.meta["CHANNELS_LAST"] else tiles.spatial
+    with on_device(x):
+        _batch_stats_kernel[tiles.grid](x, partial, tiles.rows, channels, tiles.spatial, tiles.count, **tiles.meta)
+        _finish_stats_kernel[(triton.cdiv(channels, 16),)](
+            x, partial, mean, var, running_mean, running_var, momentum, tiles.rows, programs, channels, stride,
+            UPDATE=running_mean is not None, BLOCK_P=64, BLOCK_C=16, num_warps=4,
+        )  # fmt: skip
+
+
+def _stats_eager(
+    x: Tensor, mean: Tensor, var: Tensor, running_mean: Tensor | None, running_var: Tensor | None, momentum: float
+) -> None:
+    count = x.numel() // x.shape[1]
+    batch_var, batch_mean = torch.var_mean(x.to(mean.dtype), (0, 2, 3), correction=0)
+    mean.copy_(batch_mean)
+    var.copy_(batch_var)
+    if running_mean is not None and running_var is not None:
+        running_mean.lerp_(mean.to(running_mean.dtype), momentum)
+        running_var.lerp_((var * (count / (count - 1))).to(running_var.dtype), momentum)
+
+
+_lib = torch.library.Library("gac_kernels", "FRAGMENT")
+_lib.define(
+    "batch_stats(Tensor x, Tensor(a!)? running_mean, Tensor(b!)? running_var, float momentum) -> (Tensor, Tensor)"
+)
+
+
+def _check(x: Tensor, running_mean: Tensor | None, running_var: Tensor | None) -> None:
+    check_current("x", x, min_dims=4, max_dims=4)
+    if x.numel() < 2 * x.shape[1] or x.numel() == 0:
+        raise ValueError(
+            f"expected more than 1 value per channel when training, got input size {tuple(x.shape)}: use a larger "
+            "batch or image, or eval mode"
+        )
+    for name, running in (("running_mean", running_mean), ("running_var", running_var)):
+        if (running is None) != (running_mean is None):
+            raise ValueError("expected running_mean and running_var both or neither, got one: give the pair")
+        if running is not None and (running.shape != x.shape[1:2] or running.device != x.device):
+            raise ValueError(
+                f"expected {name} of shape ({x.shape[1]},) on {x.device}, got {tuple(running.shape)} on "
+                f"{running.device}: one value a channel, where x is"
+            )
+
+
+@torch.library.impl(_lib, "batch_stats", "CompositeExplicitAutograd")
+def _batch_stats(x, running_mean, running_var, momentum):
+    _check(x, running_mean, running_var)
+    mean, var = _empty_stats(x)
+    run = _stats_triton if resolve_backend(x.device, x.dtype) == "triton" else _stats_eager
+    run(dense(x), mean, var, running_mean, running_var, momentum)
+    return mean, var
+
+
+@torch.library.register_fake("gac_kernels::batch_stats", lib=_lib)
+def _batch_stats_fake(x, running_mean, running_var, momentum):
+    return _empty_stats(x)
+
+
+def _empty_stats(x: Tensor) -> tuple[Tensor, Tensor]:
+    mean = x.new_empty(x.shape[1], dtype=state_dtype(x.dtype))
+    return mean, torch.empty_like(mean)
+
+
+def batch_stats(
+    x: Tensor, running_mean: Tensor | None = None, running_var: Tensor | None = None, momentum: float = 0.1
+) -> tuple[Tensor, Tensor]:
+    """Mean and (biased) variance of each channel, in one read of x; without gradient, which `norm_lif` has instead.
+
+    Args:
+        x: (N, C, H, W); float32, float16, bfloat16 or float64; contiguous or channels-last without a copy.
+        running_mean: (C,), updated in place where given: ``(1 - momentum) * running_mean + momentum * mean``.
+        running_var: (C,), likewise, with the unbiased variance.
+        momentum: Weight of this batch in the running statistics.
+
+    Returns:
+        Mean (C,) and variance (C,), float32 (float64 for float64).
+
+    Raises:
+        ValueError: x is no floating (N, C, H, W) tensor, or has fewer than two values a channel; or only one of the
+            running statistics was given, or one of another shape or device.
+    """
+    return torch.ops.gac_kernels.batch_stats(x.detach(), running_mean, running_var, momentum)

@@ -1,0 +1,205 @@
+"""Triton kernels of `norm_lif`: one forward, and a backward of two passes around the batch norm's two sums.
+
+Forward reads the convolution's output once. Backward keeps no membrane potential: it recomputes it in registers, from
+the stored current where the network wants that anyway and else from the convolution's output. The first pass leaves
+the sums ``A = sum(ga)`` and ``B = sum(ga * (x - mean))`` of the gradient ga at the neuron's input current, the second
+writes the gradient at x, ``k0 * ga + k1 * x + k2`` with one k0, k1, k2 a channel.
+"""
+
+from __future__ import annotations
+
+from ._triton import tl, triton
+from .surrogate import membrane_grad, reset, within
+from .tiles import norm_affine, sum_partials, tile_offsets
+
+
+@triton.jit
+def forward_kernel(
+    x_ptr, res_ptr, w_ptr, b_ptr, mean_ptr, var_ptr, s_ptr, y_ptr, rows, C, S, frame,
+    T: tl.constexpr, STEPS: tl.constexpr, EPS: tl.constexpr, THRESHOLD: tl.constexpr, DECAY: tl.constexpr,
+    SOFT: tl.constexpr, AFFINE: tl.constexpr, RESIDUAL: tl.constexpr, KEEP: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """Spikes and, with KEEP, the current of one tile at all steps; frame is B*C*H*W."""
+    frame = tl.cast(frame, tl.int64)
+    channel = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    scale, shift, _, _ = norm_affine(channel, C, w_ptr, b_ptr, mean_ptr, var_ptr, EPS, AFFINE)
+    at, inside = tile_offsets(tl.program_id(0), channel, rows, C, S, CHANNELS_LAST, BLOCK_R)
+    v = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
+    for first in range(0, T, STEPS):
+        xs = ()  # loads first: a store between them would keep the compiler from overlapping them
+        rs = ()
+        for k in tl.static_range(STEPS):
+            here = within(inside, first + k, T, STEPS)
+            xs += (tl.load(x_ptr + at + (first + k) * frame, mask=here, other=0.0),)
+            if RESIDUAL:
+                rs += (tl.load(res_ptr + at + (first + k) * frame, mask=here, other=0.0),)
+        for k in tl.static_range(STEPS):
+            t = first + k
+            here = within(inside, t, T, STEPS)
+            a = xs[k].to(tl.float32) * scale + shift
+            if RESIDUAL:
+                a += rs[k].to(tl.float32)
+            if KEEP:  # the neuron sees what is stored, so that backward, which reads it, recomputes the same
+                stored = a.to(y_ptr.dtype.element_ty)
+                tl.store(y_ptr + at + t * frame, stored, mask=here)
+                a = stored.to(tl.float32)
+            u = DECAY * v + a
+            fired = tl.where(u > THRESHOLD, 1.0, 0.0)
+            tl.store(s_ptr + at + t * frame, fired.to(s_ptr.dtype.element_ty), mask=here)
+            v = tl.where(here, reset(u, THRESHOLD, SOFT), v)
+
+
+@triton.jit
+def _current(x, source, scale, shift, RESIDUAL: tl.constexpr, KEEP: tl.constexpr):
+    """Input current of the neuron: as stored (KEEP), or recomputed, plus the residual."""
+    if KEEP:
+        a = source.to(tl.float32)
+    else:
+        a = x.to(tl.float32) * scale + shift
+        if RESIDUAL:
+            a += source.to(tl.float32)
+    return a
+
+
+@triton.jit
+def reduce_kernel(
+    gs_ptr, gy_ptr, x_ptr, source_ptr, w_ptr, b_ptr, mean_ptr, var_ptr, ga_ptr, partial_ptr, scratch_ptr,
+    rows, C, S, frame, tiles,
+    T: tl.constexpr, STEPS: tl.constexpr, EPS: tl.constexpr, THRESHOLD: tl.constexpr, DECAY: tl.constexpr,
+    SURROGATE: tl.constexpr, WIDTH: tl.constexpr, DETACH: tl.constexpr, SOFT: tl.constexpr, AFFINE: tl.constexpr,
+    RESIDUAL: tl.constexpr, KEEP: tl.constexpr, HAS_GS: tl.constexpr, HAS_GY: tl.constexpr, WRITE: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """First backward pass: both sums of each channel and, with WRITE, the gradient at the current."""
+    frame = tl.cast(frame, tl.int64)
+    CHUNKS: tl.constexpr = (T + STEPS - 1) // STEPS
+    channel = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    scale, shift, mean, _ = norm_affine(channel, C, w_ptr, b_ptr, mean_ptr, var_ptr, EPS, AFFINE)
+    sum_a = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
+    sum_b = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
+    for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):
+        at, inside = tile_offsets(tile, channel, rows, C, S, CHANNELS_LAST, BLOCK_R)
+        if CHUNKS > 1:  # first sweep: the membrane at the start of each chunk
+            v = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
+            for chunk in range(CHUNKS):
+                tl.store(scratch_ptr + at + chunk * frame, v, mask=inside)
+                for k in tl.static_range(STEPS):
+                    t = chunk * STEPS + k
+                    here = within(inside, t, T, STEPS)
+                    x = tl.load(x_ptr + at + t * frame, mask=here, other=0.0)
+                    source = x
+                    if RESIDUAL or KEEP:
+                        source = tl.load(source_ptr + at + t * frame, mask=here, other=0.0)
+                    v = reset(DECAY * v + _current(x, source, scale, shift, RESIDUAL, KEEP), THRESHOLD, SOFT)
+            tl.debug_barrier()
+        gv = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
+        for back in range(CHUNKS):
+            first = (CHUNKS - 1 - back) * STEPS
+            xs = ()
+            sources = ()
+            gs = ()
+            gy = ()
+            for k in tl.static_range(STEPS):
+                here = within(inside, first + k, T, STEPS)
+                to = at + (first + k) * frame
+                xs += (tl.load(x_ptr + to, mask=here, other=0.0),)
+                if HAS_GS:
+                    gs += (tl.load(gs_ptr + to, mask=here, other=0.0),)
+                if RESIDUAL or KEEP:
+                    sources += (tl.load(source_ptr + to, mask=here, other=0.0),)
+                else:
+                    sources += (xs[k],)
+                if HAS_GY:
+                    gy += (tl.load(gy_ptr + to, mask=here, other=0.0),)
+            v = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
+            if CHUNKS > 1:
+                v = tl.load(scratch_ptr + at + (CHUNKS - 1 - back) * frame, mask=inside, other=0.0)
+            us = ()
+            for k in tl.static_range(STEPS):
+                u = DECAY * v + _current(xs[k], sources[k], scale, shift, RESIDUAL, KEEP)
+                us += (u,)
+                v = reset(u, THRESHOLD, SOFT)
+            for k in tl.static_range(STEPS - 1, -1, -1):
+                t = first + k
+                here = within(inside, t, T, STEPS)
+                at_spike = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
+                if HAS_GS:
+                    at_spike = gs[k].to(tl.float32)
+                gu = membrane_grad(us[k], at_spike, gv, THRESHOLD, SURROGATE, WIDTH, DETACH, SOFT)
+                gv = tl.where(here, DECAY * gu, gv)
+                if HAS_GY:
+                    gu += gy[k].to(tl.float32)
+                if WRITE:
+                    tl.store(ga_ptr + at + t * frame, gu.to(ga_ptr.dtype.element_ty), mask=here)
+                gu = tl.where(here, gu, 0.0)
+                sum_a += gu
+                sum_b += gu * (xs[k].to(tl.float32) - mean)
+    to = partial_ptr + tl.program_id(0) * 2 * C + channel
+    tl.store(to, tl.sum(sum_a, 0), mask=channel < C)
+    tl.store(to + C, tl.sum(sum_b, 0), mask=channel < C)
+
+
+@triton.jit
+def finish_kernel(
+    partial_ptr, var_ptr, sums_ptr, gw_ptr, gb_ptr, programs, C,
+    EPS: tl.constexpr, AFFINE: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """Sums over programs, in a fixed order, and the gradients of weight and bias."""
+    channel = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    inside = channel < C
+    a, b = sum_partials(partial_ptr, channel, programs, C, BLOCK_P, BLOCK_C)
+    tl.store(sums_ptr + channel, a, mask=inside)
+    tl.store(sums_ptr + C + channel, b, mask=inside)
+    if AFFINE:
+        rstd = 1.0 / tl.sqrt(tl.load(var_ptr + channel, mask=inside, other=1.0).to(tl.float32) + EPS)
+        tl.store(gw_ptr + channel, (b * rstd).to(gw_ptr.dtype.element_ty), mask=inside)
+        tl.store(gb_ptr + channel, a.to(gb_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def apply_kernel(
+    g_ptr, x_ptr, w_ptr, b_ptr, mean_ptr, var_ptr, sums_ptr, total_ptr, gx_ptr, rows, C, S, frame, count,
+    T: tl.constexpr, EPS: tl.constexpr, THRESHOLD: tl.constexpr, DECAY: tl.constexpr, SURROGATE: tl.constexpr,
+    WIDTH: tl.constexpr, DETACH: tl.constexpr, SOFT: tl.constexpr, AFFINE: tl.constexpr, BATCH: tl.constexpr,
+    HAS_TOTAL: tl.constexpr, RECOMPUTE: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """Second backward pass: the gradient at x."""
+    frame = tl.cast(frame, tl.int64)
+    channel = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    inside = channel < C
+    scale, shift, mean, rstd = norm_affine(channel, C, w_ptr, b_ptr, mean_ptr, var_ptr, EPS, AFFINE)
+    k1 = tl.zeros((1, BLOCK_C), tl.float32)
+    k2 = tl.zeros((1, BLOCK_C), tl.float32)
+    if BATCH:
+        values = tl.load(total_ptr).to(tl.float32) if HAS_TOTAL else tl.cast(count, tl.float32)
+        sum_a = tl.load(sums_ptr + channel, mask=inside, other=0.0)[None, :]
+        sum_b = tl.load(sums_ptr + C + channel, mask=inside, other=0.0)[None, :]
+        k1 = -scale * rstd * rstd * (sum_b / values)
+        k2 = -scale * (sum_a / values) - k1 * mean
+    at, here = tile_offsets(tl.program_id(0), channel, rows, C, S, CHANNELS_LAST, BLOCK_R)
+    if RECOMPUTE:  # g is the gradient at the spikes
+        xs = ()
+        gs = ()
+        for t in tl.static_range(T):
+            xs += (tl.load(x_ptr + at + t * frame, mask=here, other=0.0),)
+            gs += (tl.load(g_ptr + at + t * frame, mask=here, other=0.0),)
+        v = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
+        us = ()
+        for t in tl.static_range(T):
+            u = DECAY * v + (xs[t].to(tl.float32) * scale + shift)
+            us += (u,)
+            v = reset(u, THRESHOLD, SOFT)
+        gv = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
+        for t in tl.static_range(T - 1, -1, -1):
+            gu = membrane_grad(us[t], gs[t].to(tl.float32), gv, THRESHOLD, SURROGATE, WIDTH, DETACH, SOFT)
+            gv = DECAY * gu
+            gx = scale * gu + k1 * xs[t].to(tl.float32) + k2
+            tl.store(gx_ptr + at + t * frame, gx.to(gx_ptr.dtype.element_ty), mask=here)
+    else:  # g is the gradient at the input current
+        for t in tl.range(T):
+            ga = tl.load(g_ptr + at + t * frame, mask=here, other=0.0).to(tl.float32)
+            x = tl.load(x_ptr + at + t * frame, mask=here, other=0.0).to(tl.float32)
+            gx = scale * ga + k1 * x + k2
+            tl.store(gx_ptr + at + t * frame, gx.to(gx_ptr.dtype.element_ty), mask=here)

@@ -1,0 +1,116 @@
+"""How the batch-norm kernels walk a time-folded (T*B, C, H, W) tensor: tiles of rows (pixels) by channels.
+
+A row is one pixel of one sample, numbered over (B, H, W); step t of it lies B*C*H*W elements further on. In
+channels-last memory the channels of a row lie side by side, in contiguous memory the pixels of a channel do.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ._triton import tl, triton
+
+# Where there is no multiprocessor to fill (the interpreter), two programs still exercise the sharing of tiles.
+_INTERPRETED_PROCESSORS = 2
+
+
+@triton.jit
+def tile_offsets(tile, channel, rows, C, S, CHANNELS_LAST: tl.constexpr, BLOCK_R: tl.constexpr):
+    """Offsets [BLOCK_R, BLOCK_C] of a tile in one step's (B, C, H, W) frame, and their mask."""
+    row = tl.cast(tile, tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
+    inside = (row[:, None] < rows) & (channel[None, :] < C)
+    if CHANNELS_LAST:
+        at = row[:, None] * C + channel[None, :]
+    else:
+        at = ((row // S) * (tl.cast(C, tl.int64) * S) + row % S)[:, None] + tl.cast(channel, tl.int64)[None, :] * S
+    return at, inside
+
+
+@triton.jit
+def norm_affine(channel, C, w_ptr, b_ptr, mean_ptr, var_ptr, EPS: tl.constexpr, AFFINE: tl.constexpr):
+    """Batch norm of channels as ``x * scale + shift``; also mean and 1 / standard deviation, [1, BLOCK_C] each."""
+    inside = channel < C
+    mean = tl.load(mean_ptr + channel, mask=inside, other=0.0).to(tl.float32)
+    rstd = 1.0 / tl.sqrt(tl.load(var_ptr + channel, mask=inside, other=1.0).to(tl.float32) + EPS)
+    scale = rstd
+    if AFFINE:
+        scale = rstd * tl.load(w_ptr + channel, mask=inside, other=0.0).to(tl.float32)
+    shift = -mean * scale
+    if AFFINE:
+        shift += tl.load(b_ptr + channel, mask=inside, other=0.0).to(tl.float32)
+    return scale[None, :], shift[None, :], mean[None, :], rstd[None, :]
+
+
+@triton.jit
+def sum_partials(partial_ptr, channel, programs, C, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr):
+    """Both sums of each channel over the partial sums [programs, 2, C], in a fixed order."""
+    a = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
+    b = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
+    for first in range(0, programs, BLOCK_P):
+        program = first + tl.arange(0, BLOCK_P)
+        inside = (program[:, None] < programs) & (channel[None, :] < C)
+        at = partial_ptr + program[:, None] * 2 * C + channel[None, :]
+        a += tl.load(at, mask=inside, other=0.0)
+        b += tl.load(at + C, mask=inside, other=0.0)
+    return tl.sum(a, 0), tl.sum(b, 0)
+
+
+def is_channels_last(x: Tensor) -> bool:
+    """Whether a dense (N, C, H, W) tensor is to be walked channels-last."""
+    return x.is_contiguous(memory_format=torch.channels_last) and not (x.is_contiguous() and x.shape[1] > 1)
+
+
+def dense(x: Tensor) -> Tensor:
+    """``x`` itself where it is contiguous or channels-last, else a contiguous copy."""
+    return x if is_channels_last(x) else x.contiguous()
+
+
+class Tiles(NamedTuple):
+    """A launch over tiles of rows by channels.
+
+    Attributes:
+        grid: Programs over rows and over channels.
+        rows: Rows of one step.
+        channels: C.
+        spatial: H * W.
+        count: Tiles of rows, where a fixed number of programs shares them.
+        meta: CHANNELS_LAST, BLOCK_R, BLOCK_C and num_warps of the kernel.
+    """
+
+    grid: tuple[int, int]
+    rows: int
+    channels: int
+    spatial: int
+    count: int
+    meta: dict[str, int]
+
+
+def channel_tiles(x: Tensor, num_steps: int, config: dict[str, int]) -> Tiles:
+    """Launch over a dense (T*B, C, H, W) tensor.
+
+    Args:
+        x: (T*B, C, H, W), contiguous or channels-last.
+        num_steps: T.
+        config: TILE (elements a tile), BLOCK_C (channels a tile at most), num_warps and, where a fixed number of
+            programs shares the tiles, PER_SM (programs a multiprocessor).
+    """
+    channels, channels_last = x.shape[1], is_channels_last(x)
+    block_c = min(config["BLOCK_C"], triton.next_power_of_2(channels)) if channels_last else 1
+    block_r = max(1, config["TILE"] // block_c)
+    rows = x.numel() // (num_steps * channels)
+    count, blocks = triton.cdiv(rows, block_r), triton.cdiv(channels, block_c)
+    programs = count
+    if "PER_SM" in config:
+        programs = max(1, min(count, config["PER_SM"] * _processors(x.device) // blocks))
+    meta = dict(CHANNELS_LAST=channels_last, BLOCK_R=block_r, BLOCK_C=block_c, num_warps=config["num_warps"])
+    return Tiles((programs, blocks), rows, channels, x.shape[2] * x.shape[3], count, meta)
+
+
+def _processors(device: torch.device) -> int:
+    if device.type != "cuda":
+        return _INTERPRETED_PROCESSORS
+    properties: Any = torch.cuda.get_device_properties(device)
+    return int(properties.multi_processor_count)
