@@ -1,0 +1,162 @@
+"""Checkpoints of a run: safetensors and JSON only, written whole or not at all, the last few kept.
+
+A checkpoint is a folder ``step_00000390`` with ``state.safetensors`` (weights, moving average, optimiser, random number
+states) and ``state.json`` (position, recipe, and the sha256 of the tensors). It is written under another name, flushed
+to the disk and then renamed, so a folder of that name is complete, however the process ended.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+from torch import Tensor
+
+__all__ = ["Checkpoint", "latest_checkpoint", "load_checkpoint", "save_checkpoint"]
+
+FORMAT = "timm_gac.train/1"
+TENSORS, STATE = "state.safetensors", "state.json"
+_PREFIX, _PARTIAL = "step_", ".partial_"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """State of a run after some step.
+
+    Attributes:
+        tensors: Flat names to CPU tensors: ``model.*``, ``ema.*``, ``optimizer.<index>.<name>``, ``rng.*``.
+        state: What is not a tensor: step, epoch, minutes, recipe, ...
+    """
+
+    tensors: dict[str, Tensor]
+    state: dict[str, Any]
+
+    def part(self, prefix: str) -> dict[str, Tensor]:
+        """The tensors under ``prefix.``, by the rest of their names."""
+        start = len(prefix) + 1
+        return {name[start:]: tensor for name, tensor in self.tensors.items() if name.startswith(prefix + ".")}
+
+
+def save_checkpoint(folder: Path, step: int, checkpoint: Checkpoint, keep: int) -> Path:
+    """Write the checkpoint of ``step`` and delete all but the last ``keep``.
+
+    Args:
+        folder: Folder of the run's checkpoints.
+        step: Optimiser steps done.
+        checkpoint: What to write.
+        keep: How many complete checkpoints stay, at least 1.
+
+    Returns:
+        The checkpoint's folder.
+
+    Raises:
+        OSError: It could not be written (a full disk): earlier checkpoints are untouched.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    target, partial = folder / f"{_PREFIX}{step:08d}", folder / f"{_PARTIAL}{step:08d}"
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        partial.mkdir()
+        tensors = {name: tensor.detach().to("cpu").contiguous() for name, tensor in checkpoint.tensors.items()}
+        content = save(tensors, metadata={"format": FORMAT})
+        _write(partial / TENSORS, content)
+        state = {"format": FORMAT, **checkpoint.state, "sha256": hashlib.sha256(content).hexdigest()}
+        _write(partial / STATE, json.dumps(state, indent=2).encode())
+        _sync_folder(partial)
+        if target.exists():  # the same step once more, after a resume without progress
+            shutil.rmtree(target)
+        partial.rename(target)
+        _sync_folder(folder)
+    except OSError as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise OSError(
+            error.errno,
+            f"checkpoint of step {step} not written to {folder} ({error.strerror}): earlier checkpoints are untouched; "
+            "free some space and go on with --resume",
+        ) from error
+    for old in _complete(folder)[:-keep]:
+        shutil.rmtree(old, ignore_errors=True)
+    for leftover in folder.glob(f"{_PARTIAL}*"):
+        shutil.rmtree(leftover, ignore_errors=True)
+    return target
+
+
+def latest_checkpoint(folder: Path) -> Path | None:
+    """The newest complete checkpoint of a run, None where there is none."""
+    found = _complete(folder)
+    return found[-1] if found else None
+
+
+def load_checkpoint(path: Path) -> Checkpoint:
+    """Read and verify a checkpoint.
+
+    Raises:
+        ValueError: It is damaged, incomplete, or no checkpoint of this trainer.
+    """
+    try:
+        state = json.loads((path / STATE).read_bytes())
+        if not isinstance(state, dict) or state.get("format") != FORMAT:
+            raise ValueError(f"no {FORMAT} checkpoint")
+        if hashlib.sha256((path / TENSORS).read_bytes()).hexdigest() != state.get("sha256"):
+            raise ValueError("the tensors' sha256 differs from the one written beside them")
+        tensors = load_file(path / TENSORS)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise ValueError(
+            f"expected a checkpoint of this trainer in {str(path)!r}, got a damaged or foreign one ({error}): delete "
+            "that folder to resume from the one before, or start anew in another run folder"
+        ) from error
+    return Checkpoint(tensors, state)
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """An optimiser's state as flat tensors and JSON."""
+    tensors, plain = {}, dict[str, Any]()
+    for index, values in optimizer.state_dict()["state"].items():
+        for name, value in values.items():
+            if isinstance(value, Tensor):
+                tensors[f"optimizer.{index}.{name}"] = value
+            else:
+                plain[f"{index}.{name}"] = value
+    return tensors, plain
+
+
+def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor], plain: dict[str, Any]) -> None:
+    """Put back what `optimizer_tensors` gave; learning rates are the schedule's business."""
+    state: dict[int, dict[str, Any]] = {}
+    for full, value in [*tensors.items(), *plain.items()]:
+        index, _, name = full.partition(".")
+        state.setdefault(int(index), {})[name] = value
+    groups = optimizer.state_dict()["param_groups"]
+    lrs = [group["lr"] for group in optimizer.param_groups]
+    optimizer.load_state_dict({"state": state, "param_groups": groups})
+    for group, lr in zip(optimizer.param_groups, lrs, strict=True):
+        group["lr"] = lr  # the same tensor as before, into which the schedule writes
+
+
+def _complete(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.glob(f"{_PREFIX}*") if path.is_dir())
+
+
+def _write(file: Path, content: bytes) -> None:
+    with file.open("wb") as stream:
+        stream.write(content)
+        stream.flush()
+        os.fsync(stream.fileno())
+
+
+def _sync_folder(folder: Path) -> None:
+    if os.name != "posix":  # elsewhere a folder cannot be opened
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

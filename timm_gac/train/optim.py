@@ -1,0 +1,102 @@
+"""Parameter groups, optimiser, schedule and moving average, all fit for a CUDA graph: rates live in tensors."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from timm.optim import param_groups_layer_decay, param_groups_weight_decay
+from torch import Tensor, nn
+
+from .recipes import Recipe
+
+__all__ = ["MovingAverage", "create_optimizer", "freeze_stages", "learning_rate", "set_learning_rate"]
+
+
+def create_optimizer(model: nn.Module, recipe: Recipe, device: torch.device) -> torch.optim.Optimizer:
+    """The recipe's optimiser; weight decay leaves out norms, biases and what ``model.no_weight_decay()`` names."""
+    skip = set(model.no_weight_decay()) if hasattr(model, "no_weight_decay") else set()
+    if recipe.layer_decay is None:
+        groups = param_groups_weight_decay(model, recipe.weight_decay, skip)
+    else:
+        groups = param_groups_layer_decay(
+            model, weight_decay=recipe.weight_decay, no_weight_decay_list=tuple(skip), layer_decay=recipe.layer_decay
+        )
+    # A tensor, because a CUDA graph would freeze a number; the rates of the groups differ by their lr_scale.
+    for group in groups:
+        group["lr"] = torch.tensor(recipe.lr, device=device)
+    if recipe.optimizer == "sgd":
+        return torch.optim.SGD(
+            groups, lr=recipe.lr, momentum=recipe.momentum, nesterov=recipe.momentum > 0, fused=device.type == "cuda"
+        )
+    cuda = device.type == "cuda"
+    return torch.optim.AdamW(groups, lr=recipe.lr, fused=cuda, capturable=cuda)
+
+
+def learning_rate(recipe: Recipe, step: int, steps_per_epoch: int) -> float:
+    """Linear warm-up, then half a cosine down to ``min_lr`` at the last step."""
+    total, warmup = recipe.epochs * steps_per_epoch, recipe.warmup_epochs * steps_per_epoch
+    if step < warmup:
+        return recipe.lr * (step + 1) / warmup
+    progress = (step - warmup) / max(1.0, total - warmup)
+    return recipe.min_lr + 0.5 * (recipe.lr - recipe.min_lr) * (1.0 + math.cos(math.pi * min(1.0, progress)))
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """Write a rate into the groups' tensors, times each group's ``lr_scale``."""
+    for group in optimizer.param_groups:
+        group["lr"].fill_(lr * group.get("lr_scale", 1.0))
+
+
+def freeze_stages(model: nn.Module, stages: int) -> None:
+    """Stop training the stem and encoder (``stages`` >= 1) and the first ``stages - 1`` stages of blocks.
+
+    Raises:
+        ValueError: The model has fewer stages.
+    """
+    if not stages:
+        return
+    children = [name for name, _ in model.named_children()]
+    layers = [name for name in children if name.startswith("layer")]
+    if stages - 1 > len(layers):
+        raise ValueError(f"expected freeze_stages of at most {len(layers) + 1}, got {stages}: the model has no more")
+    frozen = set(children[: children.index(layers[0])]) | set(layers[: stages - 1])
+    for name, parameter in model.named_parameters():
+        if name.split(".")[0] in frozen:
+            parameter.requires_grad_(False)
+
+
+class MovingAverage:
+    """Exponential moving average of weights and running statistics, ``decay`` a step, with a warm-up.
+
+    The decay in effect is ``min(decay, (1 + step) / (10 + step))``, so that early weights are soon forgotten. It is
+    held in a tensor that `set_step` writes, and `update` has no branch: both suit a CUDA graph.
+    """
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        self.decay = decay
+        state = model.state_dict()
+        self.state = {name: tensor.detach().clone() for name, tensor in state.items()}
+        floating = [name for name, tensor in state.items() if tensor.is_floating_point()]
+        self._sources = [state[name] for name in floating]
+        self._averages = [self.state[name] for name in floating]
+        self._counters = [(self.state[n], t) for n, t in state.items() if not t.is_floating_point()]
+        self._share = torch.zeros((), device=next(model.parameters()).device)
+
+    def set_step(self, step: int) -> None:
+        """Set the decay of the update after ``step`` earlier ones."""
+        self._share.fill_(1.0 - min(self.decay, (1 + step) / (10 + step)))
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Move the average towards the model's weights as they are now."""
+        towards = torch._foreach_sub(self._sources, self._averages)
+        torch._foreach_mul_(towards, self._share)
+        torch._foreach_add_(self._averages, towards)
+        for average, source in self._counters:
+            average.copy_(source)
+
+    def load(self, state: dict[str, Tensor]) -> None:
+        """Put back a saved average, in place."""
+        for name, tensor in self.state.items():
+            tensor.copy_(state[name])

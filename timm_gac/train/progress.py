@@ -1,0 +1,74 @@
+"""What a user sees of a run: a bar in a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Progress as Bar
+
+from .recipes import Recipe
+
+__all__ = ["Progress"]
+
+
+class Progress:
+    """Progress of a run.
+
+    Args:
+        recipe: Of the run.
+        total: Steps of the whole run.
+        done: Steps done before.
+        visible: Whether this process shows anything.
+    """
+
+    def __init__(self, recipe: Recipe, total: int, done: int, visible: bool) -> None:
+        self.recipe, self.total = recipe, total
+        self.loss = self.match = float("nan")
+        self.images_per_s = 0.0
+        self._console = Console(quiet=not visible, soft_wrap=True)
+        self._last = (time.monotonic(), done)
+        self._accuracy = ""
+        columns = (
+            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
+            TimeRemainingColumn(),
+        )  # fmt: skip
+        self._bar = Bar(*columns, console=self._console, disable=not (visible and self._console.is_terminal))
+        self._task = self._bar.add_task(f"{recipe.model}, T={recipe.num_steps}", total=total, completed=done)
+
+    def __enter__(self) -> Progress:
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()
+
+    def say(self, text: str) -> None:
+        """A line of text."""
+        self._console.print(text, highlight=False, markup=False)
+
+    def update(self, step: int, loss: float, match: float, lr: float) -> None:
+        """New loss and share of matches since the last update."""
+        now = time.monotonic()
+        before, done = self._last
+        if step > done:
+            # Per process; all processes do the same.
+            self.images_per_s = (step - done) * self.recipe.batch_size / max(now - before, 1e-9)
+        self._last, self.loss, self.match = (now, step), loss, match
+        text = f"loss {loss:.3f}, match {match:.1%}, {self.images_per_s:,.0f} img/s{self._accuracy}"
+        self._bar.update(self._task, completed=step, description=text)
+
+    def epoch(self, row: dict[str, Any], minutes: float) -> None:
+        """The row of metrics.csv of an epoch that ended."""
+        test = ""
+        if row["test_top1"]:
+            self._accuracy = f", top-1 {float(row['test_top1']):.2%}"
+            test = f"{self._accuracy}, firing rate {float(row['firing_rate']):.3f}"
+        left = minutes / max(row["step"], 1) * (self.total - row["step"])
+        self.say(
+            f"epoch {row['epoch']}/{self.recipe.epochs}: loss {self.loss:.3f}, match {self.match:.1%}, lr {row['lr']}, "
+            f"{self.images_per_s:,.0f} img/s, {minutes:.1f} min, {left:.0f} min left{test}"
+        )
+        self._last = (time.monotonic(), row["step"])  # an evaluation is no training

@@ -1,0 +1,136 @@
+"""What a run leaves beside its weights: config.json, metrics.csv, curve.png, and a row in a table of results."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import platform
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import accelerate
+import timm
+import torch
+
+from .recipes import Recipe
+
+__all__ = ["append_result", "environment", "read_metrics", "write_curve", "write_json", "write_metrics"]
+
+COLUMNS = (
+    "epoch", "step", "lr", "train_loss", "train_match", "test_loss", "test_top1", "firing_rate", "images_per_s",
+    "minutes",
+)  # fmt: skip
+RESULT_COLUMNS = (
+    "model", "dataset", "recipe", "top1", "top5", "epochs", "minutes", "images_per_s", "num_steps", "batch_size",
+    "precision", "reported", "seed", "gpu", "torch", "triton", "timm", "accelerate", "commit",
+)  # fmt: skip
+# Fields that may differ when a run goes on: where the data lies and how it is read, not what is computed.
+_FREE = ("data", "data_dir", "num_workers", "eval_every")
+
+
+def environment(device: torch.device) -> dict[str, str]:
+    """Device, versions and commit of this process."""
+    try:
+        import triton
+
+        triton_version = str(triton.__version__)
+    except ImportError:
+        triton_version = "none"
+    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU ({platform.machine()})"
+    return {
+        "gpu": gpu, "torch": torch.__version__, "triton": triton_version, "timm": timm.__version__,
+        "accelerate": accelerate.__version__, "python": platform.python_version(), "commit": _commit(),
+    }  # fmt: skip
+
+
+def _commit() -> str:
+    """Commit of the working tree this package lies in; TIMM_GAC_COMMIT where that is set."""
+    if given := os.environ.get("TIMM_GAC_COMMIT"):
+        return given
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"
+
+
+def write_json(file: Path, content: dict[str, Any]) -> None:
+    """Write a JSON object, whole or not at all."""
+    scratch = file.with_name(f".{file.name}.partial")
+    scratch.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    scratch.replace(file)
+
+
+def check_same_recipe(file: Path, recipe: Recipe) -> None:
+    """Refuse to go on with a run under another recipe than it began with.
+
+    Raises:
+        ValueError: The run's config.json is missing or says otherwise.
+    """
+    try:
+        before = json.loads(file.read_text(encoding="utf-8"))["recipe"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"expected the run's {file.name} in {str(file.parent)!r}, got none that can be read"
+        ) from error
+    now = recipe.to_dict()
+    differing = [name for name in now if name not in _FREE and before.get(name) != now[name]]
+    if differing:
+        changes = ", ".join(f"{name}: {before.get(name)!r} became {now[name]!r}" for name in differing)
+        raise ValueError(f"expected the recipe that this run began with, got {changes}: give the same options")
+
+
+def read_metrics(file: Path, up_to_step: int) -> list[dict[str, Any]]:
+    """Rows of metrics.csv up to a step: what a run that goes on keeps."""
+    if not file.is_file():
+        return []
+    with file.open(newline="", encoding="utf-8") as stream:
+        rows: list[dict[str, Any]] = list(csv.DictReader(stream))
+    return [row for row in rows if int(row["step"]) <= up_to_step]
+
+
+def write_metrics(file: Path, rows: list[dict[str, Any]]) -> None:
+    """Write metrics.csv, whole or not at all."""
+    scratch = file.with_name(f".{file.name}.partial")
+    with scratch.open("w", newline="", encoding="utf-8") as stream:
+        writer = csv.DictWriter(stream, COLUMNS)
+        writer.writeheader()
+        writer.writerows(rows)
+    scratch.replace(file)
+
+
+def write_curve(file: Path, rows: list[dict[str, Any]], title: str) -> None:
+    """Draw training loss and test accuracy over epochs."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 3.2), layout="constrained")
+    FigureCanvasAgg(figure)
+    loss, accuracy = figure.subplots(1, 2)
+    epochs = [int(row["epoch"]) for row in rows]
+    loss.plot(epochs, [float(row["train_loss"]) for row in rows], color="#1f77b4")
+    loss.set(xlabel="epoch", ylabel="training loss (nats, mixed and smoothed targets)", title="Loss")
+    tested = [row for row in rows if row["test_top1"] not in ("", None)]
+    accuracy.plot(
+        [int(row["epoch"]) for row in tested], [100 * float(row["test_top1"]) for row in tested], marker=".",
+        color="#d62728",
+    )  # fmt: skip
+    accuracy.set(xlabel="epoch", ylabel="top-1 on the test set (%)", title="Accuracy")
+    for axes in (loss, accuracy):
+        axes.grid(alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.suptitle(title)
+    figure.savefig(file, dpi=150)
+
+
+def append_result(file: Path, row: dict[str, Any]) -> None:
+    """Add a row to a table of results; earlier rows stay."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    new = not file.exists()
+    with file.open("a", newline="", encoding="utf-8") as stream:
+        writer = csv.DictWriter(stream, RESULT_COLUMNS)
+        if new:
+            writer.writeheader()
+        writer.writerow(row)

@@ -1,0 +1,145 @@
+"""What a run is made of: model, data and accelerator, from a recipe."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import timm
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from ..data import DeviceLoader, ImageArrays, StreamLoader, create_stream_loaders, load_arrays
+from .recipes import Recipe
+
+__all__ = ["Loaders", "create_accelerator", "create_loaders", "create_network"]
+
+MIXED_PRECISION = {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}
+EVAL_BATCH = 512
+
+
+class Loaders(NamedTuple):
+    """Batches of a run.
+
+    Attributes:
+        train: With the recipe's augmentation.
+        last: Without mixing, for the last epochs; None where there are none.
+        test: Images and labels.
+        label_names: Names of the classes, () if unknown.
+    """
+
+    train: DeviceLoader | StreamLoader
+    last: DeviceLoader | StreamLoader | None
+    test: DeviceLoader | StreamLoader
+    label_names: tuple[str, ...]
+
+
+def create_accelerator(recipe: Recipe, folder: Path, trackers: tuple[str, ...], cpu: bool) -> Accelerator:
+    """The accelerator of a recipe.
+
+    Raises:
+        ValueError: The recipe asks for a CUDA graph where there can be none.
+    """
+    options: dict[str, Any] = {}
+    if recipe.compile:
+        options["dynamo_backend"] = "inductor"
+    accelerator = Accelerator(
+        mixed_precision=MIXED_PRECISION[recipe.precision],
+        gradient_accumulation_steps=recipe.grad_accumulation,
+        log_with=list(trackers) or None,
+        project_dir=str(folder),
+        cpu=cpu,
+        **options,
+    )
+    if recipe.cuda_graph:
+        reasons = {
+            "a CUDA device": accelerator.device.type == "cuda",
+            "one process": accelerator.num_processes == 1,
+            "precision bfloat16 or float32": recipe.precision != "float16",
+            "grad_accumulation 1": recipe.grad_accumulation == 1,
+            "batches of one size (stream off)": not recipe.stream,
+        }
+        missing = [name for name, holds in reasons.items() if not holds]
+        if missing:
+            raise ValueError(f"expected {', '.join(missing)} for cuda_graph, got otherwise: give --no-cuda-graph")
+    return accelerator
+
+
+def create_network(recipe: Recipe, num_classes: int, in_chans: int) -> Any:
+    """The recipe's network in float32, with its initial weights.
+
+    Raises:
+        ValueError: The model is unknown, or no spiking network of this package.
+    """
+    options: dict[str, Any] = dict(
+        num_classes=num_classes, num_steps=recipe.num_steps, drop_rate=recipe.drop_rate,
+        drop_path_rate=recipe.drop_path_rate,
+    )  # fmt: skip
+    if in_chans != 3:
+        options["in_chans"] = in_chans
+    try:
+        network: Any = timm.create_model(recipe.init or recipe.model, pretrained=recipe.init is not None, **options)
+    except (RuntimeError, TypeError) as error:
+        name = recipe.init or recipe.model
+        raise ValueError(f"expected a model of this package, got {name!r} ({error}): see `timm-gac models`") from error
+    if recipe.pack_spikes:
+        if not hasattr(network, "set_spike_packing"):
+            raise ValueError(f"expected a model that packs spikes, got {recipe.model!r}: give --no-pack-spikes")
+        network.set_spike_packing(True)
+    if recipe.sync_bn:
+        network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
+    return network.to(memory_format=torch.channels_last) if recipe.channels_last else network
+
+
+def read_sets(recipe: Recipe, progress: bool) -> tuple[ImageArrays, ImageArrays] | None:
+    """Training and test set in memory; None where images are streamed."""
+    if recipe.stream:
+        return None
+    train, test = (
+        load_arrays(
+            recipe.data, split, data_dir=recipe.data_dir, image_size=recipe.image_size, cache=True,
+            num_workers=recipe.num_workers, progress=progress,
+        )
+        for split in ("train", "test")
+    )  # fmt: skip
+    return train, test
+
+
+def create_loaders(
+    recipe: Recipe, sets: tuple[ImageArrays, ImageArrays] | None, num_classes: int, cfg: dict[str, Any],
+    accelerator: Accelerator,
+) -> Loaders:  # fmt: skip
+    """The recipe's loaders on this process.
+
+    Args:
+        recipe: Of the run.
+        sets: What `read_sets` gave.
+        num_classes: Of the network.
+        cfg: The model's pretrained_cfg, whose mean and std normalise the images.
+        accelerator: Of the run.
+    """
+    shared: dict[str, Any] = dict(
+        device=accelerator.device, mean=cfg["mean"], std=cfg["std"], num_classes=num_classes, seed=recipe.seed,
+        rank=accelerator.process_index, world_size=accelerator.num_processes,
+    )  # fmt: skip
+    strong, weak = recipe.augmentation(last=False), recipe.augmentation(last=True)
+    if sets is None:
+        size = recipe.image_size or 224
+
+        def stream(augmentation: Any) -> Any:
+            return create_stream_loaders(
+                recipe.data, data_dir=recipe.data_dir, image_size=size, batch_size=recipe.batch_size,
+                augmentation=augmentation, num_workers=recipe.num_workers, **shared,
+            )  # fmt: skip
+
+        train, test = stream(strong)
+        return Loaders(train, stream(weak)[0] if recipe.mix_off_epochs else None, test, ())
+    train_set, test_set = sets
+
+    def training(augmentation: Any) -> DeviceLoader:
+        return DeviceLoader(train_set, recipe.batch_size, augmentation=augmentation, training=True, **shared)
+
+    test = DeviceLoader(test_set, EVAL_BATCH, augmentation=None, training=False, **shared)
+    last = training(weak) if recipe.mix_off_epochs else None
+    return Loaders(training(strong), last, test, train_set.label_names)

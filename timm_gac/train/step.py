@@ -1,0 +1,113 @@
+"""One training step: forward, loss, backward, clipping, update and moving average, eagerly or as one CUDA graph."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from ..graphs import GraphedStep
+from .optim import MovingAverage, learning_rate, set_learning_rate
+from .recipes import Recipe
+
+__all__ = ["PerStepLogits", "TrainStep", "tet_loss"]
+
+
+class PerStepLogits(nn.Module):
+    """A network whose ``forward`` gives per-step logits (B, T, classes), so that DDP sees that call.
+
+    Args:
+        network: With ``forward_steps``.
+    """
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Images (B, C, H, W) to logits (B, T, classes)."""
+        return self.network.forward_steps(images)  # type: ignore[operator]
+
+
+def tet_loss(steps: Tensor, targets: Tensor, share: float, threshold: float) -> Tensor:
+    """Temporal efficient training: every time step is to be right on its own (Deng et al., ICLR 2022).
+
+    Args:
+        steps: Logits (B, T, classes).
+        targets: Probabilities (B, classes).
+        share: Weight of the regulariser, the mean squared distance of the logits from ``threshold``.
+        threshold: Of the neurons.
+    """
+    num_steps = steps.shape[1]
+    loss = F.cross_entropy(steps.flatten(0, 1), targets.repeat_interleave(num_steps, 0))
+    return (1.0 - share) * loss + share * (steps - threshold).square().mean()
+
+
+class TrainStep:
+    """Runs training steps and keeps their sums on the device; no step waits for the host.
+
+    Args:
+        accelerator: Of the run.
+        model: The prepared model; its output is mean logits (B, classes), or per-step logits with ``loss='tet'``.
+        optimizer: The prepared optimiser, its learning rates in tensors.
+        average: Moving average to update, if any.
+        recipe: Of the run.
+        steps_per_epoch: For the schedule.
+        threshold: Of the network's neurons, for TET.
+    """
+
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        model: nn.Module,
+        optimizer: Any,
+        average: MovingAverage | None,
+        recipe: Recipe,
+        steps_per_epoch: int,
+        threshold: float,
+    ) -> None:
+        self.accelerator, self.model, self.optimizer, self.average = accelerator, model, optimizer, average
+        self.recipe, self.steps_per_epoch, self.threshold = recipe, steps_per_epoch, threshold
+        self.sums = torch.zeros(3, dtype=torch.float32, device=accelerator.device)  # loss, matches, images
+        self._run = GraphedStep(self._step) if recipe.cuda_graph else self._step
+        self.lr = recipe.lr
+
+    def __call__(self, images: Tensor, targets: Tensor, step: int) -> None:
+        """Do step number ``step`` on images (B, C, H, W) and target probabilities (B, classes)."""
+        self.lr = learning_rate(self.recipe, step, self.steps_per_epoch)
+        set_learning_rate(self.optimizer, self.lr)
+        if self.average is not None:
+            self.average.set_step(step)
+        self._run(images, targets)
+
+    def _step(self, images: Tensor, targets: Tensor) -> None:
+        with self.accelerator.accumulate(self.model):
+            with self.accelerator.autocast():
+                logits = self.model(images)
+            logits = logits.float()
+            if self.recipe.loss == "tet":
+                loss = tet_loss(logits, targets, self.recipe.tet_lambda, self.threshold)
+                logits = logits.mean(1)
+            else:
+                loss = F.cross_entropy(logits, targets)
+            self.accelerator.backward(loss)
+            if self.recipe.clip_grad and self.accelerator.sync_gradients:
+                self.accelerator.clip_grad_norm_(self.model.parameters(), self.recipe.clip_grad)
+            self.optimizer.step()
+            self.optimizer.zero_grad(set_to_none=True)
+        if self.average is not None and self.accelerator.sync_gradients:
+            self.average.update()
+        with torch.no_grad():
+            matches = (logits.argmax(1) == targets.argmax(1)).sum()
+            count = torch.full_like(loss, len(images))
+            self.sums += torch.stack((loss.detach() * count, matches.to(loss.dtype), count))
+
+    def read(self) -> tuple[float, float]:
+        """Mean loss and share of images given the class of their largest target since the last call; waits once."""
+        sums = self.accelerator.reduce(self.sums.clone(), "sum")
+        loss, matches, images = sums.tolist()  # type: ignore[union-attr]
+        self.sums.zero_()
+        return (loss / images, matches / images) if images else (float("nan"), float("nan"))
