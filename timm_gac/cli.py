@@ -161,11 +161,28 @@ def models(pattern: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="
     return 0
 
 
+def train(recipe: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RECIPE")]) -> int:
+    """Train a network by a recipe, any of whose fields can be overridden: `timm-gac train --help`.
+
+    Args:
+        recipe: cifar10, cifar100, cifar100_fast or imagenet.
+    """
+    return _train([recipe])
+
+
+def _train(arguments: Sequence[str]) -> int:
+    from .train.config import parse
+    from .train.loop import train as run
+
+    return run(*parse(arguments, "timm-gac train"))
+
+
 def _parser() -> SubcommandApp:
     app, benchmarks = SubcommandApp(), SubcommandApp()
     app.command(demo)
     app.command(convert)
     app.command(models)
+    app.command(train)
     app.command(push)
     app.command(verify)
     benchmarks.command(name="kernels")(bench_kernels)
@@ -182,8 +199,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     logging.basicConfig(format="%(message)s")
     logging.getLogger("timm_gac").setLevel(logging.INFO)
+    given = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        return _parser().cli(prog="timm-gac", description=DESCRIPTION, args=arguments)
+        if given[:1] == ["train"]:  # the trainer parses its own, so that it also runs without this command line
+            return _train(given[1:])
+        return _parser().cli(prog="timm-gac", description=DESCRIPTION, args=given)
     except (ValueError, OSError) as error:
         message = str(error)
     except ModuleNotFoundError as error:

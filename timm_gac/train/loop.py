@@ -113,6 +113,8 @@ class Trainer:
             self.accelerator, model, self.optimizer, self.average, recipe, self.steps_per_epoch,
             float(self.network.spec.threshold),
         )  # fmt: skip
+        if found is not None:
+            self.train_step.sums.copy_(torch.tensor(self._sums))
         self.stop_signal = 0
         self.evaluation: Evaluation | None = None
         if self.main:
@@ -287,6 +289,7 @@ class Trainer:
         torch.set_rng_state(rng["cpu"])
         if self.device.type == "cuda" and "cuda" in rng:
             torch.cuda.set_rng_state(rng["cuda"], self.device)
+        self._sums = state["sums"]
         self.step, self.minutes = int(state["step"]), float(state["minutes"])
         self.rows = read_metrics(self.options.out / "metrics.csv", self.step)
 

@@ -15,7 +15,10 @@ __all__ = ["MovingAverage", "create_optimizer", "freeze_stages", "learning_rate"
 
 def create_optimizer(model: nn.Module, recipe: Recipe, device: torch.device) -> torch.optim.Optimizer:
     """The recipe's optimiser; weight decay leaves out norms, biases and what ``model.no_weight_decay()`` names."""
-    skip = set(model.no_weight_decay()) if hasattr(model, "no_weight_decay") else set()
+    # Named one by one: whether timm leaves out one-dimensional parameters of itself depends on its version.
+    skip = {name for name, parameter in model.named_parameters() if parameter.ndim <= 1}
+    if hasattr(model, "no_weight_decay"):
+        skip |= set(model.no_weight_decay())
     if recipe.layer_decay is None:
         groups = param_groups_weight_decay(model, recipe.weight_decay, skip)
     else:
