@@ -6,6 +6,7 @@ from gac_kernels import CIFAR, IMAGENET, LIFSpec, use_backend
 
 from . import models as models
 from .encoder import DirectCoding, GatedAttentionCoding
+from .inference import fuse_for_inference
 from .neuron import LIF, BatchNormLIF
 
 try:
@@ -22,5 +23,6 @@ __all__ = [
     "GatedAttentionCoding",
     "LIFSpec",
     "__version__",
+    "fuse_for_inference",
     "use_backend",
 ]

@@ -1,0 +1,122 @@
+"""Batch norm folded away for inference: its scale into the convolution before it, its shift into the neuron."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .models.blocks import MSBlock, SpikingBlock
+from .neuron import BatchNormLIF, MembraneBatchNormLIF
+
+__all__ = ["FoldedLIF", "fuse_for_inference"]
+
+
+class FoldedLIF(nn.Module):
+    """What is left of a `BatchNormLIF` whose scale went into a convolution: shift, residual and neuron in one pass.
+
+    On a CPU the shift is the convolution's own bias, which costs nothing there; on a GPU a bias would be a pass of its
+    own over the convolution's output, so the neuron's kernel adds it.
+
+    Shape:
+        - ``x``, ``residual`` and spikes: ``(T*B, C, H, W)``
+
+    Args:
+        norm: The module to replace, with ``num_steps``.
+        shift: (C,), or None where the convolution has it as its bias.
+        keep_membrane: Write the neuron's input current, which the next membrane shortcut reads.
+    """
+
+    def __init__(self, norm: BatchNormLIF, shift: Tensor | None, keep_membrane: bool) -> None:
+        super().__init__()
+        self.lif, self.num_steps = norm.lif, norm.num_steps
+        self.pair, self.keep_membrane = isinstance(norm, MembraneBatchNormLIF), keep_membrane
+        self.register_buffer("minus_shift", None if shift is None else -shift)
+        self.register_buffer("one", None if shift is None else torch.ones_like(shift))
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
+        """Spikes; where a membrane shortcut follows the block, the pair (membrane, spikes)."""
+        if self.minus_shift is None:
+            current = x if residual is None else x + residual
+            spikes = self.lif(current.unflatten(0, (self.num_steps, -1))).flatten(0, 1)
+        else:
+            if residual is not None:
+                residual = residual.to(x.dtype)
+            lif = self.lif
+            spikes, current = torch.ops.gac_kernels.norm_lif(
+                x, residual, None, None, self.minus_shift, self.one, None, 0.0, self.num_steps, lif.threshold,
+                lif.decay, lif.surrogate, lif.width, lif.detach_reset, lif.soft_reset, False, self.keep_membrane, "",
+            )  # fmt: skip
+        return (current if self.keep_membrane else spikes, spikes) if self.pair else spikes
+
+
+@torch.no_grad()
+def fuse_for_inference(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
+    """Fold every batch norm of a spiking network into its convolutions, in place, and put it into eval mode.
+
+    The network then gives the same logits up to rounding, in fewer passes over memory, and can no longer be trained;
+    its state_dict is another. To undo it, create the model anew and load its weights.
+
+    Args:
+        model: A network of this package, with running statistics.
+        dtype: Convert the weights to this dtype afterwards, such as torch.bfloat16; None leaves them.
+
+    Returns:
+        The same model.
+
+    Raises:
+        ValueError: The model has no spiking blocks, is fused already, or has a batch norm without running statistics.
+
+    Example:
+        >>> import timm, timm_gac
+        >>> model = timm_gac.fuse_for_inference(timm.create_model("gac_msresnet18_cifar"))
+    """
+    blocks = [module for module in model.modules() if isinstance(module, MSBlock | SpikingBlock)]
+    if not blocks or not hasattr(model, "conv1"):
+        raise ValueError(f"expected a spiking network of this package, got {type(model).__name__}: see timm-gac models")
+    if any(isinstance(module, FoldedLIF) for module in model.modules()):
+        raise ValueError("expected a network with batch norm, got one that is fused already: create it anew")
+    norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d | BatchNormLIF) and m.track_running_stats]
+    if any(norm.running_mean is None or norm.running_var is None for norm in norms):
+        raise ValueError("expected batch norms with running statistics, got one without: it cannot be folded")
+    model.eval()
+    network: Any = model
+    on_cpu = network.conv1.weight.device.type == "cpu"
+    _set_bias(network.conv1, _fold(network.conv1, network.bn1))
+    network.bn1 = nn.Identity()
+    for block in blocks:
+        _fuse_block(block, on_cpu, last=block is blocks[-1])
+    return model if dtype is None else model.to(dtype)
+
+
+def _fuse_block(block: Any, on_cpu: bool, last: bool) -> None:
+    shift = _fold(block.conv1, block.bn1)
+    block.bn1 = _folded(block.conv1, block.bn1, shift, on_cpu, keep_membrane=False)
+    shift = _fold(block.conv2, block.bn2)
+    if block.downsample is not None:
+        shift = shift + _fold(block.downsample[0], block.downsample[1])
+        block.downsample = block.downsample[:1]
+    keep = isinstance(block.bn2, MembraneBatchNormLIF) and not last
+    block.bn2 = _folded(block.conv2, block.bn2, shift, on_cpu, keep_membrane=keep)
+
+
+def _folded(conv: nn.Conv2d, norm: BatchNormLIF, shift: Tensor, on_cpu: bool, keep_membrane: bool) -> FoldedLIF:
+    if on_cpu:
+        _set_bias(conv, shift)
+        return FoldedLIF(norm, None, keep_membrane)
+    return FoldedLIF(norm, shift.to(conv.weight.dtype), keep_membrane)
+
+
+def _fold(conv: nn.Conv2d, norm: Any) -> Tensor:
+    """Scale a convolution's weights by the batch norm that follows it; the shift that is left, (C,) in float64."""
+    scale = torch.rsqrt(norm.running_var.double() + norm.eps)
+    shift = torch.zeros_like(scale)
+    if norm.affine:
+        scale, shift = scale * norm.weight.double(), norm.bias.double()
+    conv.weight.copy_(conv.weight.double() * scale[:, None, None, None])
+    return shift - norm.running_mean.double() * scale
+
+
+def _set_bias(conv: nn.Conv2d, shift: Tensor) -> None:
+    conv.bias = nn.Parameter(shift.to(conv.weight.dtype), requires_grad=False)
