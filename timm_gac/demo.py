@@ -245,7 +245,7 @@ def rate_table(rates: dict[str, float]) -> Table:
 
 
 @torch.no_grad()
-def draw_raster(model: nn.Module, images: Tensor, labels: Tensor, path: Path, neurons: int = 32) -> Path:
+def draw_raster(model: Any, images: Tensor, labels: Tensor, path: Path, neurons: int = 32) -> Path:
     """Draw one digit of each class on its way through the network, time from left to right.
 
     Args:

@@ -286,23 +286,25 @@ def test_command_line(capsys: pytest.CaptureFixture) -> None:
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_graphed_and_eager_steps_agree_and_resume(recipe: Recipe, tmp_path: Path) -> None:
-    """In float32: the same weights from graph and eager steps, and from a graphed run that was stopped."""
-    runs = {}
-    for name, graph in (("eager", False), ("graph", True)):
-        trainer = Trainer(
-            replace(recipe, epochs=4, drop_rate=0.0, cuda_graph=graph), options(tmp_path / name, cpu=False)
-        )
-        trainer.run()
-        runs[name] = weights(tmp_path / name)
-    for name, tensor in runs["eager"].items():
-        if not name.startswith("rng"):
-            torch.testing.assert_close(runs["graph"][name], tensor, rtol=1e-3, atol=1e-4)
-    graphed = replace(recipe, epochs=4, drop_rate=0.0, cuda_graph=True)
+def test_graphed_and_eager_steps_agree_and_resume(
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Graph and eager steps give the same weights, also in a graphed run that was stopped and resumed.
+
+    Spiking networks amplify a difference of one rounding within a few steps, so convolutions are deterministic here.
+    """
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
+    eager = replace(recipe, drop_rate=0.0)
+    graphed = replace(eager, cuda_graph=True)
+    train(eager, options(tmp_path / "eager", cpu=False))
+    train(graphed, options(tmp_path / "graph", cpu=False))
     trainer = Trainer(graphed, options(tmp_path / "parts", cpu=False))
     trainer._must_stop = lambda: trainer.step == 9
     trainer.run()
     assert train(graphed, options(tmp_path / "parts", cpu=False, resume=True)) == 0
-    for name, tensor in weights(tmp_path / "parts").items():
-        if not name.startswith("rng"):
-            torch.testing.assert_close(tensor, runs["graph"][name], rtol=1e-3, atol=1e-4)
+    expected = weights(tmp_path / "eager")
+    for part in ("graph", "parts"):
+        for name, tensor in weights(tmp_path / part).items():
+            if not name.startswith("rng"):
+                torch.testing.assert_close(tensor, expected[name], rtol=1e-3, atol=1e-5)

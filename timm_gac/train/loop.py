@@ -228,7 +228,7 @@ class Trainer:
         stop = bool(self.stop_signal) or bool(limit and time.monotonic() - self.started >= limit)
         if self.accelerator.num_processes > 1:  # all or none: a process that stops alone leaves the others waiting
             flag = torch.tensor([float(stop)], device=self.device)
-            stop = bool(self.accelerator.reduce(flag, "sum").item())  # type: ignore[union-attr]
+            stop = bool(self.accelerator.reduce(flag, "sum").item())
         return stop and self.step < self.total_steps
 
     def _checkpoint_due(self) -> bool:
@@ -237,7 +237,7 @@ class Trainer:
         due = time.monotonic() - self.saved_at >= self.options.checkpoint_minutes * 60.0
         if self.accelerator.num_processes > 1:
             flag = torch.tensor([float(due)], device=self.device)
-            due = bool(self.accelerator.reduce(flag, "sum").item())  # type: ignore[union-attr]
+            due = bool(self.accelerator.reduce(flag, "sum").item())
         return due
 
     def _on_signal(self, number: int, _frame: object) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from timm.optim import param_groups_layer_decay, param_groups_weight_decay
@@ -13,7 +14,7 @@ from .recipes import Recipe
 __all__ = ["MovingAverage", "create_optimizer", "freeze_stages", "learning_rate", "set_learning_rate"]
 
 
-def create_optimizer(model: nn.Module, recipe: Recipe, device: torch.device) -> torch.optim.Optimizer:
+def create_optimizer(model: Any, recipe: Recipe, device: torch.device) -> torch.optim.Optimizer:
     """The recipe's optimiser; weight decay leaves out norms, biases and what ``model.no_weight_decay()`` names."""
     # Named one by one: whether timm leaves out one-dimensional parameters of itself depends on its version.
     skip = {name for name, parameter in model.named_parameters() if parameter.ndim <= 1}

@@ -108,6 +108,6 @@ class TrainStep:
     def read(self) -> tuple[float, float]:
         """Mean loss and share of images given the class of their largest target since the last call; waits once."""
         sums = self.accelerator.reduce(self.sums.clone(), "sum")
-        loss, matches, images = sums.tolist()  # type: ignore[union-attr]
+        loss, matches, images = sums.tolist()
         self.sums.zero_()
         return (loss / images, matches / images) if images else (float("nan"), float("nan"))

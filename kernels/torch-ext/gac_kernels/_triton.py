@@ -26,7 +26,7 @@ except ImportError as error:  # CPU-only and non-Linux installs of PyTorch come 
         def cdiv(self, a: int, b: int) -> int:
             return -(-a // b)
 
-    triton = tl = _Absent()  # type: ignore[assignment]
+    triton = tl = _Absent()
 
 # Read once: Triton itself decides at decoration time, so a later change of the variable has no effect on either.
 INTERPRETED = HAS_TRITON and os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on")

@@ -71,7 +71,7 @@ def _stats_triton(
     partial = torch.empty((programs, 2, channels), dtype=torch.float32, device=x.device)
     stride = 1 if tiles.meta["CHANNELS_LAST"] else tiles.spatial
     with on_device(x):
-        _batch_stats_kernel[tiles.grid](x, partial, tiles.rows, channels, tiles.spatial, tiles.count, **tiles.meta)
+        _batch_stats_kernel[tiles.grid](x, partial, tiles.rows, channels, tiles.spatial, tiles.tiles, **tiles.meta)
         _finish_stats_kernel[(triton.cdiv(channels, 16),)](
             x, partial, mean, var, running_mean, running_var, momentum, tiles.rows, programs, channels, stride,
             UPDATE=running_mean is not None, BLOCK_P=64, BLOCK_C=16, num_warps=4,

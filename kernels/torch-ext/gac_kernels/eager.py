@@ -47,13 +47,13 @@ def lif_backward(
     """Write the gradients at x and, where it has elements, at the initial state."""
     dtype = state_dtype(grad.dtype)
     num_steps = grad.shape[0]
-    steps = []  # (surrogate derivative, fired, u or 0) of each step
+    steps = []  # (surrogate derivative, fired, u, unused where bits stand for it) of each step
     if mask.numel():
         bits = torch.empty_like(grad[0], dtype=torch.int64)
         in_memory_order(bits).copy_(mask)
         for t in range(num_steps):
             code = bits >> (2 * t)
-            steps.append(((code & 2).to(dtype) / (4.0 * width), (code & 1).bool(), None))
+            steps.append(((code & 2).to(dtype) / (4.0 * width), (code & 1).bool(), code))
     else:
         v = torch.zeros_like(x[0], dtype=dtype) if state is None else state
         for current in x:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -14,7 +16,7 @@ Norm = tuple[Tensor | None, Tensor | None, Tensor, Tensor]
 Neuron = tuple[float, float, int, float, bool, bool]
 
 
-def resolve_group(name: str) -> dist.ProcessGroup:
+def resolve_group(name: Any) -> dist.ProcessGroup:
     """The process group of that name, as ``ProcessGroup.group_name`` gives it."""
     return dist.distributed_c10d._resolve_process_group(name)  # the registry that functional collectives use too
 

@@ -64,7 +64,7 @@ def _backward_triton(
     shared = dict(EPS=eps, AFFINE=affine, T=num_steps, **_constants(neuron))
     with on_device(x):
         reduce_kernel[tiles.grid](
-            gs, gy, x, source, *norm, ga, partial, scratch, tiles.rows, channels, tiles.spatial, frame, tiles.count,
+            gs, gy, x, source, *norm, ga, partial, scratch, tiles.rows, channels, tiles.spatial, frame, tiles.tiles,
             STEPS=min(num_steps, CHUNK), RESIDUAL=residual is not None, KEEP=membrane is not None,
             HAS_GS=gs is not None, HAS_GY=gy is not None, WRITE=written, **shared, **tiles.meta,
         )  # fmt: skip

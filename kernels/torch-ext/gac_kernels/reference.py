@@ -104,6 +104,7 @@ def gated_lif_reference(
     """
     dtype = state_dtype(x.dtype)
     spikes = lif_reference(x.to(dtype), spec, smooth=smooth)
+    assert isinstance(spikes, Tensor)  # a pair only where the state is asked for
     scores = temporal.to(dtype).t()[:, :, None, None, None] * spatial.to(dtype)  # (T, B, C, H, W)
     return (torch.sigmoid(scores) * spikes).to(x.dtype)
 

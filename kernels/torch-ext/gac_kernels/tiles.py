@@ -76,7 +76,7 @@ class Tiles(NamedTuple):
         rows: Rows of one step.
         channels: C.
         spatial: H * W.
-        count: Tiles of rows, where a fixed number of programs shares them.
+        tiles: Tiles of rows, where a fixed number of programs shares them.
         meta: CHANNELS_LAST, BLOCK_R, BLOCK_C and num_warps of the kernel.
     """
 
@@ -84,7 +84,7 @@ class Tiles(NamedTuple):
     rows: int
     channels: int
     spatial: int
-    count: int
+    tiles: int
     meta: dict[str, int]
 
 
