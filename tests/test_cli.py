@@ -24,6 +24,7 @@ from timm_gac import benchmark, cli, hub
         (["models"], ["PATTERN"]),
         (["push"], ["RUN_OR_FOLDER", "--repo-id", "--dry-run", "--overwrite", "--label-names"]),
         (["verify"], ["REPO_OR_FOLDER", "--revision"]),
+        (["energy"], ["MODEL", "--data", "--costs", "--num-steps", "--out"]),
     ],
     ids=lambda value: "-".join(value) or "top" if isinstance(value, list) else None,
 )
@@ -61,6 +62,8 @@ def test_models_takes_a_pattern(capsys: pytest.CaptureFixture[str]) -> None:
         ["push", "no_such_folder", "--repo-id", "me/x"],
         ["push", "no_such_folder", "--repo-id", "x", "--dry-run"],
         ["verify", "no_such_folder"],
+        ["energy", "no_such_model", "--data", "digits"],
+        ["energy", "test_gac_msresnet", "--data", "digits", "--costs", "x"],
         ["bench", "kernels", "--ops", "no_such_op"],
         ["bench", "model", "--providers", "no_such_network"],
     ],

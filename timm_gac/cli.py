@@ -14,6 +14,7 @@ from tyro.extras import SubcommandApp
 from .bench_model import ModelBenchConfig
 from .benchmark import KernelBenchConfig
 from .demo import DemoConfig
+from .energy.command import EnergyConfig
 from .hub.prepare import PublishConfig
 
 DESCRIPTION = "Gated attention coding and spiking ResNets for timm: demonstrate, convert, benchmark and list."
@@ -103,6 +104,23 @@ def verify(
     return 0 if result.passed else 1
 
 
+def energy(
+    model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")],
+    config: Annotated[EnergyConfig, tyro.conf.arg(name="")],
+) -> int:
+    """Count what each layer really computes on images, and its energy under three conventions beside the ANN's.
+
+    Args:
+        model: Model folder, ORG/NAME on the Hub, or a registered name: with a tag for published weights, without for
+            random ones, whose batch norms take the statistics of the images.
+        config: What to measure it on.
+    """
+    from .energy.command import run_energy
+
+    run_energy(model, config)
+    return 0
+
+
 def bench_kernels(config: Annotated[KernelBenchConfig, tyro.conf.arg(name="")]) -> int:
     """Time each kernel against its rivals and the copy bandwidth of the same run, once it has passed its check."""
     from rich.console import Console
@@ -185,6 +203,7 @@ def _parser() -> SubcommandApp:
     app.command(train)
     app.command(push)
     app.command(verify)
+    app.command(energy)
     benchmarks.command(name="kernels")(bench_kernels)
     benchmarks.command(name="model")(bench_model)
     app.command(benchmarks, name="bench", help="Benchmarks: `timm-gac bench kernels --help`.")

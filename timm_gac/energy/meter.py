@@ -1,0 +1,179 @@
+"""A meter that watches the operands of the layers of any network while it runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..encoder import GatedAttentionCoding
+from .counter import LAYERS, Counter
+from .report import EnergyReport
+from .tables import COSTS, EnergyCosts
+
+__all__ = ["EnergyMeter", "measure_energy"]
+
+_ENTRIES = ("forward", "forward_steps", "forward_features", "forward_intermediates")
+
+
+class EnergyMeter:
+    """Counts the operations of a network while it runs, within ``with``.
+
+    It hooks inputs and outputs of convolutions and linear layers, so it sees the operands that are really used, with
+    any kernels behind the neurons, and with batch norms folded or not. It does not see into a compiled network or a
+    CUDA graph's replay: measure the plain module.
+
+    Args:
+        model: The network, in eval mode; T is its ``num_steps``.
+        num_steps: Number of time steps T, where the network has no ``num_steps``.
+
+    Raises:
+        ValueError: The network is compiled, has no layers to count, or T is not known.
+
+    Example:
+        >>> meter = EnergyMeter(model)  # doctest: +SKIP
+        >>> with meter, torch.no_grad():  # doctest: +SKIP
+        ...     model(images)
+        >>> meter.report().totals()  # doctest: +SKIP
+    """
+
+    def __init__(self, model: nn.Module, num_steps: int | None = None) -> None:
+        if hasattr(model, "_orig_mod"):
+            raise ValueError("expected a plain module, got a compiled one: measure the module given to torch.compile")
+        steps = getattr(model, "num_steps", None) if num_steps is None else num_steps
+        if not isinstance(steps, int) or steps < 1:
+            raise ValueError(f"expected num_steps of at least 1, got {steps!r}: give num_steps")
+        self.model, self.num_steps = model, steps
+        gates = [name for name, module in model.named_modules() if isinstance(module, GatedAttentionCoding)]
+        self._counters = {
+            name: Counter(name, module, _kind(name, module, gates))
+            for name, module in model.named_modules()
+            if isinstance(module, LAYERS)
+        }
+        if not self._counters:
+            raise ValueError(f"expected a network with convolutions or linear layers, got {type(model).__name__}")
+        self.images = 0
+        self._frames = False
+        self._order: list[str] = []  # in which the layers ran first
+        self._batch, self._depth = 0, 0
+        self._removers: list[Callable[[], None]] = []
+
+    def __enter__(self) -> EnergyMeter:
+        """Start to count; counts of an earlier ``with`` are kept."""
+        if self._removers:
+            raise ValueError("expected a meter that is not counting yet, got one within `with`: use another meter")
+        for counter in self._counters.values():
+            self._removers.append(counter.layer.register_forward_hook(self._hook(counter)).remove)
+        for name in _ENTRIES:
+            if hasattr(self.model, name):
+                self._watch(name)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Stop to count and leave the network as it was."""
+        while self._removers:
+            self._removers.pop()()
+
+    def _watch(self, name: str) -> None:
+        """Learn the batch size from a call of the network's method."""
+        method = getattr(self.model, name)
+
+        def watched(x: Tensor, *args: Any, **kwargs: Any) -> Any:
+            if self._depth == 0:
+                self._batch, self._frames = x.shape[0], x.ndim == 5
+                self.images += x.shape[0]
+            self._depth += 1
+            try:
+                return method(x, *args, **kwargs)
+            finally:
+                self._depth -= 1
+
+        replaced = self.model.__dict__.get(name)
+        self.model.__dict__[name] = watched
+
+        def restore() -> None:
+            if replaced is None:
+                del self.model.__dict__[name]
+            else:
+                self.model.__dict__[name] = replaced
+
+        self._removers.append(restore)
+
+    def _hook(self, counter: Counter) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
+        def count(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+            if self._depth == 0:
+                return  # a layer called on its own
+            if counter.name not in self._order:
+                self._order.append(counter.name)
+            counter.add(inputs[0], output, self._batch)
+
+        return count
+
+    def report(self, costs: EnergyCosts | str = "45nm-float32", weights: str = "") -> EnergyReport:
+        """Everything counted so far, per image.
+
+        Args:
+            costs: Cost table, or its name in `COSTS`.
+            weights: Where the weights are from, to be kept with the figures.
+
+        Raises:
+            ValueError: Nothing was counted, or there is no such cost table.
+        """
+        if self.images == 0 or not self._order:
+            raise ValueError("expected a meter that has seen images, got none: run the network within `with meter:`")
+        if isinstance(costs, str):
+            if costs not in COSTS:
+                raise ValueError(f"expected costs as one of {list(COSTS)}, got {costs!r}: choose one of these")
+            costs = COSTS[costs]
+        stem = next((name for name in self._order if self._counters[name].kind != "attention"), None)
+        layers = []
+        for name in self._order:
+            counter = self._counters[name]
+            layers.append(counter.result(self.images, "stem" if name == stem else counter.kind))
+        config = getattr(self.model, "pretrained_cfg", None)
+        architecture = getattr(config, "architecture", None) or (config or {}).get("architecture")
+        return EnergyReport(
+            model=architecture or type(self.model).__name__,
+            num_steps=self.num_steps,
+            images=self.images,
+            frames=self._frames,
+            layers=tuple(layers),
+            costs=costs,
+            weights=weights,
+            not_run=tuple(name for name in self._counters if name not in self._order),
+        )
+
+
+def _kind(name: str, module: nn.Module, gates: list[str]) -> str:
+    if any(name.startswith(f"{gate}.") if gate else True for gate in gates):
+        return "attention"
+    if {"downsample", "shortcut"} & set(name.split(".")):
+        return "shortcut"
+    return "head" if isinstance(module, nn.Linear) else "conv"
+
+
+@torch.no_grad()
+def measure_energy(
+    model: nn.Module, batches: Iterable[Tensor], costs: EnergyCosts | str = "45nm-float32", weights: str = ""
+) -> EnergyReport:
+    """The energy of a network on images, in the mode (eval or training) it is in.
+
+    Args:
+        model: The network.
+        batches: Images ``(B, C, H, W)`` or frames ``(B, T, C, H, W)``, on the network's device.
+        costs: Cost table, or its name in `COSTS`.
+        weights: Where the weights are from, to be kept with the figures.
+
+    Raises:
+        ValueError: There are no images; or see `EnergyMeter`.
+    """
+    meter = EnergyMeter(model)
+    with meter:
+        for images in batches:
+            model(images)
+    return meter.report(costs, weights)

@@ -1,0 +1,147 @@
+"""An energy report as a table, JSON, CSV and a picture."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .report import EnergyReport
+from .tables import CONVENTIONS
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+__all__ = ["layer_table", "report_dict", "totals_table", "write_chart", "write_csv", "write_json"]
+
+COLUMNS = ("layer", "kind", "macs", "runs", "input", "rate", "sops", *(f"{name}_mj" for name in CONVENTIONS))
+
+
+def layer_rows(report: EnergyReport) -> list[dict[str, Any]]:
+    """One row a layer: what it computes and what it costs under each convention, per image."""
+    energies = {name: report.layer_mj(name) for name in CONVENTIONS}
+    return [
+        {
+            "layer": layer.name, "kind": layer.kind, "macs": layer.macs, "runs": layer.runs,
+            "input": "binary" if layer.binary else "real", "rate": layer.rate, "sops": layer.sops,
+        }
+        | {f"{name}_mj": values[layer.name] for name, values in energies.items()}
+        for layer in report.layers
+    ]  # fmt: skip
+
+
+def report_dict(report: EnergyReport) -> dict[str, Any]:
+    """The report, ready for JSON."""
+    totals = report.totals()
+    return {
+        "model": report.model,
+        "weights": report.weights,
+        "num_steps": report.num_steps,
+        "images": report.images,
+        "unit": "per image; energy in mJ",
+        "energy_mj": {name: row["energy_mj"] for name, row in totals.items()},
+        "of_ann": {name: row["of_ann"] for name, row in totals.items()},
+        "macs": {name: row["macs"] for name, row in totals.items()},
+        "acs": {name: row["acs"] for name, row in totals.items()},
+        "neurobench_dense": report.dense,
+        "costs": {
+            "name": report.costs.name, "mac_pj": report.costs.mac_pj, "ac_pj": report.costs.ac_pj,
+            "source": report.costs.source,
+        },
+        "energy_by_step_mj": {name: list(report.energy_by_step(name)) for name in CONVENTIONS},
+        "layers": layer_rows(report),
+        "not_run": list(report.not_run),
+    }  # fmt: skip
+
+
+def write_json(report: EnergyReport, file: Path) -> None:
+    """Write the whole report."""
+    file.write_text(json.dumps(report_dict(report), indent=2) + "\n")
+
+
+def write_csv(report: EnergyReport, file: Path) -> None:
+    """Write one row a layer."""
+    with file.open("w", newline="") as stream:
+        writer = csv.DictWriter(stream, COLUMNS)
+        writer.writeheader()
+        writer.writerows(layer_rows(report))
+
+
+def layer_table(report: EnergyReport) -> Table:
+    """One row a layer, for a terminal."""
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+
+    title = f"{report.model}, T={report.num_steps}, weights {report.weights or 'as given'}, {report.images} images"
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
+    for heading in ("layer", "kind", "input"):
+        table.add_column(heading, no_wrap=True)
+    for heading in ("MACs a run", "runs", "rate", "SOPs", *(f"{name} mJ" for name in CONVENTIONS)):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for row in layer_rows(report):
+        energies = [f"{row[f'{name}_mj']:.4g}" for name in CONVENTIONS]
+        table.add_row(
+            row["layer"], row["kind"], row["input"], f"{row['macs']:,}", f"{row['runs']:g}", f"{row['rate']:.1%}",
+            f"{row['sops']:,.0f}", *energies,
+        )  # fmt: skip
+    return table
+
+
+def totals_table(report: EnergyReport) -> Table:
+    """One row a convention, and the ANN's, for a terminal."""
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+
+    table = Table(title=f"per image, {report.costs.name}", title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
+    table.add_column("convention")
+    for heading in ("MACs", "ACs", "mJ", "of the ANN"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for name, row in report.totals().items():
+        numbers = f"{row['macs']:,.0f}", f"{row['acs']:,.0f}", f"{row['energy_mj']:.4g}", f"{row['of_ann']:.1%}"
+        table.add_row(name, *numbers)
+    return table
+
+
+def write_chart(report: EnergyReport, file: Path) -> None:
+    """Draw the energy of each convention by kind of layer, and the firing rate of each layer's input."""
+    from matplotlib.figure import Figure
+
+    colours = {"stem": "#17324d", "attention": "#e0a458", "shortcut": "#b04a5a", "conv": "#0b6e4f", "head": "#9aa5b1"}
+    figure = Figure(figsize=(12, max(4.2, 1.6 + 0.2 * len(report.layers))), layout="constrained", facecolor="white")
+    left, right = figure.subplots(1, 2, width_ratios=(1, 1.1))
+    names = [*CONVENTIONS, "ann"]
+    energies = {name: report.layer_mj(name) for name in CONVENTIONS}
+    energies["ann"] = {
+        layer.name: 0.0 if layer.kind == "attention" else layer.macs * report.costs.mac_pj * 1e-9
+        for layer in report.layers
+    }
+    bottom = dict.fromkeys(names, 0.0)
+    for kind, colour in colours.items():
+        parts = [sum(energies[n][layer.name] for layer in report.layers if layer.kind == kind) for n in names]
+        left.bar(names, parts, bottom=list(bottom.values()), color=colour, label=kind, width=0.65)
+        bottom = {name: bottom[name] + part for name, part in zip(names, parts, strict=True)}
+    for place, total in enumerate(bottom.values()):
+        left.text(place, total, f"{total:.3g} mJ", ha="center", va="bottom", fontsize=9)
+    left.margins(y=0.1)
+    left.set_ylabel("mJ per image")
+    left.set_title("Energy by convention", loc="left")
+    left.legend(frameon=False, fontsize=8)
+    rows = [layer for layer in report.layers if not layer.name.startswith("encoder.temporal")]
+    for place, layer in enumerate(rows):
+        style = {} if layer.binary else {"alpha": 0.35, "hatch": "///"}
+        right.barh(place, layer.rate, color=colours[layer.kind], **style)
+        right.text(layer.rate, place, f" {layer.rate:.0%}", va="center", fontsize=7)
+    right.set_yticks(range(len(rows)), [layer.name for layer in rows], fontsize=7)
+    right.invert_yaxis()
+    right.set_xlim(0, 1.12)
+    right.set_xlabel("share of the input that is not 0")
+    right.set_title("Input of each layer: solid = spikes, hatched = real values", loc="left")
+    for axis in (left, right):
+        axis.spines[["top", "right"]].set_visible(False)
+    figure.suptitle(
+        f"{report.model}, T={report.num_steps}, {report.images} images, weights {report.weights or 'as given'}, "
+        f"{report.costs.name}",
+        fontsize=10,
+    )
+    figure.savefig(file, dpi=110)
