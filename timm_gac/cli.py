@@ -73,6 +73,8 @@ def push(
     for name, size in result.files.items():
         mark = "sent" if name in result.sent else "    " if config.dry_run else "same"
         console.print(f"{mark}  {size:>12,}  {name}")
+    if "energy.json" not in result.files:
+        console.print(f"the card has no energy: `timm-gac energy {source} --data DATA --out {source}` measures it")
     if config.dry_run:
         console.print(f"nothing was sent: look at {result.folder}, then push without --dry-run")
     else:

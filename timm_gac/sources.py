@@ -49,6 +49,10 @@ def open_network(model: str, num_steps: int | None = None, seed: int = 0) -> tup
     network = load_model(open_source(model))
     if num_steps is not None and network.num_steps != num_steps:
         raise ValueError(f"expected num_steps={network.num_steps} as {model} has, got {num_steps}: leave it out")
+    path = Path(model.removeprefix("local-dir:"))
+    if path.is_dir():  # by its name alone: the folders above it are nobody's business where figures are published
+        path = path.resolve()
+        model = path.parent.name if path.name == "model" else path.name
     return network, f"of {model}"
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -15,14 +15,24 @@ from timm_gac.hub import save_model_folder
 
 
 @pytest.fixture(scope="session")
-def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny network whose statistics fit its golden images, so that its neurons fire."""
-    torch.manual_seed(0)
-    model = timm.create_model("test_gac_msresnet", num_classes=3, num_steps=2)
-    with torch.no_grad():
-        for _ in range(20):
-            model(torch.randn(8, 3, 32, 32) * 1.2)
-    return save_model_folder(model.eval(), tmp_path_factory.mktemp("model") / "tiny")
+def make_folder() -> Callable[..., Path]:
+    """Writes a tiny network whose statistics fit its golden images, so that its neurons fire."""
+
+    def make(folder: Path, num_classes: int = 3) -> Path:
+        torch.manual_seed(0)
+        model = timm.create_model("test_gac_msresnet", num_classes=num_classes, num_steps=2)
+        with torch.no_grad():
+            for _ in range(20):
+                model(torch.randn(8, 3, 32, 32) * 1.2)
+        return save_model_folder(model.eval(), folder)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def model_folder(make_folder: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Such a network of three classes; not to be changed."""
+    return make_folder(tmp_path_factory.mktemp("model") / "tiny")
 
 
 @pytest.fixture

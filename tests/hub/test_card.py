@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 from huggingface_hub import ModelCard
 
 from gac_kernels import CIFAR
 from timm_gac.hub.card import write_card
-from timm_gac.hub.facts import Facts, gather
+from timm_gac.hub.facts import Facts, check_energy, gather, read_public
 
 FACTS = Facts(
     architecture="gac_msresnet18_cifar",
@@ -22,15 +24,24 @@ FACTS = Facts(
     spec=CIFAR,
     preprocessing={"input_size": [3, 32, 32], "crop_pct": 1.0, "mean": [0.5, 0.5, 0.5], "std": [0.2, 0.2, 0.2]},
 )
+ENERGY = {
+    "model": "gac_msresnet18_cifar", "num_steps": 4, "weights": "of gac", "images": 256,
+    "energy_mj": {"paper": 0.1234, "strict": 0.5, "ann": 1.5}, "of_ann": {"paper": 0.0823, "strict": 1 / 3, "ann": 1.0},
+    "macs": {"paper": 12.4, "strict": 2_000_000.0, "ann": 3e6}, "acs": {"paper": 7.0, "strict": 8.0, "ann": 0.0},
+    "layers": [{"layer": "conv1"}],
+}  # fmt: skip
 MEASURED = Facts(
     **{field: getattr(FACTS, field) for field in FACTS.__dataclass_fields__}
     | {
-        "training": {"data": "cifar100", "epochs": 200, "optimizer": {"name": "sgd", "lr": 0.1}},
+        "training": {
+            "data": "cifar100", "epochs": 200, "optimizer": {"name": "sgd", "lr": 0.1}, "flip": True, "compile": False,
+            "mixup": 0.0, "seed": 0,
+        },
         "evaluation": {
             "top1": 0.801, "top5": 0.95, "ece": 0.031, "top1_per_step": [0.7, 0.75, 0.79, 0.801],
             "firing_rates": {"encoder": 0.123, "lif": 0.05}, "images": 10_000,
         },
-        "energy": {"snn_mj": 0.1234, "ann_mj": 1.5, "layers": {"conv1": 3}},
+        "energy": ENERGY,
         "files": {"metrics.csv": Path("metrics.csv"), "curve.png": Path("curve.png")},
     }
 )  # fmt: skip
@@ -50,11 +61,14 @@ def test_measured_figures_are_in_it() -> None:
     text = write_card(MEASURED, "me/x")
     for shown in (
         "80.10%", "95.00%", "0.0310", "after 1 of 4 time steps | 70.00%", "| `encoder` | 12.30% |", "10,000",
-        "| snn_mj | 0.1234 |", "| optimizer.lr | 0.1 |", "(curve.png)", "(metrics.csv)", "threshold 1, decay 0.5",
+        "| paper | 12 | 7 | 0.1234 mJ | 8.2% |", "| strict | 2,000,000 | 8 | 0.5 mJ | 33.3% |", "on 256 images",
+        "| optimizer.lr | 0.1 |", "| flip | yes |", "| seed | 0 |",
+        "(curve.png)", "(metrics.csv)", "threshold 1, decay 0.5",
         "12,679,362",
     ):  # fmt: skip
         assert shown in text, shown
     assert "conv1" not in text, "layers stay in energy.json"
+    assert "compile" not in text and "mixup" not in text, "what is off stays in training.json"
 
 
 def test_what_was_not_measured_is_left_out() -> None:
@@ -86,3 +100,42 @@ def test_facts_of_a_folder(model_folder: Path) -> None:
     facts = gather(model_folder, model_folder)
     assert (facts.architecture, facts.num_classes, facts.num_steps) == ("test_gac_msresnet", 3, 2)
     assert facts.gated and facts.membrane_shortcut and facts.spec == CIFAR and facts.top1 is None and facts.files == {}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model": "msresnet18_cifar"}, "got 'msresnet18_cifar' with T=4"),
+        ({"num_steps": 6}, "with T=6"),
+        ({"weights": "random (seed 0), batch-norm statistics of these images"}, "and its trained weights, got"),
+        ({"macs": {}}, "as `timm-gac energy --out` writes it"),
+        ({"energy_mj": None}, "as `timm-gac energy --out` writes it"),
+    ],
+)
+def test_energy_of_another_model_is_refused(change: dict[str, Any], message: str) -> None:
+    check_energy(ENERGY, "gac_msresnet18_cifar", 4)
+    with pytest.raises(ValueError, match=message):
+        check_energy(ENERGY | change, "gac_msresnet18_cifar", 4)
+
+
+@pytest.mark.parametrize(
+    ("value", "published"),
+    [
+        ("/home/me/my data/cifar100.npz", "cifar100.npz"),
+        ("data/cifar100.npz", "cifar100.npz"),
+        ("~/sets/imagenet/", "imagenet"),
+        ("C:\\Users\\me\\x.npz", "x.npz"),
+        ("local-dir:/home/me/runs/gac/model", "local-dir:model"),
+        ("of /home/me/runs/gac", "of gac"),
+        ("torch/cifar100", "torch/cifar100"),
+        ("hf-hub:org/name", "hf-hub:org/name"),
+        ("https://example.org/a/b", "https://example.org/a/b"),
+        ("3.1 images/s, 1 / 2", "3.1 images/s, 1 / 2"),
+        ("2.14.1+cu130", "2.14.1+cu130"),
+        (["/a/b", {"c": "/d/e"}], ["b", {"c": "e"}]),
+        (0.5, 0.5),
+    ],
+)
+def test_paths_of_the_machine_are_not_published(value: Any, published: Any, tmp_path: Path) -> None:
+    (tmp_path / "x.json").write_text(json.dumps({"lr": 1, "data": value, "recipe": {"lr": 1, "data": value}}))
+    assert read_public(tmp_path / "x.json") == {"lr": 1, "data": published}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -130,11 +131,46 @@ def test_a_run_is_published_with_what_it_measured(model_folder: Path, tmp_path: 
     labels = tmp_path / "labels.txt"
     labels.write_text("ant\nbee\ncat\n")
     out = tmp_path / "out"
-    result = push(run, PublishConfig(REPO, dry_run=True, out=out, label_names=labels))
+    result = push(run, PublishConfig(REPO, dry_run=True, out=out, label_names=str(labels)))
     assert sorted(result.files) == sorted([*FILES, "eval.json", "metrics.csv", "training.json"])
     config = json.loads((out / "config.json").read_text())
     assert config["label_names"] == ["ant", "bee", "cat"] and "num_classes" not in config["model_args"]
     assert json.loads((out / "training.json").read_text())["epochs"] == 7
+
+
+@pytest.mark.parametrize("how", ["the run's data set", "--dataset", "--label-names"])
+def test_class_names_of_known_sets(how: str, make_folder: Callable[..., Path], tmp_path: Path) -> None:
+    folder = make_folder(tmp_path / "run" / "model", num_classes=100)
+    if how == "the run's data set":
+        (tmp_path / "run" / "eval.json").write_text(json.dumps({"top1": 0.5, "dataset": "cifar100"}))
+    options = {"--dataset": {"dataset": "CIFAR-100"}, "--label-names": {"label_names": "cifar100"}}.get(how, {})
+    push(folder.parent, PublishConfig(REPO, dry_run=True, out=tmp_path / "out", **options))
+    names = json.loads((tmp_path / "out" / "config.json").read_text())["label_names"]
+    assert len(names) == 100 and (names[0], names[1], names[71], names[99]) == ("apple", "aquarium_fish", "sea", "worm")
+    assert names == sorted(names)
+
+
+def test_names_of_a_set_with_other_classes_are_not_taken(model_folder: Path, tmp_path: Path) -> None:
+    push(model_folder, PublishConfig(REPO, dry_run=True, out=tmp_path / "out", dataset="cifar100"))
+    assert "label_names" not in json.loads((tmp_path / "out" / "config.json").read_text())
+    with pytest.raises(ValueError, match="expected 3 label names, one a class, got 10"):
+        push(model_folder, PublishConfig(REPO, dry_run=True, out=tmp_path / "other", label_names="cifar10"))
+    with pytest.raises(ValueError, match="expected label names as cifar10, cifar100 or a text file, got 'cifar'"):
+        push(model_folder, PublishConfig(REPO, dry_run=True, out=tmp_path / "other", label_names="cifar"))
+
+
+def test_no_path_of_the_machine_is_published(model_folder: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(model_folder, run / "model")
+    recipe = {"data": str(tmp_path / "cifar100.npz"), "init": f"local-dir:{tmp_path}/a/model", "lr": 0.1}
+    (run / "config.json").write_text(json.dumps(recipe | {"recipe": recipe}))
+    (run / "eval.json").write_text(json.dumps({"top1": 0.5, "dataset": "cifar100", "weights": f"of {run}"}))
+    files = push(run, PublishConfig(REPO, dry_run=True, out=tmp_path / "out")).files
+    for name in files:
+        assert str(tmp_path).encode() not in (tmp_path / "out" / name).read_bytes(), name
+    training = json.loads((tmp_path / "out" / "training.json").read_text())
+    assert training == {"data": "cifar100.npz", "init": "local-dir:model", "lr": 0.1}
+    assert "| data | cifar100.npz |" in (tmp_path / "out" / "README.md").read_text()
 
 
 @pytest.mark.parametrize("name", ["pytorch_model.bin", "a.pt", "b.pkl", "x.pth.tar", "../config.json", "/etc/x"])
@@ -157,7 +193,7 @@ def test_wrong_sources(model_folder: Path, tmp_path: Path) -> None:
     labels = tmp_path / "labels.txt"
     labels.write_text("one\n")
     with pytest.raises(ValueError, match="expected 3 label names, one a class, got 1"):
-        push(copy, PublishConfig(REPO, dry_run=True, out=tmp_path / "out", label_names=labels))
+        push(copy, PublishConfig(REPO, dry_run=True, out=tmp_path / "out", label_names=str(labels)))
     tensors = safetensors.torch.load_file(copy / "model.safetensors")
     safetensors.torch.save_file({name: t * 0 for name, t in tensors.items()}, copy / "model.safetensors")
     with pytest.raises(ValueError, match="expected a network whose logits depend on the image"):

@@ -49,9 +49,7 @@ def test_train_publish_fetch_compare_verify_fine_tune(tmp_path: Path) -> None:
     with loopback_hub() as hub:
         names = str(tmp_path / "names.txt")
         command = ["-m", "timm_gac.cli", "push", str(trained), "--repo-id", REPO, "--label-names", names]
-        pushed = run(
-            [*command, "--label-names", str(tmp_path / "names.txt")], hub, tmp_path / "a", HF_TOKEN=WRITE_TOKEN
-        )
+        pushed = run(command, hub, tmp_path / "a", HF_TOKEN=WRITE_TOKEN)
         assert pushed.returncode == 0, pushed.stderr
         repository = hub.repositories[REPO]
         revision = repository.sha(len(repository.commits) - 1)

@@ -9,10 +9,12 @@ from huggingface_hub import EvalResult, ModelCardData
 
 from gac_kernels import LIFSpec
 
-from .facts import CURVE, DIGITS, LOG, RASTER, Facts
+from .facts import CURVE, DIGITS, ENERGY, ENERGY_CHART, LOG, RASTER, TRAINING, Facts
 from .folder import WEIGHTS
 from .remote import GOLDEN
 
+# How the energy table names the conventions of timm_gac.energy.
+CONVENTIONS = {"strict": "strict", "paper": "paper", "neurobench": "NeuroBench", "ann": "the same layers as an ANN"}
 PAPER = "arXiv:2308.06582"
 CITATION = """\
 @inproceedings{qiu2024gac,
@@ -39,7 +41,7 @@ def write_card(facts: Facts, repo_id: str, license_id: str = "apache-2.0") -> st
         _model(facts),
         _results(facts),
         _firing_rates(facts),
-        _energy(facts.energy),
+        _energy(facts),
         _training(facts),
         _limits(facts),
         _verification(repo_id),
@@ -163,6 +165,9 @@ def _results(facts: Facts) -> str:
     images = next((facts.evaluation[key] for key in ("images", "test_digits") if key in facts.evaluation), None)
     if rows and images is not None:
         rows.append(("images", f"{images:,}"))
+    stored = facts.evaluation.get("stored_dtype")
+    if rows and isinstance(stored, str):
+        rows.append(("weights stored as", stored))
     rows += [
         (f"top-1 accuracy after {step} of {facts.num_steps} time steps", f"{value:.2%}")
         for step, value in enumerate(facts.step_accuracies, start=1)
@@ -178,39 +183,63 @@ def _firing_rates(facts: Facts) -> str:
     if not facts.firing_rates:
         return ""
     rows = {f"`{layer}`": f"{rate:.2%}" for layer, rate in facts.firing_rates.items()}
+    encoder = "; of the gated encoder, the share of its values above 0" if facts.gated else ""
     picture = f"\n\n![Spikes of some neurons of each layer]({RASTER})" if RASTER in facts.files else ""
-    return "## Firing rates\n\nSpikes per neuron and time step.\n\n" + _table(("layer", "rate"), rows) + picture
-
-
-def _energy(energy: Mapping[str, Any]) -> str:
-    rows = _numbers(energy)
-    if not rows:
-        return ""
     return (
-        "## Energy\n\nEstimated from counted operations, as the field does (45 nm, float32: 4.6 pJ a "
-        "multiply-accumulate, 0.9 pJ an accumulate; memory traffic left out); not measured on a chip.\n\n"
-        + _table(("", "value"), rows)
+        f"## Firing rates\n\nSpikes per neuron and time step{encoder}.\n\n" + _table(("layer", "rate"), rows) + picture
     )
 
 
-def _numbers(tree: Mapping[str, Any], prefix: str = "", depth: int = 2) -> list[tuple[str, str]]:
-    """Numbers and texts of nested objects, to the given depth, with dotted names; lists and layers stay in the file."""
+def _energy(facts: Facts) -> str:
+    energy = facts.energy
+    if not energy:
+        return ""
+    costs = energy.get("costs", {})
+    rows = [
+        f"| {title} | {energy['macs'][name]:,.0f} | {energy['acs'][name]:,.0f} | {energy['energy_mj'][name]:.4g} mJ "
+        f"| {energy['of_ann'][name]:.1%} |"
+        for name, title in CONVENTIONS.items()
+        if name in energy["energy_mj"]
+    ]
+    lines = ["| counted as | MACs | ACs | energy per image | of the ANN's |", "|---|---|---|---|---|", *rows]
+    picture = f"\n\n![Energy by kind of layer, and firing rates]({ENERGY_CHART})" if ENERGY_CHART in facts.files else ""
+    return (
+        f"## Energy\n\nEstimated from the operations counted on {energy['images']:,} images, at "
+        f"{costs.get('mac_pj', 4.6):.2g} pJ a multiply-accumulate (MAC) and {costs.get('ac_pj', 0.9):.2g} pJ an "
+        f"accumulate (AC) ({costs.get('name', '45nm-float32')}; memory traffic, norms and neurons left out); not "
+        "measured on a chip. *Strict*: a MAC wherever a layer's input is real-valued. *Paper*: as the paper counts, "
+        "shortcuts as accumulates and the encoder's attention not at all. *NeuroBench*: what is zero costs nothing. "
+        f"By layer and time step: [{ENERGY}]({ENERGY}).\n\n" + "\n".join(lines) + picture
+    )
+
+
+def _recipe(tree: Mapping[str, Any], prefix: str = "", depth: int = 2) -> list[tuple[str, str]]:
+    """The recipe's fields that are in force, with dotted names where they are nested; 0 and off are left out."""
     rows: list[tuple[str, str]] = []
     for key, value in tree.items():
         name = f"{prefix}{key}"
-        if isinstance(value, Mapping) and depth > 1 and key not in ("layers", "versions"):
-            rows += _numbers(value, f"{name}.", depth - 1)
-        elif isinstance(value, int | float) and not isinstance(value, bool):
+        if isinstance(value, Mapping) and depth > 1:
+            rows += _recipe(value, f"{name}.", depth - 1)
+        elif value is True:
+            rows.append((name, "yes"))
+        elif isinstance(value, int | float) and (value or key == "seed"):
             rows.append((name, f"{value:,}" if isinstance(value, int) else f"{value:.4g}"))
-        elif isinstance(value, str) and len(value) <= 80:
+        elif isinstance(value, str) and 0 < len(value) <= 80:
             rows.append((name, value))
     return rows
 
 
 def _training(facts: Facts) -> str:
     parts = []
-    if facts.training:
-        parts.append(_table(("recipe", "value"), _numbers(facts.training)))
+    rows = _recipe(facts.training)
+    if rows:
+        table = _table(("recipe", "value"), rows)
+        kept = (
+            f"\n\nWhat is 0 or off is left out here; [{TRAINING}]({TRAINING}) has all."
+            if TRAINING in facts.files
+            else ""
+        )
+        parts.append(table + kept)
     if LOG in facts.files:
         parts.append(f"The log of each epoch is in [{LOG}]({LOG}).")
     if CURVE in facts.files:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,9 +16,9 @@ from ..models.blocks import MSBlock
 from .folder import CONFIG, load_model, read_config
 
 EVALUATIONS = ("eval.json", "demo.json")  # the trainer's evaluation, and the demonstration's result
-ENERGY = "energy.json"
+ENERGY = "energy.json"  # of `timm-gac energy --out RUN`
 LOG = "metrics.csv"
-CURVE, RASTER = "curve.png", "spikes.png"
+CURVE, RASTER, ENERGY_CHART = "curve.png", "spikes.png", "energy.png"
 TRAINING = "training.json"  # the run's own config.json, whose name the model's takes in a repository
 MAX_JSON_BYTES = 1 << 22
 # Names of data sets in recipes, as the Hub knows them.
@@ -27,6 +28,10 @@ DATASETS = {
     "imagenet": ("ILSVRC/imagenet-1k", "ImageNet-1k"),
 }
 DIGITS = ("", "scikit-learn digits")
+# Where a path of this machine begins, and the folders in it.
+_ROOT = r"(?:~|\.{1,2}|[A-Za-z]:)?[\\/](?=[^\s\\/])"
+_WHOLE_PATH = re.compile(rf"(local-dir:)?{_ROOT}.*")
+_PATH_IN_TEXT = re.compile(rf"(?:^|(?<=[\s:=('\"])){_ROOT}(?:[^\s\\/]+[\\/])*")
 
 
 @dataclass(frozen=True)
@@ -128,6 +133,34 @@ def read_json(file: Path) -> dict[str, Any]:
     return content
 
 
+def read_public(file: Path) -> dict[str, Any]:
+    """A JSON object of a run as it may be published; empty where there is no such file.
+
+    Paths of the machine shrink to their last part. The trainer's ``recipe``, which repeats other entries, is left out.
+
+    Raises:
+        ValueError: See `read_json`.
+    """
+    content = read_json(file)
+    recipe = content.get("recipe")
+    if isinstance(recipe, dict) and recipe.items() <= content.items():
+        del content["recipe"]
+    return {key: _without_folders(value) for key, value in content.items()}
+
+
+def _without_folders(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {_without_folders(key): _without_folders(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_without_folders(item) for item in value]
+    if not isinstance(value, str):
+        return value
+    whole = _WHOLE_PATH.fullmatch(value)
+    if whole or value.endswith(".npz"):
+        return ((whole and whole[1]) or "") + re.split(r"[\\/]", value.rstrip("\\/"))[-1]
+    return _PATH_IN_TEXT.sub("", value)
+
+
 def gather(folder: Path, run: Path) -> Facts:
     """The facts of a model folder and of the run around it.
 
@@ -136,17 +169,23 @@ def gather(folder: Path, run: Path) -> Facts:
         run: Folder with what the run wrote; the model folder again where there is no run around it.
 
     Raises:
-        ValueError: The folder is no model folder, or a JSON file of the run is damaged.
+        ValueError: The folder is no model folder, a JSON file of the run is damaged, or its energy is that of another
+            model.
     """
     config = read_config(folder)
     model: Any = load_model(folder)
     files = {
-        name: run / name for name in (*EVALUATIONS, ENERGY, LOG, CURVE, RASTER, TRAINING) if (run / name).is_file()
+        name: run / name
+        for name in (*EVALUATIONS, ENERGY, ENERGY_CHART, LOG, CURVE, RASTER, TRAINING)
+        if (run / name).is_file()
     }
     if run != folder and (run / CONFIG).is_file():
         files[TRAINING] = run / CONFIG
-    training = read_json(files[TRAINING]) if TRAINING in files else {}
-    evaluation = next((read_json(files[name]) for name in EVALUATIONS if name in files), {})
+    training = read_public(files[TRAINING]) if TRAINING in files else {}
+    evaluation = next((read_public(files[name]) for name in EVALUATIONS if name in files), {})
+    energy = read_public(run / ENERGY)
+    if energy:
+        check_energy(energy, config["architecture"], model.num_steps)
     names = config.get("label_names") or first(training, "label_names", "class_names") or ()
     cfg = config.get("pretrained_cfg", {})
     wanted = ("input_size", "crop_pct", "interpolation", "mean", "std")
@@ -162,6 +201,23 @@ def gather(folder: Path, run: Path) -> Facts:
         label_names=tuple(names),
         training=training,
         evaluation=evaluation,
-        energy=read_json(run / ENERGY),
+        energy=energy,
         files=files,
     )
+
+
+def check_energy(energy: Mapping[str, Any], architecture: str, num_steps: int) -> None:
+    """Refuse an energy.json that was not measured on this model's trained weights.
+
+    Raises:
+        ValueError: It is of another network or T, of random weights, or was not written by `timm-gac energy`.
+    """
+    found = (energy.get("model"), energy.get("num_steps"))
+    if found != (architecture, num_steps) or str(energy.get("weights", "")).startswith("random"):
+        raise ValueError(
+            f"expected {ENERGY} of {architecture} with T={num_steps} and its trained weights, got {found[0]!r} with "
+            f"T={found[1]!r} and weights {energy.get('weights')!r}: measure it again with `timm-gac energy`"
+        )
+    tables = [energy.get(key) for key in ("energy_mj", "of_ann", "macs", "acs")]
+    if not all(isinstance(table, dict) and {"strict", "ann"} <= table.keys() for table in tables):
+        raise ValueError(f"expected {ENERGY} as `timm-gac energy --out` writes it, got another form: measure it again")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import tempfile
 from dataclasses import dataclass, replace
@@ -9,8 +10,9 @@ from pathlib import Path
 
 from huggingface_hub.utils import validate_repo_id
 
+from ..data.labels import known_label_names
 from .card import write_card
-from .facts import Facts, gather
+from .facts import Facts, gather, read_public
 from .folder import CONFIG, WEIGHTS, check_labels, read_config, write_config
 from .golden import write_golden
 from .remote import CARD, model_folder
@@ -28,7 +30,8 @@ class PublishConfig:
         dry_run: Write the folder and show its files; nothing is sent.
         out: Folder to keep what is published in; push/NAME in a dry run where left out.
         overwrite: Replace files that are there already, on the Hub and in the folder.
-        label_names: Text file with the name of one class a line, in order.
+        label_names: Names of the classes: cifar10, cifar100, or a text file with the name of one class a line, in
+            order. Where left out: those of the run, or of the data set it names, if known.
         dataset: Name of the training data, such as cifar100, where the run does not say it.
         license: Licence of the weights, as the Hub spells it.
     """
@@ -38,7 +41,7 @@ class PublishConfig:
     dry_run: bool = False
     out: Path | None = None
     overwrite: bool = False
-    label_names: Path | None = None
+    label_names: str | None = None
     dataset: str | None = None
     license: str = "apache-2.0"
 
@@ -56,7 +59,8 @@ def prepare_folder(source: Path, out: Path, config: PublishConfig) -> list[Path]
     """Write the repository of a model: config, weights, golden tensors, card and what the run measured.
 
     Only these files are taken: config.json and model.safetensors; of a run also its configuration (as training.json),
-    metrics.csv, curve.png, eval.json and energy.json. Nothing else of the source is published.
+    metrics.csv, curve.png, eval.json, energy.json and energy.png. Nothing else of the source is published, and no path
+    of this machine.
 
     Args:
         source: Run folder of the trainer (with ``model/`` in it), or a model folder.
@@ -84,7 +88,10 @@ def prepare_folder(source: Path, out: Path, config: PublishConfig) -> list[Path]
         write_config(stage / CONFIG, read_config(folder) | labels)
         shutil.copyfile(folder / WEIGHTS, stage / WEIGHTS)
         for name, file in facts.files.items():
-            shutil.copyfile(file, stage / name)
+            if file.suffix == ".json":
+                (stage / name).write_text(json.dumps(read_public(file), indent=2) + "\n", encoding="utf-8")
+            else:
+                shutil.copyfile(file, stage / name)
         write_golden(folder, stage)
         (stage / CARD).write_text(write_card(facts, config.repo_id, config.license), encoding="utf-8")
         out.mkdir(exist_ok=True)
@@ -95,15 +102,19 @@ def prepare_folder(source: Path, out: Path, config: PublishConfig) -> list[Path]
 
 
 def _complete(facts: Facts, config: PublishConfig) -> Facts:
-    """The facts with what the user says beside them."""
+    """The facts with what the user says, or is known of the data set, beside them."""
+    if config.dataset is not None:
+        said = {"dataset": config.dataset}
+        facts = replace(facts, evaluation={**facts.evaluation, **said}, training={**facts.training, **said})
     labels = facts.label_names
     if config.label_names is not None:
-        labels = read_labels(config.label_names)
+        labels = known_label_names(config.label_names) or read_labels(Path(config.label_names))
+    elif not labels and facts.dataset is not None:
+        known = known_label_names(facts.dataset[1])
+        labels = known if len(known) == facts.num_classes else ()
     if labels:
         check_labels(labels, facts.num_classes)
-    evaluation = facts.evaluation if config.dataset is None else {**facts.evaluation, "dataset": config.dataset}
-    training = facts.training if config.dataset is None else {**facts.training, "dataset": config.dataset}
-    return replace(facts, label_names=tuple(labels), evaluation=evaluation, training=training)
+    return replace(facts, label_names=tuple(labels))
 
 
 def read_labels(file: Path) -> tuple[str, ...]:
@@ -113,7 +124,9 @@ def read_labels(file: Path) -> tuple[str, ...]:
         ValueError: There is no such file, or it is no UTF-8 text of at most 1 MiB.
     """
     if not file.is_file():
-        raise ValueError(f"expected a file of label names, got {str(file)!r}, which is none: check the path")
+        raise ValueError(
+            f"expected label names as cifar10, cifar100 or a text file, got {str(file)!r}, which is none: check it"
+        )
     content = file.read_bytes()
     try:
         if len(content) > MAX_LABEL_BYTES:
