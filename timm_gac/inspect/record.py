@@ -15,7 +15,7 @@ from ..recording import current_of, membrane_of, neuron_layers, spikes_of
 
 __all__ = ["Inspection", "LayerActivity", "inspect_network"]
 
-BINS, LOW, HIGH = 60, -3.0, 4.0  # of membrane histograms, in thresholds
+BINS, LOW, HIGH = 70, -3.0, 4.0  # of membrane histograms, in thresholds; the threshold is the edge of a bin
 
 
 @dataclass(frozen=True)
