@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .record import HIGH, LOW, Inspection
+from .record import BINS, HIGH, LOW, Inspection
 
 __all__ = ["FIGURES", "draw_trains"]
 
@@ -18,32 +18,35 @@ NEURONS = 24
 QUIET, BUSY, ACTIVE = "#9aa5b1", "#b04a5a", "#2a6f97"
 
 
-def draw_trains(axis: Any, trains: dict[str, Tensor], neurons: int = NEURONS) -> dict[str, tuple[float, int]]:
-    """Dots for the spikes of some neurons of each layer, layers from top to bottom, one column a time step.
+def draw_trains(axis: Any, trains: dict[str, Tensor]) -> None:
+    """Dots for the spikes of each layer's neurons, layers from top to bottom, one column a time step.
 
     Args:
         axis: Axis of matplotlib.
-        trains: By layer, 0 or 1, ``(columns, neurons)``.
-        neurons: At most so many of each layer: those whose firing varies most, of those alike the ones that fire most.
-
-    Returns:
-        By layer, the middle of its band and the number of neurons in it.
+        trains: By layer, zero or not, ``(columns, neurons)``: the neurons to draw.
     """
     from matplotlib import colormaps
 
-    colours, top, bands = colormaps["viridis"], 0.0, {}
+    colours, top, labels = colormaps["viridis"], 0.0, []
     for index, (name, fired) in enumerate(trains.items()):
-        fired = fired.float()
-        score = fired.var(0, correction=0) + 1e-3 * fired.mean(0)
-        picked = score.topk(min(neurons, fired.shape[1])).indices.sort().values
-        when, which = fired[:, picked].nonzero(as_tuple=True)
+        when, which = fired.nonzero(as_tuple=True)
         colour = colours(0.88 * index / max(1, len(trains) - 1))
-        axis.hlines(top + which, when + 0.1, when + 0.9, linewidth=1.2, color=colour)
-        bands[name] = (top + len(picked) / 2, len(picked))
-        top += len(picked) + 6
+        axis.hlines((top + which).numpy(), (when + 0.1).numpy(), (when + 0.9).numpy(), linewidth=1.2, color=colour)
+        labels.append((top + fired.shape[1] / 2, name))
+        top += fired.shape[1] + 6
     axis.set(ylim=(top - 3, -3))
-    axis.set_yticks([middle for middle, _ in bands.values()], list(bands))
-    return bands
+    axis.set_yticks([place for place, _ in labels], [name for _, name in labels])
+
+
+def _some_neurons(spikes: Tensor) -> Tensor:
+    """Some neurons of (T, C, H, W), (T, neurons): from all over those that change, then those that always fire."""
+    trains = spikes.flatten(1)
+    mean = trains.float().mean(0)
+    changing, others = ((mean > 0) & (mean < 1)).nonzero()[:, 0], ((mean == 0) | (mean == 1)).nonzero()[:, 0]
+    count = min(NEURONS, len(changing))
+    chosen = changing[torch.arange(count) * len(changing) // max(1, count)]
+    rest = others[mean[others].argsort(descending=True, stable=True)][: NEURONS - count]
+    return trains[:, torch.cat((chosen, rest)).sort().values]
 
 
 def _figure(height: float) -> Any:
@@ -70,11 +73,13 @@ def draw_answer(inspection: Inspection, count: int = 5) -> Any:
     names = [inspection.label_names[i] if inspection.label_names else f"class {i}" for i in chosen.tolist()]
     figure = _figure(3.0)
     left, right = figure.subplots(1, 2, width_ratios=(1, 1.5))
-    left.imshow(inspection.picture.squeeze(-1), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+    left.imshow(inspection.picture.squeeze(-1).numpy(), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
     left.set_axis_off()
     values = inspection.scores[:, chosen].T
-    right.imshow(values, cmap="Greens", vmin=0, vmax=1, aspect="auto")
-    for (row, step), value in zip(torch.cartesian_prod(*map(torch.arange, values.shape)), values.flatten()):
+    right.imshow(values.numpy(), cmap="Greens", vmin=0, vmax=1, aspect="auto")
+    for (row, step), value in zip(
+        torch.cartesian_prod(*map(torch.arange, values.shape)), values.flatten(), strict=True
+    ):
         colour = "white" if value > 0.6 else "black"
         right.text(step, row, f"{value:.0%}", ha="center", va="center", color=colour, fontsize=FONT - 1)
     right.set_yticks(range(count), [name if len(name) < 17 else name[:15] + "…" for name in names])
@@ -88,8 +93,8 @@ def _overlay(axis: Any, inspection: Inspection, values: Tensor, colours: str, lo
     """A heat map over the picture in grey, both at the picture's size."""
     height, width = inspection.picture.shape[:2]
     grown = F.interpolate(values[None, None], size=(height, width), mode="nearest")[0, 0]
-    axis.imshow(inspection.picture.mean(-1), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
-    image = axis.imshow(grown, cmap=colours, vmin=low, vmax=high, alpha=0.62, interpolation="nearest")
+    axis.imshow(inspection.picture.mean(-1).numpy(), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+    image = axis.imshow(grown.numpy(), cmap=colours, vmin=low, vmax=high, alpha=0.62, interpolation="nearest")
     axis.set_axis_off()
     return image
 
@@ -115,7 +120,7 @@ def draw_gate(inspection: Inspection) -> Any:
     image = _overlay(left, inspection, spatial, "magma", *_limits(spatial, 0.01))
     parts[0].colorbar(image, ax=left, fraction=0.05).ax.tick_params(labelsize=FONT - 3)
     left.set_title("spatial score n,\nmean over channels", fontsize=FONT)
-    right.bar(range(steps), inspection.temporal, color=ACTIVE, width=0.6)
+    right.bar(range(steps), inspection.temporal.tolist(), color=ACTIVE, width=0.6)
     right.axhline(0, color="0.4", linewidth=0.8)
     right.set_title("temporal score m\n", fontsize=FONT)
     _steps_on(right, steps)
@@ -142,7 +147,7 @@ def draw_rates(inspection: Inspection) -> Any:
     figure = _figure(1.0 + 0.3 * len(rates))
     axis = figure.subplots()
     top = max(rates.max().item(), 1e-3)
-    axis.imshow(rates, cmap="viridis", vmin=0, vmax=top, aspect="auto")
+    axis.imshow(rates.numpy(), cmap="viridis", vmin=0, vmax=top, aspect="auto")
     for row, values in enumerate(rates.tolist()):
         for step, value in enumerate(values):
             colour = "black" if value > 0.6 * top else "white"
@@ -157,7 +162,7 @@ def draw_raster(inspection: Inspection) -> Any:
     """Spikes of some neurons of each layer over time, for the picture that is drawn."""
     figure = _figure(0.9 + 0.55 * len(inspection.layers))
     axis = figure.subplots()
-    draw_trains(axis, {layer.name: layer.spikes.flatten(1) for layer in inspection.layers})
+    draw_trains(axis, {layer.name: _some_neurons(layer.spikes) for layer in inspection.layers})
     axis.set_xlim(0, inspection.num_steps)
     for step in range(1, inspection.num_steps):
         axis.axvline(step, color="0.85", linewidth=1)
@@ -172,11 +177,11 @@ def draw_membranes(inspection: Inspection) -> Any:
     rows = -(-len(inspection.layers) // columns)
     figure = _figure(0.7 + 1.25 * rows)
     axes = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
-    edges = torch.linspace(LOW, HIGH, len(inspection.layers[0].histogram) + 1)
-    centres = (edges[:-1] + edges[1:]) / 2
-    for axis, layer in zip(axes.flat, inspection.layers):
-        colours = [BUSY if centre > 1 else ACTIVE for centre in centres.tolist()]
-        axis.bar(centres, layer.histogram, width=(HIGH - LOW) / len(centres), color=colours)
+    edges = torch.linspace(LOW, HIGH, BINS + 1)
+    above = round((1 - LOW) / (HIGH - LOW) * BINS)  # the first bin above the threshold
+    for axis, layer in zip(axes.flat, inspection.layers, strict=False):
+        axis.stairs(layer.histogram[:above].numpy(), edges[: above + 1].numpy(), fill=True, color=ACTIVE)
+        axis.stairs(layer.histogram[above:].numpy(), edges[above:].numpy(), fill=True, color=BUSY)
         axis.axvline(1, color="black", linewidth=0.9)
         axis.set_title(f"{layer.name}  {layer.rate:.1%}", fontsize=FONT - 3, pad=2)
         axis.set_yscale("log")
@@ -230,8 +235,8 @@ FIGURES: dict[str, tuple[str, str, Callable[[Inspection], Any]]] = {
     ),
     "raster": (
         "Spikes",
-        f"One column a time step, one line a neuron: up to {NEURONS} of each layer, those whose firing varies most. "
-        "Of the encoder, non-zero gated spikes.",
+        f"One column a time step, one line a neuron: {NEURONS} of each layer, from all over those that change. Of the "
+        "encoder, gated spikes that are not 0.",
         draw_raster,
     ),
     "rates": ("Firing rate by layer and step", "Spikes per neuron and time step, mean over the images.", draw_rates),
@@ -243,8 +248,8 @@ FIGURES: dict[str, tuple[str, str, Callable[[Inspection], Any]]] = {
     ),
     "health": (
         "Dead and saturated neurons",
-        "Dead: no spike in any image at any step. Saturated: a spike in every image at every step. With few images many "
-        "neurons look dead that are not: give a folder or a data set to judge.",
+        "Dead: no spike in any image at any step. Saturated: a spike in every image at every step. With few images "
+        "many neurons look dead that are not: give a folder or a data set to judge.",
         draw_health,
     ),
 }  # fmt: skip
