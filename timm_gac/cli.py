@@ -11,6 +11,7 @@ from typing import Annotated
 import tyro
 from tyro.extras import SubcommandApp
 
+from .anytime_command import AnytimeConfig
 from .bench_model import ModelBenchConfig
 from .benchmark import KernelBenchConfig
 from .demo import DemoConfig
@@ -141,6 +142,22 @@ def inspect(
     return 0
 
 
+def anytime(
+    model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")],
+    config: Annotated[AnytimeConfig, tyro.conf.arg(name="")],
+) -> int:
+    """Measure accuracy and energy after each time step, early exit by confidence, and the encoder's information.
+
+    Args:
+        model: Model folder, ORG/NAME on the Hub, or a registered name, as for `energy`.
+        config: What to measure it on.
+    """
+    from .anytime_command import run_anytime
+
+    run_anytime(model, config)
+    return 0
+
+
 def bench_kernels(config: Annotated[KernelBenchConfig, tyro.conf.arg(name="")]) -> int:
     """Time each kernel against its rivals and the copy bandwidth of the same run, once it has passed its check."""
     from rich.console import Console
@@ -225,6 +242,7 @@ def _parser() -> SubcommandApp:
     app.command(verify)
     app.command(energy)
     app.command(inspect)
+    app.command(anytime)
     benchmarks.command(name="kernels")(bench_kernels)
     benchmarks.command(name="model")(bench_model)
     app.command(benchmarks, name="bench", help="Benchmarks: `timm-gac bench kernels --help`.")
