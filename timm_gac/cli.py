@@ -11,11 +11,13 @@ from typing import Annotated
 import tyro
 from tyro.extras import SubcommandApp
 
+from .anytime_command import AnytimeConfig
 from .bench_model import ModelBenchConfig
 from .benchmark import KernelBenchConfig
 from .demo import DemoConfig
 from .energy.command import EnergyConfig
 from .hub.prepare import PublishConfig
+from .inspect.command import InspectConfig
 
 DESCRIPTION = "Gated attention coding and spiking ResNets for timm: demonstrate, convert, benchmark and list."
 
@@ -123,6 +125,41 @@ def energy(
     return 0
 
 
+def inspect(
+    model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")],
+    image: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="IMAGE")],
+    config: Annotated[InspectConfig, tyro.conf.arg(name="")],
+) -> int:
+    """Draw what happens inside on a picture: spikes, rates, gates, membranes, dead neurons; one HTML page and PNGs.
+
+    Args:
+        model: Model folder, ORG/NAME on the Hub, or a registered name: with a tag for published weights, without for
+            random ones, whose batch norms take the statistics of the images.
+        image: A picture, a folder of pictures, an .npz file, ``digits``, or a data set's name in timm.
+        config: What to draw it on.
+    """
+    from .inspect.command import run_inspect
+
+    run_inspect(model, image, config)
+    return 0
+
+
+def anytime(
+    model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")],
+    config: Annotated[AnytimeConfig, tyro.conf.arg(name="")],
+) -> int:
+    """Measure accuracy and energy after each time step, early exit by confidence, and the encoder's information.
+
+    Args:
+        model: Model folder, ORG/NAME on the Hub, or a registered name, as for `energy`.
+        config: What to measure it on.
+    """
+    from .anytime_command import run_anytime
+
+    run_anytime(model, config)
+    return 0
+
+
 def bench_kernels(config: Annotated[KernelBenchConfig, tyro.conf.arg(name="")]) -> int:
     """Time each kernel against its rivals and the copy bandwidth of the same run, once it has passed its check."""
     from rich.console import Console
@@ -206,6 +243,8 @@ def _parser() -> SubcommandApp:
     app.command(push)
     app.command(verify)
     app.command(energy)
+    app.command(inspect)
+    app.command(anytime)
     benchmarks.command(name="kernels")(bench_kernels)
     benchmarks.command(name="model")(bench_model)
     app.command(benchmarks, name="bench", help="Benchmarks: `timm-gac bench kernels --help`.")

@@ -23,9 +23,9 @@ from rich.table import Table
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from .encoder import GatedAttentionCoding
 from .hub import save_model_folder
-from .neuron import LIF, BatchNormLIF
+from .inspect.figures import draw_trains
+from .recording import neuron_layers, spikes_of
 
 RESULT = "demo.json"  # also the mark of a folder that the demo made and may write again
 REQUIRED_ACCURACY = 0.95
@@ -208,17 +208,11 @@ def record_spikes(model: nn.Module) -> Iterator[Recording]:
 
     def hook(name: str) -> Any:
         def keep(module: nn.Module, inputs: Any, output: Any) -> None:
-            spikes = output[-1] if isinstance(output, tuple) else output  # (membrane, spikes), or spikes alone
-            recording[name] = spikes.flatten(0, 1) if isinstance(module, GatedAttentionCoding) else spikes
+            recording[name] = spikes_of(module, output)
 
         return keep
 
-    layers: list[tuple[str, nn.Module]] = []
-    for name, module in model.named_modules():
-        inside = any(name.startswith(f"{outer}.") for outer, _ in layers)  # a neuron that is part of a recorded layer
-        if isinstance(module, LIF | BatchNormLIF | GatedAttentionCoding) and not inside:
-            layers.append((name, module))
-    handles = [module.register_forward_hook(hook(name)) for name, module in layers]
+    handles = [module.register_forward_hook(hook(name)) for name, module in neuron_layers(model).items()]
     try:
         yield recording
     finally:
@@ -287,7 +281,7 @@ def draw_raster(model: Any, images: Tensor, labels: Tensor, path: Path, neurons:
         strip = torch.cat(list(maps.flatten(0, 1)), dim=1)  # (H, 10*T*W)
         axis.imshow(strip, cmap=colours, extent=(0, 10 * steps, 0, 1), aspect="auto", interpolation="nearest")
         axis.set_ylabel(name, rotation=0, ha="right", va="center")
-    _draw_neurons(axes[3], by_digit, neurons)
+    draw_trains(axes[3], {name: _neurons_of(spikes, neurons) for name, spikes in by_digit.items()})
     axes[4].imshow(
         evidence.flatten(0, 1).T, cmap="Greens", vmin=0, vmax=1, extent=(0, 10 * steps, 9.5, -0.5), aspect="auto"
     )
@@ -308,18 +302,7 @@ def draw_raster(model: Any, images: Tensor, labels: Tensor, path: Path, neurons:
     return path
 
 
-def _draw_neurons(axis: Any, by_digit: Recording, neurons: int) -> None:
-    """Dots for the spikes of some neurons of each layer, ``(10, T, C, H, W)`` by name, layers from top to bottom."""
-    from matplotlib import colormaps
-
-    colours = colormaps["viridis"]
-    top, labels = 0.0, []
-    for index, (name, spikes) in enumerate(by_digit.items()):
-        trains = (spikes != 0).float().flatten(2).flatten(0, 1)  # (10*T, neurons)
-        picked = trains.var(0).topk(min(neurons, trains.shape[1])).indices
-        when, which = trains[:, picked.sort().values].nonzero(as_tuple=True)
-        axis.hlines(top + which, when + 0.12, when + 0.88, linewidth=1.1, color=colours(index / len(by_digit)))
-        labels.append((top + len(picked) / 2, name))
-        top += len(picked) + 6
-    axis.set(ylim=(top - 3, -3))
-    axis.set_yticks([place for place, _ in labels], [name for _, name in labels])
+def _neurons_of(spikes: Tensor, count: int) -> Tensor:
+    """Those of ``(10, T, C, H, W)`` whose firing varies most between digits and steps, as ``(10*T, count)``."""
+    trains = (spikes != 0).float().flatten(2).flatten(0, 1)
+    return trains[:, trains.var(0).topk(min(count, trains.shape[1])).indices.sort().values]

@@ -14,8 +14,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .encoder import DirectCoding, GatedAttentionCoding
-from .neuron import LIF, BatchNormLIF
+from .encoder import DirectCoding
+from .recording import NEURONS, neuron_layers
 
 __all__ = ["Evaluation", "evaluate", "evaluate_state"]
 
@@ -87,10 +87,7 @@ class _Rates:
     """Firing rates by forward hooks, summed on the device."""
 
     def __init__(self, model: nn.Module, enabled: bool, device: torch.device) -> None:
-        kinds = (LIF, BatchNormLIF, GatedAttentionCoding, DirectCoding)
-        layers = {name: module for name, module in model.named_modules() if enabled and isinstance(module, kinds)}
-        inner = tuple(name + "." for name in layers)  # a neuron inside of another layer counts there
-        self.layers = {name: module for name, module in layers.items() if not name.startswith(inner)}
+        self.layers = neuron_layers(model, (*NEURONS, DirectCoding)) if enabled else {}
         self.sums = torch.zeros(2, len(self.layers), dtype=torch.float64, device=device)
 
     @contextmanager

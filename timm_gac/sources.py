@@ -17,7 +17,7 @@ from .data.transforms import Normalizer
 from .hub import load_model, open_source
 from .neuron import BatchNormLIF
 
-__all__ = ["calibrate", "open_images", "open_network", "open_pictures"]
+__all__ = ["calibrate", "open_images", "open_labelled", "open_network", "open_pictures"]
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
@@ -125,13 +125,36 @@ def open_images(
         if not found:
             raise ValueError(f"expected pictures in {data!r}, got none of {', '.join(PICTURES)}: check the folder")
         return open_pictures(_spread(found, limit), model)
+    return open_labelled(data, model, limit, data_dir, split)[0]
+
+
+def open_labelled(
+    data: str, model: Any, limit: int, data_dir: str | None = None, split: Literal["train", "test"] = "test"
+) -> tuple[Tensor, Tensor]:
+    """At most ``limit`` images of a data set, evenly spread over the set, with their labels ``(N,)``.
+
+    Args:
+        data: What `load_arrays` takes.
+        model: The network they are for.
+        limit: At most so many.
+        data_dir: Folder of the data set, for timm's names.
+        split: Of a data set.
+
+    Raises:
+        ValueError: There is no such set, or it has other channels than the network takes.
+    """
+    if limit < 1:
+        raise ValueError(f"expected at least 1 image, got {limit}: raise it")
     cfg = model.pretrained_cfg
     channels, height, _ = cfg["input_size"]
-    images = load_arrays(data, split, data_dir=data_dir, image_size=height).images
-    if images.shape[1] != channels:
-        raise ValueError(f"expected images of {channels} channels, got {images.shape[1]} in {data!r}: choose others")
-    chosen = images[torch.tensor(_spread(list(range(len(images))), limit))]
-    return Normalizer(cfg["mean"], cfg["std"], torch.device("cpu"), torch.float32)(chosen)
+    arrays = load_arrays(data, split, data_dir=data_dir, image_size=height)
+    if arrays.images.shape[1] != channels:
+        raise ValueError(
+            f"expected images of {channels} channels, got {arrays.images.shape[1]} in {data!r}: choose others"
+        )
+    chosen = torch.tensor(_spread(list(range(len(arrays.images))), limit))
+    normalise = Normalizer(cfg["mean"], cfg["std"], torch.device("cpu"), torch.float32)
+    return normalise(arrays.images[chosen]), arrays.labels[chosen]
 
 
 def _spread(items: list[Any], limit: int) -> list[Any]:

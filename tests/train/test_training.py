@@ -82,6 +82,8 @@ def test_a_run_leaves_what_is_promised(recipe: Recipe, tmp_path: Path) -> None:
     assert [int(row["step"]) for row in rows] == [4, 8, 12, 16]
     assert [bool(row["test_top1"]) for row in rows] == [False, True, False, True]
     assert (run / "curve.png").read_bytes()[:4] == b"\x89PNG"
+    rates = list(csv.DictReader((run / "firing_rates.csv").open()))
+    assert [row["epoch"] for row in rates] == ["2", "4"] and 0 < float(rates[0]["encoder"]) < 1
     assert json.loads((run / "config.json").read_text())["recipe"]["epochs"] == 4
     evaluation = json.loads((run / "eval.json").read_text())
     assert evaluation["images"] == 16 and len(evaluation["top1_per_step"]) == 2

@@ -22,6 +22,7 @@ from .checkpoints import (
     save_checkpoint,
 )
 from .finish import finish
+from .health import watch_rates
 from .optim import MovingAverage, create_optimizer, freeze_stages
 from .progress import Progress
 from .recipes import Recipe
@@ -214,6 +215,8 @@ class Trainer:
             write_metrics(self.options.out / "metrics.csv", self.rows)
             if evaluation is not None:
                 write_curve(self.options.out / "curve.png", self.rows, f"{self.recipe.model}, {self.recipe.dataset}")
+                for warning in watch_rates(self.options.out, epoch + 1, evaluation, self.network):
+                    self.progress.say(warning)
         self.progress.epoch(row, self.minutes)
         if last:
             self._save()

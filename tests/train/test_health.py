@@ -1,0 +1,51 @@
+"""Firing rates by epoch: the table, what is warned of and what is not, and a network that really collapses."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+
+from timm_gac.evaluate import Evaluation, evaluate
+from timm_gac.sources import calibrate
+from timm_gac.train.health import rate_warnings, watch_rates
+
+pytest.importorskip("matplotlib", reason="draws with matplotlib")
+
+
+def evaluation(**rates: float) -> Evaluation:
+    return Evaluation(1, 0.5, 1.0, (0.5,), 1.0, 0.0, rates, 0.0)
+
+
+def test_only_layers_in_trouble_are_warned_of():
+    rates = {"fine": 0.15, "silent": 0.0005, "edge": 0.001, "busy": 0.95, "falling": 0.01}
+    before = {"fine": 0.3, "falling": 0.2, "silent": 0.1}
+    found = rate_warnings(rates, before)
+    assert [text.split()[1] for text in found] == ["silent", "busy", "falling"]
+    assert "0.05% (under 0.1%)" in found[0] and "95.0% (over 90%)" in found[1] and "after 20.00%" in found[2]
+    assert rate_warnings({"falling": 0.03}, before) == []
+
+
+def test_table_grows_and_a_resumed_run_replaces_its_epochs(tmp_path: Path):
+    network = torch.nn.Identity()
+    for epoch, rate in ((1, 0.2), (2, 0.19), (3, 0.18)):
+        assert watch_rates(tmp_path, epoch, evaluation(a=rate, b=0.1), network) == []
+    assert len(watch_rates(tmp_path, 2, evaluation(a=0.01, b=0.1), network)) == 1  # 0.2 at epoch 1 is what counts
+    rows = list(csv.DictReader((tmp_path / "firing_rates.csv").open()))
+    assert [(int(row["epoch"]), float(row["a"]), float(row["b"])) for row in rows] == [(1, 0.2, 0.1), (2, 0.01, 0.1)]
+    assert (tmp_path / "firing_rates.png").read_bytes()[:4] == b"\x89PNG"
+    assert watch_rates(tmp_path, 3, evaluation(), network) == []
+
+
+def test_a_network_that_dies_is_warned_of_and_direct_coding_is_not(tmp_path: Path):
+    model = timm.create_model("test_gac_msresnet", num_classes=3, encoder="direct")
+    images = torch.randn(8, 3, 16, 16)
+    calibrate(model, [images])
+    batches = [(images, torch.arange(8) % 3)]
+    assert watch_rates(tmp_path, 1, evaluate(model, batches), model) == []
+    torch.nn.init.constant_(model.layer2[0].bn1.bias, -50.0)
+    warnings = watch_rates(tmp_path, 2, evaluate(model, batches), model)
+    assert [text.split()[1] for text in warnings] == ["layer2.0.bn1"]

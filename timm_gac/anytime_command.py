@@ -1,0 +1,155 @@
+"""``timm-gac anytime``: accuracy against energy at every step, early exit, and what the encoder's output says."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+
+from .anytime import CONFIDENCES, AnytimeReport, measure_anytime, write_anytime_chart
+from .coding import CodingReport, measure_coding, write_coding_chart
+from .energy import COSTS
+from .sources import calibrate, open_labelled, open_network
+
+__all__ = ["AnytimeConfig", "run_anytime"]
+
+FILES = ("anytime.json", "anytime.png", "coding.png")
+DTYPES = {"float32": None, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class AnytimeConfig:
+    """What `run_anytime` does.
+
+    Args:
+        data: An .npz file, ``digits``, or a data set's name in timm.
+        against: A second network to show beside, such as the direct-coding twin.
+        data_dir: Folder of the data set, for timm's names.
+        split: Split of the data set.
+        images: Number of images, evenly spread over the set.
+        coding_images: Of these, for the entropies of the encoder's output.
+        batch_size: Images a batch.
+        confidences: Confidences to stop at.
+        num_steps: Number of time steps T; the network's own where left out.
+        costs: Cost table: 45nm-float32, 45nm-float16, 45nm-int8 or 45nm-int8-acc32.
+        convention: Convention of the picture: paper, strict or neurobench.
+        precision: Autocast to bfloat16, or not.
+        device: Such as cpu or cuda.
+        seed: Seed of random weights, used for a registered name without a tag.
+        out: Folder to write anytime.json, anytime.png and coding.png to.
+        overwrite: Replace these files.
+    """
+
+    data: str
+    against: str | None = None
+    data_dir: str | None = None
+    split: Literal["train", "test"] = "test"
+    images: int = 2000
+    coding_images: int = 256
+    batch_size: int = 32
+    confidences: tuple[float, ...] = CONFIDENCES
+    num_steps: int | None = None
+    costs: str = "45nm-float32"
+    convention: Literal["paper", "strict", "neurobench"] = "strict"
+    precision: Literal["float32", "bfloat16"] = "float32"
+    device: str = "cpu"
+    seed: int = 0
+    out: Path | None = None
+    overwrite: bool = False
+
+    def __post_init__(self) -> None:
+        if self.costs not in COSTS:
+            raise ValueError(f"expected costs as one of {list(COSTS)}, got {self.costs!r}: choose one of these")
+        for name in ("images", "coding_images", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"expected {name} of at least 1, got {getattr(self, name)}: raise it")
+        if bad := [value for value in self.confidences if not 0.0 < value <= 1.0]:
+            raise ValueError(f"expected confidences above 0 and at most 1, got {bad[0]}: give such as 0.9")
+        existing = [str(self.out / name) for name in FILES if self.out is not None and (self.out / name).exists()]
+        if existing and not self.overwrite:
+            raise ValueError(f"expected a folder without {existing[0]}, got one with it: use --overwrite")
+
+
+def run_anytime(
+    model: str, config: AnytimeConfig, console: Console | None = None
+) -> list[tuple[AnytimeReport, CodingReport]]:
+    """Measure one or two networks on the same labelled images, show the tables, write the files asked for.
+
+    Raises:
+        ValueError: There is no such network, data set, device or cost table.
+    """
+    names = [model] if config.against is None else [model, config.against]
+    console = console or Console()
+    console.width = console.width if console.is_terminal else 120
+    results = []
+    for name in names:
+        anytime, coding = _measure(name, config)
+        results.append((anytime, coding))
+        console.print(_step_table(anytime, coding))
+        console.print(_exit_table(anytime))
+    console.print(
+        "Energies are estimated from counted operations; an early exit is charged the mean energy of an answer after "
+        "as many steps. Entropies: binned plug-in estimates, compare their growth over time.",
+        highlight=False,
+    )
+    if config.out is not None:
+        config.out.mkdir(parents=True, exist_ok=True)
+        content = [anytime.to_dict() | {"coding": coding.to_dict()} for anytime, coding in results]
+        (config.out / FILES[0]).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        write_anytime_chart([anytime for anytime, _ in results], config.out / FILES[1], config.convention)
+        write_coding_chart([coding for _, coding in results], config.out / FILES[2])
+        for file in FILES:
+            console.print(f"wrote {config.out / file}", highlight=False, soft_wrap=True)
+    return results
+
+
+def _measure(model: str, config: AnytimeConfig) -> tuple[AnytimeReport, CodingReport]:
+    network, weights = open_network(model, config.num_steps, config.seed)
+    images, labels = open_labelled(config.data, network, config.images, config.data_dir, config.split)
+    try:
+        network = network.to(config.device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"expected a device of this machine, got {config.device!r}: use cpu") from error
+
+    def batches(limit: int | None = None) -> Any:
+        size = config.batch_size
+        for part, classes in zip(images[:limit].split(size), labels[:limit].split(size), strict=True):
+            yield part.to(config.device), classes.to(config.device)
+
+    if weights.startswith("random"):
+        calibrate(network, (part for part, _ in batches(256)))
+        weights += ", batch-norm statistics of these images"
+    anytime = measure_anytime(
+        network, batches(), config.confidences, config.costs, weights, DTYPES[config.precision]
+    )  # fmt: skip
+    return anytime, measure_coding(network, (part for part, _ in batches(config.coding_images)))
+
+
+def _step_table(report: AnytimeReport, coding: CodingReport) -> Table:
+    energy = report.energy
+    title = f"{energy.model}, T={energy.num_steps}, weights {energy.weights or 'as given'}, {energy.images:,} images"
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
+    headings = ("after t", "top-1", "sure", *(f"{name} mJ" for name in report.energy_mj), "H(Y_t)", "new bits")
+    for heading in headings:
+        table.add_column(heading, justify="right", no_wrap=True)
+    for step in range(energy.num_steps):
+        energies = [f"{values[step]:.4g}" for values in report.energy_mj.values()]
+        bits = f"{coding.encoder.entropy[step]:.2f}", f"{coding.encoder.new[step]:.2f}"
+        table.add_row(str(step + 1), f"{report.top1[step]:.2%}", f"{report.confidence[step]:.1%}", *energies, *bits)
+    return table
+
+
+def _exit_table(report: AnytimeReport) -> Table:
+    table = Table(title="early exit", title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
+    for heading in ("confidence", "top-1", "mean steps", *(f"{name} mJ" for name in report.energy_mj)):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for point in report.exits:
+        energies = [f"{value:.4g}" for value in point.energy_mj.values()]
+        table.add_row(f"{point.confidence:g}", f"{point.top1:.2%}", f"{point.mean_steps:.2f}", *energies)
+    return table

@@ -1,0 +1,255 @@
+"""Figures of an inspection, as narrow as a phone's screen: few words, large letters."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .record import BINS, HIGH, LOW, Inspection
+
+__all__ = ["FIGURES", "draw_trains"]
+
+WIDTH, DPI, FONT = 6.4, 130, 12
+NEURONS = 24
+QUIET, BUSY, ACTIVE = "#9aa5b1", "#b04a5a", "#2a6f97"
+
+
+def draw_trains(axis: Any, trains: dict[str, Tensor]) -> None:
+    """Dots for the spikes of each layer's neurons, layers from top to bottom, one column a time step.
+
+    Args:
+        axis: Axis of matplotlib.
+        trains: By layer, zero or not, ``(columns, neurons)``: the neurons to draw.
+    """
+    from matplotlib import colormaps
+
+    colours, top, labels = colormaps["viridis"], 0.0, []
+    for index, (name, fired) in enumerate(trains.items()):
+        when, which = fired.nonzero(as_tuple=True)
+        colour = colours(0.88 * index / max(1, len(trains) - 1))
+        axis.hlines((top + which).numpy(), (when + 0.1).numpy(), (when + 0.9).numpy(), linewidth=1.2, color=colour)
+        labels.append((top + fired.shape[1] / 2, name))
+        top += fired.shape[1] + 6
+    axis.set(ylim=(top - 3, -3))
+    axis.set_yticks([place for place, _ in labels], [name for _, name in labels])
+
+
+def _some_neurons(spikes: Tensor) -> Tensor:
+    """Some neurons of (T, C, H, W), (T, neurons): from all over those that change, then those that always fire."""
+    trains = spikes.flatten(1)
+    mean = trains.float().mean(0)
+    changing, others = ((mean > 0) & (mean < 1)).nonzero()[:, 0], ((mean == 0) | (mean == 1)).nonzero()[:, 0]
+    count = min(NEURONS, len(changing))
+    chosen = changing[torch.arange(count) * len(changing) // max(1, count)]
+    rest = others[mean[others].argsort(descending=True, stable=True)][: NEURONS - count]
+    return trains[:, torch.cat((chosen, rest)).sort().values]
+
+
+def _figure(height: float) -> Any:
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(WIDTH, height), dpi=DPI, facecolor="white", layout="constrained")
+
+
+def _plain(axis: Any, size: float = FONT - 1) -> None:
+    axis.tick_params(length=0, labelsize=size)
+    for side in axis.spines.values():
+        side.set_visible(False)
+
+
+def _steps_on(axis: Any, steps: int, offset: float = 0.0) -> None:
+    axis.set_xticks([step + offset for step in range(steps)], [str(step + 1) for step in range(steps)])
+    axis.set_xlabel("time step", fontsize=FONT)
+
+
+def draw_answer(inspection: Inspection, count: int = 5) -> Any:
+    """The picture beside the likeliest classes after each step."""
+    count = min(count, inspection.scores.shape[1])
+    chosen = inspection.scores[-1].topk(count).indices
+    names = [inspection.label_names[i] if inspection.label_names else f"class {i}" for i in chosen.tolist()]
+    figure = _figure(3.0)
+    left, right = figure.subplots(1, 2, width_ratios=(1, 1.5))
+    left.imshow(inspection.picture.squeeze(-1).numpy(), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+    left.set_axis_off()
+    values = inspection.scores[:, chosen].T
+    right.imshow(values.numpy(), cmap="Greens", vmin=0, vmax=1, aspect="auto")
+    for (row, step), value in zip(
+        torch.cartesian_prod(*map(torch.arange, values.shape)), values.flatten(), strict=True
+    ):
+        colour = "white" if value > 0.6 else "black"
+        right.text(step, row, f"{value:.0%}", ha="center", va="center", color=colour, fontsize=FONT - 1)
+    right.set_yticks(range(count), [name if len(name) < 17 else name[:15] + "…" for name in names])
+    _steps_on(right, len(inspection.scores))
+    right.set_xlabel("after time step", fontsize=FONT)
+    _plain(right)
+    return figure
+
+
+def _overlay(axis: Any, inspection: Inspection, values: Tensor, colours: str, low: float, high: float) -> Any:
+    """A heat map over the picture in grey, both at the picture's size."""
+    height, width = inspection.picture.shape[:2]
+    grown = F.interpolate(values[None, None], size=(height, width), mode="nearest")[0, 0]
+    axis.imshow(inspection.picture.mean(-1).numpy(), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+    image = axis.imshow(grown.numpy(), cmap=colours, vmin=low, vmax=high, alpha=0.62, interpolation="nearest")
+    axis.set_axis_off()
+    return image
+
+
+def _limits(values: Tensor, least: float) -> tuple[float, float]:
+    """Range of colours, wide enough that a flat map looks flat and not like noise."""
+    low, high = values.min().item(), values.max().item()
+    middle, reach = (low + high) / 2, max(least, (high - low) / 2)
+    return middle - reach, middle + reach
+
+
+def draw_gate(inspection: Inspection) -> Any:
+    """Scores of both attentions, then the gate and the gated spikes over the picture at each step; None without."""
+    if inspection.temporal is None or inspection.spatial is None or inspection.gate is None:
+        return None
+    steps = inspection.num_steps
+    columns = min(4, steps)
+    rows = -(-steps // columns)
+    figure = _figure(2.7 + 2 * (0.55 + 1.5 * rows))
+    parts = figure.subfigures(3, 1, height_ratios=(2.7, 0.55 + 1.5 * rows, 0.55 + 1.5 * rows))
+    left, right = parts[0].subplots(1, 2)
+    spatial = inspection.spatial.mean(0)
+    image = _overlay(left, inspection, spatial, "magma", *_limits(spatial, 0.01))
+    parts[0].colorbar(image, ax=left, fraction=0.05).ax.tick_params(labelsize=FONT - 3)
+    left.set_title("spatial score n,\nmean over channels", fontsize=FONT)
+    right.bar(range(steps), inspection.temporal.tolist(), color=ACTIVE, width=0.6)
+    right.axhline(0, color="0.4", linewidth=0.8)
+    right.set_title("temporal score m\n", fontsize=FONT)
+    _steps_on(right, steps)
+    right.tick_params(labelsize=FONT - 2)
+    right.spines[["top", "right"]].set_visible(False)
+    maps = (("gate = sigmoid(m·n), mean over channels", inspection.gate, "magma"),
+            ("gated spikes, mean over channels", inspection.coded, "viridis"))  # fmt: skip
+    for part, (title, values, colours) in zip(parts[1:], maps, strict=True):
+        axes = part.subplots(rows, columns, squeeze=False)
+        limits = _limits(values, 0.01)
+        for index, axis in enumerate(axes.flat):
+            axis.set_axis_off()
+            if index < steps:
+                image = _overlay(axis, inspection, values[index], colours, *limits)
+                axis.set_title(f"t={index + 1}: {values[index].mean():.3f}", fontsize=FONT - 1)
+        part.colorbar(image, ax=axes, fraction=0.03, format="%.2f").ax.tick_params(labelsize=FONT - 3)
+        part.suptitle(title, fontsize=FONT)
+    return figure
+
+
+def draw_rates(inspection: Inspection) -> Any:
+    """Firing rate of each layer at each step, as a heat map."""
+    rates = torch.tensor([layer.step_rates for layer in inspection.layers], dtype=torch.float64)
+    figure = _figure(1.0 + 0.3 * len(rates))
+    axis = figure.subplots()
+    top = max(rates.max().item(), 1e-3)
+    axis.imshow(rates.numpy(), cmap="viridis", vmin=0, vmax=top, aspect="auto")
+    for row, values in enumerate(rates.tolist()):
+        for step, value in enumerate(values):
+            colour = "black" if value > 0.6 * top else "white"
+            axis.text(step, row, f"{value:.1%}", ha="center", va="center", color=colour, fontsize=FONT - 2)
+    axis.set_yticks(range(len(rates)), [layer.name for layer in inspection.layers])
+    _steps_on(axis, inspection.num_steps)
+    _plain(axis, FONT - 2)
+    return figure
+
+
+def draw_raster(inspection: Inspection) -> Any:
+    """Spikes of some neurons of each layer over time, for the picture that is drawn."""
+    figure = _figure(0.9 + 0.55 * len(inspection.layers))
+    axis = figure.subplots()
+    draw_trains(axis, {layer.name: _some_neurons(layer.spikes) for layer in inspection.layers})
+    axis.set_xlim(0, inspection.num_steps)
+    for step in range(1, inspection.num_steps):
+        axis.axvline(step, color="0.85", linewidth=1)
+    _steps_on(axis, inspection.num_steps, 0.5)
+    _plain(axis, FONT - 2)
+    return figure
+
+
+def draw_membranes(inspection: Inspection) -> Any:
+    """Histogram of the membrane potential of each layer before the reset; what is right of the threshold fires."""
+    columns = 3
+    rows = -(-len(inspection.layers) // columns)
+    figure = _figure(0.7 + 1.25 * rows)
+    axes = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
+    edges = torch.linspace(LOW, HIGH, BINS + 1)
+    above = round((1 - LOW) / (HIGH - LOW) * BINS)  # the first bin above the threshold
+    for axis, layer in zip(axes.flat, inspection.layers, strict=False):
+        axis.stairs(layer.histogram[:above].numpy(), edges[: above + 1].numpy(), fill=True, color=ACTIVE)
+        axis.stairs(layer.histogram[above:].numpy(), edges[above:].numpy(), fill=True, color=BUSY)
+        axis.axvline(1, color="black", linewidth=0.9)
+        axis.set_title(f"{layer.name}  {layer.rate:.1%}", fontsize=FONT - 3, pad=2)
+        axis.set_yscale("log")
+        axis.set(xlim=(LOW, HIGH), ylim=(1e-5, 1.5))
+        axis.tick_params(labelsize=FONT - 4)
+        axis.spines[["top", "right"]].set_visible(False)
+    for axis in axes.flat[len(inspection.layers) :]:
+        axis.set_axis_off()
+    figure.supxlabel("membrane before the reset / threshold", fontsize=FONT)
+    figure.supylabel("share of neuron-steps", fontsize=FONT)
+    return figure
+
+
+def draw_health(inspection: Inspection) -> Any:
+    """Shares of dead, active and saturated neurons of each layer."""
+    figure = _figure(1.1 + 0.3 * len(inspection.layers))
+    axis = figure.subplots()
+    for row, layer in enumerate(inspection.layers):
+        left = 0.0
+        active = 1.0 - layer.dead - layer.saturated
+        parts = ((layer.dead, QUIET, "dead"), (active, ACTIVE, "active"), (layer.saturated, BUSY, "saturated"))
+        for share, colour, label in parts:
+            axis.barh(row, share, left=left, color=colour, height=0.75, label=label if row == 0 else None)
+            left += share
+        if layer.dead >= 0.08:
+            axis.text(0.01, row, f"{layer.dead:.0%}", va="center", fontsize=FONT - 2, color="black")
+        if layer.saturated >= 0.08:
+            axis.text(0.99, row, f"{layer.saturated:.0%}", va="center", ha="right", fontsize=FONT - 2, color="white")
+    axis.set_yticks(range(len(inspection.layers)), [layer.name for layer in inspection.layers])
+    axis.invert_yaxis()
+    axis.set_xlim(0, 1)
+    axis.set_xticks([0, 0.5, 1], ["0 %", "50 %", "100 %"])
+    axis.set_xlabel("share of neurons", fontsize=FONT)
+    _plain(axis, FONT - 2)
+    figure.legend(loc="outside upper center", ncols=3, frameon=False, fontsize=FONT - 1)
+    return figure
+
+
+# By file name: heading, what it shows, and what draws it (None where there is nothing to draw).
+FIGURES: dict[str, tuple[str, str, Callable[[Inspection], Any]]] = {
+    "answer": (
+        "Answer, step by step",
+        "The picture as the network sees it, and the likeliest classes from the mean logits of the first t steps.",
+        draw_answer,
+    ),
+    "gate": (
+        "Gate of the encoder",
+        "Gated attention coding multiplies the spikes of the encoder by sigmoid(m·n): m one score a time step, n one a "
+        "pixel and channel. Heat maps lie over the picture.",
+        draw_gate,
+    ),
+    "raster": (
+        "Spikes",
+        f"One column a time step, one line a neuron: {NEURONS} of each layer, from all over those that change. Of the "
+        "encoder, gated spikes that are not 0.",
+        draw_raster,
+    ),
+    "rates": ("Firing rate by layer and step", "Spikes per neuron and time step, mean over the images.", draw_rates),
+    "membranes": (
+        "Membranes against the threshold",
+        "Potentials before the reset in units of the threshold, log scale, outermost bins with what lies beyond. Right "
+        "of the line a neuron fires.",
+        draw_membranes,
+    ),
+    "health": (
+        "Dead and saturated neurons",
+        "Dead: no spike in any image at any step. Saturated: a spike in every image at every step. With few images "
+        "many neurons look dead that are not: give a folder or a data set to judge.",
+        draw_health,
+    ),
+}  # fmt: skip

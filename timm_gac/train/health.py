@@ -1,0 +1,112 @@
+"""Firing rates by layer and epoch, and a warning where a layer dies: the usual way in which a spiking network fails.
+
+A layer of neurons that hardly fires passes nothing on and, as few of its membranes come near the threshold, gets hardly
+any gradient to recover with; one that always fires has become a constant.
+"""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+
+from torch import nn
+
+from ..encoder import DirectCoding
+from ..evaluate import Evaluation
+
+__all__ = ["FALL", "SATURATED_ABOVE", "SILENT_BELOW", "rate_warnings", "watch_rates"]
+
+SILENT_BELOW = 0.001  # spikes per neuron and step; healthy layers of these networks lie between 0.02 and 0.4
+SATURATED_ABOVE = 0.9
+FALL = 10.0  # times less than at the evaluation before
+
+
+def rate_warnings(rates: dict[str, float], before: dict[str, float]) -> list[str]:
+    """A sentence for each layer that is silent, saturated, or fires `FALL` times less than before.
+
+    Args:
+        rates: Spikes per neuron and time step, by layer.
+        before: The same at the evaluation before; layers may be missing.
+    """
+    warnings = []
+    for name, rate in rates.items():
+        if rate < SILENT_BELOW:
+            warnings.append(
+                f"warning: {name} fires at {rate:.2%} (under {SILENT_BELOW:.1%}), it passes almost nothing on: lower "
+                "the learning rate or the weight decay, or look at its batch norm"
+            )
+        elif rate > SATURATED_ABOVE:
+            warnings.append(
+                f"warning: {name} fires at {rate:.1%} (over {SATURATED_ABOVE:.0%}), it is nearly a constant: lower the "
+                "learning rate, or look at its batch norm"
+            )
+        elif rate * FALL < before.get(name, 0.0):
+            warnings.append(
+                f"warning: {name} fires at {rate:.2%}, after {before[name]:.2%} at the evaluation before: it may be "
+                "about to fall silent"
+            )
+    return warnings
+
+
+def watch_rates(out: Path, epoch: int, evaluation: Evaluation, network: nn.Module) -> list[str]:
+    """Add an epoch to ``firing_rates.csv``, draw ``firing_rates.png``, and say which layers are in trouble.
+
+    Args:
+        out: Folder of the run. Rows of this epoch and later ones, of a run that goes on, are replaced.
+        epoch: From 1.
+        evaluation: With firing rates; without any, nothing is done.
+        network: The network, to leave out a direct encoder, whose output are no spikes.
+
+    Returns:
+        Warnings, a sentence each; see `rate_warnings`.
+    """
+    coded = {name for name, module in network.named_modules() if isinstance(module, DirectCoding)}
+    rates = {name: rate for name, rate in evaluation.firing_rates.items() if name not in coded}
+    if not rates:
+        return []
+    file = out / "firing_rates.csv"
+    history = [row for row in _read(file, list(rates)) if row[0] < epoch]
+    before = dict(zip(rates, history[-1][1], strict=True)) if history else {}
+    history.append((epoch, list(rates.values())))
+    _write(file, list(rates), history)
+    _draw(out / "firing_rates.png", list(rates), history)
+    return rate_warnings(rates, before)
+
+
+def _read(file: Path, names: list[str]) -> list[tuple[int, list[float]]]:
+    """Rows of the table; none where it is not there or has other layers."""
+    if not file.is_file():
+        return []
+    with file.open(newline="", encoding="utf-8") as stream:
+        header, *rows = [*csv.reader(stream)] or [[]]
+    if header != ["epoch", *names]:
+        return []
+    return [(int(row[0]), [float(value) for value in row[1:]]) for row in rows]
+
+
+def _write(file: Path, names: list[str], history: list[tuple[int, list[float]]]) -> None:
+    scratch = file.with_name(f".{file.name}.partial")
+    with scratch.open("w", newline="", encoding="utf-8") as stream:
+        writer = csv.writer(stream)
+        writer.writerow(["epoch", *names])
+        writer.writerows([epoch, *(f"{rate:.6f}" for rate in rates)] for epoch, rates in history)
+    scratch.replace(file)
+
+
+def _draw(file: Path, names: list[str], history: list[tuple[int, list[float]]]) -> None:
+    """Layers from top to bottom, epochs from left to right, rates on a logarithmic scale down to `SILENT_BELOW`."""
+    from matplotlib.colors import LogNorm
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7.2, 1.4 + 0.2 * len(names)), dpi=110, facecolor="white", layout="constrained")
+    axis = figure.subplots()
+    epochs = [epoch for epoch, _ in history]
+    values = [[max(rates[layer], SILENT_BELOW) for _, rates in history] for layer in range(len(names))]
+    image = axis.imshow(values, cmap="viridis", norm=LogNorm(SILENT_BELOW, 1.0), aspect="auto", interpolation="nearest")
+    shown = range(0, len(epochs), -(-len(epochs) // 10))
+    axis.set_xticks(list(shown), [str(epochs[index]) for index in shown])
+    axis.set_yticks(range(len(names)), names, fontsize=8)
+    axis.set_xlabel("epoch")
+    axis.set_title("Firing rate by layer (darkest: silent)", loc="left", fontsize=11)
+    figure.colorbar(image, ax=axis, fraction=0.04)
+    figure.savefig(file)
