@@ -93,6 +93,7 @@ class Trainer:
         self.accelerator = create_accelerator(recipe, options.out, options.trackers, options.cpu)
         self.device, self.main = self.accelerator.device, self.accelerator.is_main_process
         set_seed(recipe.seed)
+        torch.backends.cudnn.benchmark = True  # every training batch has one shape: the search pays in a few steps
         with self.accelerator.main_process_first():  # the first decodes and caches, the others read the cache
             sets = read_sets(recipe, self.main)
         num_classes, in_chans = (1000, 3) if sets is None else (sets[0].num_classes, sets[0].images.shape[1])
