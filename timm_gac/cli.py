@@ -16,8 +16,10 @@ from .bench_model import ModelBenchConfig
 from .benchmark import KernelBenchConfig
 from .demo import DemoConfig
 from .energy.command import EnergyConfig
+from .evaluate_command import EvaluateConfig
 from .hub.prepare import PublishConfig
 from .inspect.command import InspectConfig
+from .predict import PredictConfig
 
 DESCRIPTION = "Gated attention coding and spiking ResNets for timm: demonstrate, convert, benchmark and list."
 
@@ -160,6 +162,37 @@ def anytime(
     return 0
 
 
+def evaluate(
+    model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")],
+    config: Annotated[EvaluateConfig, tyro.conf.arg(name="")],
+) -> int:
+    """Evaluate a network on a labelled set: top-1, top-5, after each time step, calibration, firing rate by layer.
+
+    Args:
+        model: Registered name.tag, model or run folder, or ORG/NAME on the Hub.
+        config: What to evaluate it on, and how.
+    """
+    from .evaluate_command import run_evaluate
+
+    run_evaluate(model, config)
+    return 0
+
+
+def predict(
+    images: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="IMAGE")],
+    config: Annotated[PredictConfig, tyro.conf.arg(name="")],
+) -> int:
+    """Show the classes that a network sees in pictures, and how sure it is.
+
+    Args:
+        images: Picture files, and folders of them.
+        config: With which network, and what to show.
+    """
+    from .predict import run_predict
+
+    return run_predict(images, config)
+
+
 def bench_kernels(config: Annotated[KernelBenchConfig, tyro.conf.arg(name="")]) -> int:
     """Time each kernel against its rivals and the copy bandwidth of the same run, once it has passed its check."""
     from rich.console import Console
@@ -240,6 +273,8 @@ def _parser() -> SubcommandApp:
     app.command(convert)
     app.command(models)
     app.command(train)
+    app.command(name="eval")(evaluate)
+    app.command(predict)
     app.command(push)
     app.command(verify)
     app.command(energy)

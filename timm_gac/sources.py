@@ -14,10 +14,19 @@ from torch import Tensor, nn
 
 from .data.arrays import load_arrays
 from .data.transforms import Normalizer
-from .hub import load_model, open_source
+from .hub import fetch_model, load_model, open_source, read_config
 from .neuron import BatchNormLIF
 
-__all__ = ["calibrate", "open_images", "open_labelled", "open_network", "open_pictures"]
+__all__ = [
+    "PICTURES",
+    "calibrate",
+    "label_names",
+    "open_images",
+    "open_labelled",
+    "open_network",
+    "open_pictures",
+    "place_network",
+]
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
@@ -54,6 +63,30 @@ def open_network(model: str, num_steps: int | None = None, seed: int = 0) -> tup
         path = path.resolve()
         model = path.parent.name if path.name == "model" else path.name
     return network, f"of {model}"
+
+
+def label_names(network: Any, model: str) -> tuple[str, ...]:
+    """Names of the classes of a network that `open_network` opened as ``model``; () where its files hold none."""
+    cfg = network.pretrained_cfg
+    names = cfg.get("label_names")
+    if not names and cfg.get("file"):  # published weights in a clone of the repository
+        config = Path(cfg["file"]).with_name("config.json")
+        names = read_config(config.parent).get("label_names") if config.is_file() else None
+    elif not names and cfg.get("hf_hub_id") and model.partition(".")[0] in timm.list_models(module="spiking_resnet"):
+        names = read_config(fetch_model(cfg["hf_hub_id"])).get("label_names")
+    return tuple(names or ())
+
+
+def place_network(network: Any, device: str) -> Any:
+    """The network on a device named by the user.
+
+    Raises:
+        ValueError: This machine has no such device.
+    """
+    try:
+        return network.to(device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"expected a device of this machine, got {device!r}: use cpu") from error
 
 
 @torch.no_grad()

@@ -4,5 +4,14 @@ from .arrays import ImageArrays, load_arrays
 from .augment import Augmentation
 from .loader import DeviceLoader
 from .stream import StreamLoader, create_stream_loaders
+from .testset import open_test_set
 
-__all__ = ["Augmentation", "DeviceLoader", "ImageArrays", "StreamLoader", "create_stream_loaders", "load_arrays"]
+__all__ = [
+    "Augmentation",
+    "DeviceLoader",
+    "ImageArrays",
+    "StreamLoader",
+    "create_stream_loaders",
+    "load_arrays",
+    "open_test_set",
+]

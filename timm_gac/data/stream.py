@@ -49,6 +49,10 @@ class StreamLoader:
         seed: Of order and augmentation.
         rank: Of this process.
         world_size: Processes.
+        images: In evaluation only so many, evenly spread over the set.
+
+    Raises:
+        ValueError: ``images`` is given for a set that can only be read in sequence.
     """
 
     def __init__(
@@ -60,13 +64,17 @@ class StreamLoader:
         seed: int,
         rank: int,
         world_size: int,
+        images: int | None = None,
     ) -> None:
         self._loader, self._augmenter, self._normalizer = loader, augmenter, normalizer
         self._seed, self._rank, self.world_size = seed, rank, world_size
         self.batch_size, self.training = batch_size, augmenter is not None
         self.label_names = class_names(loader.dataset)
         self._streams = isinstance(loader.dataset, IterableDataset)
-        self.num_images = len(loader.dataset)
+        self._total = len(loader.dataset)
+        self.num_images = self._total if images is None or self.training else min(images, self._total)
+        if self._streams and self.num_images < self._total:
+            raise ValueError("expected a data set that can be indexed to take some of its images, got a sequence")
         if not self._streams:
             self._sampler = _Order(self._own_part(0))
             loader.loader.batch_sampler.sampler = self._sampler
@@ -128,7 +136,7 @@ class StreamLoader:
 
     def _own_part(self, epoch: int) -> list[int]:
         if not self.training:
-            return list(range(*self._part_of_test()))
+            return [index * self._total // self.num_images for index in range(*self._part_of_test())]
         steps = len(self)
         order = generator("order", self._seed, epoch).permutation(self.num_images)
         order = order[: steps * self.world_size * self.batch_size]
@@ -185,15 +193,14 @@ def create_stream_loaders(
     device = torch.device(device)
     normalizer = Normalizer(mean, std, device, dtype)
     augmenter = BatchAugmenter(augmentation, (len(mean), image_size, image_size), num_classes, normalizer, device)
-    common = {"input_size": (len(mean), image_size, image_size), "batch_size": batch_size, "device": device}
-    common |= {"num_workers": num_workers, "mean": (0.0,) * len(mean), "std": (1.0,) * len(mean)}
-    common |= {"persistent_workers": False, "pin_memory": device.type == "cuda", "hflip": 0.0, "color_jitter": None}
+    size = (len(mean), image_size, image_size)
     loaders = []
     for split, training in (("train", augmenter), ("test", None)):
         options = {"is_training": training is not None, "batch_size": batch_size, "seed": seed}
         dataset = open_dataset(data, split, data_dir, **options)
         _check_dataset(dataset, split, batch_size * world_size if training else 1, num_classes)
-        loaders.append(_create(dataset, training, {**common, **loader_options}))
+        options = {"is_training": training is not None, **loader_options}
+        loaders.append(create_plain_loader(dataset, size, batch_size, device, num_workers, **options))
     train, test = (
         StreamLoader(loader, part, normalizer, batch_size, seed, rank, world_size)
         for loader, part in zip(loaders, (augmenter, None), strict=True)
@@ -203,11 +210,33 @@ def create_stream_loaders(
     return train, test
 
 
-def _create(dataset: Any, training: BatchAugmenter | None, options: dict[str, Any]) -> Any:
+def create_plain_loader(
+    dataset: Any,
+    input_size: tuple[int, ...],
+    batch_size: int,
+    device: torch.device,
+    num_workers: int,
+    is_training: bool = False,
+    **options: Any,
+) -> Any:
+    """Timm's loader of a data set, which leaves grey values as they are (in 0 to 1) for `StreamLoader`.
+
+    Args:
+        dataset: Of `timm.data.create_dataset`.
+        input_size: C, H, W of the images.
+        batch_size: Images a batch.
+        device: Where they are to be.
+        num_workers: Processes that decode.
+        is_training: Random resized crops instead of the centre.
+        options: For timm's `create_loader`.
+    """
     from timm.data import create_loader
 
+    common: dict[str, Any] = {"input_size": input_size, "batch_size": batch_size, "device": device}
+    common |= {"num_workers": num_workers, "mean": (0.0,) * input_size[0], "std": (1.0,) * input_size[0]}
+    common |= {"persistent_workers": False, "pin_memory": device.type == "cuda", "hflip": 0.0, "color_jitter": None}
     # Each process takes its part through the sampler: timm's own would need torch.distributed and repeat test images.
-    return create_loader(dataset, is_training=training is not None, distributed=False, **options)
+    return create_loader(dataset, is_training=is_training, distributed=False, **{**common, **options})
 
 
 def _check_dataset(dataset: Any, split: str, needed: int, num_classes: int) -> None:

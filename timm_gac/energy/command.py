@@ -8,7 +8,7 @@ from typing import Literal
 
 from rich.console import Console
 
-from ..sources import calibrate, open_images, open_network
+from ..sources import calibrate, open_images, open_network, place_network
 from .meter import measure_energy
 from .output import layer_table, totals_table, write_chart, write_csv, write_json
 from .report import EnergyReport
@@ -70,10 +70,7 @@ def run_energy(model: str, config: EnergyConfig, console: Console | None = None)
     """
     network, weights = open_network(model, config.num_steps, config.seed)
     images = open_images(config.data, network, config.images, config.data_dir, config.split)
-    try:
-        network = network.to(config.device)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"expected a device of this machine, got {config.device!r}: use cpu") from error
+    network = place_network(network, config.device)
     batches = [batch.to(config.device) for batch in images.split(config.batch_size)]
     if weights.startswith("random"):
         # A batch of one image has statistics too: of its pixels.

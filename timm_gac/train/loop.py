@@ -27,7 +27,7 @@ from .optim import MovingAverage, create_optimizer, freeze_stages
 from .progress import Progress
 from .recipes import Recipe
 from .runlog import check_same_recipe, environment, read_metrics, write_curve, write_json, write_metrics
-from .setup import create_accelerator, create_loaders, create_network, read_sets
+from .setup import create_accelerator, create_loaders, create_network, describe_input, read_sets
 from .step import PerStepLogits, TrainStep
 
 __all__ = ["RunOptions", "Trainer", "train"]
@@ -99,6 +99,8 @@ class Trainer:
             sets = read_sets(recipe, self.main)
         num_classes, in_chans = (1000, 3) if sets is None else (sets[0].num_classes, sets[0].images.shape[1])
         self.network = create_network(recipe, num_classes, in_chans)
+        side = recipe.image_size or 224
+        describe_input(self.network, (3, side, side) if sets is None else tuple(sets[0].images.shape[1:]))
         freeze_stages(self.network, recipe.freeze_stages)
         self.loaders = create_loaders(recipe, sets, num_classes, self.network.pretrained_cfg, self.accelerator)
         self.network.to(self.device)

@@ -13,7 +13,7 @@ from torch import nn
 from ..data import DeviceLoader, ImageArrays, StreamLoader, create_stream_loaders, load_arrays
 from .recipes import Recipe
 
-__all__ = ["Loaders", "create_accelerator", "create_loaders", "create_network"]
+__all__ = ["Loaders", "create_accelerator", "create_loaders", "create_network", "describe_input"]
 
 MIXED_PRECISION = {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}
 EVAL_BATCH = 512
@@ -90,6 +90,21 @@ def create_network(recipe: Recipe, num_classes: int, in_chans: int) -> Any:
     if recipe.sync_bn:
         network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
     return network.to(memory_format=torch.channels_last) if recipe.channels_last else network
+
+
+def describe_input(network: Any, shape: tuple[int, ...]) -> None:
+    """Write into a network's ``pretrained_cfg`` what it is trained on, so that its stored model says how to use it.
+
+    Where the number of channels is another than the configuration's, mean and std become those of its average channel.
+
+    Args:
+        network: Its ``pretrained_cfg`` is replaced.
+        shape: C, H, W of the training images.
+    """
+    cfg = dict(network.pretrained_cfg) | {"input_size": tuple(shape)}
+    if len(cfg["mean"]) != shape[0]:
+        cfg |= {name: (sum(cfg[name]) / len(cfg[name]),) * shape[0] for name in ("mean", "std")}
+    network.pretrained_cfg = cfg
 
 
 def read_sets(recipe: Recipe, progress: bool) -> tuple[ImageArrays, ImageArrays] | None:

@@ -1,0 +1,138 @@
+"""``timm-gac eval``: open a network and a labelled set, evaluate, show and write."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from gac_kernels.backend import resolve_backend
+
+from .bench_harness import provenance
+from .data import open_test_set
+from .evaluate import ECE_BINS, Evaluation, evaluate
+from .sources import open_network, place_network
+
+__all__ = ["EvaluateConfig", "run_evaluate"]
+
+AMP_DTYPES = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    """What `run_evaluate` does.
+
+    Args:
+        data: An .npz file, digits, or the name of a data set in timm, such as torch/cifar100, hfds/cifar100 or folder.
+        data_dir: Folder of the data set, for timm's names.
+        split: Split of the data set.
+        images: Only so many images, evenly spread over the set.
+        image_size: Side of the images in pixels; the network's own where left out.
+        batch_size: Images a batch.
+        num_workers: Processes that decode large images.
+        num_steps: Number of time steps T; the network's own where left out.
+        precision: float32, or bfloat16 or float16 by autocast.
+        device: Such as cpu or cuda.
+        firing_rates: Measure the firing rate of each layer.
+        json: File to write everything to.
+        overwrite: Replace that file.
+    """
+
+    data: str
+    data_dir: str | None = None
+    split: Literal["train", "test"] = "test"
+    images: int | None = None
+    image_size: int | None = None
+    batch_size: int = 256
+    num_workers: int = 4
+    num_steps: int | None = None
+    precision: Literal["float32", "bfloat16", "float16"] = "float32"
+    device: str = "cpu"
+    firing_rates: bool = True
+    json: Path | None = None
+    overwrite: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "images", "image_size"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"expected {name} of at least 1, got {value}: raise it")
+        if self.num_workers < 0:
+            raise ValueError(f"expected num_workers of at least 0, got {self.num_workers}: 0 decodes in this process")
+        if self.json is not None and self.json.exists() and not self.overwrite:
+            raise ValueError(f"expected a new file, got {str(self.json)!r}, which is there: use --overwrite")
+
+
+def run_evaluate(model: str, config: EvaluateConfig, console: Console | None = None) -> Evaluation:
+    """Evaluate a network with trained weights on a labelled set, show the results and write them where asked for.
+
+    Raises:
+        ValueError: There is no such network, data set or device, or they do not fit.
+    """
+    console = console or Console(highlight=False, soft_wrap=True)
+    network, weights = open_network(model, config.num_steps)
+    if weights.startswith("random"):
+        raise ValueError(
+            f"expected a network with trained weights, got {model!r}: name one with a tag, or a model folder"
+        )
+    network = place_network(network, config.device)
+    test_set = open_test_set(
+        config.data, network.pretrained_cfg, num_classes=network.num_classes, split=config.split,
+        data_dir=config.data_dir, image_size=config.image_size, images=config.images, batch_size=config.batch_size,
+        num_workers=config.num_workers, device=config.device,
+    )  # fmt: skip
+    columns = (TextColumn("evaluating"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task("", total=test_set.num_images)
+        result = evaluate(
+            network,
+            test_set.batches(0),
+            amp_dtype=AMP_DTYPES[config.precision],
+            firing_rates=config.firing_rates,
+            progress=lambda count: bar.advance(task, count),
+        )
+    for table in tables(result, f"{model} on {config.data}, {config.split}, {config.precision}"):
+        console.print(table)
+    console.print(f"{result.images:,} images in {result.seconds:.1f} s, {result.images / result.seconds:,.0f} img/s")
+    if config.json is not None:
+        device = torch.device(config.device)
+        content = result.to_dict() | {
+            "model": model, "weights": weights, "data": config.data, "split": config.split,
+            "num_steps": len(result.top1_per_step), "precision": config.precision,
+            "mean_firing_rate": result.firing_rate, **provenance(device, resolve_backend(device)),
+        }  # fmt: skip
+        config.json.parent.mkdir(parents=True, exist_ok=True)
+        config.json.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        console.print(f"wrote {config.json}")
+    return result
+
+
+def tables(result: Evaluation, title: str) -> list[Table]:
+    """Accuracy and calibration, and the firing rate of each layer where it was measured."""
+    scores = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
+    scores.add_column("")
+    scores.add_column("value", justify="right")
+    scores.add_row("top-1", f"{result.top1:.2%}")
+    scores.add_row("top-5", f"{result.top5:.2%}")
+    for step, accuracy in enumerate(result.top1_per_step, start=1):
+        scores.add_row(f"top-1 after {step} of {len(result.top1_per_step)} steps", f"{accuracy:.2%}")
+    scores.add_row("cross entropy (nats)", f"{result.loss:.4f}")
+    scores.add_row(f"expected calibration error ({ECE_BINS} bins)", f"{result.ece:.4f}")
+    shown = [scores]
+    if result.firing_rates:
+        rates = Table(title="spikes per neuron and time step", title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
+        rates.add_column("layer", no_wrap=True)
+        rates.add_column("firing rate", justify="right")
+        for layer, rate in result.firing_rates.items():
+            rates.add_row(layer, f"{rate:.2%}")
+        rates.add_section()
+        rates.add_row("mean over layers", f"{result.firing_rate:.2%}")
+        shown.append(rates)
+    return shown
