@@ -44,7 +44,7 @@ class FoldedLIF(nn.Module):
             if residual is not None:
                 residual = residual.to(x.dtype)
             lif = self.lif
-            spikes, current = torch.ops.gac_kernels.norm_lif(
+            spikes, current, _ = torch.ops.gac_kernels.norm_lif(
                 x, residual, None, None, self.minus_shift, self.one, None, 0.0, self.num_steps, lif.threshold,
                 lif.decay, lif.surrogate, lif.width, lif.detach_reset, lif.soft_reset, False, self.keep_membrane, "",
             )  # fmt: skip

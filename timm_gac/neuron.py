@@ -163,7 +163,7 @@ class BatchNormLIF(_NormBase):
             x, residual = x.to(dtype), residual.to(dtype)
         mean, var, total, group = self._statistics(x.detach())
         lif = self.lif
-        spikes, membrane = torch.ops.gac_kernels.norm_lif(
+        spikes, membrane, _ = torch.ops.gac_kernels.norm_lif(
             x,
             residual,
             self.weight,
