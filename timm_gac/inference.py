@@ -82,6 +82,7 @@ def fuse_for_inference(model: nn.Module, dtype: torch.dtype | None = None) -> nn
         raise ValueError("expected batch norms with running statistics, got one without: it cannot be folded")
     model.eval()
     network: Any = model
+    network.set_spike_packing(False)
     on_cpu = network.conv1.weight.device.type == "cpu"
     _set_bias(network.conv1, _fold(network.conv1, network.bn1))
     network.bn1 = nn.Identity()

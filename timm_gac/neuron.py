@@ -10,9 +10,9 @@ from timm.layers import register_notrace_module
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from gac_kernels import CIFAR, LIFSpec, lif
+from gac_kernels import CIFAR, LIFSpec, lif, pack_spikes
 
-__all__ = ["LIF", "BatchNormLIF", "MembraneBatchNormLIF"]
+__all__ = ["LIF", "BatchNormLIF", "MembraneBatchNormLIF", "SpikeConv2d"]
 
 
 def check_num_steps(num_steps: int) -> int:
@@ -83,6 +83,58 @@ class LIF(nn.Module):
         """The spec's fields, and the number of steps where time is folded."""
         steps = "" if self.num_steps is None else f", num_steps={self.num_steps}"
         return f"{self.spec}{steps}"
+
+
+class SpikeConv2d(nn.Conv2d):
+    """A convolution of time-folded spikes without bias, which can keep their bits alone for its backward pass.
+
+    Everything else, parameters and state_dict too, is ``nn.Conv2d``'s.
+
+    Shape:
+        - ``(T*B, C, H, W)`` -> ``(T*B, C', H', W')``
+
+    Args:
+        in_chs: Number of channels C.
+        out_chs: Number of channels C'.
+        kernel_size: Of the kernel.
+        stride: Of the kernel.
+        padding: On both sides.
+        num_steps: Number of time steps T folded into the first axis.
+        device: Device of the parameters.
+        dtype: Dtype of the parameters.
+    """
+
+    def __init__(
+        self,
+        in_chs: int,
+        out_chs: int,
+        kernel_size: int,
+        stride: int = 1,
+        padding: int = 0,
+        num_steps: int = 4,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(in_chs, out_chs, kernel_size, stride, padding, bias=False, device=device, dtype=dtype)
+        self.num_steps = check_num_steps(num_steps)
+
+    def forward(self, x: Tensor, bits: Tensor | None = None) -> Tensor:
+        """The convolution of x; with ``bits``, which `pack_spikes` makes of x, x itself is not kept."""
+        if not torch.jit.is_scripting():  # noqa: SIM102 (TorchScript skips the block only where this stands alone)
+            if bits is not None:
+                return self._packed(x, bits)
+        return self._conv_forward(x, self.weight, self.bias)
+
+    @torch.jit.unused
+    def _packed(self, x: Tensor, bits: Tensor) -> Tensor:
+        if self.bias is not None:
+            raise ValueError("expected a convolution without bias for packed spikes, got one: do without the bits")
+        weight, device = self.weight, x.device.type
+        if torch.is_autocast_enabled(device):  # as autocast does for conv2d, of which this op is none
+            dtype = torch.get_autocast_dtype(device)
+            x, weight = x.to(dtype), weight.to(dtype)
+        geometry = (list(self.stride), list(self.padding), list(self.dilation), self.groups)
+        return torch.ops.gac_kernels.packed_conv2d(x, bits, weight, self.num_steps, *geometry)
 
 
 @register_notrace_module
@@ -184,6 +236,55 @@ class BatchNormLIF(_NormBase):
             group,
         )
         return membrane, spikes
+
+    @torch.jit.unused
+    def training_pass(
+        self, x: Tensor, residual: Tensor | None, keep: bool, pack: bool, residual_norm: nn.Module | None = None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Membrane (empty without ``keep``), spikes and, with ``pack``, the spikes' bits; time is folded.
+
+        Args:
+            x: ``(T*B, C, H, W)``.
+            residual: Of the same shape.
+            keep: The membrane is needed.
+            pack: The bits are needed, for a convolution that is to keep them for its backward pass.
+            residual_norm: A batch norm to apply to the residual. Where it is an ordinary ``nn.BatchNorm2d`` in training
+                it is part of the pass, and its output never exists; its forward hooks do not run then.
+        """
+        if residual is not None and residual_norm is not None and not self._takes_in(x, residual, residual_norm):
+            residual, residual_norm = residual_norm(residual), None
+        if self.training and self.drop_path > 0.0:
+            membrane, spikes = self._with_drop_path(x, residual, self.num_steps)
+            return membrane, spikes, pack_spikes(spikes, self.num_steps) if pack else None
+        if residual is not None and residual.dtype != x.dtype:
+            dtype = torch.promote_types(x.dtype, residual.dtype)
+            x, residual = x.to(dtype), residual.to(dtype)
+        mean, var, total, group = self._statistics(x.detach())
+        of_residual: tuple[Tensor | None, ...] = (None, None, None, None)
+        res_eps = 0.0
+        if residual is not None and isinstance(residual_norm, nn.BatchNorm2d):
+            of_residual, res_eps = _shortcut_statistics(residual_norm, residual.detach()), residual_norm.eps
+        lif, batch = self.lif, self.training or self.running_mean is None
+        neuron = (lif.threshold, lif.decay, lif.surrogate, lif.width, lif.detach_reset, lif.soft_reset)
+        spikes, membrane, bits = torch.ops.gac_kernels.norm_lif(
+            x, residual, self.weight, self.bias, mean, var, total, self.eps, self.num_steps, *neuron, batch, keep,
+            group, *of_residual, res_eps, pack,
+        )  # fmt: skip
+        return membrane, spikes, bits if pack else None
+
+    def _takes_in(self, x: Tensor, residual: Tensor, norm: nn.Module) -> bool:
+        """Whether a norm of the residual can be part of this one's pass."""
+        return (
+            type(norm) is nn.BatchNorm2d  # a SyncBatchNorm shares its statistics over processes
+            and norm.training
+            and self.training
+            and norm.affine == self.affine
+            and norm.track_running_stats
+            and norm.momentum is not None
+            and self.drop_path == 0.0
+            and residual.dtype == x.dtype
+            and not (isinstance(self.sync, nn.SyncBatchNorm) and _world_size(self.sync) > 1)
+        )
 
     def _statistics(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None, str]:
         """Mean and variance to normalise with; over several processes also the count of values and the group's name.
@@ -298,6 +399,15 @@ class MembraneBatchNormLIF(BatchNormLIF):
     def forward(self, x: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:  # type: ignore[override]
         """The pair (membrane, spikes)."""
         return self._membrane_and_spikes(x, residual, True)
+
+
+def _shortcut_statistics(norm: nn.BatchNorm2d, x: Tensor) -> tuple[Tensor | None, ...]:
+    """Scale, shift, mean and variance of a batch norm in training, whose running statistics are brought up to date."""
+    if norm.num_batches_tracked is not None:
+        norm.num_batches_tracked.add_(1)
+    assert norm.momentum is not None
+    mean, var = torch.ops.gac_kernels.batch_stats(x, norm.running_mean, norm.running_var, norm.momentum)
+    return norm.weight, norm.bias, mean, var
 
 
 def _process_group(sync: nn.Module) -> dist.ProcessGroup | None:

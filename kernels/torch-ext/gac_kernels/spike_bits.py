@@ -1,4 +1,4 @@
-"""Spikes as bits: ``byte = sum_t spike[t] << t``, up to eight steps a byte, and a convolution that keeps no more of them.
+"""Spikes as bits, ``byte = sum_t spike[t] << t`` of up to eight steps a byte, and a convolution that keeps these alone.
 
 A convolution needs its input once more in the backward pass, for the gradient at its weight. An input of spikes is kept
 here in one byte a pixel and channel for eight steps, where bfloat16 takes sixteen, and is unpacked into a temporary

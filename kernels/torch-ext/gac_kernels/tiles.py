@@ -46,7 +46,7 @@ def norm_affine(channel, C, w_ptr, b_ptr, mean_ptr, var_ptr, EPS: tl.constexpr, 
 
 @triton.jit
 def sum_partials(partial_ptr, channel, programs, C, SUMS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr):
-    """The 2 or 3 sums of each channel over the partial sums [programs, SUMS, C], in a fixed order; the third may be 0."""
+    """The sums of each channel over partial sums [programs, SUMS, C], in fixed order; with SUMS = 2 the third is 0."""
     a = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
     b = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
     c = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
