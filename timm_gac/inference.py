@@ -35,6 +35,16 @@ class FoldedLIF(nn.Module):
         self.register_buffer("minus_shift", None if shift is None else -shift)
         self.register_buffer("one", None if shift is None else torch.ones_like(shift))
 
+    def _apply(self, fn: Any, recurse: bool = True) -> FoldedLIF:
+        """As for any module, but shift and scale keep at least float32: the kernel reads them once, and adds in it."""
+        before = dict(self._buffers)
+        super()._apply(fn, recurse)
+        for name, buffer in before.items():
+            after = self._buffers[name]
+            if buffer is not None and after is not None and after.dtype.itemsize < 4:
+                self._buffers[name] = buffer.to(after.device)
+        return self
+
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
         """Spikes; where a membrane shortcut follows the block, the pair (membrane, spikes)."""
         if self.minus_shift is None:
@@ -106,7 +116,7 @@ def _folded(conv: nn.Conv2d, norm: BatchNormLIF, shift: Tensor, on_cpu: bool, ke
     if on_cpu:
         _set_bias(conv, shift)
         return FoldedLIF(norm, None, keep_membrane)
-    return FoldedLIF(norm, shift.to(conv.weight.dtype), keep_membrane)
+    return FoldedLIF(norm, shift.to(torch.promote_types(conv.weight.dtype, torch.float32)), keep_membrane)
 
 
 def _fold(conv: nn.Conv2d, norm: Any) -> Tensor:
