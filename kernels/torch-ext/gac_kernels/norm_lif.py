@@ -143,7 +143,7 @@ def _norm_lif_backward(
 ):  # fmt: skip
     # The second pass recomputes where that costs no more than reading the gradient at the current back.
     written = need_residual or residual is not None or membrane is not None or num_steps > CHUNK or grad_spikes is None
-    gx, ga, *of_norms = _gradients(x, weight, res_weight, written)
+    gx, ga, gw, gb, grw, grb = _gradients(x, weight, res_weight, written)
     if x.numel():
         gs, gy, shortcut, kept = (
             None if tensor is None else as_layout(tensor, gx)
@@ -153,12 +153,12 @@ def _norm_lif_backward(
         run = _backward_triton if resolve_backend(x.device, x.dtype) == "triton" else norm_eager.backward
         run(
             gs, gy, dense(x), shortcut, kept, (weight, bias, mean, var), (res_weight, res_bias, res_mean, res_var),
-            total, eps, res_eps, num_steps, neuron, batch_stats, ga, gx, *of_norms, group,
+            total, eps, res_eps, num_steps, neuron, batch_stats, ga, gx, gw, gb, grw, grb, group,
         )  # fmt: skip
     else:
-        for gradient in of_norms:
+        for gradient in (gw, gb, grw, grb):
             gradient.zero_()
-    return gx, ga if need_residual else ga.new_empty(0), *of_norms
+    return gx, ga if need_residual else ga.new_empty(0), gw, gb, grw, grb
 
 
 @torch.library.register_fake("gac_kernels::norm_lif", lib=_lib)
