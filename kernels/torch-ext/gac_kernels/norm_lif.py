@@ -71,7 +71,10 @@ def _backward_triton(
     normed = res_norm[2] is not None
     rows_of_sums = 3 if normed else 2
     frame, size, chunks = x.numel() // num_steps, x.element_size(), triton.cdiv(num_steps, CHUNK)
-    tiles = channel_tiles(x, num_steps, launch_config("norm_lif_bwd_reduce", num_steps, size, x.device))
+    config = launch_config("norm_lif_bwd_reduce", num_steps, size, x.device)
+    if num_steps > 4 or normed:  # 128 registers a thread without, 168 with the residual's norm or 6 steps, 244 with 8
+        config = config | {"PER_SM": min(config["PER_SM"], 3 if num_steps <= (4 if normed else 6) else 2)}
+    tiles = channel_tiles(x, num_steps, config)
     channels, programs = tiles.channels, tiles.grid[0]
     partial = torch.empty((programs, rows_of_sums, channels), dtype=torch.float32, device=x.device)
     sums = torch.empty((rows_of_sums, channels), dtype=torch.float32, device=x.device)
