@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from gac_kernels import CIFAR, LIFSpec
 
-from ..neuron import BatchNormLIF, MembraneBatchNormLIF, SpikeConv2d
+from ..convolution import SpikeConv2d
+from ..neuron import BatchNormLIF, MembraneBatchNormLIF
 
 __all__ = ["MSBlock", "SpikingBlock", "Stage"]
 
