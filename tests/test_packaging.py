@@ -21,6 +21,7 @@ RANKS = {
     "gac_kernels": 0,
     "timm_gac.neuron": 1,
     "timm_gac.encoder": 2,
+    "timm_gac.convolution": 2,
     "timm_gac.models": 3,
     "timm_gac.inference": 4,
     "timm_gac": 4,  # the package itself registers the models and re-exports the modules

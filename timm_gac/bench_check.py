@@ -126,6 +126,7 @@ def _run_part(part: nn.Module, inputs: Sequence[Tensor], train: bool) -> dict[st
     with torch.set_grad_enabled(train):
         result: Any = part(*leaves)
     if isinstance(result, tuple):
+        result = result[:2]  # the bits of packed spikes say the same once more
         # A plain spiking block has no membrane to return: it returns its spikes twice.
         outputs = list(result) if result[0] is not result[1] else [result[1]]
         names = ["values of the membrane", "spikes"][-len(outputs) :]

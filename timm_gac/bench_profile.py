@@ -19,6 +19,7 @@ from .bench_steps import Step
 # First match wins. Patterns are searched in "operator > kernel", the operator being the one that launched the kernel;
 # on a CPU there are no kernels, and the operator stands alone. One convolution_backward computes both gradients.
 KINDS = (
+    ("spike packing", r"pack_kernel|(un)?pack_spikes"),
     ("convolution, data gradient", r"dgrad"),
     ("convolution, weight gradient", r"wgrad"),
     ("optimizer", r"sgd|optimizer|amp_update_scale|multi_tensor"),

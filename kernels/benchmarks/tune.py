@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -21,6 +21,7 @@ NEURON_STEPS = 2**27
 WARPS = (1, 2, 4, 8)
 ELEMENTS_PER_THREAD = (2, 4, 8, 16)
 TILES = (1, 4, 16)
+OPS = ("lif_fwd", "lif_bwd", "lif_bwd_mask", "gac_fwd", "gac_bwd")
 
 
 def scalars(spec: LIFSpec) -> tuple[float, float, int, float, bool, bool]:
@@ -47,12 +48,12 @@ def workloads(num_steps: int, dtype: torch.dtype) -> dict[str, Callable[[], obje
     }
 
 
-def search(op: str, run: Callable[[], object]) -> tuple[dict[str, int], dict[str, float]]:
+def search(op: str, run: Callable[[], object], per_thread: Sequence[int]) -> tuple[dict[str, int], dict[str, float]]:
     """Best launch parameters of ``op`` and the median of every candidate, in milliseconds."""
     times = {}
     for warps in WARPS:
-        for elements in ELEMENTS_PER_THREAD:
-            if warps * elements < 4 or ("TILES" in tuning.DEFAULTS[op] and (warps > 4 or elements > 4)):
+        for elements in per_thread:
+            if warps * elements < 4 or ("TILES" in tuning.DEFAULTS[op] and (warps > 4 or elements > 8)):
                 continue
             for tiles in TILES if "TILES" in tuning.DEFAULTS[op] else (0,):
                 candidate = {"BLOCK": 32 * warps * elements, "num_warps": warps} | ({"TILES": tiles} if tiles else {})
@@ -67,7 +68,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, help="folder to write <device name>.json to; an existing file is refused")
     parser.add_argument("--steps", type=int, nargs="+", default=[2, 4, 6, 8], help="T to search")
-    parser.add_argument("--ops", nargs="+", default=list(tuning.DEFAULTS), help="kernels to search")
+    parser.add_argument("--ops", nargs="+", default=OPS, choices=OPS, help="kernels to search")
+    parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"], help="dtypes to search")
+    parser.add_argument("--elements", type=int, nargs="+", default=ELEMENTS_PER_THREAD, help="elements a thread to try")
     args = parser.parse_args()
     name = torch.cuda.get_device_name().replace(" ", "_")
     target = args.out / f"{name}.json" if args.out else None
@@ -75,11 +78,11 @@ def main() -> None:
         raise SystemExit(f"expected no file at {target}, found one: move it away to search again")
     tuning._device_configs = lambda _: {}  # the search starts from the defaults, not from an earlier result
     result: dict[str, dict[str, dict[str, int]]] = {}
-    for dtype in (torch.float32, torch.bfloat16):
+    for dtype in (getattr(torch, name) for name in args.dtypes):
         for num_steps in args.steps:
             calls = workloads(num_steps, dtype)
             for op, run in ((op, calls[op]) for op in args.ops):
-                best, times = search(op, run)
+                best, times = search(op, run, args.elements)
                 result.setdefault(op, {})[f"{dtype.itemsize}:{num_steps}"] = best
                 if num_steps == 4:
                     result[op][str(dtype.itemsize)] = best

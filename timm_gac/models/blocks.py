@@ -1,7 +1,8 @@
 """Residual blocks of spiking ResNets, and the stages made of them.
 
-A block takes and returns the pair (membrane, spikes), both time-folded ``(T*B, C, H, W)``, so every neuron stands at
-the end of a batch norm, where one kernel can do norm, residual and neuron together.
+A block takes and returns membrane and spikes, both time-folded ``(T*B, C, H, W)``, so every neuron stands at the end of
+a batch norm, where one kernel can do norm, residual and neuron together. Where spikes are packed it takes and returns
+their bits too, which are all that a convolution then keeps of them for its backward pass.
 
 No ``from __future__ import annotations`` here: TorchScript reads annotations as types, not as strings.
 """
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 from gac_kernels import CIFAR, LIFSpec
 
+from ..convolution import SpikeConv2d
 from ..neuron import BatchNormLIF, MembraneBatchNormLIF
 
 __all__ = ["MSBlock", "SpikingBlock", "Stage"]
@@ -48,15 +50,16 @@ class _Block(nn.Module):
     ) -> None:
         super().__init__()
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.conv1 = nn.Conv2d(in_chs, out_chs, 3, stride=stride, padding=1, bias=False, **dd)
+        self.conv1 = SpikeConv2d(in_chs, out_chs, 3, stride, 1, num_steps, **dd)
         self.bn1 = BatchNormLIF(out_chs, spec, num_steps, **dd)
-        self.conv2 = nn.Conv2d(out_chs, out_chs, 3, padding=1, bias=False, **dd)
+        self.conv2 = SpikeConv2d(out_chs, out_chs, 3, 1, 1, num_steps, **dd)
         self.bn2 = self.last_norm(out_chs, spec, num_steps, drop_path=drop_path, **dd)
         self.downsample: nn.Sequential | None = None
         if stride != 1 or in_chs != out_chs:
             self.downsample = nn.Sequential(
                 nn.Conv2d(in_chs, out_chs, 1, stride=stride, bias=False, **dd), nn.BatchNorm2d(out_chs, **dd)
             )
+        self.pack_hidden = self.pack_output = False  # see SpikingResNet.set_spike_packing
 
     def zero_init_last(self) -> None:
         """Make the residual branch start as zero."""
@@ -66,6 +69,28 @@ class _Block(nn.Module):
         if self.downsample is not None:
             x = self.downsample(x)
         return x
+
+    @torch.jit.unused
+    def _training_pass(
+        self, shortcut: Tensor, spikes: Tensor, bits: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """The block with its shortcut's norm as part of the last one, and spikes packed where asked for."""
+        grad = torch.is_grad_enabled()  # without it nothing is kept anyway
+        hidden_bits = None
+        if self.pack_hidden and grad:
+            _, hidden, hidden_bits = self.bn1.training_pass(self.conv1(spikes, bits), None, False, True)
+        else:
+            hidden = self.bn1(self.conv1(spikes, bits))
+        norm = None
+        if self.downsample is not None:
+            shortcut = self.downsample[0](shortcut)
+            norm = self.downsample[1] if len(self.downsample) > 1 else None
+        keep, pack = self.last_norm is MembraneBatchNormLIF, self.pack_output and grad
+        return self.bn2.training_pass(self.conv2(hidden, hidden_bits), shortcut, keep, pack, norm)
+
+    def _trains(self, x: Tensor) -> bool:
+        """Whether `_training_pass` has something to gain; not under fx, for which the norms are leaves."""
+        return isinstance(x, Tensor) and ((self.training and self.downsample is not None) or self.pack_hidden)
 
 
 class MSBlock(_Block):
@@ -79,11 +104,16 @@ class MSBlock(_Block):
 
     last_norm = MembraneBatchNormLIF
 
-    def forward(self, membrane: Tensor, spikes: Tensor) -> tuple[Tensor, Tensor]:
-        """The pair (membrane, spikes), ``(T*B, C', H', W')`` each."""
+    def forward(
+        self, membrane: Tensor, spikes: Tensor, bits: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Membrane and spikes, ``(T*B, C', H', W')`` each, and the spikes' bits where they are packed."""
+        if not torch.jit.is_scripting():  # noqa: SIM102 (TorchScript skips the block only where this stands alone)
+            if self._trains(membrane):
+                return self._training_pass(membrane, spikes, bits)
         hidden = self.bn1(self.conv1(spikes))
         membrane, spikes = self.bn2(self.conv2(hidden), self._shortcut(membrane))
-        return membrane, spikes
+        return membrane, spikes, None
 
 
 class SpikingBlock(_Block):
@@ -95,15 +125,21 @@ class SpikingBlock(_Block):
     Source: Zheng et al., "Going Deeper With Directly-Trained Larger Spiking Neural Networks" (arXiv 2011.05280).
     """
 
-    def forward(self, membrane: Tensor, spikes: Tensor) -> tuple[Tensor, Tensor]:
-        """The pair (spikes, spikes), ``(T*B, C', H', W')`` each."""
+    def forward(
+        self, membrane: Tensor, spikes: Tensor, bits: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """The spikes twice, ``(T*B, C', H', W')`` each, and their bits where they are packed."""
+        if not torch.jit.is_scripting():  # noqa: SIM102 (TorchScript skips the block only where this stands alone)
+            if self._trains(spikes):
+                _, spikes, bits = self._training_pass(spikes, spikes, bits)
+                return spikes, spikes, bits
         hidden = self.bn1(self.conv1(spikes))
         spikes = self.bn2(self.conv2(hidden), self._shortcut(spikes))
-        return spikes, spikes
+        return spikes, spikes, None
 
 
 class Stage(nn.Sequential):
-    """Blocks in sequence on the pair (membrane, spikes); an empty stage returns its input.
+    """Blocks in sequence on membrane, spikes and bits; an empty stage returns its input.
 
     With ``grad_checkpointing`` set, the backward pass recomputes each block instead of keeping its activations.
     """
@@ -112,11 +148,13 @@ class Stage(nn.Sequential):
         super().__init__(*blocks)
         self.grad_checkpointing = False
 
-    def forward(self, membrane: Tensor, spikes: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
-        """The pair (membrane, spikes) after the last block."""
+    def forward(  # type: ignore[override]
+        self, membrane: Tensor, spikes: Tensor, bits: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Membrane, spikes and bits after the last block."""
         for block in self:
             if self.grad_checkpointing and not torch.jit.is_scripting():
-                membrane, spikes = checkpoint(block, membrane, spikes)
+                membrane, spikes, bits = checkpoint(block, membrane, spikes, bits)
             else:
-                membrane, spikes = block(membrane, spikes)
-        return membrane, spikes
+                membrane, spikes, bits = block(membrane, spikes, bits)
+        return membrane, spikes, bits

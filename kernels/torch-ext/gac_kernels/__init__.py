@@ -5,14 +5,16 @@ from .backend import requested_backend, resolve_backend, use_backend
 from .batch_stats import batch_stats
 from .gac import gac_encode, gated_lif
 from .lif import lif
-from .norm_lif import norm_lif
+from .norm_lif import ResidualNorm, norm_lif
 from .reference import gac_encode_reference, gated_lif_reference, lif_reference, norm_lif_reference
 from .spec import CIFAR, IMAGENET, LIFSpec
+from .spike_bits import pack_spikes, packed_conv2d, unpack_spikes
 
 __all__ = [
     "CIFAR",
     "IMAGENET",
     "LIFSpec",
+    "ResidualNorm",
     "batch_stats",
     "gac_encode",
     "gac_encode_reference",
@@ -22,7 +24,10 @@ __all__ = [
     "lif_reference",
     "norm_lif",
     "norm_lif_reference",
+    "pack_spikes",
+    "packed_conv2d",
     "requested_backend",
     "resolve_backend",
+    "unpack_spikes",
     "use_backend",
 ]

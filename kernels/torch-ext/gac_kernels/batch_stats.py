@@ -15,20 +15,22 @@ from .backend import resolve_backend
 from .checks import check_current
 from .layout import on_device
 from .reference import state_dtype
-from .tiles import channel_tiles, dense, sum_partials, tile_offsets
+from .tiles import FINISH, channel_tiles, dense, sum_partials, tile_offsets
 from .tuning import launch_config
 
 
 @triton.jit
 def _batch_stats_kernel(
-    x_ptr, partial_ptr, rows, C, S, tiles, CHANNELS_LAST: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr
+    x_ptr, partial_ptr, rows, C, S, tiles, CHANNELS_LAST: tl.constexpr, REVERSE: tl.constexpr, BLOCK_R: tl.constexpr,
+    BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     channel = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     pivot_at = tl.cast(channel, tl.int64) * (1 if CHANNELS_LAST else S)
     pivot = tl.load(x_ptr + pivot_at, mask=channel < C, other=0.0).to(tl.float32)[None, :]
     total = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
     square = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
-    for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):
+    for nth in range(tl.program_id(0), tiles, tl.num_programs(0)):
+        tile = tiles - 1 - nth if REVERSE else nth
         at, inside = tile_offsets(tile, channel, rows, C, S, CHANNELS_LAST, BLOCK_R)
         d = tl.where(inside, tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32) - pivot, 0.0)
         total += d
@@ -45,7 +47,7 @@ def _finish_stats_kernel(
 ):  # fmt: skip
     channel = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     inside = channel < C
-    total, square = sum_partials(partial_ptr, channel, programs, C, BLOCK_P, BLOCK_C)
+    total, square, _ = sum_partials(partial_ptr, channel, programs, C, 2, BLOCK_P, BLOCK_C)
     pivot = tl.load(x_ptr + tl.cast(channel, tl.int64) * stride, mask=inside, other=0.0).to(tl.float32)
     values = tl.cast(count, tl.float32)
     shift = total / values
@@ -72,9 +74,9 @@ def _stats_triton(
     stride = 1 if tiles.meta["CHANNELS_LAST"] else tiles.spatial
     with on_device(x):
         _batch_stats_kernel[tiles.grid](x, partial, tiles.rows, channels, tiles.spatial, tiles.tiles, **tiles.meta)
-        _finish_stats_kernel[(triton.cdiv(channels, 16),)](
+        _finish_stats_kernel[(triton.cdiv(channels, FINISH["BLOCK_C"]),)](
             x, partial, mean, var, running_mean, running_var, momentum, tiles.rows, programs, channels, stride,
-            UPDATE=running_mean is not None, BLOCK_P=64, BLOCK_C=16, num_warps=4,
+            UPDATE=running_mean is not None, **FINISH,
         )  # fmt: skip
 
 

@@ -70,6 +70,30 @@ def check_gate(x: Tensor, spatial: Tensor, temporal: Tensor) -> None:
         )
 
 
+def check_residual_norm(
+    x: Tensor, residual: Tensor | None, weight: Tensor | None, res_weight: Tensor | None, res_bias: Tensor | None,
+    res_mean: Tensor | None, res_var: Tensor | None, group: str = "",
+) -> None:  # fmt: skip
+    """Raise unless the residual's own norm, if any, fits the residual and the norm of ``x``."""
+    given = [tensor for tensor in (res_weight, res_bias, res_mean, res_var) if tensor is not None]
+    if not given:
+        return
+    if residual is None or res_mean is None or res_var is None:
+        raise ValueError("expected a residual with mean and var for its norm, got a part of them: give all three")
+    if (res_weight is None) != (weight is None) or (res_bias is None) != (weight is None):
+        raise ValueError(
+            "expected scale and shift for both norms or for neither, got them for one: give ones and zeros to the other"
+        )
+    if group:
+        raise ValueError("expected no norm of the residual where statistics are shared over processes: apply it before")
+    for tensor in given:
+        if tensor.shape != x.shape[1:2] or tensor.device != x.device:
+            raise ValueError(
+                f"expected the residual norm's tensors of shape ({x.shape[1]},) on {x.device}, got "
+                f"{tuple(tensor.shape)} on {tensor.device}: one value a channel, where x is"
+            )
+
+
 def check_norm(
     x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, mean: Tensor, var: Tensor,
     num_steps: int,

@@ -9,10 +9,11 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import eager
+from . import eager, spike_bits
 from .reference import state_dtype
 
 Norm = tuple[Tensor | None, Tensor | None, Tensor, Tensor]
+ResNorm = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]  # no mean: no norm
 Neuron = tuple[float, float, int, float, bool, bool]
 
 
@@ -21,13 +22,22 @@ def resolve_group(name: Any) -> dist.ProcessGroup:
     return dist.distributed_c10d._resolve_process_group(name)  # the registry that functional collectives use too
 
 
-def _current(x: Tensor, residual: Tensor | None, norm: Norm, eps: float) -> Tensor:
-    """Input current of the neuron in the state's dtype, (T*B, C, H, W)."""
-    weight, bias, mean, var = norm
+def _normed(x: Tensor, norm: Norm, eps: float) -> Tensor:
+    """Batch norm of x with given statistics, in the state's dtype."""
     dtype = state_dtype(x.dtype)
-    scale, shift = (None if v is None else v.to(dtype) for v in (weight, bias))
-    current = F.batch_norm(x.to(dtype), mean.to(dtype), var.to(dtype), scale, shift, False, 0.0, eps)
-    return current if residual is None else current.add_(residual)
+    weight, bias, mean, var = (None if v is None else v.to(dtype) for v in norm)
+    return F.batch_norm(x.to(dtype), mean, var, weight, bias, False, 0.0, eps)
+
+
+def _current(x: Tensor, residual: Tensor | None, norm: Norm, res_norm: ResNorm, eps: float, res_eps: float) -> Tensor:
+    """Input current of the neuron in the state's dtype, (T*B, C, H, W)."""
+    current = _normed(x, norm, eps)
+    if residual is None:
+        return current
+    weight, bias, mean, var = res_norm
+    if mean is not None and var is not None:
+        residual = _normed(residual, (weight, bias, mean, var), res_eps)
+    return current.add_(residual)
 
 
 def _steps(tensor: Tensor, num_steps: int) -> Tensor:
@@ -35,12 +45,12 @@ def _steps(tensor: Tensor, num_steps: int) -> Tensor:
 
 
 def forward(
-    x: Tensor, residual: Tensor | None, norm: Norm, eps: float, num_steps: int, neuron: Neuron, spikes: Tensor,
-    membrane: Tensor,
+    x: Tensor, residual: Tensor | None, norm: Norm, res_norm: ResNorm, eps: float, res_eps: float, num_steps: int,
+    neuron: Neuron, batch_stats: bool, spikes: Tensor, membrane: Tensor, bits: Tensor,
 ) -> None:  # fmt: skip
-    """Write spikes and, where it has elements, the neuron's input current."""
+    """Write spikes and, where they have elements, the neuron's input current and the spikes' bits."""
     threshold, decay, _, width, _, soft_reset = neuron
-    current = _current(x, residual, norm, eps)
+    current = _current(x, residual, norm, res_norm, eps, res_eps)
     if membrane.numel():
         membrane.copy_(current)
         current = membrane  # the neuron sees what is stored
@@ -49,18 +59,19 @@ def forward(
         _steps(current, num_steps), None, _steps(spikes, num_steps), nothing, nothing, threshold, decay, width,
         soft_reset,
     )  # fmt: skip
+    if bits.numel():
+        spike_bits.pack_eager(spikes, bits, num_steps)
 
 
 def backward(
     gs: Tensor | None, gy: Tensor | None, x: Tensor, residual: Tensor | None, membrane: Tensor | None, norm: Norm,
-    total: Tensor | None, eps: float, num_steps: int, neuron: Neuron, batch_stats: bool, ga: Tensor, gx: Tensor,
-    gw: Tensor, gb: Tensor, group: str,
+    res_norm: ResNorm, total: Tensor | None, eps: float, res_eps: float, num_steps: int, neuron: Neuron,
+    batch_stats: bool, ga: Tensor, gx: Tensor, gw: Tensor, gb: Tensor, grw: Tensor, grb: Tensor, group: str,
 ) -> None:  # fmt: skip
-    """Write the gradients at x and, where they have elements, at the current, the weight and the bias."""
+    """Write the gradients at x and, where they have elements, at the residual, the weights and the biases."""
     threshold, decay, surrogate, width, detach_reset, soft_reset = neuron
-    weight, _, mean, var = norm
     dtype = state_dtype(x.dtype)
-    current = _current(x, residual, norm, eps) if membrane is None else membrane.to(dtype)
+    current = _current(x, residual, norm, res_norm, eps, res_eps) if membrane is None else membrane.to(dtype)
     at_spikes = torch.zeros_like(current) if gs is None else gs.to(dtype)
     at_current, nothing = torch.empty_like(current), x.new_empty(0)
     eager.lif_backward(
@@ -69,19 +80,32 @@ def backward(
     )  # fmt: skip
     if gy is not None:
         at_current.add_(gy)
-    mean, rstd = mean.to(dtype), torch.rsqrt(var.to(dtype) + eps)
-    centred = x.to(dtype) - mean[:, None, None]
-    sums = torch.stack((at_current.sum((0, 2, 3)), (at_current * centred).sum((0, 2, 3))))
+    gx.copy_(_at_input(at_current, x, norm, eps, total, batch_stats, gw, gb, group))
+    weight, bias, mean, var = res_norm
+    if residual is not None and mean is not None and var is not None:
+        residual_norm = (weight, bias, mean, var)
+        at_current = _at_input(at_current, residual, residual_norm, res_eps, total, batch_stats, grw, grb, "")
+    if ga.numel():
+        ga.copy_(at_current)
+
+
+def _at_input(
+    grad: Tensor, x: Tensor, norm: Norm, eps: float, total: Tensor | None, batch_stats: bool, gw: Tensor, gb: Tensor,
+    group: str,
+) -> Tensor:  # fmt: skip
+    """Gradient at a norm's input x from that at its output; those at its scale and shift are written."""
+    weight, _, mean, var = norm
+    dtype = grad.dtype
+    rstd = torch.rsqrt(var.to(dtype) + eps)
+    centred = x.to(dtype) - mean.to(dtype)[:, None, None]
+    sums = torch.stack((grad.sum((0, 2, 3)), (grad * centred).sum((0, 2, 3))))
     scale = rstd if weight is None else rstd * weight.to(dtype)
     if weight is not None:
         gw.copy_(sums[1] * rstd)
         gb.copy_(sums[0])
-    if ga.numel():
-        ga.copy_(at_current)
-    grad = at_current
     if batch_stats:
         if group:
             dist.all_reduce(sums, group=resolve_group(group))
         a, b = sums / (x.numel() // x.shape[1] if total is None else total.to(dtype))
         grad = grad - a[:, None, None] - centred * (rstd.square() * b)[:, None, None]
-    gx.copy_(grad * scale[:, None, None])
+    return grad * scale[:, None, None]

@@ -4,6 +4,12 @@ Forward reads the convolution's output once. Backward keeps no membrane potentia
 the stored current where the network wants that anyway and else from the convolution's output. The first pass leaves
 the sums ``A = sum(ga)`` and ``B = sum(ga * (x - mean))`` of the gradient ga at the neuron's input current, the second
 writes the gradient at x, ``k0 * ga + k1 * x + k2`` with one k0, k1, k2 a channel.
+
+With NORMED the residual is normalised too, by statistics of its own (the batch norm of a shortcut): its output then
+never exists in memory, and its gradient needs one more sum, ``sum(ga * (residual - its mean))``.
+
+With REVERSE a kernel walks its tiles from the last to the first. A kernel that reads what another has just written
+finds in the L2 cache what was written last, so the two are to walk in opposite directions.
 """
 
 from __future__ import annotations
@@ -15,16 +21,22 @@ from .tiles import norm_affine, sum_partials, tile_offsets
 
 @triton.jit
 def forward_kernel(
-    x_ptr, res_ptr, w_ptr, b_ptr, mean_ptr, var_ptr, s_ptr, y_ptr, rows, C, S, frame,
-    T: tl.constexpr, STEPS: tl.constexpr, EPS: tl.constexpr, THRESHOLD: tl.constexpr, DECAY: tl.constexpr,
-    SOFT: tl.constexpr, AFFINE: tl.constexpr, RESIDUAL: tl.constexpr, KEEP: tl.constexpr,
-    CHANNELS_LAST: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
+    x_ptr, res_ptr, w_ptr, b_ptr, mean_ptr, var_ptr, rw_ptr, rb_ptr, rmean_ptr, rvar_ptr, s_ptr, y_ptr, bits_ptr,
+    rows, C, S, frame,
+    T: tl.constexpr, STEPS: tl.constexpr, EPS: tl.constexpr, R_EPS: tl.constexpr, THRESHOLD: tl.constexpr,
+    DECAY: tl.constexpr, SOFT: tl.constexpr, AFFINE: tl.constexpr, RESIDUAL: tl.constexpr, NORMED: tl.constexpr,
+    KEEP: tl.constexpr, PACK: tl.constexpr, CHANNELS_LAST: tl.constexpr, REVERSE: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """Spikes and, with KEEP, the current of one tile at all steps; frame is B*C*H*W."""
+    """Spikes, with KEEP the current and with PACK the spikes' bits, of one tile at all steps; frame is B*C*H*W."""
     frame = tl.cast(frame, tl.int64)
     channel = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     scale, shift, _, _ = norm_affine(channel, C, w_ptr, b_ptr, mean_ptr, var_ptr, EPS, AFFINE)
-    at, inside = tile_offsets(tl.program_id(0), channel, rows, C, S, CHANNELS_LAST, BLOCK_R)
+    if NORMED:
+        r_scale, r_shift, _, _ = norm_affine(channel, C, rw_ptr, rb_ptr, rmean_ptr, rvar_ptr, R_EPS, AFFINE)
+        shift += r_shift
+    tile = tl.num_programs(0) - 1 - tl.program_id(0) if REVERSE else tl.program_id(0)
+    at, inside = tile_offsets(tile, channel, rows, C, S, CHANNELS_LAST, BLOCK_R)
     v = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
     for first in range(0, T, STEPS):
         xs = ()  # loads first: a store between them would keep the compiler from overlapping them
@@ -34,11 +46,14 @@ def forward_kernel(
             xs += (tl.load(x_ptr + at + (first + k) * frame, mask=here, other=0.0),)
             if RESIDUAL:
                 rs += (tl.load(res_ptr + at + (first + k) * frame, mask=here, other=0.0),)
+        bits = tl.zeros((BLOCK_R, BLOCK_C), tl.int32)
         for k in tl.static_range(STEPS):
             t = first + k
             here = within(inside, t, T, STEPS)
             a = xs[k].to(tl.float32) * scale + shift
-            if RESIDUAL:
+            if NORMED:
+                a += rs[k].to(tl.float32) * r_scale
+            elif RESIDUAL:
                 a += rs[k].to(tl.float32)
             if KEEP:  # the neuron sees what is stored, so that backward, which reads it, recomputes the same
                 stored = a.to(y_ptr.dtype.element_ty)
@@ -47,38 +62,52 @@ def forward_kernel(
             u = DECAY * v + a
             fired = tl.where(u > THRESHOLD, 1.0, 0.0)
             tl.store(s_ptr + at + t * frame, fired.to(s_ptr.dtype.element_ty), mask=here)
+            if PACK:
+                bits |= tl.where(here & (u > THRESHOLD), 1 << k, 0)
             v = tl.where(here, reset(u, THRESHOLD, SOFT), v)
+        if PACK:  # a byte holds a chunk of up to eight steps
+            tl.store(bits_ptr + at + (first // STEPS) * frame, bits.to(tl.uint8), mask=inside)
 
 
 @triton.jit
-def _current(x, source, scale, shift, RESIDUAL: tl.constexpr, KEEP: tl.constexpr):
-    """Input current of the neuron: as stored (KEEP), or recomputed, plus the residual."""
+def _current(x, source, scale, shift, r_scale, RESIDUAL: tl.constexpr, NORMED: tl.constexpr, KEEP: tl.constexpr):
+    """Input current of the neuron: as stored (KEEP), or recomputed, plus the residual; shift has both norms' shifts."""
     if KEEP:
         a = source.to(tl.float32)
     else:
         a = x.to(tl.float32) * scale + shift
-        if RESIDUAL:
+        if NORMED:
+            a += source.to(tl.float32) * r_scale
+        elif RESIDUAL:
             a += source.to(tl.float32)
     return a
 
 
 @triton.jit
 def reduce_kernel(
-    gs_ptr, gy_ptr, x_ptr, source_ptr, w_ptr, b_ptr, mean_ptr, var_ptr, ga_ptr, partial_ptr, scratch_ptr,
-    rows, C, S, frame, tiles,
-    T: tl.constexpr, STEPS: tl.constexpr, EPS: tl.constexpr, THRESHOLD: tl.constexpr, DECAY: tl.constexpr,
-    SURROGATE: tl.constexpr, WIDTH: tl.constexpr, DETACH: tl.constexpr, SOFT: tl.constexpr, AFFINE: tl.constexpr,
-    RESIDUAL: tl.constexpr, KEEP: tl.constexpr, HAS_GS: tl.constexpr, HAS_GY: tl.constexpr, WRITE: tl.constexpr,
-    CHANNELS_LAST: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
+    gs_ptr, gy_ptr, x_ptr, source_ptr, res_ptr, w_ptr, b_ptr, mean_ptr, var_ptr, rw_ptr, rb_ptr, rmean_ptr, rvar_ptr,
+    ga_ptr, partial_ptr, scratch_ptr, rows, C, S, frame, tiles,
+    T: tl.constexpr, STEPS: tl.constexpr, EPS: tl.constexpr, R_EPS: tl.constexpr, THRESHOLD: tl.constexpr,
+    DECAY: tl.constexpr, SURROGATE: tl.constexpr, WIDTH: tl.constexpr, DETACH: tl.constexpr, SOFT: tl.constexpr,
+    AFFINE: tl.constexpr, RESIDUAL: tl.constexpr, NORMED: tl.constexpr, KEEP: tl.constexpr, HAS_GS: tl.constexpr,
+    HAS_GY: tl.constexpr, WRITE: tl.constexpr, SUMS: tl.constexpr, CHANNELS_LAST: tl.constexpr, REVERSE: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """First backward pass: both sums of each channel and, with WRITE, the gradient at the current."""
+    """First backward pass: the sums of each channel (SUMS = 2, or 3 with NORMED) and, with WRITE, the gradient ga."""
     frame = tl.cast(frame, tl.int64)
     CHUNKS: tl.constexpr = (T + STEPS - 1) // STEPS
     channel = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     scale, shift, mean, _ = norm_affine(channel, C, w_ptr, b_ptr, mean_ptr, var_ptr, EPS, AFFINE)
+    r_scale = scale
+    r_mean = mean
+    if NORMED:
+        r_scale, r_shift, r_mean, _ = norm_affine(channel, C, rw_ptr, rb_ptr, rmean_ptr, rvar_ptr, R_EPS, AFFINE)
+        shift += r_shift
     sum_a = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
     sum_b = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
-    for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):
+    sum_c = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
+    for nth in range(tl.program_id(0), tiles, tl.num_programs(0)):
+        tile = tiles - 1 - nth if REVERSE else nth
         at, inside = tile_offsets(tile, channel, rows, C, S, CHANNELS_LAST, BLOCK_R)
         if CHUNKS > 1:  # first sweep: the membrane at the start of each chunk
             v = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
@@ -91,13 +120,15 @@ def reduce_kernel(
                     source = x
                     if RESIDUAL or KEEP:
                         source = tl.load(source_ptr + at + t * frame, mask=here, other=0.0)
-                    v = reset(DECAY * v + _current(x, source, scale, shift, RESIDUAL, KEEP), THRESHOLD, SOFT)
+                    a = _current(x, source, scale, shift, r_scale, RESIDUAL, NORMED, KEEP)
+                    v = reset(DECAY * v + a, THRESHOLD, SOFT)
             tl.debug_barrier()
         gv = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
         for back in range(CHUNKS):
             first = (CHUNKS - 1 - back) * STEPS
             xs = ()
             sources = ()
+            rs = ()
             gs = ()
             gy = ()
             for k in tl.static_range(STEPS):
@@ -110,6 +141,10 @@ def reduce_kernel(
                     sources += (tl.load(source_ptr + to, mask=here, other=0.0),)
                 else:
                     sources += (xs[k],)
+                if NORMED and KEEP:
+                    rs += (tl.load(res_ptr + to, mask=here, other=0.0),)
+                else:
+                    rs += (sources[k],)
                 if HAS_GY:
                     gy += (tl.load(gy_ptr + to, mask=here, other=0.0),)
             v = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
@@ -117,7 +152,7 @@ def reduce_kernel(
                 v = tl.load(scratch_ptr + at + (CHUNKS - 1 - back) * frame, mask=inside, other=0.0)
             us = ()
             for k in tl.static_range(STEPS):
-                u = DECAY * v + _current(xs[k], sources[k], scale, shift, RESIDUAL, KEEP)
+                u = DECAY * v + _current(xs[k], sources[k], scale, shift, r_scale, RESIDUAL, NORMED, KEEP)
                 us += (u,)
                 v = reset(u, THRESHOLD, SOFT)
             for k in tl.static_range(STEPS - 1, -1, -1):
@@ -135,22 +170,33 @@ def reduce_kernel(
                 gu = tl.where(here, gu, 0.0)
                 sum_a += gu
                 sum_b += gu * (xs[k].to(tl.float32) - mean)
-    to = partial_ptr + tl.program_id(0) * 2 * C + channel
+                if NORMED:
+                    sum_c += gu * (rs[k].to(tl.float32) - r_mean)
+    to = partial_ptr + tl.program_id(0) * SUMS * C + channel
     tl.store(to, tl.sum(sum_a, 0), mask=channel < C)
     tl.store(to + C, tl.sum(sum_b, 0), mask=channel < C)
+    if NORMED:
+        tl.store(to + 2 * C, tl.sum(sum_c, 0), mask=channel < C)
 
 
 @triton.jit
 def finish_kernel(
-    partial_ptr, var_ptr, sums_ptr, gw_ptr, gb_ptr, programs, C,
-    EPS: tl.constexpr, AFFINE: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
+    partial_ptr, var_ptr, rvar_ptr, sums_ptr, gw_ptr, gb_ptr, grw_ptr, grb_ptr, programs, C,
+    EPS: tl.constexpr, R_EPS: tl.constexpr, AFFINE: tl.constexpr, NORMED: tl.constexpr, SUMS: tl.constexpr,
+    BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """Sums over programs, in a fixed order, and the gradients of weight and bias."""
+    """Sums over programs, in a fixed order, and the gradients of weights and biases."""
     channel = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     inside = channel < C
-    a, b = sum_partials(partial_ptr, channel, programs, C, BLOCK_P, BLOCK_C)
+    a, b, c = sum_partials(partial_ptr, channel, programs, C, SUMS, BLOCK_P, BLOCK_C)
     tl.store(sums_ptr + channel, a, mask=inside)
     tl.store(sums_ptr + C + channel, b, mask=inside)
+    if NORMED:
+        tl.store(sums_ptr + 2 * C + channel, c, mask=inside)
+        if AFFINE:
+            r_rstd = 1.0 / tl.sqrt(tl.load(rvar_ptr + channel, mask=inside, other=1.0).to(tl.float32) + R_EPS)
+            tl.store(grw_ptr + channel, (c * r_rstd).to(grw_ptr.dtype.element_ty), mask=inside)
+            tl.store(grb_ptr + channel, a.to(grb_ptr.dtype.element_ty), mask=inside)
     if AFFINE:
         rstd = 1.0 / tl.sqrt(tl.load(var_ptr + channel, mask=inside, other=1.0).to(tl.float32) + EPS)
         tl.store(gw_ptr + channel, (b * rstd).to(gw_ptr.dtype.element_ty), mask=inside)
@@ -158,27 +204,38 @@ def finish_kernel(
 
 
 @triton.jit
-def apply_kernel(
-    g_ptr, x_ptr, w_ptr, b_ptr, mean_ptr, var_ptr, sums_ptr, total_ptr, gx_ptr, rows, C, S, frame, count,
-    T: tl.constexpr, EPS: tl.constexpr, THRESHOLD: tl.constexpr, DECAY: tl.constexpr, SURROGATE: tl.constexpr,
-    WIDTH: tl.constexpr, DETACH: tl.constexpr, SOFT: tl.constexpr, AFFINE: tl.constexpr, BATCH: tl.constexpr,
-    HAS_TOTAL: tl.constexpr, RECOMPUTE: tl.constexpr,
-    CHANNELS_LAST: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
-):  # fmt: skip
-    """Second backward pass: the gradient at x."""
-    frame = tl.cast(frame, tl.int64)
-    channel = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
-    inside = channel < C
-    scale, shift, mean, rstd = norm_affine(channel, C, w_ptr, b_ptr, mean_ptr, var_ptr, EPS, AFFINE)
-    k1 = tl.zeros((1, BLOCK_C), tl.float32)
-    k2 = tl.zeros((1, BLOCK_C), tl.float32)
+def _input_gradient(sums_ptr, ROW: tl.constexpr, channel, C, values, scale, mean, rstd, BATCH: tl.constexpr):
+    """k1 and k2 of a norm's input gradient ``scale * ga + k1 * x + k2``, [1, BLOCK_C]; its second sum is in ROW."""
+    k1 = scale * 0.0
+    k2 = scale * 0.0
     if BATCH:
-        values = tl.load(total_ptr).to(tl.float32) if HAS_TOTAL else tl.cast(count, tl.float32)
-        sum_a = tl.load(sums_ptr + channel, mask=inside, other=0.0)[None, :]
-        sum_b = tl.load(sums_ptr + C + channel, mask=inside, other=0.0)[None, :]
+        sum_a = tl.load(sums_ptr + channel, mask=channel < C, other=0.0)[None, :]
+        sum_b = tl.load(sums_ptr + ROW * C + channel, mask=channel < C, other=0.0)[None, :]
         k1 = -scale * rstd * rstd * (sum_b / values)
         k2 = -scale * (sum_a / values) - k1 * mean
-    at, here = tile_offsets(tl.program_id(0), channel, rows, C, S, CHANNELS_LAST, BLOCK_R)
+    return k1, k2
+
+
+@triton.jit
+def apply_kernel(
+    g_ptr, x_ptr, res_ptr, w_ptr, b_ptr, mean_ptr, var_ptr, rw_ptr, rb_ptr, rmean_ptr, rvar_ptr, sums_ptr, total_ptr,
+    gx_ptr, gr_ptr, rows, C, S, frame, count,
+    T: tl.constexpr, EPS: tl.constexpr, R_EPS: tl.constexpr, THRESHOLD: tl.constexpr, DECAY: tl.constexpr,
+    SURROGATE: tl.constexpr, WIDTH: tl.constexpr, DETACH: tl.constexpr, SOFT: tl.constexpr, AFFINE: tl.constexpr,
+    NORMED: tl.constexpr, BATCH: tl.constexpr, HAS_TOTAL: tl.constexpr, RECOMPUTE: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr, REVERSE: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """Second backward pass: the gradient at x and, with NORMED, that at the residual."""
+    frame = tl.cast(frame, tl.int64)
+    channel = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    scale, shift, mean, rstd = norm_affine(channel, C, w_ptr, b_ptr, mean_ptr, var_ptr, EPS, AFFINE)
+    values = tl.load(total_ptr).to(tl.float32) if HAS_TOTAL else tl.cast(count, tl.float32)
+    k1, k2 = _input_gradient(sums_ptr, 1, channel, C, values, scale, mean, rstd, BATCH)
+    if NORMED:
+        r_scale, _, r_mean, r_rstd = norm_affine(channel, C, rw_ptr, rb_ptr, rmean_ptr, rvar_ptr, R_EPS, AFFINE)
+        r_k1, r_k2 = _input_gradient(sums_ptr, 2, channel, C, values, r_scale, r_mean, r_rstd, BATCH)
+    tile = tl.num_programs(0) - 1 - tl.program_id(0) if REVERSE else tl.program_id(0)
+    at, here = tile_offsets(tile, channel, rows, C, S, CHANNELS_LAST, BLOCK_R)
     if RECOMPUTE:  # g is the gradient at the spikes
         xs = ()
         gs = ()
@@ -203,3 +260,7 @@ def apply_kernel(
             x = tl.load(x_ptr + at + t * frame, mask=here, other=0.0).to(tl.float32)
             gx = scale * ga + k1 * x + k2
             tl.store(gx_ptr + at + t * frame, gx.to(gx_ptr.dtype.element_ty), mask=here)
+            if NORMED:
+                residual = tl.load(res_ptr + at + t * frame, mask=here, other=0.0).to(tl.float32)
+                gr = r_scale * ga + r_k1 * residual + r_k2
+                tl.store(gr_ptr + at + t * frame, gr.to(gr_ptr.dtype.element_ty), mask=here)

@@ -49,10 +49,29 @@ def membrane_grad(
     SOFT: tl.constexpr,
 ):  # fmt: skip
     """Gradient at the membrane u from the gradients at the spike (gs) and at the membrane after reset (gv)."""
+    keep = tl.where(u > THRESHOLD, 0.0, 1.0)
+    return membrane_grad_by(u, keep, gs, gv, THRESHOLD, SURROGATE, WIDTH, DETACH, SOFT)
+
+
+@triton.jit
+def reset_by(u, keep, THRESHOLD: tl.constexpr, SOFT: tl.constexpr):
+    """Membrane after the reset as a product with keep, which is 0 where the neuron fired and else 1; for finite u."""
+    if SOFT:
+        v = u - (THRESHOLD - THRESHOLD * keep)
+    else:
+        v = u * keep
+    return v
+
+
+@triton.jit
+def membrane_grad_by(
+    u, keep, gs, gv, THRESHOLD: tl.constexpr, SURROGATE: tl.constexpr, WIDTH: tl.constexpr, DETACH: tl.constexpr,
+    SOFT: tl.constexpr,
+):  # fmt: skip
+    """`membrane_grad` where it is known already whether the membrane was kept."""
     sg = surrogate_grad(u - THRESHOLD, SURROGATE, WIDTH)
     if SOFT:
         dv = 1.0 if DETACH else 1.0 - THRESHOLD * sg
     else:
-        keep = tl.where(u > THRESHOLD, 0.0, 1.0)
         dv = keep if DETACH else keep - u * sg
     return gs * sg + gv * dv

@@ -45,17 +45,24 @@ def norm_affine(channel, C, w_ptr, b_ptr, mean_ptr, var_ptr, EPS: tl.constexpr, 
 
 
 @triton.jit
-def sum_partials(partial_ptr, channel, programs, C, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr):
-    """Both sums of each channel over the partial sums [programs, 2, C], in a fixed order."""
+def sum_partials(partial_ptr, channel, programs, C, SUMS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr):
+    """The sums of each channel over partial sums [programs, SUMS, C], in fixed order; with SUMS = 2 the third is 0."""
     a = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
     b = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
+    c = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
     for first in range(0, programs, BLOCK_P):
         program = first + tl.arange(0, BLOCK_P)
         inside = (program[:, None] < programs) & (channel[None, :] < C)
-        at = partial_ptr + program[:, None] * 2 * C + channel[None, :]
+        at = partial_ptr + program[:, None] * SUMS * C + channel[None, :]
         a += tl.load(at, mask=inside, other=0.0)
         b += tl.load(at + C, mask=inside, other=0.0)
-    return tl.sum(a, 0), tl.sum(b, 0)
+        if SUMS == 3:
+            c += tl.load(at + 2 * C, mask=inside, other=0.0)
+    return tl.sum(a, 0), tl.sum(b, 0), tl.sum(c, 0)
+
+
+# Few, wide iterations: one after the other each costs a trip to memory, and there are up to 8 programs a processor.
+FINISH = {"BLOCK_P": 512, "BLOCK_C": 8, "num_warps": 8}
 
 
 def is_channels_last(x: Tensor) -> bool:
@@ -77,7 +84,7 @@ class Tiles(NamedTuple):
         channels: C.
         spatial: H * W.
         tiles: Tiles of rows, where a fixed number of programs shares them.
-        meta: CHANNELS_LAST, BLOCK_R, BLOCK_C and num_warps of the kernel.
+        meta: CHANNELS_LAST, REVERSE, BLOCK_R, BLOCK_C and num_warps of the kernel.
     """
 
     grid: tuple[int, int]
@@ -94,8 +101,8 @@ def channel_tiles(x: Tensor, num_steps: int, config: dict[str, int]) -> Tiles:
     Args:
         x: (T*B, C, H, W), contiguous or channels-last.
         num_steps: T.
-        config: TILE (elements a tile), BLOCK_C (channels a tile at most), num_warps and, where a fixed number of
-            programs shares the tiles, PER_SM (programs a multiprocessor).
+        config: TILE (elements a tile), BLOCK_C (channels a tile at most), num_warps, REVERSE (from the last tile to the
+            first) and, where a fixed number of programs shares the tiles, PER_SM (programs a multiprocessor).
     """
     channels, channels_last = x.shape[1], is_channels_last(x)
     block_c = min(config["BLOCK_C"], triton.next_power_of_2(channels)) if channels_last else 1
@@ -105,7 +112,8 @@ def channel_tiles(x: Tensor, num_steps: int, config: dict[str, int]) -> Tiles:
     programs = count
     if "PER_SM" in config:
         programs = max(1, min(count, config["PER_SM"] * _processors(x.device) // blocks))
-    meta = dict(CHANNELS_LAST=channels_last, BLOCK_R=block_r, BLOCK_C=block_c, num_warps=config["num_warps"])
+    meta = dict(CHANNELS_LAST=channels_last, REVERSE=bool(config["REVERSE"]), BLOCK_R=block_r, BLOCK_C=block_c)
+    meta["num_warps"] = config["num_warps"]
     return Tiles((programs, blocks), rows, channels, x.shape[2] * x.shape[3], count, meta)
 
 

@@ -19,10 +19,15 @@ DEFAULTS: dict[str, dict[str, int]] = {
     "lif_bwd_mask": {"BLOCK": 1024, "num_warps": 4},
     "gac_fwd": {"BLOCK": 1024, "num_warps": 4},
     "gac_bwd": {"BLOCK": 128, "num_warps": 1, "TILES": 4},
-    "batch_stats": {"TILE": 2048, "BLOCK_C": 128, "num_warps": 4, "PER_SM": 8},
-    "norm_lif_fwd": {"TILE": 4096, "BLOCK_C": 128, "num_warps": 8},
-    "norm_lif_bwd_reduce": {"TILE": 1024, "BLOCK_C": 128, "num_warps": 4, "PER_SM": 4},
-    "norm_lif_bwd_apply": {"TILE": 2048, "BLOCK_C": 128, "num_warps": 8},
+    # REVERSE: each kernel walks against the one before it, convolution > statistics > forward, convolution > reduce >
+    # apply, since the L2 cache holds what was touched last. Without statistics in between, forward walks the other way.
+    # PER_SM: as many programs as registers allow at once (64 a thread here), for one more waits for all the others.
+    "batch_stats": {"TILE": 4096, "BLOCK_C": 128, "num_warps": 8, "PER_SM": 4, "REVERSE": 1},
+    "norm_lif_fwd": {"TILE": 4096, "BLOCK_C": 128, "num_warps": 8, "REVERSE": 0},
+    "norm_lif_fwd_eval": {"TILE": 4096, "BLOCK_C": 128, "num_warps": 8, "REVERSE": 1},
+    "norm_lif_bwd_reduce": {"TILE": 1024, "BLOCK_C": 128, "num_warps": 4, "PER_SM": 4, "REVERSE": 1},
+    "norm_lif_bwd_apply": {"TILE": 2048, "BLOCK_C": 128, "num_warps": 8, "REVERSE": 0},
+    "unpack_spikes": {"BLOCK": 1024, "num_warps": 4},
 }
 
 

@@ -1,0 +1,258 @@
+"""Spikes as bits, ``byte = sum_t spike[t] << t`` of up to eight steps a byte, and a convolution that keeps these alone.
+
+A convolution needs its input once more in the backward pass, for the gradient at its weight. An input of spikes is kept
+here in one byte a pixel and channel for eight steps, where bfloat16 takes sixteen, and is unpacked into a temporary
+tensor when its turn comes. The values that come out are those that went in, so the gradients are the same to the bit.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ._triton import tl, triton
+from .backend import resolve_backend
+from .checks import check_current
+from .layout import on_device
+from .tiles import dense
+from .tuning import launch_config
+
+STEPS_PER_BYTE = 8
+
+
+@triton.jit
+def _pack_kernel(x_ptr, bits_ptr, frame, T: tl.constexpr, BLOCK: tl.constexpr):
+    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = i < frame
+    frame = tl.cast(frame, tl.int64)
+    for first in tl.static_range(0, T, 8):
+        bits = tl.zeros((BLOCK,), tl.int32)
+        for k in tl.static_range(0, 8):
+            if first + k < T:
+                x = tl.load(x_ptr + i + (first + k) * frame, mask=inside, other=0.0).to(tl.float32)
+                bits |= tl.where(x != 0.0, 1 << k, 0)
+        tl.store(bits_ptr + i + (first // 8) * frame, bits.to(tl.uint8), mask=inside)
+
+
+@triton.jit
+def _unpack_kernel(bits_ptr, x_ptr, frame, T: tl.constexpr, BLOCK: tl.constexpr):
+    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = i < frame
+    frame = tl.cast(frame, tl.int64)
+    for first in tl.static_range(0, T, 8):
+        bits = tl.load(bits_ptr + i + (first // 8) * frame, mask=inside, other=0).to(tl.int32)
+        for k in tl.static_range(0, 8):
+            if first + k < T:
+                spike = ((bits >> k) & 1).to(tl.float32)
+                tl.store(x_ptr + i + (first + k) * frame, spike.to(x_ptr.dtype.element_ty), mask=inside)
+
+
+def _launch(kernel, source: Tensor, target: Tensor, num_steps: int, frame: int) -> None:
+    config = launch_config("unpack_spikes", num_steps, 2, source.device)
+    with on_device(source):
+        kernel[(triton.cdiv(frame, config["BLOCK"]),)](source, target, frame, T=num_steps, **config)
+
+
+def empty_bits(spikes: Tensor, num_steps: int) -> Tensor:
+    """Unwritten bits of dense spikes (T*B, C, H, W): (ceil(T/8)*B, C, H, W) uint8 in their memory format."""
+    count = -(-num_steps // STEPS_PER_BYTE) * (spikes.shape[0] // num_steps)
+    return torch.empty_like(spikes[:count], dtype=torch.uint8)
+
+
+def pack_eager(spikes: Tensor, bits: Tensor, num_steps: int) -> None:
+    """Write the bits of spikes in plain PyTorch."""
+    for group, target in zip(_groups(spikes, num_steps), _frames(bits, num_steps), strict=True):
+        target.zero_()
+        for k, spike in enumerate(group):
+            target |= (spike != 0).to(torch.uint8) << k
+
+
+def _unpack_eager(bits: Tensor, spikes: Tensor, num_steps: int) -> None:
+    for group, source in zip(_groups(spikes, num_steps), _frames(bits, num_steps), strict=True):
+        for k, spike in enumerate(group):
+            spike.copy_((source >> k) & 1)
+
+
+def _groups(spikes: Tensor, num_steps: int) -> tuple[Tensor, ...]:
+    """The spikes' steps, eight at a time, (up to 8, B, C, H, W) each."""
+    return spikes.unflatten(0, (num_steps, -1)).split(STEPS_PER_BYTE)
+
+
+def _frames(bits: Tensor, num_steps: int) -> Tensor:
+    return bits.unflatten(0, (-(-num_steps // STEPS_PER_BYTE), -1))
+
+
+def _unpacked(bits: Tensor, num_steps: int, dtype: torch.dtype) -> Tensor:
+    """Spikes (T*B, C, H, W) of their bits, in the bits' memory format."""
+    groups = -(-num_steps // STEPS_PER_BYTE)
+    batch = bits.shape[0] // groups
+    # A frame keeps its strides; only the number of frames is another.
+    spikes = torch.empty_strided((num_steps * batch, *bits.shape[1:]), bits.stride(), dtype=dtype, device=bits.device)
+    if spikes.numel():
+        if resolve_backend(bits.device, dtype) == "triton":
+            _launch(_unpack_kernel, bits, spikes, num_steps, spikes.numel() // num_steps)
+        else:
+            _unpack_eager(bits, spikes, num_steps)
+    return spikes
+
+
+_lib = torch.library.Library("gac_kernels", "FRAGMENT")
+_lib.define("pack_spikes(Tensor spikes, int num_steps) -> Tensor")
+_lib.define("unpack_spikes(Tensor bits, int num_steps, ScalarType dtype) -> Tensor")
+_lib.define(
+    "packed_conv2d(Tensor spikes, Tensor bits, Tensor weight, int num_steps, int[] stride, int[] padding, "
+    "int[] dilation, int groups) -> Tensor"
+)
+_lib.define(
+    "packed_conv2d_backward(Tensor grad, Tensor bits, Tensor weight, int num_steps, int[] stride, int[] padding, "
+    "int[] dilation, int groups, bool need_input, bool need_weight) -> (Tensor, Tensor)"
+)
+
+
+@torch.library.impl(_lib, "pack_spikes", "CompositeExplicitAutograd")
+def _pack_spikes(spikes, num_steps):
+    spikes = dense(spikes)
+    bits = empty_bits(spikes, num_steps)
+    if spikes.numel():
+        if resolve_backend(spikes.device, spikes.dtype) == "triton":
+            _launch(_pack_kernel, spikes, bits, num_steps, spikes.numel() // num_steps)
+        else:
+            pack_eager(spikes, bits, num_steps)
+    return bits
+
+
+@torch.library.register_fake("gac_kernels::pack_spikes", lib=_lib)
+def _pack_spikes_fake(spikes, num_steps):
+    return empty_bits(dense(spikes), num_steps)
+
+
+@torch.library.impl(_lib, "unpack_spikes", "CompositeExplicitAutograd")
+def _unpack_spikes(bits, num_steps, dtype):
+    return _unpacked(dense(bits), num_steps, dtype)
+
+
+@torch.library.register_fake("gac_kernels::unpack_spikes", lib=_lib)
+def _unpack_spikes_fake(bits, num_steps, dtype):
+    bits = dense(bits)
+    count = num_steps * (bits.shape[0] // -(-num_steps // STEPS_PER_BYTE))
+    return torch.empty_strided((count, *bits.shape[1:]), bits.stride(), dtype=dtype, device=bits.device)
+
+
+def _convolve(spikes, bits, weight, num_steps, stride, padding, dilation, groups):
+    return torch.ops.aten.convolution(spikes, weight, None, stride, padding, dilation, False, [0, 0], groups)
+
+
+torch.library.impl(_lib, "packed_conv2d", "CompositeExplicitAutograd")(_convolve)
+torch.library.register_fake("gac_kernels::packed_conv2d", _convolve, lib=_lib)
+
+
+@torch.library.impl(_lib, "packed_conv2d_backward", "CompositeExplicitAutograd")
+def _packed_conv2d_backward(
+    grad, bits, weight, num_steps, stride, padding, dilation, groups, need_input, need_weight
+):  # fmt: skip
+    spikes = _unpacked(dense(bits), num_steps, grad.dtype)
+    gx, gw, _ = torch.ops.aten.convolution_backward(
+        grad, spikes, weight, None, stride, padding, dilation, False, [0, 0], groups, [need_input, need_weight, False]
+    )
+    return gx if need_input else grad.new_empty(0), gw if need_weight else grad.new_empty(0)
+
+
+@torch.library.register_fake("gac_kernels::packed_conv2d_backward", lib=_lib)
+def _packed_conv2d_backward_fake(
+    grad, bits, weight, num_steps, stride, padding, dilation, groups, need_input, need_weight
+):  # fmt: skip
+    spikes = _unpack_spikes_fake(bits, num_steps, grad.dtype)
+    gx, gw, _ = torch.ops.aten.convolution_backward(
+        grad, spikes, weight, None, stride, padding, dilation, False, [0, 0], groups, [need_input, need_weight, False]
+    )
+    return gx if need_input else grad.new_empty(0), gw if need_weight else grad.new_empty(0)
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    _, bits, weight, *ctx.args = inputs
+    ctx.save_for_backward(bits, weight)
+
+
+def _autograd(ctx, grad):
+    need_input, _, need_weight = ctx.needs_input_grad[:3]
+    gx, gw = torch.ops.gac_kernels.packed_conv2d_backward(grad, *ctx.saved_tensors, *ctx.args, need_input, need_weight)
+    return gx if need_input else None, None, gw if need_weight else None, *[None] * 5
+
+
+torch.library.register_autograd("gac_kernels::packed_conv2d", _autograd, setup_context=_setup_context, lib=_lib)
+
+
+def _check_steps(num_steps: int, frames: int) -> None:
+    if not isinstance(num_steps, int) or isinstance(num_steps, bool) or num_steps < 1 or frames % num_steps:
+        raise ValueError(
+            f"expected num_steps >= 1 that divides the first axis, got {num_steps!r} and {frames} frames: fold time "
+            "with x.flatten(0, 1)"
+        )
+
+
+def pack_spikes(spikes: Tensor, num_steps: int) -> Tensor:
+    """Spikes of T steps as bits, eight steps a byte.
+
+    Args:
+        spikes: (T*B, C, H, W), 0 or not (any other value counts as 1); row ``t * B + b`` is sample b at step t.
+        num_steps: T.
+
+    Returns:
+        (ceil(T/8)*B, C, H, W) uint8 in the spikes' memory format; bit ``t % 8`` of frame ``t // 8`` is step t.
+
+    Raises:
+        ValueError: The spikes are no floating (T*B, C, H, W) tensor, or T does not divide their first axis.
+    """
+    check_current("spikes", spikes, min_dims=4, max_dims=4)
+    _check_steps(num_steps, spikes.shape[0])
+    return torch.ops.gac_kernels.pack_spikes(spikes.detach(), num_steps)
+
+
+def unpack_spikes(bits: Tensor, num_steps: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """The spikes (T*B, C, H, W), 0 or 1 in ``dtype``, that `pack_spikes` made ``bits`` of.
+
+    Raises:
+        ValueError: The bits are no uint8 (ceil(T/8)*B, C, H, W) tensor.
+    """
+    if bits.dtype != torch.uint8 or bits.dim() != 4:
+        raise ValueError(f"expected bits as uint8 of 4 axes, got {bits.dtype} of {bits.dim()}: see pack_spikes")
+    _check_steps(num_steps, num_steps)
+    _check_steps(-(-num_steps // STEPS_PER_BYTE), bits.shape[0])
+    return torch.ops.gac_kernels.unpack_spikes(bits, num_steps, dtype)
+
+
+def packed_conv2d(
+    spikes: Tensor, bits: Tensor, weight: Tensor, num_steps: int, stride: tuple[int, int] = (1, 1),
+    padding: tuple[int, int] = (0, 0), dilation: tuple[int, int] = (1, 1), groups: int = 1,
+) -> Tensor:  # fmt: skip
+    """``conv2d(spikes, weight)`` that keeps the spikes' bits for its backward pass, and not the spikes.
+
+    Args:
+        spikes: (T*B, C, H, W), 0 or 1.
+        bits: What `pack_spikes` makes of them.
+        weight: (C', C / groups, kH, kW) in the spikes' dtype.
+        num_steps: T.
+        stride: As for ``conv2d``, like those that follow.
+        padding: On both sides of each axis.
+        dilation: Of the kernel.
+        groups: Of the channels.
+
+    Returns:
+        (T*B, C', H', W'); values and gradients are those of ``conv2d`` to the bit.
+
+    Raises:
+        ValueError: Spikes, bits, weight and T do not fit together.
+    """
+    check_current("spikes", spikes, min_dims=4, max_dims=4)
+    _check_steps(num_steps, spikes.shape[0])
+    count = -(-num_steps // STEPS_PER_BYTE) * (spikes.shape[0] // num_steps)
+    if bits.dtype != torch.uint8 or bits.shape != (count, *spikes.shape[1:]) or bits.device != spikes.device:
+        raise ValueError(
+            f"expected bits as uint8 {(count, *spikes.shape[1:])} on {spikes.device}, got {bits.dtype} "
+            f"{tuple(bits.shape)} on {bits.device}: make them of these spikes with pack_spikes"
+        )
+    if weight.dtype != spikes.dtype:
+        raise ValueError(f"expected the weight in {spikes.dtype} like the spikes, got {weight.dtype}: convert it")
+    return torch.ops.gac_kernels.packed_conv2d(
+        spikes, bits, weight, num_steps, list(stride), list(padding), list(dilation), groups
+    )

@@ -1,0 +1,181 @@
+"""Loss curves of fused and plain training on real data: do they differ by more than seeds do?
+
+A spiking network is chaotic at its initialisation, so gradients of whole networks cannot be compared; what training
+makes of them can. Every run with one seed has the same initial weights, images and order on both backends.
+
+Run it as ``python -m timm_gac.bench_curves``; see --help.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import timm
+import torch
+import torch.nn.functional as F
+
+from gac_kernels import resolve_backend, use_backend
+
+from .bench_harness import PROVENANCE, Row, append_csv, check_csv, parse_config, provenance
+from .bench_steps import PRECISIONS, autocast
+from .data import DeviceLoader, ImageArrays, load_arrays
+
+_logger = logging.getLogger(__name__)
+COLUMNS = ("model", "data", "precision", "num_steps", "batch", "curve", "seed", "step", "loss", *PROVENANCE)
+
+
+@dataclass(frozen=True)
+class CurveConfig:
+    """What `compare_curves` trains: one run for each backend and seed.
+
+    Args:
+        model: A registered model of this package.
+        data: Small images, as ``timm-gac train`` takes them: ``digits``, an .npz file, ``torch/cifar100``.
+        data_dir: Folder of a timm data set.
+        image_size: Height and width to resize to.
+        num_steps: Time steps T.
+        steps: Training steps of a run.
+        batch: Images a step.
+        lr: Peak learning rate of SGD with Nesterov momentum, after a tenth of the steps.
+        precision: ``float32`` or ``bfloat16`` (autocast).
+        fused: Backend of the fused runs.
+        seeds: Of weights and order; at least two, for their spread.
+        window: Steps over which a curve is averaged before it is compared.
+        csv: File to append every loss to.
+        png: File for the chart.
+        device: Torch device; empty is CUDA where there is one, else the CPU.
+    """
+
+    model: str = "gac_msresnet18_cifar"
+    data: str = "digits"
+    data_dir: str = ""
+    image_size: int = 32
+    num_steps: int = 4
+    steps: int = 300
+    batch: int = 64
+    lr: float = 0.05
+    precision: str = "bfloat16"
+    fused: str = "triton"
+    seeds: tuple[int, ...] = (0, 1, 2)
+    window: int = 20
+    csv: Path | None = None
+    png: Path | None = None
+    device: str = ""
+
+    def __post_init__(self) -> None:
+        if len(set(self.seeds)) < 2:
+            raise ValueError(f"expected at least two seeds, got {self.seeds}: their spread is what is compared with")
+        if not 1 <= self.window <= self.steps:
+            raise ValueError(
+                f"expected 1 <= window <= steps, got {self.window} and {self.steps}: give a smaller window"
+            )
+        if self.precision not in ("float32", "bfloat16"):
+            raise ValueError(f"expected precision float32 or bfloat16, got {self.precision!r}: choose one of these")
+
+
+def train_curve(config: CurveConfig, arrays: ImageArrays, seed: int, device: torch.device) -> list[float]:
+    """The loss of every step of one run, on the backend that is set."""
+    torch.manual_seed(seed)
+    classes, channels = arrays.num_classes, arrays.images.shape[1]
+    network = timm.create_model(config.model, num_classes=classes, in_chans=channels, num_steps=config.num_steps)
+    network = network.to(device, memory_format=torch.channels_last).train()
+    optimizer = torch.optim.SGD(network.parameters(), lr=config.lr, momentum=0.9, nesterov=True, weight_decay=5e-4)
+    loader = DeviceLoader(
+        arrays, config.batch, device=device, mean=[0.5] * channels, std=[0.5] * channels, augmentation=None,
+        num_classes=classes, seed=seed, training=True,
+    )  # fmt: skip
+    losses: list[torch.Tensor] = []
+    for epoch in range(-(-config.steps // len(loader))):
+        for images, targets in loader.batches(epoch):
+            if len(losses) == config.steps:
+                break
+            optimizer.param_groups[0]["lr"] = config.lr * min(1.0, 10 * (len(losses) + 1) / config.steps)
+            with autocast(device, config.precision):
+                logits = network(images.contiguous(memory_format=torch.channels_last))
+            loss = F.cross_entropy(logits.float(), targets)
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.detach())
+    return torch.stack(losses).tolist()
+
+
+def smooth(curves: Sequence[Sequence[float]], window: int) -> torch.Tensor:
+    """Running means, (curves, steps - window + 1)."""
+    return F.avg_pool1d(torch.tensor(curves)[:, None], window, stride=1)[:, 0]
+
+
+def share_within(fused: torch.Tensor, eager: torch.Tensor) -> float:
+    """Share of the steps at which the mean fused curve lies within what the eager seeds span.
+
+    The span is from their smallest to their largest value, widened by a tenth of their mean: a few seeds span less than
+    all would, the less so late in training, where their curves come together.
+    """
+    margin = 0.1 * eager.mean(0)
+    mean = fused.mean(0)
+    return ((mean >= eager.amin(0) - margin) & (mean <= eager.amax(0) + margin)).float().mean().item()
+
+
+def compare_curves(config: CurveConfig) -> float:
+    """Train every backend and seed, write what the config names, and give `share_within`."""
+    if config.csv:
+        check_csv(config.csv, COLUMNS)
+    device = torch.device(config.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    arrays = load_arrays(config.data, "train", data_dir=config.data_dir or None, image_size=config.image_size)
+    curves: dict[str, list[list[float]]] = {}
+    rows: list[Row] = []
+    for curve, backend in {"fused": config.fused, "eager": "eager"}.items():
+        for seed in config.seeds:
+            with use_backend(backend):
+                losses = train_curve(config, arrays, seed, device)
+                origin = provenance(device, resolve_backend(device, PRECISIONS[config.precision] or torch.float32))
+            curves.setdefault(curve, []).append(losses)
+            _logger.info("%s (%s), seed %d: loss %.4f to %.4f", curve, backend, seed, losses[0], losses[-1])
+            shared = dict(model=config.model, data=config.data, precision=config.precision, curve=curve, seed=seed)
+            shared |= {"num_steps": config.num_steps, "batch": config.batch} | origin
+            rows += [shared | {"step": step, "loss": loss} for step, loss in enumerate(losses)]
+    if config.csv:
+        append_csv(config.csv, COLUMNS, rows)
+    smoothed = {name: smooth(losses, config.window) for name, losses in curves.items()}
+    if config.png:
+        _draw(smoothed, config)
+    share = share_within(smoothed["fused"], smoothed["eager"])
+    final = {name: [round(x, 4) for x in losses[:, -1].tolist()] for name, losses in smoothed.items()}
+    _logger.info("mean fused loss within the span of eager seeds at %.1f %% of the steps; last %s", 100 * share, final)
+    return share
+
+
+def _draw(smoothed: dict[str, torch.Tensor], config: CurveConfig) -> None:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    FigureCanvasAgg(figure)
+    axis = figure.subplots()
+    for name, colour in (("eager", "#9aa5b1"), ("fused", "#0b6e4f")):
+        for nth, losses in enumerate(smoothed[name]):
+            steps = range(config.window, config.window + len(losses))
+            axis.plot(
+                steps, losses, color=colour, linewidth=1, label=None if nth else f"{name}, {len(config.seeds)} seeds"
+            )
+    axis.set(xlabel="step", ylabel=f"loss, mean of {config.window} steps", yscale="log")
+    axis.set_title(f"{config.model}, {config.data}, T={config.num_steps}, {config.precision}", fontsize=9, loc="left")
+    axis.legend(frameon=False, fontsize=8)
+    axis.spines[["top", "right"]].set_visible(False)
+    assert config.png is not None
+    config.png.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(config.png, dpi=150)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Compare; 0 where the fused curve is within the eager seeds' span at 95 % of the steps or more, else 1."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    config = parse_config(CurveConfig(), arguments, "Compare loss curves of fused and plain training over seeds.")
+    return int(compare_curves(config) < 0.95)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,63 @@
+"""Convolutions of spikes that can keep the spikes' bits alone for their backward pass.
+
+No ``from __future__ import annotations`` here: TorchScript reads the class annotations as types, not as strings.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from .neuron import check_num_steps
+
+__all__ = ["SpikeConv2d"]
+
+
+class SpikeConv2d(nn.Conv2d):
+    """A convolution of time-folded spikes without bias, which can keep their bits alone for its backward pass.
+
+    Everything else, parameters and state_dict too, is ``nn.Conv2d``'s.
+
+    Shape:
+        - ``(T*B, C, H, W)`` -> ``(T*B, C', H', W')``
+
+    Args:
+        in_chs: Number of channels C.
+        out_chs: Number of channels C'.
+        kernel_size: Of the kernel.
+        stride: Of the kernel.
+        padding: On both sides.
+        num_steps: Number of time steps T folded into the first axis.
+        device: Device of the parameters.
+        dtype: Dtype of the parameters.
+    """
+
+    def __init__(
+        self,
+        in_chs: int,
+        out_chs: int,
+        kernel_size: int,
+        stride: int = 1,
+        padding: int = 0,
+        num_steps: int = 4,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(in_chs, out_chs, kernel_size, stride, padding, bias=False, device=device, dtype=dtype)
+        self.num_steps = check_num_steps(num_steps)
+
+    def forward(self, x: Tensor, bits: Tensor | None = None) -> Tensor:
+        """The convolution of x; with ``bits``, which `pack_spikes` makes of x, x itself is not kept."""
+        if not torch.jit.is_scripting():  # noqa: SIM102 (TorchScript skips the block only where this stands alone)
+            if bits is not None:
+                return self._packed(x, bits)
+        return self._conv_forward(x, self.weight, self.bias)
+
+    @torch.jit.unused
+    def _packed(self, x: Tensor, bits: Tensor) -> Tensor:
+        if self.bias is not None:
+            raise ValueError("expected a convolution without bias for packed spikes, got one: do without the bits")
+        weight, device = self.weight, x.device.type
+        if torch.is_autocast_enabled(device):  # as autocast does for conv2d, of which this op is none
+            dtype = torch.get_autocast_dtype(device)
+            x, weight = x.to(dtype), weight.to(dtype)
+        geometry = (list(self.stride), list(self.padding), list(self.dilation), self.groups)
+        return torch.ops.gac_kernels.packed_conv2d(x, bits, weight, self.num_steps, *geometry)
