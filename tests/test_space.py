@@ -99,17 +99,19 @@ def test_analysis_is_what_the_network_computes(network: Any) -> None:
 
 def test_energy_is_the_count_by_hand(network: Any) -> None:
     result = network.analyse(picture())
-    layers = {layer.name: layer for layer in result.layers}
-    convolutions = [name for name, module in network.model.named_modules() if isinstance(module, torch.nn.Conv2d)]
-    assert sorted(layers) == sorted([*convolutions, "fc"])
-    assert (layers["conv1"].dense, layers["conv1"].runs) == (16 * 16 * 16 * 27, 1)
-    assert (layers["encoder.spatial.conv_a"].dense, layers["encoder.spatial.conv_a"].runs) == (16**3 * 16 * 16, 1)
-    assert (layers["layer2.0.conv2"].dense, layers["layer2.0.conv2"].runs) == (4 * 32 * 8 * 8 * 32 * 9, 4)
-    assert layers["layer2.0.conv2"].binary and not layers["layer2.0.downsample.0"].binary
-    assert layers["layer2.0.conv2"].density == pytest.approx(result.rates["layer2.0.bn1"])
-    spiking = sum(layer.dense * (0.9 * layer.density if layer.binary else 4.6) for layer in layers.values()) / 1e6
-    dense = sum(4.6 * layer.dense / layer.runs for name, layer in layers.items() if "encoder" not in name) / 1e6
-    assert result.energy == pytest.approx((spiking, dense)) and spiking > 0
+    layers = {layer.name: layer for layer in result.report.layers}
+    assert (layers["conv1"].macs, layers["conv1"].runs) == (16 * 16 * 16 * 27, 1)
+    assert (layers["layer2.0.conv2"].macs, layers["layer2.0.conv2"].runs) == (32 * 8 * 8 * 32 * 9, 4)
+    assert layers["layer2.0.conv2"].binary and layers["layer2.0.conv2"].rate == pytest.approx(
+        result.rates["layer2.0.bn1"]
+    )
+    strict = sum(
+        layer.macs * layer.runs * (0.9 * layer.rate if layer.binary else 4.6) for layer in result.report.layers
+    )
+    dense = sum(4.6 * layer.macs for name, layer in layers.items() if "encoder" not in name)
+    assert result.energy["strict"] == pytest.approx(strict / 1e6) and strict > 0
+    assert result.energy["ann"] == pytest.approx(dense / 1e6)
+    assert 0 < result.energy["paper"] < result.energy["strict"]
 
 
 def test_direct_coding_has_no_gate(analysis: ModuleType, figures: ModuleType, tmp_path: Path) -> None:
@@ -131,7 +133,8 @@ def test_grey_networks_see_light_ink_whatever_the_paper(analysis: ModuleType, tm
 
 def test_figures_follow_the_picture(network: Any, figures: ModuleType) -> None:
     first, second = network.analyse(picture(0)), network.analyse(picture(1))
-    second = dataclasses.replace(second, steps=10 * second.steps, layers=second.layers[1:])  # enough to be seen
+    fewer = dataclasses.replace(second.report, layers=second.report.layers[1:])
+    second = dataclasses.replace(second, steps=10 * second.steps, report=fewer)  # enough to be seen
     for draw in (figures.gate, figures.raster, lambda result: figures.classes(result, network.labels), figures.energy):
         one, other = draw(first), draw(second)
         assert one.ndim == 3 and one.shape[2] == 3 and one.shape[1] == 768 and one.std() > 5
@@ -174,13 +177,19 @@ class TestPage:
     ) -> None:
         monkeypatch.setattr(app, "MODELS", tmp_path / "models")
         monkeypatch.setattr(app, "DEMO", tmp_path / "demo")
+        monkeypatch.delenv("SPACE_ID", raising=False)
         with pytest.raises(ValueError, match="run `make demo` first"):
-            app.choose_model(None)
-        assert app.choose_model("org/name") == "org/name"
+            app.choose_models(None)
+        assert app.choose_models("org/name") == ["org/name"]
         shutil.copytree(folder, tmp_path / "demo")
-        assert app.choose_model(None) == str(tmp_path / "demo")
-        shutil.copytree(folder, tmp_path / "models" / app.PUBLISHED)
-        assert app.choose_model(None) == str(tmp_path / "models" / app.PUBLISHED)
+        assert app.choose_models(None) == [str(tmp_path / "demo")]
+        monkeypatch.setenv("SPACE_ID", "org/space")
+        assert app.choose_models(None) == [f"timm-gac/{name}" for name in app.PUBLISHED]
+        for name in ("another", *reversed(app.PUBLISHED)):
+            shutil.copytree(folder, tmp_path / "models" / name)
+        wanted = [str(tmp_path / "models" / name) for name in (*app.PUBLISHED, "another")]
+        assert app.choose_models(None) == wanted
+        assert list(app.open_networks(wanted)) == ["gated attention coding", app.PUBLISHED[1], "another"]
         assert "T = 4" in app.describe(network) and "16x16" in app.describe(network)
 
     def test_real_clicks_and_uploads(self, app: ModuleType, folder: Path, tmp_path: Path) -> None:

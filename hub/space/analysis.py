@@ -14,37 +14,13 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor, nn
 
+from timm_gac.energy import EnergyMeter, EnergyReport
 from timm_gac.hub import load_model
 from timm_gac.hub.facts import DIGITS, Facts, gather
 from timm_gac.neuron import LIF, BatchNormLIF
 
 MAX_FILE_BYTES = 20 << 20
 MAX_PIXELS = 50_000_000
-PICOJOULE_MAC, PICOJOULE_AC = 4.6, 0.9  # 45 nm, float32 (Horowitz 2014)
-
-
-@dataclass(frozen=True)
-class Layer:
-    """One convolution or linear layer in one forward pass of one image.
-
-    Attributes:
-        name: Name of the module.
-        dense: Multiply-accumulates if every input counts, over all of its runs.
-        density: Share of its inputs that are not zero.
-        binary: Whether its inputs are zeros and ones only.
-        runs: How often it ran: T times, or once where its input does not vary over time.
-    """
-
-    name: str
-    dense: int
-    density: float
-    binary: bool
-    runs: int
-
-    @property
-    def picojoule(self) -> float:
-        """Energy: an accumulate for each spike, a multiply-accumulate for each real value."""
-        return self.dense * (PICOJOULE_AC * self.density if self.binary else PICOJOULE_MAC)
 
 
 @dataclass(frozen=True)
@@ -56,14 +32,14 @@ class Analysis:
         steps: Logits of each time step, (T, classes).
         spikes: Output of each neuron layer, (T, C, H, W), in the order of the forward pass.
         gate: Gate of the encoder, mean over channels, (T, H, W); None with direct coding.
-        layers: Convolutions and linear layers with their operations.
+        report: What its convolutions and linear layers computed.
     """
 
     prepared: Tensor
     steps: Tensor
     spikes: dict[str, Tensor]
     gate: Tensor | None
-    layers: list[Layer]
+    report: EnergyReport
 
     @property
     def probabilities(self) -> Tensor:
@@ -77,11 +53,10 @@ class Analysis:
         return {name: (spikes != 0).float().mean().item() for name, spikes in self.spikes.items()}
 
     @property
-    def energy(self) -> tuple[float, float]:
-        """Microjoules of this picture: spiking, and the same layers as an ANN, each once and without the gate."""
-        spiking = sum(layer.picojoule for layer in self.layers)
-        dense = sum(layer.dense / layer.runs for layer in self.layers if not layer.name.startswith("encoder."))
-        return spiking / 1e6, dense * PICOJOULE_MAC / 1e6
+    def energy(self) -> dict[str, float]:
+        """Microjoules of this picture: ``strict`` and as the ``paper`` counts, and of the same layers as an ``ann``."""
+        totals = self.report.totals()
+        return {name: 1000 * totals[name]["energy_mj"] for name in ("strict", "paper", "ann")}
 
 
 class Network:
@@ -103,8 +78,10 @@ class Network:
     @cached_property
     def labels(self) -> list[str]:
         """A name for each class."""
+        if self.facts.label_names:
+            return [name.replace("_", " ") for name in self.facts.label_names]
         kind = "digit" if self.facts.dataset == DIGITS else "class"
-        return list(self.facts.label_names) or [f"{kind} {index}" for index in range(self.facts.num_classes)]
+        return [f"{kind} {index}" for index in range(self.facts.num_classes)]
 
     def prepare(self, picture: Image.Image) -> Tensor:
         """A picture as the network's input, (1, C, H, W).
@@ -129,7 +106,8 @@ class Network:
         """Run a picture through the network and record what happens in it."""
         pixels = self.prepare(picture)
         mean, std = (torch.tensor(self.config[key])[:, None, None] for key in ("mean", "std"))
-        with record(self.model) as recorded:
+        meter = EnergyMeter(self.model)
+        with meter, record(self.model) as recorded:
             steps = self.model.forward_steps(pixels)[0]
         time = self.facts.num_steps
         gate = None
@@ -138,7 +116,7 @@ class Network:
             gate = scores.sigmoid().mean(1)
         spikes = {name: tensor.unflatten(0, (time, -1))[:, 0] for name, tensor in recorded.spikes.items()}
         prepared = (pixels[0] * std + mean).clamp(0, 1).permute(1, 2, 0)
-        return Analysis(prepared, steps, spikes, gate, recorded.layers)
+        return Analysis(prepared, steps, spikes, gate, meter.report())
 
 
 @dataclass
@@ -147,33 +125,16 @@ class Recording:
 
     spikes: dict[str, Tensor]
     scores: dict[str, Tensor]
-    layers: list[Layer]
 
 
 @contextmanager
 def record(model: nn.Module) -> Iterator[Recording]:
-    """Keep spikes, attention scores and operations of the forward passes inside the block, of one image each."""
-    kept = Recording({}, {}, [])
+    """Keep spikes and attention scores of the forward passes inside the block."""
+    kept = Recording({}, {})
 
     def keep_spikes(name: str) -> Any:
         def hook(module: nn.Module, inputs: Any, output: Any) -> None:
             kept.spikes[name] = output[-1] if isinstance(output, tuple) else output  # (membrane, spikes), or spikes
-
-        return hook
-
-    def keep_operations(name: str) -> Any:
-        def hook(module: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-            x = inputs[0]
-            nonzero = x != 0
-            kept.layers.append(
-                Layer(
-                    name=name,
-                    dense=output.numel() * module.weight[0].numel(),
-                    density=nonzero.float().mean().item(),
-                    binary=bool((~nonzero | (x == 1)).all()),
-                    runs=len(x),
-                )
-            )
 
         return hook
 
@@ -183,8 +144,6 @@ def record(model: nn.Module) -> Iterator[Recording]:
         if isinstance(module, LIF | BatchNormLIF) and not any(name.startswith(f"{outer}.") for outer in neurons):
             neurons.append(name)
             handles.append(module.register_forward_hook(keep_spikes(name)))
-        elif isinstance(module, nn.Conv2d | nn.Linear) and ".temporal." not in name:
-            handles.append(module.register_forward_hook(keep_operations(name)))
     for part in ("temporal", "spatial"):
         attention = getattr(model.encoder, part, None)
         if attention is not None:

@@ -1,6 +1,6 @@
 """The demonstration Space: a picture on its way through a spiking network, time step by time step.
 
-``python app.py`` serves the first model it finds: --model or GAC_MODEL, published weights, or that of ``make demo``.
+``python app.py`` serves --model or GAC_MODEL, else the published weights, else the digit network of ``make demo``.
 """
 
 from __future__ import annotations
@@ -8,12 +8,14 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 import figures
 import gradio as gr
 import numpy as np
 from analysis import Network, open_picture
+from pictures import examples
 from PIL import Image
 
 from timm_gac.hub import open_source
@@ -21,12 +23,13 @@ from timm_gac.hub.facts import DIGITS
 
 HERE = Path(__file__).resolve().parent
 MODELS = HERE.parent / "models"  # beside the Space in a clone
-PUBLISHED = "gac_msresnet18_cifar.cifar100"
+PUBLISHED = ("gac_msresnet18_cifar.cifar100", "msresnet18_cifar.cifar100")  # the first is shown first
+ORGANISATION = "timm-gac"
 DEMO = HERE.parents[1] / "demo"
 # The gallery gives each column 100 pixels at least, wider than a phone, and keeps an empty third row.
 CSS = """
 .gradio-container {width: 100% !important; max-width: 760px !important; margin: auto}
-#examples .grid-container {grid-template-columns: repeat(5, minmax(0, 1fr)) !important}
+#examples .grid-container {grid-template-columns: repeat(var(--grid-cols), minmax(0, 1fr)) !important}
 #examples .grid-wrap {min-height: 0 !important; height: auto !important; max-height: none !important}
 footer {display: none !important}
 """
@@ -38,23 +41,45 @@ HEADINGS = {
 }
 ENERGY_NOTE = (
     "Estimated from counted operations at 45 nm (4.6 pJ a multiply-accumulate, 0.9 pJ an accumulate; memory traffic, "
-    "norms and neurons left out), not measured on a chip. Layers with real-valued input count as multiply-accumulates, "
-    "those with spikes as one accumulate a spike; the ANN runs each layer once, without the gate."
+    "norms and neurons left out), not measured on a chip. *Strict* counts a multiply-accumulate wherever a layer's input "
+    "is real-valued; *as the paper counts* takes shortcuts as accumulates and leaves the encoder's attention out. The ANN "
+    "runs each layer once, without the gate."
 )
 
 
-def choose_model(wanted: str | None) -> str:
-    """The model to serve: the one asked for, else the published weights of a clone, else the demonstration's.
+def choose_models(wanted: str | None) -> list[str]:
+    """The models to serve: the one asked for, else the published ones, else the demonstration's.
+
+    Published weights are in hub/models of a clone; a Space, which has no such folder, takes them from the Hub.
 
     Raises:
         ValueError: There is none.
     """
     if wanted:
-        return wanted
-    for folder in (MODELS / PUBLISHED, *sorted(MODELS.glob("*")), DEMO):
-        if (folder / "model.safetensors").is_file():
-            return str(folder)
+        return [wanted]
+    found = [folder for folder in sorted(MODELS.glob("*")) if (folder / "model.safetensors").is_file()]
+    if found:
+        first = {name: place for place, name in enumerate(PUBLISHED)}
+        return [str(folder) for folder in sorted(found, key=lambda folder: first.get(folder.name, len(first)))]
+    if os.environ.get("SPACE_ID"):
+        return [f"{ORGANISATION}/{name}" for name in PUBLISHED]
+    if (DEMO / "model.safetensors").is_file():
+        return [str(DEMO)]
     raise ValueError("expected a model, got none: run `make demo` first, or give --model FOLDER or ORG/NAME")
+
+
+def open_networks(sources: list[str]) -> dict[str, Network]:
+    """The networks by the name that the page gives them.
+
+    Raises:
+        ValueError: A source is no model; see `open_source`.
+    """
+    networks: dict[str, Network] = {}
+    for source in sources:
+        network = Network(open_source(source))
+        title = "gated attention coding" if network.facts.gated else "direct coding"
+        networks[title if title not in networks else Path(source).name] = network
+    return networks
 
 
 def describe(network: Network) -> str:
@@ -72,72 +97,78 @@ def describe(network: Network) -> str:
     return text
 
 
-def examples(channels: int) -> list[Image.Image]:
-    """Pictures to pick: handwritten digits for networks in grey, two photographs for those in colour."""
-    try:
-        from sklearn import datasets
-    except ModuleNotFoundError:
-        return []
-    if channels == 1:
-        digits = datasets.load_digits()
-        chosen = [int(np.flatnonzero(digits.target == digit)[3]) for digit in range(10)]
-        return [
-            Image.fromarray((255 - digits.images[index] * 15.9).astype(np.uint8)).resize((96, 96), Image.Resampling.BOX)
-            for index in chosen
-        ]
-    return [Image.fromarray(picture) for picture in datasets.load_sample_images().images]
-
-
-def figure_below(heading: str, name: str) -> gr.Image:
+def figure_below(heading: str, name: str) -> tuple[gr.Column, gr.Image]:
     """A figure under a heading; a label of its own would lie on top of it."""
-    gr.Markdown(f"### {heading}")
-    return gr.Image(
-        label=heading, show_label=False, elem_id=name, interactive=False, buttons=["fullscreen"], format="png",
-        container=False, alt_text=heading,
-    )  # fmt: skip
+    with gr.Column() as column:
+        gr.Markdown(f"### {heading}")
+        figure = gr.Image(
+            label=heading, show_label=False, elem_id=name, interactive=False, buttons=[], format="png",
+            container=False, alt_text=heading,
+        )  # fmt: skip
+    return column, figure
 
 
-def build(network: Network) -> gr.Blocks:
+def build(networks: Mapping[str, Network]) -> gr.Blocks:
     """The page; it opens with the first picture to pick, where there is one."""
-    pictures = examples(network.config["input_size"][0])
+    titles = list(networks)
+    pictures = examples(networks[titles[0]].config["input_size"][0])
     with gr.Blocks(title="Gated attention coding", analytics_enabled=False) as page:
-        gr.Markdown("# A spiking network, step by step\n" + describe(network))
+        gr.Markdown("# A spiking network, step by step")
+        about = gr.Markdown(describe(networks[titles[0]]), elem_id="about")
+        current = gr.State(pictures[0] if pictures else None)
+        choice = gr.Radio(
+            titles, value=titles[0], label="Encoder", visible=len(titles) > 1, elem_id="network"
+        )  # fmt: skip
         upload = gr.UploadButton("Upload a picture", elem_id="upload", variant="primary")
-        gr.Markdown("or pick one:")
+        if pictures:
+            gr.Markdown("or pick one:")
         gallery = gr.Gallery(
             [np.asarray(picture) for picture in pictures],
-            label="pictures", show_label=False, columns=5, height="auto", allow_preview=False, object_fit="contain",
-            interactive=False, buttons=[], elem_id="examples",
+            label="pictures", show_label=False, columns=columns(pictures), height="auto", allow_preview=False,
+            object_fit="contain", interactive=False, buttons=[], elem_id="examples", visible=bool(pictures),
         )  # fmt: skip
         summary = gr.Markdown("Pick or upload a picture.", elem_id="summary")
-        outputs = [summary, *(figure_below(heading, name) for name, heading in HEADINGS.items())]
+        figures_below = {name: figure_below(heading, name) for name, heading in HEADINGS.items()}
+        gate_column = figures_below["gate"][0]
+        outputs = [current, about, summary, gate_column, *(figure for _, figure in figures_below.values())]
         gr.Markdown(ENERGY_NOTE)
 
-        def show(picture: Image.Image) -> list[object]:
+        def show(picture: Image.Image | None, title: str) -> list[object]:
+            network = networks[title]
+            if picture is None:
+                return [None, describe(network), *[gr.skip()] * (len(outputs) - 2)]
             analysis = network.analyse(picture)
             return [
+                picture,
+                describe(network),
                 figures.summary(analysis, network),
+                gr.update(visible=analysis.gate is not None),
                 figures.classes(analysis, network.labels),
                 figures.gate(analysis),
                 figures.raster(analysis),
                 figures.energy(analysis),
             ]
 
-        def uploaded(file: str) -> list[object]:
+        def uploaded(file: str, title: str) -> list[object]:
             try:
-                return show(open_picture(Path(file)))
+                return show(open_picture(Path(file)), title)
             except ValueError as error:  # not gr.Error, which would cover the figures that are there
                 gr.Warning(str(error), title="Not shown")
-                return [f"**{error}**", *[gr.skip()] * len(HEADINGS)]
+                return [gr.skip(), gr.skip(), f"**{error}**", *[gr.skip()] * (len(outputs) - 3)]
 
-        def picked(event: gr.SelectData) -> list[object]:
-            return show(pictures[event.index])
+        def picked(title: str, event: gr.SelectData) -> list[object]:
+            return show(pictures[event.index], title)
 
-        if pictures:
-            page.load(lambda: show(pictures[0]), None, outputs, api_name=False)
-        upload.upload(uploaded, upload, outputs, api_name="analyse")
-        gallery.select(picked, None, outputs, api_name=False)
+        page.load(show, [current, choice], outputs, api_name=False)
+        upload.upload(uploaded, [upload, choice], outputs, api_name="analyse")
+        gallery.select(picked, choice, outputs, api_name=False)
+        choice.change(show, [current, choice], outputs, api_name=False)
     return page
+
+
+def columns(pictures: list[Image.Image]) -> int:
+    """Columns of the pictures to pick, so that their rows are full."""
+    return 5 if len(pictures) % 5 == 0 else 4
 
 
 def main() -> int:
@@ -148,14 +179,21 @@ def main() -> int:
     parser.add_argument("--port", type=int, default=7860)
     options = parser.parse_args()
     try:
-        network = Network(open_source(choose_model(options.model)))
+        networks = open_networks(choose_models(options.model))
     except ValueError as error:
         sys.stderr.write(f"app.py: {error}\n")
         return 2
-    build(network).launch(
-        server_name=options.host, server_port=options.port, css=CSS, max_file_size="25mb", share=False, ssr_mode=False
-    )
+    build(networks).launch(
+        server_name=options.host, server_port=options.port, css=CSS, theme=theme(), max_file_size="25mb", share=False,
+        ssr_mode=False,
+    )  # fmt: skip
     return 0
+
+
+def theme() -> gr.Theme:
+    """Letters of the visitor's own system: nothing is fetched from another host."""
+    system = ["system-ui", "Roboto", "Helvetica", "sans-serif"]
+    return gr.themes.Default(font=system, font_mono=["ui-monospace", "monospace"])
 
 
 if __name__ == "__main__":

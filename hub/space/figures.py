@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 
 WIDTH, DPI, FONT = 6.4, 120, 13
 NEURONS = 24
-SPIKING, DENSE = "#2a6f97", "#b5651d"
+SPIKING, SPIKING_PALE, DENSE = "#2a6f97", "#8fb8d0", "#b5651d"
 
 
 def draw(figure: Figure) -> np.ndarray:
@@ -115,21 +115,24 @@ def gate(analysis: Analysis) -> np.ndarray | None:
         elif index <= steps:
             image = axis.imshow(analysis.gate[index - 1], cmap="magma", vmin=middle - reach, vmax=middle + reach)
             axis.set_title(f"t = {index}: {analysis.gate[index - 1].mean():.3f}", fontsize=FONT)
-    bar = figure.colorbar(image, ax=axes, fraction=0.05, format="%.2f")
+    decimals = 2 if reach > 0.02 else 3
+    bar = figure.colorbar(image, ax=axes, fraction=0.05, format=f"%.{decimals}f")
+    bar.set_ticks([middle - reach, middle, middle + reach])
     bar.ax.tick_params(labelsize=FONT - 2)
     return draw(figure)
 
 
 def energy(analysis: Analysis) -> np.ndarray:
-    """Estimated energy of this picture, beside that of the same layers as an ANN."""
-    spiking, dense = analysis.energy
-    figure, axes = new_figure(1.9)
+    """Estimated energy of this picture under two ways of counting, beside that of the same layers as an ANN."""
+    bars = {"spiking, as\nthe paper counts": "paper", "spiking, strict": "strict", "same layers\nas an ANN": "ann"}
+    values = [analysis.energy[name] for name in bars.values()]
+    figure, axes = new_figure(2.5)
     axis = axes[0, 0]
-    values = [dense, spiking]
-    axis.barh(["ANN", "spiking"], values, color=[DENSE, SPIKING], height=0.62)
+    axis.barh(list(bars), values, color=[SPIKING_PALE, SPIKING, DENSE], height=0.62)
     for place, value in enumerate(values):
-        axis.text(value, place, f" {joule(value)}", va="center", fontsize=FONT)
-    axis.set_xlim(0, 1.3 * max(values))
+        share = "" if place == 2 else f" ({value / values[2]:.0%})"
+        axis.text(value, place, f" {joule(value)}{share}", va="center", fontsize=FONT)
+    axis.set_xlim(0, 1.45 * max(values))
     axis.set_xticks([])
     plain(axis)
     axis.tick_params(labelsize=FONT)
@@ -139,7 +142,7 @@ def energy(analysis: Analysis) -> np.ndarray:
 def summary(analysis: Analysis, network: Network) -> str:
     """The result in two sentences."""
     probability, index = torch.topk(analysis.probabilities[-1], 1)
-    spiking, dense = analysis.energy
+    spiking, dense = analysis.energy["strict"], analysis.energy["ann"]
     relation = f"{dense / spiking:.1f} times less" if spiking < dense else f"{spiking / dense:.1f} times more"
     name = network.labels[int(index)]
     return (
