@@ -1,10 +1,11 @@
 """How much an encoder's output says, and says anew, at each time step: entropies and mutual information.
 
 Estimator: values are cut into equal bins between the 0.1 % and 99.9 % quantiles of that encoder's first batch (the
-lowest and the highest of any step), 0 having a bin of its own, as gated spikes are mostly 0. Then come plug-in entropies of the
-counts, in bits, with Miller and Madow's correction (m - 1) / 2N for m occupied cells and N samples. A sample is one
-neuron (channel and position) of one image, drawn at random over all of them. The entropy of a value depends on the
-bins, so compare networks by how it grows over time, not by its size. Spikes are binary and need no bins.
+lowest and the highest of any step), 0 having a bin of its own, as gated spikes are mostly 0. Then come plug-in
+entropies of the counts, in bits, with Miller and Madow's correction (m - 1) / 2N for m occupied cells and N samples.
+A sample is one neuron (channel and position) of one image, drawn at random over all of them. The entropy of a value
+depends on the bins, so compare networks by how it grows over time, not by its size. Spikes are binary and need no
+bins.
 """
 
 from __future__ import annotations

@@ -62,7 +62,7 @@ class Counter:
             )
         else:
             self.nonzero += nonzero
-            self.real = self.real | real
+            self.real = real if self.real is None else self.real | real
         self.rows += batch
 
     def result(self, images: int, kind: str) -> LayerCount:
