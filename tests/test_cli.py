@@ -25,6 +25,8 @@ from timm_gac import benchmark, cli, hub
         (["push"], ["RUN_OR_FOLDER", "--repo-id", "--dry-run", "--overwrite", "--label-names"]),
         (["verify"], ["REPO_OR_FOLDER", "--revision"]),
         (["energy"], ["MODEL", "--data", "--costs", "--num-steps", "--out"]),
+        (["inspect"], ["MODEL", "IMAGE", "--images", "--num-steps", "--out"]),
+        (["anytime"], ["MODEL", "--data", "--against", "--confidences", "--out"]),
     ],
     ids=lambda value: "-".join(value) or "top" if isinstance(value, list) else None,
 )
@@ -64,6 +66,8 @@ def test_models_takes_a_pattern(capsys: pytest.CaptureFixture[str]) -> None:
         ["verify", "no_such_folder"],
         ["energy", "no_such_model", "--data", "digits"],
         ["energy", "test_gac_msresnet", "--data", "digits", "--costs", "x"],
+        ["inspect", "test_gac_msresnet", "no_such_picture.png"],
+        ["anytime", "test_gac_msresnet", "--data", "no_such_file.npz"],
         ["bench", "kernels", "--ops", "no_such_op"],
         ["bench", "model", "--providers", "no_such_network"],
     ],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 
 import pytest
@@ -11,9 +12,10 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from gac_kernels import CIFAR
-from timm_gac import cli
+from gac_kernels import CIFAR, use_backend
+from timm_gac import cli, fuse_for_inference
 from timm_gac.energy import COSTS, EnergyMeter, measure_energy
+from timm_gac.evaluate import evaluate
 from timm_gac.neuron import LIF
 from timm_gac.sources import calibrate
 
@@ -71,12 +73,16 @@ def test_dense_macs_are_those_of_torch(name):
     assert sum(layer.binary and layer.rate > 0 for layer in report.layers) > 3  # some neurons do fire
 
 
-def test_neurobench_agrees():
-    pytest.importorskip("neurobench", reason="needs the neurobench package")
+@pytest.mark.filterwarnings("ignore")  # of packages that the counter imports
+@pytest.mark.parametrize("name", ["test_gac_msresnet", "msresnet18", "gac_spiking_resnet18"])
+def test_neurobench_agrees(name):
+    # `pip install --no-deps neurobench snntorch` is enough: what else neurobench asks for is for its data sets.
+    for package in ("neurobench", "snntorch"):
+        pytest.importorskip(package, reason="needs: pip install --no-deps neurobench snntorch")
     from neurobench.metrics.workload import SynapticOperations
     from neurobench.models import TorchModel
 
-    model, images = small("test_gac_msresnet")
+    model, images = small(name, size=32)
     report = measure_energy(model, [images])
     wrapped = TorchModel(model)
     wrapped.register_hooks()
@@ -151,3 +157,42 @@ def test_command_writes_what_it_measured(tmp_path: Path, capsys):
     assert len((out / "energy.csv").read_text().splitlines()) == len(rows) + 1
     assert (out / "energy.png").read_bytes()[:4] == b"\x89PNG"
     assert cli.main(arguments) == 2 and "--overwrite" in capsys.readouterr().err
+
+
+def test_folded_network_counts_the_same():
+    model, images = small("test_gac_msresnet")
+    before = measure_energy(model, [images])
+    after = measure_energy(fuse_for_inference(model), [images])
+    assert [layer.name for layer in before.layers] == [layer.name for layer in after.layers]
+    for one, other in zip(before.layers, after.layers, strict=True):
+        assert (one.macs, one.runs, one.binary, one.kind) == (other.macs, other.runs, other.binary, other.kind)
+        assert one.rate == pytest.approx(other.rate, abs=2e-3)  # a spike at the threshold may flip
+    assert before.totals()["strict"] == pytest.approx(after.totals()["strict"], rel=5e-3)
+
+
+def test_triton_kernels_count_the_same():
+    model, images = small("test_gac_msresnet", size=8, batch=2)
+    reports = []
+    for backend in ("eager", "triton"):
+        with use_backend(backend):
+            reports.append(measure_energy(model, [images]))
+    assert reports[0].totals()["strict"] == pytest.approx(reports[1].totals()["strict"], rel=1e-3)
+    assert reports[1].totals()["strict"]["acs"] > 0
+
+
+def test_evaluation_with_a_meter_is_hardly_slower():
+    # Whole evaluations in turns, the fastest of each: what other programs do on the machine is in both.
+    model, images = small("gac_msresnet18_cifar", size=32, steps=2, batch=16)
+    batches = [(images, torch.zeros(16, dtype=torch.long))]
+    plain, metered, meter = [], [], EnergyMeter(model)
+    for _ in range(3):
+        start = time.perf_counter()
+        alone = evaluate(model, batches)
+        middle = time.perf_counter()
+        with meter:
+            watched = evaluate(model, batches)
+        plain.append(middle - start)
+        metered.append(time.perf_counter() - middle)
+        assert watched.firing_rates == alone.firing_rates
+    assert meter.report().images == 48
+    assert min(metered) < 1.3 * min(plain), (plain, metered)

@@ -212,6 +212,7 @@ def write_anytime_chart(reports: Sequence[AnytimeReport], file: Path, convention
             [point.energy_mj[convention] for point in report.exits], [100 * point.top1 for point in report.exits],
             marker="x", linestyle=":", color=colour, alpha=0.8, label=f"{name}: early exit",
         )  # fmt: skip
+    axis.margins(x=0.09, y=0.09)
     axis.set(xlabel=f"mJ per image ({convention}, {reports[0].energy.costs.name})", ylabel="top-1 (%)")
     axis.grid(alpha=0.3)
     axis.spines[["top", "right"]].set_visible(False)

@@ -1,10 +1,11 @@
 """How much an encoder's output says, and says anew, at each time step: entropies and mutual information.
 
-Estimator: values are cut into equal bins between the 0.1 % and 99.9 % quantiles of that encoder's first batch, 0 having
-a bin of its own (gated spikes are mostly 0); then plug-in entropies of the counts, in bits, with Miller and Madow's
-correction (m - 1) / 2N for m occupied cells and N samples. A sample is one neuron (channel and position) of one image,
-drawn at random over all of them. The entropy of a value depends on the bins, so compare networks by how it grows over
-time, not by its size. Of the neurons' spikes, which are binary, no binning is needed.
+Estimator: values are cut into equal bins between the 0.1 % and 99.9 % quantiles of that encoder's first batch (the
+lowest and the highest of any step), 0 having a bin of its own, as gated spikes are mostly 0. Then come plug-in
+entropies of the counts, in bits, with Miller and Madow's correction (m - 1) / 2N for m occupied cells and N samples.
+A sample is one neuron (channel and position) of one image, drawn at random over all of them. The entropy of a value
+depends on the bins, so compare networks by how it grows over time, not by its size. Spikes are binary and need no
+bins.
 """
 
 from __future__ import annotations
@@ -82,12 +83,16 @@ def entropy_bits(codes: Tensor) -> float:
 
 
 class _Bins:
-    """Equal bins between two quantiles, 0 with a bin of its own."""
+    """Equal bins of (T, ...) between the lowest and the highest of two quantiles of any step, 0 with a bin of its own.
+
+    Step by step, so that values that repeat over time have the edges of one step: I(A; A) is H(A).
+    """
 
     def __init__(self, values: Tensor, count: int) -> None:
-        some = values.flatten()[:: max(1, values.numel() // 1_000_000)].double()
-        low, high = torch.quantile(some, torch.tensor([0.001, 0.999], dtype=torch.float64)).tolist()
-        self.low, self.count, self.width = low, count, max((high - low) / count, 1e-12)
+        some = values.flatten(1)[:, :: max(1, values[0].numel() // 1_000_000)].double()
+        edges = torch.quantile(some, torch.tensor([0.001, 0.999], dtype=torch.float64), dim=1)
+        self.low, high = edges[0].min().item(), edges[1].max().item()
+        self.count, self.width = count, max((high - self.low) / count, 1e-12)
 
     def __call__(self, values: Tensor) -> Tensor:
         place = ((values.double() - self.low) / self.width).floor().clamp(0, self.count - 1).long() + 1
@@ -155,7 +160,7 @@ def measure_coding(
             if "spikes" in kept:
                 values["spikes"] = _draw(kept["spikes"].cpu().unflatten(0, (model.num_steps, -1)), drawn)
             if not cut:
-                cut = {"stem": _Bins(stem, bins), "coded": _Bins(coded, bins)}
+                cut = {"stem": _Bins(stem[None], bins), "coded": _Bins(coded, bins)}
             for name, value in values.items():
                 rows.setdefault(name, []).append(cut[name](value) if name in cut else (value != 0).long())
             images += len(batch)

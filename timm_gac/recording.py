@@ -49,10 +49,12 @@ def current_of(module: Any, inputs: tuple[Any, ...], num_steps: int) -> Tensor:
         return x.unsqueeze(0).expand(num_steps, *x.shape) if x.ndim == 4 else x
     if isinstance(module, BatchNormLIF):
         norm = (module.running_mean, module.running_var, module.weight, module.bias)
-        x = F.batch_norm(x, *(None if value is None else value.to(x.dtype) for value in norm), eps=module.eps)
+        mean, var, weight, bias = (None if value is None else value.to(x.dtype) for value in norm)
+        x = F.batch_norm(x, mean, var, weight, bias, training=mean is None, eps=module.eps)
     elif isinstance(module, FoldedLIF):
-        if module.minus_shift is not None:
-            x = x - module.minus_shift.to(x.dtype)[:, None, None]
+        shift: Tensor | None = module.minus_shift  # type: ignore[assignment]
+        if shift is not None:
+            x = x - shift.to(x.dtype)[:, None, None]
     elif not isinstance(module, LIF):
         raise ValueError(f"expected a neuron layer, got {type(module).__name__}: see `neuron_layers`")
     if len(inputs) > 1 and inputs[1] is not None:

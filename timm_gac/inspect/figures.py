@@ -211,8 +211,8 @@ def draw_health(inspection: Inspection) -> Any:
         if layer.saturated >= 0.08:
             axis.text(0.99, row, f"{layer.saturated:.0%}", va="center", ha="right", fontsize=FONT - 2, color="white")
     axis.set_yticks(range(len(inspection.layers)), [layer.name for layer in inspection.layers])
-    axis.invert_yaxis()
     axis.set_xlim(0, 1)
+    axis.set_ylim(len(inspection.layers) - 0.4, -0.6)
     axis.set_xticks([0, 0.5, 1], ["0 %", "50 %", "100 %"])
     axis.set_xlabel("share of neurons", fontsize=FONT)
     _plain(axis, FONT - 2)

@@ -1,0 +1,111 @@
+"""Measure the tables of energy.md anew and write them into it: ``python docs/tables.py --help``."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from pathlib import Path
+
+import timm
+
+from timm_gac.energy import EnergyReport, measure_energy
+from timm_gac.sources import calibrate, open_images, open_network
+
+PAGE = Path(__file__).with_name("energy.md")
+# mJ per image as published (Qiu et al., AAAI 2024); the stem's MACs are known, so a firing rate can be told from it.
+PUBLISHED = {
+    ("gac_msresnet18", 4): 1.49, ("gac_msresnet18", 6): 2.34, ("gac_msresnet34", 4): 2.20, ("gac_msresnet34", 6): 3.38,
+}  # fmt: skip
+TRAINED = ("gac_msresnet18_cifar.cifar100", "msresnet18_cifar.cifar100")
+
+
+def spiking_rate(report: EnergyReport, accumulates: float) -> float:
+    """Mean firing rate behind a number of accumulates under `paper`: of all layers but the stem, by their MACs."""
+    macs = sum(layer.macs for layer in report.layers if layer.kind not in ("attention", "stem"))
+    return accumulates / (macs * report.num_steps)
+
+
+def row(name: str, report: EnergyReport) -> list[str]:
+    """Energies under each convention, and their ratio to the ANN's."""
+    totals = report.totals()
+    cells = [
+        f"{totals[key]['energy_mj']:.3g} ({totals[key]['of_ann']:.0%})" for key in ("paper", "strict", "neurobench")
+    ]
+    rate = spiking_rate(report, totals["paper"]["acs"])
+    return [f"`{name}`", str(report.num_steps), *cells, f"{report.ann_mj:.3g}", f"{rate:.1%}"]
+
+
+def table(headings: list[str], rows: list[list[str]]) -> str:
+    """A table in Markdown."""
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in [headings, ["---"] * len(headings), *rows])
+
+
+def random_table(picture: str) -> str:
+    """The ImageNet networks with random weights, GAC and direct, beside what was published."""
+    rows = []
+    for (name, steps), published in PUBLISHED.items():
+        for model in (name, name.removeprefix("gac_")):
+            network, _ = open_network(model, steps)
+            images = open_images(picture, network, 1)
+            calibrate(network, [images])
+            report = measure_energy(network, [images])
+            cells = row(model, report)
+            if model == name:
+                stem = next(layer.macs for layer in report.layers if layer.kind == "stem")
+                rate = spiking_rate(
+                    report, (published - stem * report.costs.mac_pj * 1e-9) / (report.costs.ac_pj * 1e-9)
+                )
+                cells += [f"{published:.2f}", f"{rate:.1%}"]
+            else:
+                cells += ["", ""]
+            rows.append(cells)
+    headings = ["network", "T", "paper", "strict", "neurobench", "ANN", "rate", "published", "its rate"]
+    return table(headings, rows)
+
+
+def trained_table(data: str, images: int) -> str:
+    """The trained CIFAR-100 networks, GAC and direct, on part of the test set, and GAC's share of direct coding's."""
+    missing = [name for name in TRAINED if not timm.get_pretrained_cfg(name).file]
+    if missing:
+        return f"Not measured yet: `{missing[0]}` is not in `hub/models`."
+    reports = []
+    for name in TRAINED:
+        network, weights = open_network(name)
+        reports.append(measure_energy(network, open_images(data, network, images).split(50), weights=weights))
+    rows = [row(name, report) for name, report in zip(TRAINED, reports, strict=True)]
+    first, second = (report.totals() for report in reports)
+    shares = [
+        f"**{first[key]['energy_mj'] / second[key]['energy_mj']:.1%}**" for key in ("paper", "strict", "neurobench")
+    ]
+    rows.append(["GAC / direct", "", *shares, "", ""])
+    text = table(["network", "T", "paper", "strict", "neurobench", "ANN", "rate"], rows)
+    return f"{text}\n\n{reports[0].images:,} images of the test set, evenly spread over it."
+
+
+def write(name: str, text: str) -> None:
+    """Replace what stands between a table's marks."""
+    page = PAGE.read_text(encoding="utf-8")
+    pattern = rf"(<!-- {name}: [^>]*-->\n).*?(<!-- end -->)"
+    page, count = re.subn(pattern, lambda found: f"{found[1]}{text}\n{found[2]}", page, count=1, flags=re.DOTALL)
+    if not count:
+        raise ValueError(f"expected the marks of table {name!r} in {PAGE}, got none: put them back")
+    PAGE.write_text(page, encoding="utf-8")
+
+
+def main() -> None:
+    """Measure what is asked for."""
+    parser = argparse.ArgumentParser(description="Measure the tables of docs/energy.md anew and write them into it.")
+    parser.add_argument("--picture", help="a picture for the ImageNet networks with random weights")
+    parser.add_argument("--cifar", help="CIFAR-100 as .npz or a timm data set, for the trained networks")
+    parser.add_argument("--images", type=int, default=2000, help="images of the CIFAR-100 test set")
+    options = parser.parse_args()
+    if not (options.picture or options.cifar):
+        parser.error("expected --picture or --cifar, got neither: say what to measure")
+    if options.picture:
+        write("random", random_table(options.picture))
+    if options.cifar:
+        write("trained", trained_table(options.cifar, options.images))
+
+
+if __name__ == "__main__":
+    main()
