@@ -10,9 +10,8 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from gac_kernels import use_backend
 from timm_gac import fuse_for_inference
-from timm_gac.inference import FoldedLIF
 
-MODELS = ("test_gac_msresnet", "gac_msresnet18_cifar", "msresnet18_cifar", "gac_resnet18")
+MODELS = ("test_gac_msresnet", "gac_msresnet18_cifar", "msresnet18_cifar", "gac_spiking_resnet19")
 
 
 def trained(name: str, dtype: torch.dtype, device: torch.device, **kwargs: object) -> nn.Module:
@@ -26,15 +25,9 @@ def trained(name: str, dtype: torch.dtype, device: torch.device, **kwargs: objec
     return model
 
 
-def available(name: str) -> str:
-    if name not in timm.list_models(module="spiking_resnet"):
-        pytest.skip(f"{name} is no registered model")
-    return name
-
-
 @pytest.mark.parametrize("name", MODELS)
 def test_same_logits_in_float64(name: str) -> None:
-    model, images = trained(available(name), torch.float64, torch.device("cpu")), torch.randn(2, 3, 16, 16).double()
+    model, images = trained(name, torch.float64, torch.device("cpu")), torch.randn(2, 3, 16, 16).double()
     with torch.no_grad():
         expected, rates = model(images), model.forward_features(images)
         assert rates.mean() > 0.01  # it fires, so the logits depend on every layer
@@ -56,14 +49,26 @@ def test_shift_in_the_neuron_is_shift_in_the_bias(
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)  # its rounding would move currents over thresholds
     with torch.no_grad(), use_backend("eager"):
         expected = model(images)
+    monkeypatch.setattr(inference, "shift_in_neuron", lambda x: True)
+    shifts = list[torch.Tensor]()
+    norm_lif = torch.ops.gac_kernels.norm_lif
+
+    def seen(*arguments: object) -> tuple[torch.Tensor, ...]:
+        shifts.append(arguments[4])
+        return norm_lif(*arguments)
+
+    monkeypatch.setattr(torch.ops.gac_kernels, "norm_lif", seen)
     with torch.no_grad(), use_backend(backend):
-        inference._set_bias(model.conv1, inference._fold(model.conv1, model.bn1))
-        model.bn1 = nn.Identity()
-        blocks = [block for stage in (model.layer1, model.layer2, model.layer3, model.layer4) for block in stage]
-        for block in blocks:
-            inference._fuse_block(block, on_cpu=False, last=block is blocks[-1])
-        assert all(m.minus_shift is not None for m in model.modules() if isinstance(m, FoldedLIF))
-        torch.testing.assert_close(model(images), expected, rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(fuse_for_inference(model)(images), expected, rtol=1e-3, atol=1e-3)
+    assert len(shifts) == 6 and all(shift.any() for shift in shifts)  # two neurons in each of three blocks
+
+
+def test_folded_before_it_is_moved(device: torch.device) -> None:
+    """Where the shift is added depends on where the network runs, not on where it was folded."""
+    model, images = trained("test_gac_msresnet", torch.float64, torch.device("cpu")), torch.randn(2, 3, 8, 8).double()
+    with torch.no_grad():
+        expected = fuse_for_inference(model)(images)
+        torch.testing.assert_close(model.to(device)(images.to(device)).cpu(), expected, rtol=1e-9, atol=1e-9)
 
 
 def test_other_dtypes_and_the_rest_of_the_contract(device: torch.device) -> None:

@@ -10,30 +10,55 @@ from torch import Tensor, nn
 from .models.blocks import MSBlock, SpikingBlock
 from .neuron import BatchNormLIF, MembraneBatchNormLIF
 
-__all__ = ["FoldedLIF", "fuse_for_inference"]
+__all__ = ["FoldedConv2d", "FoldedLIF", "fuse_for_inference", "shift_in_neuron"]
+
+
+def shift_in_neuron(x: Tensor) -> bool:
+    """Whether the neuron adds a folded norm's shift, and not the convolution.
+
+    On a CPU a convolution's bias costs nothing. On a GPU it would be a pass of its own over the convolution's output,
+    while the neuron's kernel adds it for nothing. Asked at every call, so a model may be folded before it is moved.
+    """
+    return x.is_cuda
+
+
+class FoldedConv2d(nn.Conv2d):
+    """A convolution with a folded norm's shift as its bias, which it adds where the neuron behind it does not.
+
+    Args:
+        conv: The convolution to replace, without bias; its weight is taken over.
+        shift: (C',).
+    """
+
+    def __init__(self, conv: nn.Conv2d, shift: Tensor) -> None:
+        geometry: Any = (conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.groups)
+        super().__init__(conv.in_channels, conv.out_channels, *geometry, bias=False, device=torch.device("meta"))
+        self.weight = conv.weight
+        _set_bias(self, shift)
+
+    def forward(self, x: Tensor, bits: Tensor | None = None) -> Tensor:
+        """The convolution of x; there is no backward pass for which ``bits`` would be kept."""
+        return self._conv_forward(x, self.weight, None if shift_in_neuron(x) else self.bias)
 
 
 class FoldedLIF(nn.Module):
     """What is left of a `BatchNormLIF` whose scale went into a convolution: shift, residual and neuron in one pass.
-
-    On a CPU the shift is the convolution's own bias, which costs nothing there; on a GPU a bias would be a pass of its
-    own over the convolution's output, so the neuron's kernel adds it.
 
     Shape:
         - ``x``, ``residual`` and spikes: ``(T*B, C, H, W)``
 
     Args:
         norm: The module to replace, with ``num_steps``.
-        shift: (C,), or None where the convolution has it as its bias.
+        shift: (C,).
         keep_membrane: Write the neuron's input current, which the next membrane shortcut reads.
     """
 
-    def __init__(self, norm: BatchNormLIF, shift: Tensor | None, keep_membrane: bool) -> None:
+    def __init__(self, norm: BatchNormLIF, shift: Tensor, keep_membrane: bool) -> None:
         super().__init__()
         self.lif, self.num_steps = norm.lif, norm.num_steps
         self.pair, self.keep_membrane = isinstance(norm, MembraneBatchNormLIF), keep_membrane
-        self.register_buffer("minus_shift", None if shift is None else -shift)
-        self.register_buffer("one", None if shift is None else torch.ones_like(shift))
+        self.register_buffer("minus_shift", -shift)
+        self.register_buffer("one", torch.ones_like(shift))
 
     def _apply(self, fn: Any, recurse: bool = True) -> FoldedLIF:
         """As for any module, but shift and scale keep at least float32: the kernel reads them once, and adds in it."""
@@ -47,10 +72,7 @@ class FoldedLIF(nn.Module):
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
         """Spikes; where a membrane shortcut follows the block, the pair (membrane, spikes)."""
-        if self.minus_shift is None:
-            current = x if residual is None else x + residual
-            spikes = self.lif(current.unflatten(0, (self.num_steps, -1))).flatten(0, 1)
-        else:
+        if shift_in_neuron(x):
             if residual is not None:
                 residual = residual.to(x.dtype)
             lif = self.lif
@@ -58,6 +80,9 @@ class FoldedLIF(nn.Module):
                 x, residual, None, None, self.minus_shift, self.one, None, 0.0, self.num_steps, lif.threshold,
                 lif.decay, lif.surrogate, lif.width, lif.detach_reset, lif.soft_reset, False, self.keep_membrane, "",
             )  # fmt: skip
+        else:
+            current = x if residual is None else x + residual
+            spikes = self.lif(current.unflatten(0, (self.num_steps, -1))).flatten(0, 1)
         return (current if self.keep_membrane else spikes, spikes) if self.pair else spikes
 
 
@@ -93,30 +118,29 @@ def fuse_for_inference(model: nn.Module, dtype: torch.dtype | None = None) -> nn
     model.eval()
     network: Any = model
     network.set_spike_packing(False)
-    on_cpu = network.conv1.weight.device.type == "cpu"
     _set_bias(network.conv1, _fold(network.conv1, network.bn1))
     network.bn1 = nn.Identity()
     for block in blocks:
-        _fuse_block(block, on_cpu, last=block is blocks[-1])
+        _fuse_block(block, last=block is blocks[-1])
     return model if dtype is None else model.to(dtype)
 
 
-def _fuse_block(block: Any, on_cpu: bool, last: bool) -> None:
-    shift = _fold(block.conv1, block.bn1)
-    block.bn1 = _folded(block.conv1, block.bn1, shift, on_cpu, keep_membrane=False)
+def _fuse_block(block: Any, last: bool) -> None:
+    _replace(block, "conv1", "bn1", _fold(block.conv1, block.bn1), keep_membrane=False)
     shift = _fold(block.conv2, block.bn2)
     if block.downsample is not None:
         shift = shift + _fold(block.downsample[0], block.downsample[1])
         block.downsample = block.downsample[:1]
     keep = isinstance(block.bn2, MembraneBatchNormLIF) and not last
-    block.bn2 = _folded(block.conv2, block.bn2, shift, on_cpu, keep_membrane=keep)
+    _replace(block, "conv2", "bn2", shift, keep_membrane=keep)
 
 
-def _folded(conv: nn.Conv2d, norm: BatchNormLIF, shift: Tensor, on_cpu: bool, keep_membrane: bool) -> FoldedLIF:
-    if on_cpu:
-        _set_bias(conv, shift)
-        return FoldedLIF(norm, None, keep_membrane)
-    return FoldedLIF(norm, shift.to(torch.promote_types(conv.weight.dtype, torch.float32)), keep_membrane)
+def _replace(block: Any, conv: str, norm: str, shift: Tensor, keep_membrane: bool) -> None:
+    """A convolution and its norm by those that share a folded shift."""
+    before = getattr(block, conv)
+    shift = shift.to(torch.promote_types(before.weight.dtype, torch.float32))
+    setattr(block, conv, FoldedConv2d(before, shift))
+    setattr(block, norm, FoldedLIF(getattr(block, norm), shift, keep_membrane))
 
 
 def _fold(conv: nn.Conv2d, norm: Any) -> Tensor:

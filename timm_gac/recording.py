@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from gac_kernels import LIFSpec
 
 from .encoder import GatedAttentionCoding
-from .inference import FoldedLIF
+from .inference import FoldedLIF, shift_in_neuron
 from .neuron import LIF, BatchNormLIF
 
 __all__ = ["NEURONS", "current_of", "membrane_of", "neuron_layers", "spikes_of"]
@@ -52,9 +52,8 @@ def current_of(module: Any, inputs: tuple[Any, ...], num_steps: int) -> Tensor:
         mean, var, weight, bias = (None if value is None else value.to(x.dtype) for value in norm)
         x = F.batch_norm(x, mean, var, weight, bias, training=mean is None, eps=module.eps)
     elif isinstance(module, FoldedLIF):
-        shift: Tensor | None = module.minus_shift  # type: ignore[assignment]
-        if shift is not None:
-            x = x - shift.to(x.dtype)[:, None, None]
+        if shift_in_neuron(x):
+            x = x - module.minus_shift.to(x.dtype)[:, None, None]
     elif not isinstance(module, LIF):
         raise ValueError(f"expected a neuron layer, got {type(module).__name__}: see `neuron_layers`")
     if len(inputs) > 1 and inputs[1] is not None:
