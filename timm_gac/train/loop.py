@@ -28,7 +28,7 @@ from .recipes import Recipe
 from .runlog import check_same_recipe, environment, read_metrics, write_curve, write_json, write_metrics
 from .setup import create_accelerator, create_loaders, create_network, describe_input, read_sets
 from .step import PerStepLogits, TrainStep
-from .sync import share_buffers
+from .sync import share_buffers, synchronise_norms
 
 __all__ = ["RunOptions", "Trainer", "train"]
 
@@ -109,6 +109,8 @@ class Trainer:
         wrapped = PerStepLogits(self.network) if recipe.loss == "tet" else self.network
         raw_optimizer = create_optimizer(self.network, recipe, self.device)
         model, self.optimizer = self.accelerator.prepare(wrapped, raw_optimizer)
+        if recipe.sync_bn:  # not before: DDP refuses PyTorch's layer on a CPU, where ours works
+            synchronise_norms(self.network)
         self.raw_optimizer, self.model = raw_optimizer, model
         self.step, self.minutes, self.rows = 0, 0.0, list[dict[str, Any]]()
         if found is not None:

@@ -11,7 +11,6 @@ from accelerate import Accelerator, DistributedType
 
 from ..data import DeviceLoader, ImageArrays, StreamLoader, create_stream_loaders, load_arrays
 from .recipes import Recipe
-from .sync import synchronise_norms
 
 __all__ = ["Loaders", "create_accelerator", "create_loaders", "create_network", "describe_input"]
 
@@ -92,8 +91,6 @@ def create_network(recipe: Recipe, num_classes: int, in_chans: int) -> Any:
         if not hasattr(network, "set_spike_packing"):
             raise ValueError(f"expected a model that packs spikes, got {recipe.model!r}: give --no-pack-spikes")
         network.set_spike_packing(True)
-    if recipe.sync_bn:
-        network = synchronise_norms(network)
     return network.to(memory_format=torch.channels_last) if recipe.channels_last else network
 
 
