@@ -29,9 +29,11 @@ from .recipes import Recipe
 from .runlog import check_same_recipe, environment, read_metrics, write_curve, write_json, write_metrics
 from .setup import create_accelerator, create_loaders, create_network, describe_input, read_sets
 from .step import PerStepLogits, TrainStep
+from .sync import share_buffers, synchronise_norms
 
 __all__ = ["RunOptions", "Trainer", "train"]
 
+AGREE_EVERY = 10  # updates of the weights
 AMP_DTYPES = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -90,8 +92,8 @@ class Trainer:
     def __init__(self, recipe: Recipe, options: RunOptions) -> None:
         self.recipe, self.options = recipe, options
         found = latest_checkpoint(options.out / "checkpoints")
-        _check_folder(options, recipe, found)
         self.accelerator = create_accelerator(recipe, options.out, options.trackers, options.cpu)
+        _check_folder(options, recipe, found, self.accelerator.num_processes)
         self.device, self.main = self.accelerator.device, self.accelerator.is_main_process
         set_seed(recipe.seed)
         torch.backends.cudnn.benchmark = True  # every training batch has one shape: the search pays in a few steps
@@ -108,6 +110,8 @@ class Trainer:
         wrapped = PerStepLogits(self.network) if recipe.loss == "tet" else self.network
         raw_optimizer = create_optimizer(self.network, recipe, self.device)
         model, self.optimizer = self.accelerator.prepare(wrapped, raw_optimizer)
+        if recipe.sync_bn:  # not before: DDP refuses PyTorch's layer on a CPU, where ours works
+            synchronise_norms(self.network)
         self.raw_optimizer, self.model = raw_optimizer, model
         self.step, self.minutes, self.rows = 0, 0.0, list[dict[str, Any]]()
         if found is not None:
@@ -117,7 +121,7 @@ class Trainer:
             self.accelerator, model, self.optimizer, self.average, recipe, self.steps_per_epoch,
             float(self.network.spec.threshold),
         )  # fmt: skip
-        if found is not None:
+        if found is not None and self.main:  # sums are of all processes
             self.train_step.sums.copy_(torch.tensor(self._sums))
         self.stop_signal = 0
         self.evaluation: Evaluation | None = None
@@ -141,7 +145,8 @@ class Trainer:
         previous = {number: signal.signal(number, self._on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
         if self.options.trackers:
             self.accelerator.init_trackers("timm_gac", config=_flat(self.recipe.to_dict()))
-        with Progress(self.recipe, self.total_steps, self.step, self.accelerator.is_main_process) as self.progress:
+        processes = self.accelerator.num_processes
+        with Progress(self.recipe, self.total_steps, self.step, self.main, processes) as self.progress:
             try:
                 stopped = self._epochs()
             finally:
@@ -175,6 +180,8 @@ class Trainer:
                 self.step += 1
                 if self.step % self.options.log_steps == 0:
                     self._log()
+                if not self.accelerator.sync_gradients:
+                    continue  # gradients are being added up, and no checkpoint holds those
                 if self._must_stop():
                     self._save()
                     return True
@@ -226,25 +233,34 @@ class Trainer:
     def test(self) -> Evaluation:
         """Evaluate what the recipe reports on the test set."""
         state = self.average.state if self.average is not None and self.recipe.report == "ema" else None
+        of_report = self.network.state_dict() if state is None else state
+        share_buffers([of_report[name] for name, _ in self.network.named_buffers()])
         with evaluate_state(self.network, state):
             return evaluate(self.network, self.loaders.test.batches(0), amp_dtype=AMP_DTYPES[self.recipe.precision])
 
     def _must_stop(self) -> bool:
         limit = self.options.stop_after_minutes * 60.0
         stop = bool(self.stop_signal) or bool(limit and time.monotonic() - self.started >= limit)
-        if self.accelerator.num_processes > 1:  # all or none: a process that stops alone leaves the others waiting
-            flag = torch.tensor([float(stop)], device=self.device)
-            stop = bool(self.accelerator.reduce(flag, "sum").item())
-        return stop and self.step < self.total_steps
+        return self._agreed(stop) and self.step < self.total_steps
+
+    def _agreed(self, wish: bool) -> bool:
+        """Whether any process wishes it: a process that stops or saves alone leaves the others waiting.
+
+        Asking makes the host wait for the device, so several processes ask each other every few steps only.
+        """
+        if self.accelerator.num_processes == 1:
+            return wish
+        if self.step // self.recipe.grad_accumulation % AGREE_EVERY:
+            return False
+        flag = torch.tensor([float(wish)], device=self.device)
+        return bool(self.accelerator.reduce(flag, "sum").item())
 
     def _checkpoint_due(self) -> bool:
         if self.options.checkpoint_steps:
-            return self.step % self.options.checkpoint_steps == 0
-        due = time.monotonic() - self.saved_at >= self.options.checkpoint_minutes * 60.0
-        if self.accelerator.num_processes > 1:
-            flag = torch.tensor([float(due)], device=self.device)
-            due = bool(self.accelerator.reduce(flag, "sum").item())
-        return due
+            # In whole updates of the weights.
+            between = -(-self.options.checkpoint_steps // self.recipe.grad_accumulation)
+            return self.step % (between * self.recipe.grad_accumulation) == 0
+        return self._agreed(time.monotonic() - self.saved_at >= self.options.checkpoint_minutes * 60.0)
 
     def _on_signal(self, number: int, _frame: object) -> None:
         if self.stop_signal:  # a second Ctrl-C does not wait for the step to end
@@ -265,7 +281,7 @@ class Trainer:
         state = {
             "step": self.step, "minutes": self.minutes, "optimizer": plain, "processes": self.accelerator.num_processes,
             "scaler": None if scaler is None else scaler.state_dict(), "recipe": self.recipe.to_dict(),
-            "sums": self.train_step.sums.tolist(),
+            "sums": self.accelerator.reduce(self.train_step.sums.clone(), "sum").tolist(),
         }  # fmt: skip
         if self.main:
             folder = self.options.out / "checkpoints"
@@ -280,21 +296,20 @@ class Trainer:
 
     def _restore(self, checkpoint: Checkpoint) -> None:
         state = checkpoint.state
-        if state["processes"] != self.accelerator.num_processes:
-            raise ValueError(
-                f"expected the {state['processes']} processes that this run began with, got "
-                f"{self.accelerator.num_processes}: launch as many"
-            )
         self.network.load_state_dict(checkpoint.part("model"))
         if self.average is not None:
             self.average.load(checkpoint.part("ema"))
         restore_optimizer(self.raw_optimizer, checkpoint.part("optimizer"), state["optimizer"])
         if self.accelerator.scaler is not None and state["scaler"]:
             self.accelerator.scaler.load_state_dict(state["scaler"])
-        rng = checkpoint.part(f"rng.{self.accelerator.process_index}")
-        torch.set_rng_state(rng["cpu"])
-        if self.device.type == "cuda" and "cuda" in rng:
-            torch.cuda.set_rng_state(rng["cuda"], self.device)
+        index = self.accelerator.process_index
+        if state["processes"] == self.accelerator.num_processes:
+            rng = checkpoint.part(f"rng.{index}")
+            torch.set_rng_state(rng["cpu"])
+            if self.device.type == "cuda" and "cuda" in rng:
+                torch.cuda.set_rng_state(rng["cuda"], self.device)
+        else:  # images, augmentation and pairs are the same with any number of processes; dropout draws others
+            torch.manual_seed(_mixed_seed(self.recipe.seed, int(state["step"]), index))
         self._sums = state["sums"]
         self.step, self.minutes = int(state["step"]), float(state["minutes"])
         self.rows = read_metrics(self.options.out / "metrics.csv", self.step)
@@ -312,14 +327,14 @@ def train(recipe: Recipe, options: RunOptions) -> int:
     return Trainer(recipe, options).run()
 
 
-def _check_folder(options: RunOptions, recipe: Recipe, found: Path | None) -> None:
+def _check_folder(options: RunOptions, recipe: Recipe, found: Path | None, processes: int) -> None:
     if options.resume:
         if found is None:
             raise ValueError(
                 f"expected a checkpoint in {str(options.out / 'checkpoints')!r} to resume from, got none: check --out, "
                 "or leave --resume out to begin"
             )
-        check_same_recipe(options.out / "config.json", recipe)
+        check_same_recipe(options.out / "config.json", recipe, processes)
     elif found is not None or (options.out / "model").exists():
         raise ValueError(
             f"expected an empty folder for a new run, got {str(options.out)!r}, which holds one: give --resume to go "

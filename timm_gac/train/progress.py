@@ -22,10 +22,12 @@ class Progress:
         total: Steps of the whole run.
         done: Steps done before.
         visible: Whether this process shows anything.
+        processes: How many train, all at the same speed.
     """
 
-    def __init__(self, recipe: Recipe, total: int, done: int, visible: bool) -> None:
+    def __init__(self, recipe: Recipe, total: int, done: int, visible: bool, processes: int = 1) -> None:
         self.recipe, self.total = recipe, total
+        self._images_per_step = recipe.batch_size * processes
         self.loss = self.match = float("nan")
         self.images_per_s = 0.0
         self._console = Console(quiet=not visible, soft_wrap=True)
@@ -54,8 +56,7 @@ class Progress:
         now = time.monotonic()
         before, done = self._last
         if step > done:
-            # Per process; all processes do the same.
-            self.images_per_s = (step - done) * self.recipe.batch_size / max(now - before, 1e-9)
+            self.images_per_s = (step - done) * self._images_per_step / max(now - before, 1e-9)
         self._last, self.loss, self.match = (now, step), loss, match
         text = f"loss {loss:.3f}, match {match:.1%}, {self.images_per_s:,.0f} img/s{self._accuracy}"
         self._bar.update(self._task, completed=step, description=text)
@@ -65,7 +66,8 @@ class Progress:
         test = ""
         if row["test_top1"]:
             self._accuracy = f", top-1 {float(row['test_top1']):.2%}"
-            test = f"{self._accuracy}, firing rate {float(row['firing_rate']):.3f}"
+            self._accuracy += f", firing rate {float(row['firing_rate']):.3f}"
+            test = self._accuracy
         left = minutes / max(row["step"], 1) * (self.total - row["step"])
         self.say(
             f"epoch {row['epoch']}/{self.recipe.epochs}: loss {self.loss:.3f}, match {self.match:.1%}, lr {row['lr']}, "

@@ -43,7 +43,8 @@ class Recipe:
         freeze_stages: Keep the stem, the encoder and this many stages less one as they are; 0 trains everything.
         layer_decay: Factor of the learning rate per layer, counted from the classifier; None is the same for all.
         epochs: Passes over the training set.
-        batch_size: Images per step and process.
+        batch_size: Images per step and process. A run can go on with another number of processes where processes times
+            batch_size stays the same.
         optimizer: ``sgd`` (Nesterov momentum) or ``adamw``.
         lr: Peak learning rate.
         min_lr: Learning rate at the end of the cosine.

@@ -63,20 +63,37 @@ def write_json(file: Path, content: dict[str, Any]) -> None:
     scratch.replace(file)
 
 
-def check_same_recipe(file: Path, recipe: Recipe) -> None:
+def check_same_recipe(file: Path, recipe: Recipe, processes: int) -> None:
     """Refuse to go on with a run under another recipe than it began with.
+
+    A run may go on with another number of processes where all of them together take the same batch: what two
+    processes with a ``batch_size`` of 64 began, one with 128 can end.
+
+    Args:
+        file: The run's config.json.
+        recipe: To go on with.
+        processes: Number of processes to go on with.
 
     Raises:
         ValueError: The run's config.json is missing or says otherwise.
     """
     try:
-        before = json.loads(file.read_text(encoding="utf-8"))["recipe"]
+        content = json.loads(file.read_text(encoding="utf-8"))
+        before, processes_before = content["recipe"], int(content["processes"])
+        batch_before = processes_before * int(before["batch_size"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(
             f"expected the run's {file.name} in {str(file.parent)!r}, got none that can be read"
         ) from error
+    if batch_before != processes * recipe.batch_size:
+        raise ValueError(
+            f"expected batches of {batch_before} images in all, as this run began with ({processes_before} processes, "
+            f"batch_size {before['batch_size']}), got {processes} x {recipe.batch_size}: give the batch_size that "
+            f"makes {batch_before}"
+        )
     now = recipe.to_dict()
-    differing = [name for name in now if name not in _FREE and before.get(name) != now[name]]
+    free = (*_FREE, "batch_size")
+    differing = [name for name in now if name not in free and before.get(name) != now[name]]
     if differing:
         changes = ", ".join(f"{name}: {before.get(name)!r} became {now[name]!r}" for name in differing)
         raise ValueError(f"expected the recipe that this run began with, got {changes}: give the same options")

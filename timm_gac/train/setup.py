@@ -7,8 +7,7 @@ from typing import Any, NamedTuple
 
 import timm
 import torch
-from accelerate import Accelerator
-from torch import nn
+from accelerate import Accelerator, DistributedType
 
 from ..data import DeviceLoader, ImageArrays, StreamLoader, create_stream_loaders, load_arrays
 from .recipes import Recipe
@@ -39,7 +38,7 @@ def create_accelerator(recipe: Recipe, folder: Path, trackers: tuple[str, ...], 
     """The accelerator of a recipe.
 
     Raises:
-        ValueError: The recipe asks for a CUDA graph where there can be none.
+        ValueError: The recipe asks for a CUDA graph where there can be none, or accelerate is to divide the weights.
     """
     options: dict[str, Any] = {}
     if recipe.compile:
@@ -52,6 +51,11 @@ def create_accelerator(recipe: Recipe, folder: Path, trackers: tuple[str, ...], 
         cpu=cpu,
         **options,
     )
+    if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
+        raise ValueError(
+            f"expected one GPU or several with DDP, got {accelerator.distributed_type.value}: this trainer keeps whole "
+            "weights on each process; choose MULTI_GPU in accelerate's configuration"
+        )
     if recipe.cuda_graph:
         reasons = {
             "a CUDA device": accelerator.device.type == "cuda",
@@ -87,8 +91,6 @@ def create_network(recipe: Recipe, num_classes: int, in_chans: int) -> Any:
         if not hasattr(network, "set_spike_packing"):
             raise ValueError(f"expected a model that packs spikes, got {recipe.model!r}: give --no-pack-spikes")
         network.set_spike_packing(True)
-    if recipe.sync_bn:
-        network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
     return network.to(memory_format=torch.channels_last) if recipe.channels_last else network
 
 

@@ -1,0 +1,72 @@
+"""Batch norm over all processes, on any device and backend of torch.distributed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from ..neuron import BatchNormLIF
+
+__all__ = ["AnyDeviceSyncBatchNorm", "share_buffers", "synchronise_norms"]
+
+
+class AnyDeviceSyncBatchNorm(nn.SyncBatchNorm):
+    """``nn.SyncBatchNorm``, which PyTorch has for accelerators only, with a way of its own on a CPU."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Batch norm of ``(N, C, ...)`` with the statistics of all processes' batches, in training."""
+        group = self.process_group or dist.group.WORLD if dist.is_available() and dist.is_initialized() else None
+        if input.device.type != "cpu" or not self.training or group is None or dist.get_world_size(group) == 1:
+            return super().forward(input)
+        return self._synchronised(input, group)
+
+    def _synchronised(self, x: Tensor, group: dist.ProcessGroup) -> Tensor:
+        from torch.distributed.nn.functional import all_reduce  # slow to import, needed in distributed runs only
+
+        axes = [axis for axis in range(x.ndim) if axis != 1]
+        shape = [1, -1] + [1] * (x.ndim - 2)
+        count = x.new_tensor([float(x.numel() // x.shape[1])], dtype=torch.float32)
+        total = count.clone()
+        dist.all_reduce(total, group=group)
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        share = (count / total).to(wide.dtype)
+        var, mean = torch.var_mean(wide, axes, correction=0)
+        # No difference of two large sums; the all-reduces have a backward pass, an all-reduce again.
+        mean_of_all = all_reduce(mean * share, group=group)
+        var_of_all = all_reduce((var + (mean - mean_of_all) ** 2) * share, group=group)
+        self._update_running(mean_of_all.detach(), (var_of_all * (total / (total - 1.0))).detach())
+        scale = torch.rsqrt(var_of_all + self.eps)
+        shift = -mean_of_all * scale
+        if self.affine:
+            scale, shift = scale * self.weight, shift * self.weight + self.bias
+        return (wide * scale.view(shape) + shift.view(shape)).to(x.dtype)
+
+    def _update_running(self, mean: Tensor, unbiased_var: Tensor) -> None:
+        if self.running_mean is None or self.running_var is None or self.num_batches_tracked is None:
+            return
+        self.num_batches_tracked.add_(1)
+        weight = 1.0 / float(self.num_batches_tracked) if self.momentum is None else self.momentum
+        self.running_mean.lerp_(mean.to(self.running_mean.dtype), weight)
+        self.running_var.lerp_(unbiased_var.to(self.running_var.dtype), weight)
+
+
+def synchronise_norms(network: nn.Module) -> Any:
+    """The network with every batch norm over all processes, those fused with neurons included (see `BatchNormLIF`)."""
+    converted: nn.Module = nn.SyncBatchNorm.convert_sync_batchnorm(network)
+    markers = {id(module.sync) for module in converted.modules() if isinstance(module, BatchNormLIF)}
+    for module in converted.modules():
+        if type(module) is nn.SyncBatchNorm and id(module) not in markers:
+            module.__class__ = AnyDeviceSyncBatchNorm  # adds a method; the state is the same
+    return converted
+
+
+@torch.no_grad()
+def share_buffers(tensors: Iterable[Tensor]) -> None:
+    """Give every process the first one's values: running statistics differ where batch norm is not synchronised."""
+    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        for tensor in tensors:
+            dist.broadcast(tensor, 0)
