@@ -19,7 +19,7 @@ from gac_kernels import CIFAR, IMAGENET
 from .blocks import MSBlock, SpikingBlock
 from .checkpoint import checkpoint_filter_fn
 from .network import SpikingResNet
-from .weights import WEIGHTS, weights_cfg
+from .weights import WEIGHTS, explain_missing, weights_cfg
 
 __all__ = ["SpikingResNet"]
 
@@ -28,15 +28,22 @@ def _create_spiking_resnet(variant: str, pretrained: bool = False, **kwargs: Any
     stages = len(kwargs["layers"])
     # Of a Hub repository timm would else read a pickle where it finds no safetensors.
     overlay = {"hf_hub_filename": WEIGHTS} | (kwargs.pop("pretrained_cfg_overlay", None) or {})
-    return build_model_with_cfg(
-        SpikingResNet,
-        variant,
-        pretrained,
-        pretrained_filter_fn=checkpoint_filter_fn,
-        pretrained_cfg_overlay=overlay,
-        feature_cfg=dict(out_indices=tuple(range(stages + 1)), feature_cls="getter"),
-        **kwargs,
-    )
+    with explain_missing(_weights_name(variant, kwargs.get("pretrained_cfg"))):
+        return build_model_with_cfg(
+            SpikingResNet,
+            variant,
+            pretrained,
+            pretrained_filter_fn=checkpoint_filter_fn,
+            pretrained_cfg_overlay=overlay,
+            feature_cfg=dict(out_indices=tuple(range(stages + 1)), feature_cls="getter"),
+            **kwargs,
+        )
+
+
+def _weights_name(variant: str, cfg: Any) -> str:
+    """``variant.tag`` of what timm passes on as pretrained_cfg: a tag, a dict, an object of its own, or nothing."""
+    tag = cfg if isinstance(cfg, str) else cfg.get("tag") if isinstance(cfg, dict) else getattr(cfg, "tag", None)
+    return f"{variant}.{tag}" if tag else variant
 
 
 def _cfg(**kwargs: Any) -> dict[str, Any]:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
 HUB_ORGANISATION = "timm-gac"
 WEIGHTS = "model.safetensors"
@@ -20,3 +24,20 @@ def weights_cfg(model: str, tag: str) -> dict[str, Any]:
     source: dict[str, Any] = {"hf_hub_id": f"{HUB_ORGANISATION}/{name}", "hf_hub_filename": WEIGHTS}
     file = _CLONE / name / WEIGHTS
     return source | ({"file": str(file)} if file.is_file() else {})
+
+
+@contextmanager
+def explain_missing(model: str) -> Iterator[None]:
+    """Say where the weights of a model were looked for when they cannot be downloaded.
+
+    Raises:
+        OSError: The Hub or the repository on it is not reachable, and its files are not in the cache.
+    """
+    try:
+        yield
+    except (HfHubHTTPError, LocalEntryNotFoundError) as error:
+        raise OSError(
+            f"expected weights of {model!r} in the Hub's repository {HUB_ORGANISATION}/{model}, its cache or a clone's hub/models, got none "
+            f"({type(error).__name__}): check the connection and HF_HUB_OFFLINE, or give a file of your own with "
+            "pretrained_cfg_overlay=dict(file=...)"
+        ) from error
