@@ -4,10 +4,18 @@ from . import layers as layers
 from .backend import requested_backend, resolve_backend, use_backend
 from .batch_stats import batch_stats
 from .gac import gac_encode, gated_lif
+from .integer_lif import integer_lif
 from .lif import lif
 from .norm_lif import norm_lif
-from .reference import gac_encode_reference, gated_lif_reference, lif_reference, norm_lif_reference
+from .reference import (
+    gac_encode_reference,
+    gated_lif_reference,
+    lif_reference,
+    norm_lif_reference,
+    spike_conv_reference,
+)
 from .spec import CIFAR, IMAGENET, LIFSpec
+from .spike_conv import spike_conv
 
 __all__ = [
     "CIFAR",
@@ -18,11 +26,14 @@ __all__ = [
     "gac_encode_reference",
     "gated_lif",
     "gated_lif_reference",
+    "integer_lif",
     "lif",
     "lif_reference",
     "norm_lif",
     "norm_lif_reference",
     "requested_backend",
     "resolve_backend",
+    "spike_conv",
+    "spike_conv_reference",
     "use_backend",
 ]
