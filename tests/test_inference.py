@@ -57,7 +57,7 @@ def test_shift_in_the_neuron_is_shift_in_the_bias(
     with torch.no_grad(), use_backend("eager"):
         expected = model(images)
     with torch.no_grad(), use_backend(backend):
-        inference._set_bias(model.conv1, inference._fold(model.conv1, model.bn1))
+        inference._set_bias(model.conv1, inference.fold_batch_norm(model.conv1, model.bn1))
         model.bn1 = nn.Identity()
         blocks = [block for stage in (model.layer1, model.layer2, model.layer3, model.layer4) for block in stage]
         for block in blocks:

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .encoder import DirectCoding, GatedAttentionCoding
+from .models.integer import SpikeConv
 from .neuron import LIF, BatchNormLIF
 
 __all__ = ["Evaluation", "evaluate", "evaluate_state"]
@@ -87,7 +88,7 @@ class _Rates:
     """Firing rates by forward hooks, summed on the device."""
 
     def __init__(self, model: nn.Module, enabled: bool, device: torch.device) -> None:
-        kinds = (LIF, BatchNormLIF, GatedAttentionCoding, DirectCoding)
+        kinds = (LIF, BatchNormLIF, SpikeConv, GatedAttentionCoding, DirectCoding)
         layers = {name: module for name, module in model.named_modules() if enabled and isinstance(module, kinds)}
         inner = tuple(name + "." for name in layers)  # a neuron inside of another layer counts there
         self.layers = {name: module for name, module in layers.items() if not name.startswith(inner)}

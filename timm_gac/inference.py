@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from .models.blocks import MSBlock, SpikingBlock
 from .neuron import BatchNormLIF, MembraneBatchNormLIF
 
-__all__ = ["FoldedLIF", "fuse_for_inference"]
+__all__ = ["FoldedLIF", "fold_batch_norm", "fuse_for_inference"]
 
 
 class FoldedLIF(nn.Module):
@@ -83,7 +83,7 @@ def fuse_for_inference(model: nn.Module, dtype: torch.dtype | None = None) -> nn
     model.eval()
     network: Any = model
     on_cpu = network.conv1.weight.device.type == "cpu"
-    _set_bias(network.conv1, _fold(network.conv1, network.bn1))
+    _set_bias(network.conv1, fold_batch_norm(network.conv1, network.bn1))
     network.bn1 = nn.Identity()
     for block in blocks:
         _fuse_block(block, on_cpu, last=block is blocks[-1])
@@ -91,11 +91,11 @@ def fuse_for_inference(model: nn.Module, dtype: torch.dtype | None = None) -> nn
 
 
 def _fuse_block(block: Any, on_cpu: bool, last: bool) -> None:
-    shift = _fold(block.conv1, block.bn1)
+    shift = fold_batch_norm(block.conv1, block.bn1)
     block.bn1 = _folded(block.conv1, block.bn1, shift, on_cpu, keep_membrane=False)
-    shift = _fold(block.conv2, block.bn2)
+    shift = fold_batch_norm(block.conv2, block.bn2)
     if block.downsample is not None:
-        shift = shift + _fold(block.downsample[0], block.downsample[1])
+        shift = shift + fold_batch_norm(block.downsample[0], block.downsample[1])
         block.downsample = block.downsample[:1]
     keep = isinstance(block.bn2, MembraneBatchNormLIF) and not last
     block.bn2 = _folded(block.conv2, block.bn2, shift, on_cpu, keep_membrane=keep)
@@ -108,7 +108,7 @@ def _folded(conv: nn.Conv2d, norm: BatchNormLIF, shift: Tensor, on_cpu: bool, ke
     return FoldedLIF(norm, shift.to(conv.weight.dtype), keep_membrane)
 
 
-def _fold(conv: nn.Conv2d, norm: Any) -> Tensor:
+def fold_batch_norm(conv: nn.Conv2d, norm: Any) -> Tensor:
     """Scale a convolution's weights by the batch norm that follows it; the shift that is left, (C,) in float64."""
     scale = torch.rsqrt(norm.running_var.double() + norm.eps)
     shift = torch.zeros_like(scale)
