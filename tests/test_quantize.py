@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 from pathlib import Path
 
@@ -14,7 +15,9 @@ from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from gac_kernels import spike_conv_reference, use_backend
-from timm_gac import fuse_for_inference, quantize
+from timm_gac import cli, fuse_for_inference, quantize
+from timm_gac.bench_check import check_integer
+from timm_gac.bench_model import ModelBenchConfig, bench_model
 from timm_gac.evaluate import evaluate
 from timm_gac.hub.folder import load_model, save_model_folder
 from timm_gac.models.integer import IntegerSpikingResNet, SpikeConv
@@ -200,3 +203,43 @@ def test_leaves_the_model_alone_and_refuses_what_it_cannot_do() -> None:
     model.bn1.running_mean = None
     with pytest.raises(ValueError, match="running statistics"):
         quantize(model)
+
+
+def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder, out = save_model_folder(firing("test_gac_msresnet"), tmp_path / "float"), tmp_path / "int8"
+    assert cli.main(["quantize", str(folder), str(out), "--clip", "max"]) == 0
+    assert str(out) in capsys.readouterr().out.replace("\n", "")
+    images = torch.randn(2, 3, 8, 8)
+    with torch.no_grad():
+        assert torch.equal(load_model(out)(images), quantize(load_model(folder), "max")(images))
+    for arguments, message in (
+        ([str(folder), str(out)], "new or empty folder"),
+        ([str(out), str(tmp_path / "again")], "quantised"),
+        (["no_such_model", str(tmp_path / "none")], "expected"),
+    ):
+        assert cli.main(["quantize", *arguments]) == 2
+        assert message in capsys.readouterr().err
+
+
+def test_benchmark_checks_and_times_it(tmp_path: Path) -> None:
+    folder = save_model_folder(quantize(firing("test_gac_msresnet", 2)), tmp_path / "int8")
+    for model in ("test_gac_msresnet", str(folder)):
+        config = ModelBenchConfig(
+            model=model, modes=("infer",), precisions=("float32", "bfloat16"), num_steps=(2,), infer_batch=2, steps=1,
+            image_size=8, providers=("timm_gac", "timm_gac_int8"), device="cpu",
+        )  # fmt: skip
+        rows, _ = bench_model(config)
+        assert [row["status"] for row in rows] == ["ok"] * 4, rows
+        assert all(row["images_per_s"] > 0 for row in rows)
+    with pytest.raises(ValueError, match="num_steps=2"):
+        bench_model(dataclasses.replace(config, num_steps=(3,)))
+    with pytest.raises(ValueError, match="a model of this package"):
+        ModelBenchConfig(model=str(tmp_path / "none"))
+
+
+def test_benchmark_notices_wrong_spikes() -> None:
+    network, images = quantize(firing("test_gac_msresnet")), torch.randn(2, 3, 8, 8)
+    assert check_integer(network, images, "float32") == ""
+    layer = network.layer2[0].conv2
+    layer.register_forward_hook(lambda module, inputs, output: (output[0], output[1] ^ 1), prepend=True)
+    assert "layer2.0.conv2" in check_integer(network, images, "float32")

@@ -66,6 +66,29 @@ def save_model_folder(model: nn.Module, out: Path, model_args: dict[str, Any] | 
     return out
 
 
+def save_quantized(model: nn.Module, out: Path, clip: str = "mse", overwrite: bool = False) -> Path:
+    """Quantise a network (`timm_gac.quantize`) into a model folder.
+
+    Args:
+        model: A float network.
+        out: Folder to write to.
+        clip: As for `timm_gac.quantize`.
+        overwrite: Replace the model in a folder that is not empty.
+
+    Returns:
+        The folder, for `load_model`.
+
+    Raises:
+        ValueError: The network cannot be quantised, or the folder is a file or is not empty.
+    """
+    out = Path(out)
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"expected a folder to write to, got the file {str(out)!r}: choose another name")
+    if out.is_dir() and any(out.iterdir()) and not overwrite:
+        raise ValueError(f"expected a new or empty folder, got {str(out)!r}: choose another or allow overwriting")
+    return save_model_folder(quantize(model, clip), out)
+
+
 def write_config(file: Path, config: dict[str, Any]) -> None:
     """Write a config.json that timm and transformers both load.
 
