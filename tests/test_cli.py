@@ -18,6 +18,7 @@ from timm_gac import benchmark, cli, hub
         ([], ["demo", "convert", "models", "push", "verify", "bench"]),
         (["demo"], ["--out", "--epochs", "--seed"]),
         (["convert"], ["FILE", "OUT_FOLDER", "--num-classes", "--overwrite"]),
+        (["quantize"], ["MODEL", "OUT_FOLDER", "--clip", "--overwrite"]),
         (["bench"], ["kernels", "model"]),
         (["bench", "kernels"], ["--ops", "--quick", "--csv"]),
         (["bench", "model"], ["--providers", "--num-steps", "--profile"]),

@@ -24,6 +24,7 @@ RANKS = {
     "timm_gac.convolution": 2,
     "timm_gac.models": 3,
     "timm_gac.inference": 4,
+    "timm_gac.quantize": 4,
     "timm_gac": 4,  # the package itself registers the models and re-exports the modules
     "timm_gac.cli": 6,
 }

@@ -8,6 +8,7 @@ from . import models as models
 from .encoder import DirectCoding, GatedAttentionCoding
 from .inference import fuse_for_inference
 from .neuron import LIF, BatchNormLIF
+from .quantize import quantize
 
 try:
     __version__ = version("timm-gac")
@@ -24,5 +25,6 @@ __all__ = [
     "LIFSpec",
     "__version__",
     "fuse_for_inference",
+    "quantize",
     "use_backend",
 ]

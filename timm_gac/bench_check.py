@@ -15,11 +15,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from gac_kernels import use_backend
+from gac_kernels import spike_conv_reference, use_backend
 
 from .bench_ops import relative_error
 from .bench_rivals import STAGES, TimeMajorNet
 from .bench_steps import PRECISIONS, autocast, precision_settings
+from .models.integer import SpikeConv
 from .models.network import SpikingResNet
 
 # In float64, norm(got - expected) / norm(expected) of the logits.
@@ -100,6 +101,63 @@ def check_parts(network: nn.Module, reference: TimeMajorNet, images: Tensor, pre
             if not error <= TOLERANCES[precision][kind]:
                 return f"{name}, {quantity}: error {error:.1e} > {TOLERANCES[precision][kind]:.0e} in {precision}"
     return ""
+
+
+# Neurons this near to their threshold, relatively, may fire otherwise in float32 than in float64.
+BAND = 1e-5
+
+
+@torch.no_grad()
+def check_integer(network: nn.Module, images: Tensor, precision: str) -> str:
+    """Compare every integer convolution of a run with float64 on its own inputs; empty when they agree, else why not.
+
+    Every spike has to be the same, but for neurons whose membrane float64 puts within `BAND` of the threshold, and
+    for what such a neuron does at later steps.
+    """
+    failures: list[str] = []
+
+    def compare(name: str) -> Any:
+        def hook(module: SpikeConv, inputs: tuple[Tensor, ...], output: Any) -> None:
+            weight = module.weight.unflatten(1, (3, 3)).permute(0, 3, 1, 2)
+            residual = inputs[1] if len(inputs) > 1 else None
+            current, expected = spike_conv_reference(
+                inputs[0], weight, module.scale, module.bias, module.num_steps, module.spec, stride=module.stride,
+                residual=residual, return_membrane=True,
+            )  # fmt: skip
+            membrane, spikes = output if isinstance(output, tuple) else (None, output)
+            differ = (spikes != expected).unflatten(0, (module.num_steps, -1)).any(0)
+            near = _near_threshold(current.unflatten(0, (module.num_steps, -1)), module.spec)
+            if (differ & ~near).any():
+                failures.append(f"{name}: {int((differ & ~near).sum())} neurons fire otherwise than in float64")
+            if membrane is not None:
+                error = relative_error(membrane.double(), current)
+                allowed = 2 * torch.finfo(membrane.dtype).eps
+                if not error <= allowed:
+                    failures.append(f"{name}: relative error of the membrane {error:.1e} > {allowed:.0e}")
+
+        return hook
+
+    layers = [(name, module) for name, module in network.named_modules() if isinstance(module, SpikeConv)]
+    handles = [module.register_forward_hook(compare(name)) for name, module in layers]
+    network.eval()
+    try:
+        with precision_settings(precision, search=False), autocast(images.device, precision):
+            network(images)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return failures[0] if failures else "" if layers else "no integer convolution was found"
+
+
+def _near_threshold(current: Tensor, spec: Any) -> Tensor:
+    """Neurons that come within `BAND` of the threshold at any step, from currents (T, ...) in float64."""
+    membrane, near = torch.zeros_like(current[0]), torch.zeros_like(current[0], dtype=torch.bool)
+    for step in current:
+        membrane = spec.decay * membrane + step
+        near |= (membrane - spec.threshold).abs() <= BAND * spec.threshold
+        fired = (membrane > spec.threshold).to(membrane.dtype)
+        membrane = membrane - spec.threshold * fired if spec.soft_reset else membrane * (1.0 - fired)
+    return near
 
 
 def _inputs_of_parts(reference: TimeMajorNet, images: Tensor) -> list[tuple[str, list[Tensor]]]:

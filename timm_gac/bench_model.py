@@ -35,6 +35,7 @@ from .bench_harness import (
 from .bench_networks import LAUNCHES, NETWORKS, Unavailable
 from .bench_profile import append_json, read_json
 from .bench_session import Case, Session
+from .hub import read_config
 
 _logger = logging.getLogger(__name__)
 COLUMNS = (
@@ -53,12 +54,13 @@ class ModelBenchConfig:
 
     A provider is a network and how it is launched, such as ``timm_gac``, ``timm_gac+graph`` (the whole step as one CUDA
     graph), ``loop+compile`` (torch.compile) or ``spikingjelly+compile+graph``. Networks: ``timm_gac``;
-    ``timm_gac_lean`` (packed spikes); ``timm_gac_fused`` (batch norm folded, inference); ``convolutions``, the floor;
+    ``timm_gac_lean`` (packed spikes); ``timm_gac_fused`` (batch norm folded, inference); ``timm_gac_int8`` (quantised,
+    inference, its float parts in the precision); ``convolutions``, the floor;
     ``ann``, timm's ResNet of the same shape on T batches; ``spikingjelly`` and ``loop``, the time-major network with
     SpikingJelly's functional LIF and with an ordinary loop; ``published``, the published algorithm step by step.
 
     Args:
-        model: A registered model of this package.
+        model: A registered model of this package, or a model folder, quantised or not.
         modes: Out of ``train``, ``infer``.
         precisions: Out of ``float32``, ``tf32``, ``bfloat16``, ``float16`` (autocast); the first and third on a CPU.
         num_steps: Numbers of time steps T; several make a curve.
@@ -112,8 +114,10 @@ class ModelBenchConfig:
             value = getattr(self, name)
             if (min(value) if isinstance(value, tuple) else value) < 1:
                 raise ValueError(f"expected {name} >= 1, got {value}: give a positive number")
-        if self.model not in timm.list_models(module="spiking_resnet"):
-            raise ValueError(f"expected a model of this package, got {self.model!r}: `timm-gac models` lists them")
+        if self.model not in timm.list_models(module="spiking_resnet") and not Path(self.model).is_dir():
+            raise ValueError(
+                f"expected a model of this package, got {self.model!r}: `timm-gac models` lists them, or name a folder"
+            )
         exotic = {"tf32", "float16"} & set(self.precisions)
         if exotic and self.torch_device().type != "cuda":
             raise ValueError(f"expected float32 or bfloat16 on a CPU, got {sorted(exotic)}: choose one of these")
@@ -128,17 +132,23 @@ class ModelBenchConfig:
 
     def cases(self) -> list[Case]:
         """The combinations, in the order they run."""
-        size = self.image_size or timm.get_pretrained_cfg_value(self.model, "input_size")[-1]
+        size = self.image_size or self._own_image_size()
         batch = {"train": self.train_batch, "infer": self.infer_batch}
         axes = itertools.product(self.modes, self.precisions, self.num_steps)
         return [Case(self.model, mode, precision, t, batch[mode], size) for mode, precision, t in axes]
+
+    def _own_image_size(self) -> int:
+        if Path(self.model).is_dir():
+            return int(read_config(Path(self.model))["pretrained_cfg"]["input_size"][-1])
+        return int(timm.get_pretrained_cfg_value(self.model, "input_size")[-1])
 
     def providers_of(self, case: Case) -> list[str]:
         """The providers of a case in the order they run: by default those that compile come last."""
         if self.providers:
             return list(self.providers)
-        skip = "timm_gac_fused" if case.mode == "train" else "timm_gac_lean"
-        found = [network + launch for network, launches in LAUNCHES.items() if network != skip for launch in launches]
+        skip = ("timm_gac_fused", "timm_gac_int8") if case.mode == "train" else ("timm_gac_lean",)
+        kept = {network: launches for network, launches in LAUNCHES.items() if network not in skip}
+        found = [network + launch for network, launches in kept.items() for launch in launches]
         found = [name for name in found if "graph" not in name or self.torch_device().type == "cuda"]
         return sorted(found, key=lambda name: "compile" in name)
 

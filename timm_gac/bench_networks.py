@@ -6,6 +6,7 @@ import copy
 import importlib
 import importlib.util
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,10 +15,13 @@ from timm.models.resnet import BasicBlock, ResNet
 from torch import Tensor, nn
 
 from .bench_rivals import STAGES, LoopNeuron, SpikingJellyNeuron, TimeMajorNet, is_gated, like
+from .hub import load_model
 from .models.checkpoint import canonical_name
+from .models.integer import IntegerSpikingResNet
 from .models.network import SpikingResNet
 from .models.published import NETWORKS as PUBLISHED
 from .models.published import PublishedNet
+from .quantize import quantize
 
 
 class Unavailable(ValueError):  # noqa: N818 (not an error: the row says why it was skipped)
@@ -111,6 +115,13 @@ def _fused(model: SpikingResNet, name: str, mode: str) -> nn.Module:
     return importlib.import_module("timm_gac.inference").fuse_for_inference(copy.deepcopy(model).eval())
 
 
+def _int8(model: SpikingResNet, name: str, mode: str) -> nn.Module:
+    if mode != "infer":
+        raise Unavailable("integer networks are for inference only")
+    stored = load_model(Path(name)) if Path(name).is_dir() else None
+    return stored if isinstance(stored, IntegerSpikingResNet) else quantize(copy.deepcopy(model).eval())
+
+
 def _loop(model: SpikingResNet, name: str, mode: str) -> nn.Module:
     return TimeMajorNet(model, LoopNeuron(model.spec))
 
@@ -150,6 +161,7 @@ NETWORKS: dict[str, Callable[[SpikingResNet, str, str], nn.Module]] = {
     "timm_gac": _ours,
     "timm_gac_lean": _lean,
     "timm_gac_fused": _fused,
+    "timm_gac_int8": _int8,
     "convolutions": lambda model, name, mode: ConvolutionsOnly(model),
     "ann": _ann,
     "spikingjelly": _spikingjelly,
@@ -162,6 +174,7 @@ LAUNCHES = {
     "timm_gac": ("", "+graph", "+compile"),
     "timm_gac_lean": ("", "+graph"),
     "timm_gac_fused": ("", "+graph"),
+    "timm_gac_int8": ("", "+graph"),
     "convolutions": ("", "+graph"),
     "ann": ("", "+graph"),
     "spikingjelly": ("", "+graph", "+compile", "+compile+graph"),

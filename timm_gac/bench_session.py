@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import timm
 import torch
@@ -12,6 +13,7 @@ from .bench_harness import Row
 from .bench_networks import NETWORKS, Unavailable
 from .bench_profile import profile_step
 from .bench_rivals import LoopNeuron, TimeMajorNet
+from .hub import load_model
 from .models.network import SpikingResNet
 
 CHECK_BATCH = 4
@@ -29,6 +31,18 @@ class Case:
     image_size: int
 
 
+def open_stored(case: Case) -> SpikingResNet:
+    """The float network of a model folder; that of a quantised one has the rounded weights.
+
+    Raises:
+        ValueError: The folder is damaged, or its network has another T than the case.
+    """
+    steps = load_model(Path(case.model)).num_steps  # checks the folder
+    if steps != case.num_steps:
+        raise ValueError(f"expected num_steps={steps} as {case.model} has, got {case.num_steps}: give --num-steps")
+    return timm.create_model(f"local-dir:{case.model}", pretrained=True)
+
+
 class Session:
     """One case: the weights that its networks share, and what their checks said.
 
@@ -40,14 +54,17 @@ class Session:
 
     def __init__(self, case: Case, device: torch.device, steps: int) -> None:
         self.case, self.device, self.steps = case, device, steps
-        channels = timm.get_pretrained_cfg_value(case.model, "input_size")[0]
-        shape = (channels, case.image_size, case.image_size)
+        stored = Path(case.model).is_dir()
         devices = [self.device] if self.device.type == "cuda" else []
         with torch.random.fork_rng(devices):
             torch.manual_seed(0)
-            self.model: SpikingResNet = timm.create_model(case.model, num_steps=case.num_steps)
+            self.model: SpikingResNet = (
+                open_stored(case) if stored else timm.create_model(case.model, num_steps=case.num_steps)
+            )
+            shape = (self.model.in_chans, case.image_size, case.image_size)
             self.check_images = torch.randn(CHECK_BATCH, *shape)
-            bench_check.prepare_weights(self.model, self.check_images)
+            if not stored:
+                bench_check.prepare_weights(self.model, self.check_images)
             self.images = torch.randn(case.batch, *shape).to(self.device)
         self.failures: dict[str, str] = {}
 
@@ -65,6 +82,10 @@ class Session:
     def _check(self, network: str) -> str:
         if network in ("convolutions", "ann"):  # floors compute something else
             return ""
+        if network == "timm_gac_int8":  # rounded weights: no logits to compare with but its own in float64
+            return bench_check.check_integer(
+                self.build(network), self.check_images.to(self.device), self.case.precision
+            )
         built, images, train = self.build(network), self.check_images.to(self.device), self.case.mode == "train"
         reference = TimeMajorNet(self.model, LoopNeuron(self.model.spec)).to(self.device)
         reference = reference.to(memory_format=torch.channels_last)  # so that both sides call the same convolutions

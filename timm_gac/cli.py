@@ -6,7 +6,7 @@ import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import tyro
 from tyro.extras import SubcommandApp
@@ -55,6 +55,32 @@ def convert(
 
     folder = convert_checkpoint(file, out_folder, model, num_classes, num_steps, overwrite)
     show(f"wrote {folder}: load it with timm.create_model('local-dir:{folder}', pretrained=True)")
+    return 0
+
+
+def quantize(
+    model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")],
+    out_folder: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT_FOLDER")],
+    clip: Literal["max", "mse"] = "mse",
+    overwrite: bool = False,
+) -> int:
+    """Round a network's weights to 8 bits, for integer inference, and save it as a model folder.
+
+    Args:
+        model: Model folder, ORG/NAME on the Hub, or a registered name with a tag for its published weights.
+        out_folder: Folder to write.
+        clip: Scale a channel by its largest weight, or by the least squared error.
+        overwrite: Replace the model in a folder that has one.
+    """
+    from rich import print as show
+
+    from .hub import save_quantized
+    from .sources import open_network
+
+    network, origin = open_network(model)
+    folder = save_quantized(network, out_folder, clip, overwrite)
+    size = sum(file.stat().st_size for file in folder.iterdir()) / 2**20
+    show(f"wrote {folder} ({size:.1f} MiB; weights {origin}): load it with timm_gac.hub.load_model('{folder}')")
     return 0
 
 
@@ -271,6 +297,7 @@ def _parser() -> SubcommandApp:
     app, benchmarks = SubcommandApp(), SubcommandApp()
     app.command(demo)
     app.command(convert)
+    app.command(quantize)
     app.command(models)
     app.command(train)
     app.command(name="eval")(evaluate)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from .models.blocks import MSBlock, SpikingBlock
 from .neuron import BatchNormLIF, MembraneBatchNormLIF
 
-__all__ = ["FoldedConv2d", "FoldedLIF", "fuse_for_inference", "shift_in_neuron"]
+__all__ = ["FoldedConv2d", "FoldedLIF", "fold_batch_norm", "fuse_for_inference", "shift_in_neuron"]
 
 
 def shift_in_neuron(x: Tensor) -> bool:
@@ -118,7 +118,7 @@ def fuse_for_inference(model: nn.Module, dtype: torch.dtype | None = None) -> nn
     model.eval()
     network: Any = model
     network.set_spike_packing(False)
-    _set_bias(network.conv1, _fold(network.conv1, network.bn1))
+    _set_bias(network.conv1, fold_batch_norm(network.conv1, network.bn1))
     network.bn1 = nn.Identity()
     for block in blocks:
         _fuse_block(block, last=block is blocks[-1])
@@ -126,10 +126,10 @@ def fuse_for_inference(model: nn.Module, dtype: torch.dtype | None = None) -> nn
 
 
 def _fuse_block(block: Any, last: bool) -> None:
-    _replace(block, "conv1", "bn1", _fold(block.conv1, block.bn1), keep_membrane=False)
-    shift = _fold(block.conv2, block.bn2)
+    _replace(block, "conv1", "bn1", fold_batch_norm(block.conv1, block.bn1), keep_membrane=False)
+    shift = fold_batch_norm(block.conv2, block.bn2)
     if block.downsample is not None:
-        shift = shift + _fold(block.downsample[0], block.downsample[1])
+        shift = shift + fold_batch_norm(block.downsample[0], block.downsample[1])
         block.downsample = block.downsample[:1]
     keep = isinstance(block.bn2, MembraneBatchNormLIF) and not last
     _replace(block, "conv2", "bn2", shift, keep_membrane=keep)
@@ -143,7 +143,7 @@ def _replace(block: Any, conv: str, norm: str, shift: Tensor, keep_membrane: boo
     setattr(block, norm, FoldedLIF(getattr(block, norm), shift, keep_membrane))
 
 
-def _fold(conv: nn.Conv2d, norm: Any) -> Tensor:
+def fold_batch_norm(conv: nn.Conv2d, norm: Any) -> Tensor:
     """Scale a convolution's weights by the batch norm that follows it; the shift that is left, (C,) in float64."""
     scale = torch.rsqrt(norm.running_var.double() + norm.eps)
     shift = torch.zeros_like(scale)

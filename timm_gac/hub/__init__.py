@@ -4,7 +4,7 @@ Weights are safetensors only: no pickle is written, published or read from the H
 """
 
 from .convert import convert_checkpoint, infer_model, read_checkpoint
-from .folder import check_config, load_model, read_config, save_model_folder
+from .folder import check_config, load_model, read_config, save_model_folder, save_quantized
 from .golden import Verification, verify, write_golden
 from .prepare import PublishConfig, prepare_folder
 from .push import PushResult, push
@@ -25,6 +25,7 @@ __all__ = [
     "read_checkpoint",
     "read_config",
     "save_model_folder",
+    "save_quantized",
     "verify",
     "write_golden",
 ]

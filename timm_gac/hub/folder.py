@@ -9,8 +9,11 @@ from typing import Any
 
 import timm
 from safetensors import SafetensorError
+from safetensors.torch import load_file
 from timm.models import is_model_in_modules, save_for_hf
 from torch import nn
+
+from ..quantize import SCHEME, quantize
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
@@ -38,7 +41,8 @@ def save_model_folder(model: nn.Module, out: Path, model_args: dict[str, Any] | 
     in it are left alone.
 
     Args:
-        model: A model made by ``timm.create_model``.
+        model: A model made by ``timm.create_model``, or what `timm_gac.quantize` made of one: ``config.json`` then
+            names the scheme; timm, which knows no integer networks, rebuilds a float one with the same rounded weights.
         out: Folder to write to; made if it is not there.
         model_args: Further arguments that the architecture needs to be rebuilt; ``num_steps``, and ``in_chans``
             where it is not 3, are added.
@@ -50,14 +54,39 @@ def save_model_folder(model: nn.Module, out: Path, model_args: dict[str, Any] | 
     if model.in_chans != 3:
         args.setdefault("in_chans", model.in_chans)
     out.parent.mkdir(parents=True, exist_ok=True)
+    scheme = getattr(model, "quantization", None)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as scratch:
         save_for_hf(model, scratch, model_args=args, safe_serialization=True)
         config_file = Path(scratch, CONFIG)
-        write_config(config_file, json.loads(config_file.read_text()) | {"model_args": args})
+        config = json.loads(config_file.read_text()) | {"model_args": args}
+        write_config(config_file, config | ({"quantization": scheme} if scheme else {}))
         out.mkdir(exist_ok=True)
         for name in (WEIGHTS, CONFIG):
             Path(scratch, name).replace(out / name)
     return out
+
+
+def save_quantized(model: nn.Module, out: Path, clip: str = "mse", overwrite: bool = False) -> Path:
+    """Quantise a network (`timm_gac.quantize`) into a model folder.
+
+    Args:
+        model: A float network.
+        out: Folder to write to.
+        clip: As for `timm_gac.quantize`.
+        overwrite: Replace the model in a folder that is not empty.
+
+    Returns:
+        The folder, for `load_model`.
+
+    Raises:
+        ValueError: The network cannot be quantised, or the folder is a file or is not empty.
+    """
+    out = Path(out)
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"expected a folder to write to, got the file {str(out)!r}: choose another name")
+    if out.is_dir() and any(out.iterdir()) and not overwrite:
+        raise ValueError(f"expected a new or empty folder, got {str(out)!r}: choose another or allow overwriting")
+    return save_model_folder(quantize(model, clip), out)
 
 
 def write_config(file: Path, config: dict[str, Any]) -> None:
@@ -123,6 +152,7 @@ def check_config(config: Any) -> None:
             f"correct {CONFIG}"
         )
     _check_pretrained_cfg(config.get("pretrained_cfg", {}))
+    _check_quantization(config.get("quantization"))
     labels = config.get("label_names")
     if labels is not None:
         check_labels(labels, config["num_classes"])
@@ -134,6 +164,12 @@ def _check_number(key: str, value: Any) -> None:
     kind, low, high = MODEL_ARGS[key]
     if type(value) not in (kind, int) or not low <= value <= high:
         raise ValueError(f"expected {key} from {low:,} to {high:,} in {CONFIG}, got {value!r}: correct it")
+
+
+def _check_quantization(found: Any) -> None:
+    if found is not None and (not isinstance(found, dict) or found.get("scheme") != SCHEME):
+        scheme = found.get("scheme") if isinstance(found, dict) else found
+        raise ValueError(f"expected quantization with the scheme {SCHEME!r} in {CONFIG}, got {scheme!r}: quantise anew")
 
 
 def _check_pretrained_cfg(cfg: Any) -> None:
@@ -165,7 +201,7 @@ def check_labels(labels: Any, num_classes: int) -> list[str]:
 
 
 def load_model(folder: Path) -> nn.Module:
-    """The model of a model folder, in float32 on the CPU and in eval mode.
+    """The model of a model folder, in float32 on the CPU and in eval mode; an integer network where it is quantised.
 
     Raises:
         ValueError: The folder is no model folder, or its weights are damaged or do not fit its config.
@@ -177,7 +213,12 @@ def load_model(folder: Path) -> nn.Module:
             f"expected {WEIGHTS} beside {CONFIG}, got none in {str(folder)!r}: only safetensors are read, no pickles"
         )
     try:
-        return timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+        if "quantization" not in config:
+            return timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+        network = quantize(timm.create_model(f"local-dir:{folder}", pretrained=False), clip="max")
+        network.load_state_dict(load_file(folder / WEIGHTS))
+        network.quantization = config["quantization"]
+        return network
     except (SafetensorError, RuntimeError, KeyError, OSError, AttributeError, TypeError, ValueError) as error:
         detail = " ".join(str(error).split())[:200]
         raise ValueError(

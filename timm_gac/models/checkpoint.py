@@ -73,7 +73,8 @@ def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: nn.Module) -> dic
     Accepts the names of this package and both layouts of the published code, bare or wrapped (``{'state_dict': ...}``),
     with or without DataParallel's ``module.`` prefix. Tensors that the published code stores under several names are
     checked to agree and kept once. Temporal weights of another number of steps are resampled, with a warning in the
-    log.
+    log. The tensors of a quantised network (`timm_gac.quantize`) become those of a float network with the same rounded
+    weights.
 
     Args:
         state_dict: The checkpoint.
@@ -100,7 +101,34 @@ def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: nn.Module) -> dic
                 f"expected one value of {name!r}, got two under {sources[name]!r} and {source!r}: "
                 "the file is damaged or of another layout"
             )
+    if any(name.endswith(".conv2.scale") for name in merged):
+        merged = _dequantize(merged, model)
     return _fit_temporal_weights(merged, model)
+
+
+def _dequantize(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """The tensors of an `IntegerSpikingResNet` as those of the float network with the same rounded weights.
+
+    Its batch norms do nothing but add the shift.
+    """
+    found: dict[str, Tensor] = {}
+    for name, module in model.named_modules():
+        if getattr(module, "running_var", None) is not None:
+            found |= {f"{name}.{key}": torch.zeros_like(value) for key, value in module.state_dict().items()}
+            found[f"{name}.weight"] += 1.0
+            found[f"{name}.running_var"] += 1.0 - float(module.eps)
+    for name, value in state_dict.items():
+        layer, _, field = name.rpartition(".")
+        scale = state_dict.get(f"{layer}.scale")
+        if re.search(r"(^|\.)conv[12]$", layer) and field == "bias":
+            found[re.sub(r"conv([12])$", r"bn\1.bias", layer)] = value
+        elif layer.endswith(".downsample"):
+            found[f"{layer}.0.{field}"] = value
+        elif field == "weight" and scale is not None:
+            found[name] = value.unflatten(1, (3, 3)).permute(0, 3, 1, 2) * scale[:, None, None, None]
+        elif field != "scale":
+            found[name] = value
+    return found
 
 
 def _fit_temporal_weights(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:

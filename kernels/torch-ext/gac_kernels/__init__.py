@@ -4,11 +4,19 @@ from . import layers as layers
 from .backend import requested_backend, resolve_backend, use_backend
 from .batch_stats import batch_stats
 from .gac import gac_encode, gated_lif
+from .integer_lif import integer_lif
 from .lif import lif
 from .norm_lif import ResidualNorm, norm_lif
-from .reference import gac_encode_reference, gated_lif_reference, lif_reference, norm_lif_reference
+from .reference import (
+    gac_encode_reference,
+    gated_lif_reference,
+    lif_reference,
+    norm_lif_reference,
+    spike_conv_reference,
+)
 from .spec import CIFAR, IMAGENET, LIFSpec
 from .spike_bits import pack_spikes, packed_conv2d, unpack_spikes
+from .spike_conv import spike_conv
 
 __all__ = [
     "CIFAR",
@@ -20,6 +28,7 @@ __all__ = [
     "gac_encode_reference",
     "gated_lif",
     "gated_lif_reference",
+    "integer_lif",
     "lif",
     "lif_reference",
     "norm_lif",
@@ -28,6 +37,8 @@ __all__ = [
     "packed_conv2d",
     "requested_backend",
     "resolve_backend",
+    "spike_conv",
+    "spike_conv_reference",
     "unpack_spikes",
     "use_backend",
 ]

@@ -9,6 +9,8 @@ from .reference import state_dtype
 from .spec import LIFSpec
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+# Most input channels of a 3x3 convolution of spikes whose sums of int8 weights stay below 2**24, exact in float32.
+MAX_INT8_CHANNELS = 2**24 // (9 * 128)
 
 
 def check_spec(spec: LIFSpec) -> None:
@@ -118,3 +120,43 @@ def check_norm(
                 f"expected {name} of shape ({x.shape[1]},) on {x.device}, got {tuple(tensor.shape)} on "
                 f"{tensor.device}: one value a channel, where x is"
             )
+
+
+def check_spike_conv(
+    spikes: Tensor, weight: Tensor, scale: Tensor, bias: Tensor, residual: Tensor | None, num_steps: int, stride: int
+) -> None:
+    """Raise unless weight, scale, bias and residual fit the time-folded int8 spikes (T*B, C, H, W)."""
+    for name, tensor in (("spikes", spikes), ("weight", weight)):
+        if not isinstance(tensor, Tensor) or tensor.dtype != torch.int8 or tensor.dim() != 4:
+            came = f"{tensor.dtype}, {tuple(tensor.shape)}" if isinstance(tensor, Tensor) else type(tensor).__name__
+            raise ValueError(f"expected {name} as int8 with 4 axes, got {came}: convert them with .to(torch.int8)")
+    if not isinstance(num_steps, int) or num_steps < 1 or spikes.shape[0] % num_steps:
+        raise ValueError(
+            f"expected num_steps >= 1 that divides the first axis of spikes, got {num_steps!r} and shape "
+            f"{tuple(spikes.shape)}: fold time with x.flatten(0, 1)"
+        )
+    if stride not in (1, 2):
+        raise ValueError(f"expected stride 1 or 2, got {stride!r}: use a float convolution for others")
+    channels, made = spikes.shape[1], weight.shape[0]
+    if tuple(weight.shape[1:]) != (channels, 3, 3):
+        raise ValueError(
+            f"expected weight of shape (C', {channels}, 3, 3) for spikes {tuple(spikes.shape)}, got "
+            f"{tuple(weight.shape)}: give a 3x3 convolution of as many input channels"
+        )
+    if channels > MAX_INT8_CHANNELS:
+        raise ValueError(f"expected at most {MAX_INT8_CHANNELS:,} channels, got {channels:,}: sums would lose bits")
+    for name, tensor in (("scale", scale), ("bias", bias)):
+        if tensor.shape != (made,) or tensor.dtype != torch.float32:
+            raise ValueError(
+                f"expected {name} of shape ({made},) in float32, got {tuple(tensor.shape)} in {tensor.dtype}: give one "
+                "value an output channel"
+            )
+    shape = (spikes.shape[0], made, *((n - 1) // stride + 1 for n in spikes.shape[2:]))
+    if residual is not None and (tuple(residual.shape) != shape or residual.dtype not in (*DTYPES[:3], torch.int8)):
+        raise ValueError(
+            f"expected residual of shape {shape} in float32, float16, bfloat16 or int8, got {tuple(residual.shape)} in "
+            f"{residual.dtype}: it is added to the convolution's output"
+        )
+    for name, tensor in (("weight", weight), ("scale", scale), ("bias", bias), ("residual", residual)):
+        if tensor is not None and tensor.device != spikes.device:
+            raise ValueError(f"expected {name} on {spikes.device}, got {tensor.device}: move it with .to(...)")

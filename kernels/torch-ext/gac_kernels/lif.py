@@ -182,10 +182,11 @@ def _launch(kernel, x: Tensor, args: tuple, op: str, **constants: float | bool) 
         )  # fmt: skip
 
 
-def _forward_triton(
+def launch_forward(
     x: Tensor, state: Tensor | None, spikes: Tensor, last: Tensor, mask: Tensor, threshold: float, decay: float,
     width: float, soft_reset: bool,
 ) -> None:  # fmt: skip
+    """Write spikes, in their own dtype, and, where they have elements, the last membrane and the bit mask."""
     _launch(
         _lif_fwd_kernel, x, (x, state, spikes, last, mask), "lif_fwd",
         THRESHOLD=threshold, DECAY=decay, WIDTH=width, SOFT=soft_reset, HAS_STATE=state is not None,
@@ -241,7 +242,7 @@ def _lif(x, state, threshold, decay, surrogate, width, detach_reset, soft_reset,
     if x.numel():
         source = as_layout(x, spikes)
         start = None if state is None else as_layout(state, torch.empty_like(spikes[0], dtype=state.dtype))
-        run = _forward_triton if resolve_backend(x.device, x.dtype) == "triton" else eager.lif_forward
+        run = launch_forward if resolve_backend(x.device, x.dtype) == "triton" else eager.lif_forward
         run(source, start, spikes, last, mask, threshold, decay, width, soft_reset)
     elif return_state and state is not None:
         last.copy_(state)

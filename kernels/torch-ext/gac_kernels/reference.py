@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .spec import CIFAR, LIFSpec
@@ -162,3 +163,24 @@ def norm_lif_reference(
     assert isinstance(spikes, Tensor)  # a pair only where the state is asked for
     spikes = spikes.flatten(0, 1).to(x.dtype)
     return (a, spikes) if return_membrane else spikes
+
+
+def spike_conv_reference(
+    spikes: Tensor, weight: Tensor, scale: Tensor, bias: Tensor, num_steps: int, spec: LIFSpec = CIFAR, *,
+    stride: int = 1, residual: Tensor | None = None, return_membrane: bool = False,
+    dtype: torch.dtype = torch.float64,
+) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
+    """Convolution, scale, bias, residual and multi-step LIF, one after the other; arguments as in `spike_conv`.
+
+    The convolution is summed in float64, which holds its integers exactly; all that follows is computed in ``dtype``:
+    float64 for the network as mathematics has it, float32 for the bits that `spike_conv` returns. The current that is
+    returned is in ``dtype``.
+    """
+    sums = F.conv2d(spikes.double(), weight.double(), None, stride, 1).to(dtype)
+    current = sums * scale.to(dtype)[:, None, None] + bias.to(dtype)[:, None, None]
+    if residual is not None:
+        current = current + residual.to(dtype)
+    fired = lif_reference(current.unflatten(0, (num_steps, -1)), spec)
+    assert isinstance(fired, Tensor)  # a pair only where the state is asked for
+    spikes = fired.flatten(0, 1).to(torch.int8)
+    return (current, spikes) if return_membrane else spikes

@@ -28,6 +28,7 @@ DEFAULTS: dict[str, dict[str, int]] = {
     "norm_lif_bwd_reduce": {"TILE": 1024, "BLOCK_C": 128, "num_warps": 4, "PER_SM": 4, "REVERSE": 1},
     "norm_lif_bwd_apply": {"TILE": 2048, "BLOCK_C": 128, "num_warps": 8, "REVERSE": 0},
     "unpack_spikes": {"BLOCK": 1024, "num_warps": 4},
+    "spike_conv": {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 128, "num_warps": 8, "num_stages": 3},
 }
 
 
@@ -59,3 +60,16 @@ def launch_config(op: str, num_steps: int, element_size: int, device: torch.devi
     """
     tuned = _device_configs(_device_name(device)).get(op, {})
     return DEFAULTS[op] | tuned.get(str(element_size), {}) | tuned.get(f"{element_size}:{num_steps}", {})
+
+
+@functools.cache
+def shape_config(op: str, keys: tuple[str, ...], device: torch.device) -> dict[str, int]:
+    """Launch parameters of an op whose best ones depend on its shape.
+
+    Args:
+        op: Name of a kernel, a key of ``DEFAULTS``.
+        keys: Names of the shape in the JSON file, from the general to the particular; a later one wins.
+        device: Where it will run.
+    """
+    tuned = _device_configs(_device_name(device)).get(op, {})
+    return functools.reduce(lambda found, key: found | tuned.get(key, {}), keys, DEFAULTS[op])

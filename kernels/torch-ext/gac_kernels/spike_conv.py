@@ -1,0 +1,173 @@
+"""3x3 convolution of spikes with 8-bit weights, folded batch norm, residual and multi-step LIF in one pass.
+
+Spikes (T*B, C, H, W) as int8 go in and come out; the convolution is summed in integers, so it is exact. A program owns
+a tile of pixels by output channels at all time steps: the membrane potential never leaves its registers.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import spike_conv_eager
+from ._triton import tl, triton
+from .checks import check_spec, check_spike_conv
+from .layout import on_device
+from .spec import CIFAR, LIFSpec
+from .spike_conv_backend import Shape, spike_conv_backend, spike_conv_config
+from .surrogate import reset
+
+
+@triton.jit
+def _spike_conv_kernel(
+    x_ptr, w_ptr, scale_ptr, bias_ptr, res_ptr, s_ptr, y_ptr, rows, H, W, OH, OW, C, N, frame_in, frame_out,
+    T: tl.constexpr, STRIDE: tl.constexpr, THRESHOLD: tl.constexpr, DECAY: tl.constexpr, SOFT: tl.constexpr,
+    RESIDUAL: tl.constexpr, KEEP: tl.constexpr, WHOLE_K: tl.constexpr, WHOLE_N: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    # Neighbouring programs share pixels and differ in channels: the second finds the pixels in the L2 cache.
+    blocks_n = tl.cdiv(N, BLOCK_N)
+    row = (tl.program_id(0) // blocks_n) * BLOCK_M + tl.arange(0, BLOCK_M)
+    n = (tl.program_id(0) % blocks_n) * BLOCK_N + tl.arange(0, BLOCK_N)
+    k = tl.arange(0, BLOCK_K)
+    exists = row < rows
+    in_n = n < N
+    batch = row // (OH * OW)
+    top = (row % (OH * OW)) // OW * STRIDE - 1
+    left = row % OW * STRIDE - 1
+    corner = ((batch.to(tl.int64) * H + top) * W + left) * C  # [M], the window's first pixel, maybe in the padding
+    frame_in = tl.cast(frame_in, tl.int64)
+    frame_out = tl.cast(frame_out, tl.int64)
+    scale = tl.load(scale_ptr + n, mask=in_n, other=0.0)[None, :]
+    bias = tl.load(bias_ptr + n, mask=in_n, other=0.0)[None, :]
+    out = row.to(tl.int64)[:, None] * N + n[None, :]
+    here = exists[:, None] & in_n[None, :]
+    v = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for t in range(T):
+        acc = tl.zeros((BLOCK_M, BLOCK_N), tl.int32)
+        for step in range(9 * tl.cdiv(C, BLOCK_K)):
+            tap = step % 9
+            first = step // 9 * BLOCK_K
+            ih = top + tap // 3
+            iw = left + tap % 3
+            inside = (exists & (ih >= 0) & (ih < H) & (iw >= 0) & (iw < W))[:, None]
+            of_weight = in_n[None, :]
+            if WHOLE_N:
+                of_weight = tl.full((1, BLOCK_N), True, tl.int1)
+            if not WHOLE_K:
+                inside = inside & (first + k < C)[None, :]
+                of_weight = of_weight & (first + k < C)[:, None]
+            pixels = x_ptr + t * frame_in + ((tap // 3 * W + tap % 3) * C + first) + corner[:, None] + k[None, :]
+            weights = w_ptr + (tap * C + first) + n[None, :] * (9 * C) + k[:, None]
+            a = tl.load(pixels, mask=inside, other=0)  # [M, K]
+            b = tl.load(weights, mask=of_weight, other=0)  # [K, N]
+            acc = tl.dot(a, b, acc, out_dtype=tl.int32)
+        current = acc.to(tl.float32) * scale + bias
+        if RESIDUAL:
+            current += tl.load(res_ptr + t * frame_out + out, mask=here, other=0.0).to(tl.float32)
+        if KEEP:
+            tl.store(y_ptr + t * frame_out + out, current.to(y_ptr.dtype.element_ty), mask=here)
+        u = DECAY * v + current
+        tl.store(s_ptr + t * frame_out + out, tl.where(u > THRESHOLD, 1, 0).to(tl.int8), mask=here)
+        v = reset(u, THRESHOLD, SOFT)
+
+
+def _forward_triton(
+    spikes: Tensor, weight: Tensor, scale: Tensor, bias: Tensor, residual: Tensor | None, num_steps: int, stride: int,
+    threshold: float, decay: float, soft_reset: bool, out: Tensor, membrane: Tensor,
+) -> None:  # fmt: skip
+    channels, height, width = spikes.shape[1:]
+    out_channels, out_height, out_width = out.shape[1:]
+    config = dict(spike_conv_config(Shape.of(spikes, out, stride, residual is not None), spikes.device))
+    # No larger than the channels need; 32 is the depth of one int8 tensor core instruction, 16 its least width.
+    block_k = min(config.pop("BLOCK_K"), max(32, triton.next_power_of_2(channels)))
+    block_n = min(config.pop("BLOCK_N"), max(16, triton.next_power_of_2(out_channels)))
+    rows = out.numel() // (num_steps * out_channels)
+    with on_device(spikes):
+        _spike_conv_kernel[(triton.cdiv(rows, config["BLOCK_M"]) * triton.cdiv(out_channels, block_n),)](
+            spikes, weight, scale, bias, residual, out, membrane, rows, height, width, out_height, out_width, channels,
+            out_channels, spikes.numel() // num_steps, out.numel() // num_steps,
+            T=num_steps, STRIDE=stride, THRESHOLD=threshold, DECAY=decay, SOFT=soft_reset,
+            RESIDUAL=residual is not None, KEEP=membrane.numel() > 0, WHOLE_K=channels % block_k == 0,
+            WHOLE_N=out_channels % block_n == 0, BLOCK_N=block_n, BLOCK_K=block_k,
+            enable_fp_fusion=False,  # a fused multiply-add rounds once where every other path rounds twice
+            **config,
+        )  # fmt: skip
+
+
+_FORWARD = {"eager": spike_conv_eager.forward, "triton": _forward_triton}
+
+_lib = torch.library.Library("gac_kernels", "FRAGMENT")
+_lib.define(
+    "spike_conv(Tensor spikes, Tensor weight, Tensor scale, Tensor bias, Tensor? residual, int num_steps, int stride, "
+    "float threshold, float decay, bool soft_reset, bool keep_membrane) -> (Tensor, Tensor)"
+)
+
+
+def _outputs(
+    spikes: Tensor, weight: Tensor, residual: Tensor | None, stride: int, keep_membrane: bool
+) -> tuple[Tensor, Tensor]:
+    """Unwritten spikes and, where asked for, membrane."""
+    size = (spikes.shape[0], weight.shape[0], *((n - 1) // stride + 1 for n in spikes.shape[2:]))
+    dtype = torch.float32 if residual is None or residual.dtype == torch.int8 else residual.dtype
+    made = spikes.new_empty(size, dtype=torch.int8).contiguous(memory_format=torch.channels_last)
+    kept = torch.empty_like(made, dtype=dtype) if keep_membrane else spikes.new_empty(0, dtype=dtype)
+    return made, kept
+
+
+@torch.library.impl(_lib, "spike_conv", "CompositeExplicitAutograd")
+def _spike_conv(spikes, weight, scale, bias, residual, num_steps, stride, threshold, decay, soft_reset, keep_membrane):
+    check_spike_conv(spikes, weight, scale, bias, residual, num_steps, stride)
+    out, membrane = _outputs(spikes, weight, residual, stride, keep_membrane)
+    if out.numel():
+        layout = torch.channels_last
+        shortcut = None if residual is None else residual.contiguous(memory_format=layout)
+        spikes, weight = (tensor.contiguous(memory_format=layout) for tensor in (spikes, weight))
+        run = _FORWARD[spike_conv_backend(spikes.device)]
+        run(spikes, weight, scale, bias, shortcut, num_steps, stride, threshold, decay, soft_reset, out, membrane)
+    return out, membrane
+
+
+@torch.library.register_fake("gac_kernels::spike_conv", lib=_lib)
+def _spike_conv_fake(
+    spikes, weight, scale, bias, residual, num_steps, stride, threshold, decay, soft_reset, keep_membrane
+):
+    return _outputs(spikes, weight, residual, stride, keep_membrane)
+
+
+def spike_conv(
+    spikes: Tensor, weight: Tensor, scale: Tensor, bias: Tensor, num_steps: int, spec: LIFSpec = CIFAR, *,
+    stride: int = 1, residual: Tensor | None = None, return_membrane: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
+    """``lif(conv3x3(spikes, weight) * scale + bias + residual)`` over T steps, with integer arithmetic inside.
+
+    The convolution has padding 1 and is summed exactly; scale, bias, residual and neuron are float32 operations in the
+    order written, rounded one by one, so every implementation returns the same bits. Inference only: no gradient.
+
+    Args:
+        spikes: (T*B, C, H, W) int8, 0 or 1, row ``t * B + b`` being sample b at step t; channels-last without a copy.
+        weight: (C', C, 3, 3) int8, channels-last without a copy.
+        scale: (C',) float32, what one unit of an output channel's weights stands for.
+        bias: (C',) float32.
+        num_steps: T.
+        spec: What the neuron computes.
+        stride: 1 or 2.
+        residual: (T*B, C', H', W'), added to the neuron's input current: a floating dtype, or int8.
+        return_membrane: Return the neuron's input current, in the residual's floating dtype or float32, as well. The
+            neuron sees it before it is rounded to that dtype.
+
+    Returns:
+        Spikes (T*B, C', H', W') int8, channels-last, H' = ceil(H / stride); with ``return_membrane`` the pair
+        (current, spikes).
+
+    Raises:
+        ValueError: A tensor has the wrong shape, dtype or device, T does not divide the first axis, or C is above
+            14,563, where sums of int8 weights may leave the integers that float32 holds.
+    """
+    check_spec(spec)
+    check_spike_conv(spikes, weight, scale, bias, residual, num_steps, stride)
+    out, membrane = torch.ops.gac_kernels.spike_conv(
+        spikes, weight, scale, bias, residual, num_steps, stride, spec.threshold, spec.decay, spec.soft_reset,
+        return_membrane,
+    )  # fmt: skip
+    return (membrane, out) if return_membrane else out

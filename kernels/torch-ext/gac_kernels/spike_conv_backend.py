@@ -1,0 +1,81 @@
+"""Which implementation of `spike_conv` runs where, why, and with which launch parameters."""
+
+from __future__ import annotations
+
+import functools
+import logging
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ._triton import INTERPRETED
+from .backend import requested_backend, resolve_backend
+from .tuning import shape_config
+
+_logger = logging.getLogger(__name__)
+# Triton's oldest GPUs with tensor cores for int8 that it compiles for.
+_FIRST_CAPABILITY = (8, 0)
+
+
+class Shape(NamedTuple):
+    """What launch parameters of a spike convolution depend on.
+
+    Attributes:
+        channels: Channels of the input.
+        out_channels: Channels of the output.
+        height: Rows of an output frame.
+        width: Columns of an output frame.
+        stride: 1 or 2.
+        residual: Whether there is one.
+    """
+
+    channels: int
+    out_channels: int
+    height: int
+    width: int
+    stride: int
+    residual: bool
+
+    @classmethod
+    def of(cls, spikes: Tensor, out: Tensor, stride: int, residual: bool) -> Shape:
+        """The shape of a call."""
+        return cls(spikes.shape[1], out.shape[1], out.shape[2], out.shape[3], stride, residual)
+
+    def keys(self) -> tuple[str, ...]:
+        """Its names in the launch parameters' JSON files, from the general to the particular."""
+        name = f"{self.channels}-{self.out_channels}" + (":s2" if self.stride == 2 else "")
+        size = f"@{self.height}x{self.width}"
+        names = [name, f"{name}{size}"]
+        return tuple(names + [f"{n}+res" for n in names] if self.residual else names)
+
+
+def spike_conv_config(shape: Shape, device: torch.device) -> dict[str, int]:
+    """Launch parameters: BLOCK_M (pixels), BLOCK_N, BLOCK_K (channels out and in), num_warps and num_stages."""
+    return shape_config("spike_conv", shape.keys(), device)
+
+
+def spike_conv_backend(device: torch.device) -> str:
+    """The implementation that a call runs: ``triton`` or ``eager``; why it is the slower one is logged once.
+
+    Raises:
+        ValueError: A backend was asked for that cannot run on this device.
+    """
+    if resolve_backend(device, torch.int8) == "eager":
+        if requested_backend() == "auto":
+            _say(f"spike_conv runs as exact float32 convolutions on {device.type}, slower than on a GPU with Triton")
+        return "eager"
+    if device.type == "cpu" and INTERPRETED:
+        return "triton"
+    capability = torch.cuda.get_device_capability(device)
+    if torch.version.hip is None and capability < _FIRST_CAPABILITY:
+        if requested_backend() == "triton":
+            raise ValueError(f"expected compute capability >= 8.0 for int8 in Triton, got {capability}: use 'auto'")
+        _say(f"spike_conv runs as exact float32 convolutions: compute capability {capability} is below 8.0, slower")
+        return "eager"
+    return "triton"
+
+
+@functools.cache
+def _say(message: str) -> None:
+    _logger.warning("%s", message)

@@ -1,0 +1,179 @@
+"""spike_conv and integer_lif: every implementation gives the bits of the float32 definition, and float64's spikes."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+import torch
+
+from gac_kernels import CIFAR, IMAGENET, LIFSpec, integer_lif, lif, spike_conv, spike_conv_reference, use_backend
+from gac_kernels.spike_conv_backend import Shape
+
+# T, B, C, C', H, W, stride: odd sizes, channels that fill no tile, padding on every side, more than one block of each.
+SHAPES = {
+    "first": (2, 3, 64, 128, 5, 7, 1),
+    "stride 2, odd": (3, 2, 32, 64, 7, 5, 2),
+    "one pixel": (4, 5, 32, 32, 1, 1, 1),
+    "partial channels": (2, 2, 24, 48, 4, 3, 2),
+    "three of 32": (1, 2, 96, 160, 3, 3, 1),
+    "wide": (2, 1, 160, 32, 3, 2, 1),
+    "sixteen steps": (16, 1, 32, 32, 2, 3, 1),
+}
+
+
+@pytest.fixture(params=["eager", "triton"])
+def backend(request):
+    with use_backend(request.param):
+        yield request.param
+
+
+def inputs(shape, device, residual=None):
+    """Spikes, weight, scale, bias and keywords of a call whose currents lie around the threshold."""
+    num_steps, batch, channels, out_channels, height, width, stride = shape
+    spikes = (torch.rand(num_steps * batch, channels, height, width, device=device) < 0.3).to(torch.int8)
+    weight = torch.randint(-127, 128, (out_channels, channels, 3, 3), device=device, dtype=torch.int8)
+    scale = (torch.rand(out_channels, device=device) + 0.5) / (127 * (channels * 0.9) ** 0.5)
+    bias = torch.randn(out_channels, device=device) * 0.3 + 0.3
+    keywords = {"stride": stride}
+    if residual is not None:
+        size = (num_steps * batch, out_channels, (height - 1) // stride + 1, (width - 1) // stride + 1)
+        values = torch.randn(size, device=device)
+        keywords["residual"] = (values > 0).to(residual) if residual == torch.int8 else values.to(residual)
+    layout = torch.channels_last
+    return spikes.contiguous(memory_format=layout), weight.contiguous(memory_format=layout), scale, bias, keywords
+
+
+def assert_membrane(membrane, expected, dtype, backend):
+    """The float32 value rounded once to the dtype; Triton's interpreter cuts bfloat16 off where a GPU rounds it."""
+    assert membrane.dtype == dtype
+    if dtype == torch.bfloat16 and backend == "triton" and membrane.device.type == "cpu":
+        expected = (expected.view(torch.int32) & ~0xFFFF).view(torch.float32)
+    assert torch.equal(membrane, expected.to(dtype))
+
+
+@pytest.mark.parametrize("residual", [None, torch.bfloat16])
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
+def test_same_bits_as_the_definition(backend, shape, residual, device, poisoned):
+    *tensors, keywords = inputs(shape, device, residual)
+    spec = IMAGENET if shape[0] == 2 else CIFAR
+    expected, spikes = spike_conv_reference(
+        *tensors, shape[0], spec, return_membrane=True, dtype=torch.float32, **keywords
+    )
+    membrane, got = spike_conv(*tensors, shape[0], spec, return_membrane=True, **keywords)
+    assert 0.02 < spikes.float().mean() < 0.98
+    assert got.dtype == torch.int8 and torch.equal(got, spikes)
+    assert_membrane(membrane, expected, residual or torch.float32, backend)
+    assert torch.equal(spike_conv_reference(*tensors, shape[0], spec, **keywords), spikes)  # float64
+    assert torch.equal(spike_conv(*tensors, shape[0], spec, **keywords), spikes)
+
+
+@pytest.mark.parametrize("residual", [torch.float32, torch.float16, torch.int8], ids=str)
+def test_residual_dtypes_and_soft_reset(backend, residual, device, poisoned):
+    shape, spec = (3, 2, 32, 48, 3, 5, 1), LIFSpec(reset="soft", decay=0.9)
+    *tensors, keywords = inputs(shape, device, residual)
+    expected, spikes = spike_conv_reference(*tensors, 3, spec, return_membrane=True, dtype=torch.float32, **keywords)
+    membrane, got = spike_conv(*tensors, 3, spec, return_membrane=True, **keywords)
+    assert torch.equal(got, spikes)
+    assert_membrane(membrane, expected, torch.float32 if residual == torch.int8 else residual, backend)
+
+
+def test_float32_and_float64_agree_on_a_million_neurons(device):
+    """Only a neuron within a rounding of its threshold may differ, which is about one in ten million."""
+    shape = (4, 4, 64, 128, 24, 22, 1)
+    *tensors, keywords = inputs(shape, device, torch.float32)
+    with use_backend("eager" if device.type == "cpu" else "auto"):
+        got = spike_conv(*tensors, 4, **keywords)
+    assert torch.equal(got, spike_conv_reference(*tensors, 4, **keywords))
+
+
+def test_largest_sums_are_exact(backend, device):
+    spikes = torch.ones(2, 512, 3, 3, dtype=torch.int8, device=device)
+    weight = torch.full((32, 512, 3, 3), 127, dtype=torch.int8, device=device)
+    weight[1::2] = -128
+    ones, zeros = torch.ones(32, device=device), torch.zeros(32, device=device)
+    membrane, _ = spike_conv(spikes, weight, ones, zeros, 1, return_membrane=True)
+    assert membrane[0, :2, 1, 1].tolist() == [127 * 4608, -128 * 4608]
+
+
+def test_any_layout_and_no_elements(backend, device):
+    *tensors, keywords = inputs((2, 2, 32, 32, 4, 5, 1), device, torch.float32)
+    expected = spike_conv(*tensors, 2, **keywords)
+    assert expected.is_contiguous(memory_format=torch.channels_last)
+    spikes, weight, scale, bias = tensors
+    keywords["residual"] = keywords["residual"].contiguous()
+    strided = torch.stack((spikes, spikes), -1)[..., 0]
+    assert torch.equal(spike_conv(strided, weight.contiguous(), scale, bias, 2, **keywords), expected)
+    keywords["residual"] = keywords["residual"][:0]
+    assert spike_conv(spikes[:0], weight, scale, bias, 2, **keywords).shape == (0, 32, 4, 5)
+
+
+def test_registration(device):
+    spec = (1.0, 0.5, False)
+    *tensors, keywords = inputs((2, 1, 32, 32, 3, 3, 2), device, torch.bfloat16)
+    for keep in (True, False):
+        torch.library.opcheck(torch.ops.gac_kernels.spike_conv, (*tensors, keywords["residual"], 2, 2, *spec, keep))
+    torch.library.opcheck(torch.ops.gac_kernels.integer_lif, (torch.randn(4, 3, 2, 2, device=device), 2, *spec))
+
+
+def test_compiles_whole(device):
+    *tensors, keywords = inputs((2, 1, 32, 32, 3, 3, 1), device, torch.float32)
+
+    def both(residual):
+        return spike_conv(*tensors, 2, residual=residual, return_membrane=True), integer_lif(residual, 2)
+
+    compiled = torch.compile(both, fullgraph=True, backend="aot_eager")(keywords["residual"])
+    (membrane, spikes), encoded = both(keywords["residual"])
+    assert torch.equal(compiled[0][0], membrane) and torch.equal(compiled[0][1], spikes)
+    assert torch.equal(compiled[1], encoded)
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+def test_integer_lif_is_lif(backend, dtype, layout, device, poisoned):
+    if dtype == torch.float64 and backend == "triton":
+        pytest.skip("float64 always runs as plain PyTorch")
+    x = torch.randn(6, 5, 3, 4, device=device).to(dtype).contiguous(memory_format=layout) + 0.5
+    spikes = integer_lif(x, 3, IMAGENET)
+    assert spikes.dtype == torch.int8 and spikes.stride() == x.stride()
+    assert torch.equal(spikes.to(dtype), lif(x.unflatten(0, (3, 2)), IMAGENET).flatten(0, 1))
+
+
+def test_says_once_that_a_cpu_is_slower(caplog, monkeypatch):
+    from gac_kernels import spike_conv_backend as module
+
+    monkeypatch.setattr(module, "requested_backend", lambda: "auto")
+    module._say.cache_clear()
+    with caplog.at_level(logging.WARNING, "gac_kernels"), use_backend("eager"):
+        assert [module.spike_conv_backend(torch.device("cpu")) for _ in range(3)] == ["eager"] * 3
+    assert [record.message for record in caplog.records if "float32 convolutions" in record.message] != []
+    assert len(caplog.records) == 1
+
+
+def test_names_of_a_shape():
+    assert Shape(64, 128, 32, 32, 1, False).keys() == ("64-128", "64-128@32x32")
+    assert Shape(64, 128, 16, 16, 2, True).keys()[-1] == "64-128:s2@16x16+res"
+
+
+def test_errors(device):
+    spikes, weight, scale, bias, _ = inputs((2, 1, 32, 16, 3, 3, 1), device)
+    for changed, message in (
+        ({"spikes": spikes.float()}, "spikes as int8"),
+        ({"weight": weight.float()}, "weight as int8"),
+        ({"weight": weight[:, :8]}, "3x3 convolution"),
+        ({"scale": scale.double()}, "scale of shape"),
+        ({"bias": bias[:3]}, "bias of shape"),
+        ({"num_steps": 3}, "divides the first axis"),
+        ({"stride": 3}, "stride 1 or 2"),
+        ({"residual": torch.zeros(2, 16, 2, 3, device=device)}, "residual of shape"),
+        ({"residual": torch.zeros(2, 16, 3, 3, device=device).double()}, "residual of shape"),
+        ({"spec": "cifar"}, "LIFSpec"),
+    ):
+        arguments = {"spikes": spikes, "weight": weight, "scale": scale, "bias": bias, "num_steps": 2} | changed
+        with pytest.raises(ValueError, match=message):
+            spike_conv(**arguments)
+    many = torch.zeros(1, 20_000, 1, 1, dtype=torch.int8, device=device)
+    with pytest.raises(ValueError, match="lose bits"):
+        spike_conv(many, torch.zeros(1, 20_000, 3, 3, dtype=torch.int8, device=device), scale[:1], bias[:1], 1)
+    with pytest.raises(ValueError, match="divides the first axis"):
+        integer_lif(torch.randn(3, 2, 2, 2, device=device), 2)

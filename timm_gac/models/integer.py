@@ -1,0 +1,186 @@
+"""A spiking ResNet that computes with integers: spikes and the weights of its 3x3 convolutions are int8.
+
+Stem, encoder, 1x1 shortcuts and classifier stay floating-point. ``network.double()`` is the same quantised network
+evaluated in float64, which everything else is compared with.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gac_kernels import LIFSpec, integer_lif, spike_conv, spike_conv_reference
+
+from .network import SpikingResNet
+
+__all__ = ["IntegerBlock", "IntegerLIF", "IntegerSpikingResNet", "RealConv", "SpikeConv"]
+
+
+class IntegerLIF(nn.Module):
+    """Multi-step LIF of real values, spikes as int8: ``(T*B, C, H, W)`` -> ``(T*B, C, H, W)``.
+
+    Args:
+        spec: What the neuron computes.
+        num_steps: Number of time steps T folded into the first axis.
+    """
+
+    def __init__(self, spec: LIFSpec, num_steps: int) -> None:
+        super().__init__()
+        self.spec, self.num_steps = spec, num_steps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The spikes."""
+        return integer_lif(x, self.num_steps, self.spec)
+
+    def extra_repr(self) -> str:
+        """The spec's fields and the number of steps."""
+        return f"{self.spec}, num_steps={self.num_steps}"
+
+
+class RealConv(nn.Conv2d):
+    """Floating-point 3x3 convolution with bias, then LIF: what opens a plain network, whose encoder's output is real.
+
+    ``(T*B, C, H, W)`` -> spikes ``(T*B, C', H', W')`` int8.
+    """
+
+    def __init__(self, conv: nn.Conv2d, spec: LIFSpec, num_steps: int) -> None:
+        stride = (conv.stride[0], conv.stride[1])
+        super().__init__(conv.in_channels, conv.out_channels, 3, stride, 1, dtype=conv.weight.dtype)
+        self.lif = IntegerLIF(spec, num_steps)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The spikes."""
+        return self.lif(super().forward(x))
+
+
+class SpikeConv(nn.Module):
+    """3x3 convolution of int8 spikes with int8 weights, scale and bias per channel, residual and LIF, in one pass.
+
+    Scale and bias are float32 also in a network of a 16-bit dtype; in a float64 network all is computed in float64.
+
+    Shape:
+        - spikes: ``(T*B, C, H, W)`` int8, residual ``(T*B, C', H', W')``
+        - output: spikes ``(T*B, C', H', W')`` int8, with ``keep_membrane`` the pair (membrane, spikes)
+
+    Attributes:
+        weight: ``(C', 9, C)`` int8, the nine taps in rows.
+        scale: ``(C',)``.
+        bias: ``(C',)``.
+
+    Args:
+        in_channels: C.
+        out_channels: C'.
+        stride: 1 or 2.
+        spec: What the neuron computes.
+        num_steps: Number of time steps T folded into the first axis.
+        keep_membrane: Return the neuron's input current too.
+    """
+
+    weight: Tensor
+    scale: Tensor
+    bias: Tensor
+
+    def __init__(
+        self, in_channels: int, out_channels: int, stride: int, spec: LIFSpec, num_steps: int, keep_membrane: bool
+    ) -> None:
+        super().__init__()
+        self.stride, self.spec, self.num_steps, self.keep_membrane = stride, spec, num_steps, keep_membrane
+        # Three axes: a memory format, which has meaning for four, leaves it as the kernel reads it.
+        self.register_buffer("weight", torch.zeros(out_channels, 9, in_channels, dtype=torch.int8))
+        self.register_buffer("scale", torch.ones(out_channels))
+        self.register_buffer("bias", torch.zeros(out_channels))
+
+    def forward(self, spikes: Tensor, residual: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
+        """Spikes, or the pair (membrane, spikes)."""
+        weight = self.weight.unflatten(1, (3, 3)).permute(0, 3, 1, 2)
+        run: Callable[..., Any] = spike_conv if self.scale.dtype == torch.float32 else spike_conv_reference
+        return run(
+            spikes, weight, self.scale, self.bias, self.num_steps, self.spec, stride=self.stride, residual=residual,
+            return_membrane=self.keep_membrane,
+        )  # fmt: skip
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SpikeConv:
+        before = {"scale": self.scale, "bias": self.bias}
+        super()._apply(fn, recurse)
+        for name, value in before.items():
+            changed = getattr(self, name)
+            if changed.dtype.itemsize < value.dtype.itemsize:
+                setattr(self, name, value.to(changed.device, torch.float32))
+        return self
+
+    def extra_repr(self) -> str:
+        """Sizes, neuron and what is returned."""
+        out_channels, _, in_channels = self.weight.shape
+        return (
+            f"{in_channels}, {out_channels}, stride={self.stride}, num_steps={self.num_steps}, {self.spec}, "
+            f"keep_membrane={self.keep_membrane}"
+        )
+
+
+class IntegerBlock(nn.Module):
+    """A residual block on membrane and int8 spikes; the float block's equations.
+
+    Args:
+        conv1: First convolution with its neuron.
+        conv2: Second convolution with residual and neuron.
+        downsample: 1x1 shortcut; None for the identity.
+        membrane_shortcut: The shortcut carries the membrane (`MSBlock`), else the spikes (`SpikingBlock`).
+    """
+
+    def __init__(
+        self, conv1: nn.Module, conv2: SpikeConv, downsample: nn.Conv2d | None, membrane_shortcut: bool
+    ) -> None:
+        super().__init__()
+        self.conv1, self.conv2, self.downsample = conv1, conv2, downsample
+        self.membrane_shortcut = membrane_shortcut
+
+    def forward(
+        self, membrane: Tensor, spikes: Tensor, bits: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Membrane and spikes, or spikes twice where no membrane is needed any more; bits serve training alone."""
+        hidden = self.conv1(spikes)
+        shortcut = membrane if self.membrane_shortcut else spikes
+        if self.downsample is not None:
+            shortcut = self.downsample(shortcut if shortcut.is_floating_point() else self._real(shortcut))
+        made = self.conv2(hidden, shortcut)
+        return (*made, None) if isinstance(made, tuple) else (made, made, None)
+
+    def _real(self, spikes: Tensor) -> Tensor:
+        assert self.downsample is not None
+        return spikes.to(self.downsample.weight.dtype)
+
+
+class IntegerSpikingResNet(SpikingResNet):
+    """What `timm_gac.quantize` makes of a `SpikingResNet`; for inference only.
+
+    Attributes:
+        quantization: How it was quantised, as kept in its folder's config.json.
+    """
+
+    quantization: dict[str, Any]
+    num_classes: int
+    pretrained_cfg: dict[str, Any]
+
+    @classmethod
+    def like(cls, model: SpikingResNet, quantization: dict[str, Any]) -> IntegerSpikingResNet:
+        """A network of this class with a copy of the model's modules and attributes."""
+        network = cls.__new__(cls)
+        nn.Module.__init__(network)
+        network.__dict__.update(copy.deepcopy(model.__dict__))
+        network.quantization = quantization
+        return network
+
+    def _rate(self, spikes: Tensor) -> Tensor:
+        if spikes.is_floating_point():
+            return super()._rate(spikes)
+        steps = spikes.unflatten(0, [self.num_steps, spikes.shape[0] // self.num_steps])
+        return steps.sum(0, dtype=self.conv1.weight.dtype).div_(self.num_steps)
+
+    def forward_steps(self, x: Tensor) -> Tensor:
+        """Logits of each time step, ``(B, T, num_classes)``."""
+        logits = self.forward_head(self._forward_spikes(x).to(self.conv1.weight.dtype))
+        return logits.unflatten(0, [self.num_steps, logits.shape[0] // self.num_steps]).transpose(0, 1)

@@ -1,0 +1,133 @@
+"""Post-training quantisation: 8-bit weights, which with spikes make the convolutions of a network exact integers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .inference import FoldedLIF, fold_batch_norm
+from .models.blocks import MSBlock, SpikingBlock
+from .models.integer import IntegerBlock, IntegerLIF, IntegerSpikingResNet, RealConv, SpikeConv
+from .models.network import SpikingResNet
+from .neuron import LIF, BatchNormLIF
+
+__all__ = ["CLIPS", "SCHEME", "quantize"]
+
+SCHEME = "int8-weights-per-channel"
+CLIPS = ("max", "mse")
+_LEVELS = 127
+# Fractions of a channel's largest weight at which "mse" looks for the least squared error.
+_FRACTIONS = tuple(1.0 - 0.02 * i for i in range(16))
+_STAGES = ("layer1", "layer2", "layer3", "layer4")
+
+
+@torch.no_grad()
+def quantize(model: nn.Module, clip: str = "mse") -> IntegerSpikingResNet:
+    """A copy of a trained network whose 3x3 convolutions of spikes have int8 weights, for inference.
+
+    Batch norms are folded; each output channel gets one scale, symmetric around 0; the weights are rounded to nearest.
+    Nothing else is rounded: spikes are integers already, so the convolutions are exact. Stem, encoder, 1x1 shortcuts
+    and classifier stay as they are, and so does the first convolution of a plain network, whose input is real-valued.
+    ``.to(torch.bfloat16)`` and autocast change those alone; ``.double()`` evaluates the quantised network in float64.
+
+    Args:
+        model: A network of this package with running statistics; it is left alone.
+        clip: ``max`` scales a channel by its largest weight, ``mse`` by what rounds and clips with the least squared
+            error.
+
+    Returns:
+        The integer network, in eval mode, on the model's device and with its floating dtype.
+
+    Raises:
+        ValueError: The model is no spiking network of this package, is folded or quantised already, has a batch norm
+            without running statistics or a stride above 2, or ``clip`` is unknown.
+
+    Example:
+        >>> import timm, timm_gac
+        >>> network = timm_gac.quantize(timm.create_model("gac_msresnet18_cifar"))
+    """
+    if clip not in CLIPS:
+        raise ValueError(f"expected clip out of {CLIPS}, got {clip!r}: choose one of these")
+    if isinstance(model, IntegerSpikingResNet) or any(isinstance(m, FoldedLIF) for m in model.modules()):
+        raise ValueError("expected a network with batch norm, got one that is folded or quantised: create it anew")
+    if not isinstance(model, SpikingResNet):
+        raise ValueError(f"expected a spiking network of this package, got {type(model).__name__}: see timm-gac models")
+    norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d | BatchNormLIF) and m.track_running_stats]
+    if any(norm.running_mean is None or norm.running_var is None for norm in norms):
+        raise ValueError("expected batch norms with running statistics, got one without: it cannot be folded")
+    dtype, device = model.conv1.weight.dtype, model.conv1.weight.device
+    network = IntegerSpikingResNet.like(model, {"scheme": SCHEME, "clip": clip})
+    network.double().eval()  # so that weights are rounded once, to int8
+    parts: Any = network
+    parts.conv1.bias = nn.Parameter(fold_batch_norm(parts.conv1, parts.bn1))
+    parts.bn1 = nn.Identity()
+    if isinstance(parts.lif, LIF):
+        parts.lif = IntegerLIF(network.spec, network.num_steps)
+    stages = [getattr(network, name) for name in _STAGES]
+    blocks = [block for stage in stages for block in stage]
+    for stage in stages:
+        for index, block in enumerate(stage):
+            stage[index] = _integer_block(block, network, clip, first=block is blocks[0], last=block is blocks[-1])
+    return network.to(device, dtype).requires_grad_(False)
+
+
+def _integer_block(
+    block: MSBlock | SpikingBlock, network: SpikingResNet, clip: str, first: bool, last: bool
+) -> IntegerBlock:
+    shift = fold_batch_norm(block.conv1, block.bn1)
+    membrane = isinstance(block, MSBlock)
+    conv1: nn.Module
+    if first and not membrane:
+        conv1 = RealConv(block.conv1, network.spec, network.num_steps)
+        conv1.weight.copy_(block.conv1.weight)
+        assert conv1.bias is not None
+        conv1.bias.copy_(shift)
+    else:
+        conv1 = _spike_conv(block.conv1, shift, network, clip, keep_membrane=False)
+    shift, downsample = fold_batch_norm(block.conv2, block.bn2), None
+    if block.downsample is not None:
+        downsample = block.downsample[0]
+        assert isinstance(downsample, nn.Conv2d)
+        shift = shift + fold_batch_norm(downsample, block.downsample[1])
+    conv2 = _spike_conv(block.conv2, shift, network, clip, keep_membrane=membrane and not last)
+    return IntegerBlock(conv1, conv2, downsample, membrane)
+
+
+def _spike_conv(conv: nn.Conv2d, shift: Tensor, network: SpikingResNet, clip: str, keep_membrane: bool) -> SpikeConv:
+    stride = conv.stride[0]
+    if stride > 2:
+        raise ValueError(f"expected strides 1 or 2, got {stride}: this network cannot be quantised")
+    made = SpikeConv(conv.in_channels, conv.out_channels, stride, network.spec, network.num_steps, keep_membrane)
+    weight, scale = quantize_weight(conv.weight, clip)
+    made.weight.copy_(weight.flatten(2).transpose(1, 2))
+    made.scale.copy_(scale)
+    made.bias.copy_(shift)
+    return made.to(conv.weight.device)
+
+
+def quantize_weight(weight: Tensor, clip: str) -> tuple[Tensor, Tensor]:
+    """Symmetric 8-bit rounding per output channel.
+
+    Args:
+        weight: (C', C, 3, 3) float64.
+        clip: ``max`` or ``mse``, see `quantize`.
+
+    Returns:
+        Integers from -127 to 127, int8 in the shape of ``weight``, and the scale (C',) in float32; their product is
+        the rounded weight.
+    """
+    peak = weight.abs().amax((1, 2, 3))
+    best = torch.full_like(peak, float("inf"))
+    scale = torch.ones_like(peak, dtype=torch.float32)
+    for fraction in _FRACTIONS if clip == "mse" else (1.0,):
+        tried = torch.where(peak > 0, peak * (fraction / _LEVELS), 1.0).float()
+        error = (_round(weight, tried) * tried.double()[:, None, None, None] - weight).square().sum((1, 2, 3))
+        better = error < best
+        best, scale = torch.where(better, error, best), torch.where(better, tried, scale)
+    return _round(weight, scale).to(torch.int8), scale
+
+
+def _round(weight: Tensor, scale: Tensor) -> Tensor:
+    return (weight / scale.double()[:, None, None, None]).round_().clamp_(-_LEVELS, _LEVELS)
