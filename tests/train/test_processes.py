@@ -15,10 +15,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator, DistributedType
 from accelerate.commands.config.config_args import load_config_from_file
 from safetensors.torch import load_file
 
-from timm_gac.train import checkpoints
+from timm_gac.train import Recipe, checkpoints
+from timm_gac.train.setup import create_accelerator
 
 CONFIGS = Path(__file__).parents[2] / "examples" / "accelerate"
 
@@ -144,9 +146,7 @@ def test_configurations_of_accelerate_load():
     assert config.fsdp_config["fsdp_version"] == 2
 
 
-def test_divided_weights_are_refused(npz, tmp_path):
-    divided = environment() | {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
-    done = subprocess.run(
-        command(npz, tmp_path / "run", 2, 16, "--epochs", "1"), env=divided, capture_output=True, text=True, timeout=240
-    )
-    assert done.returncode != 0 and "with DDP, got FSDP" in done.stderr
+def test_divided_weights_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(Accelerator, "distributed_type", property(lambda self: DistributedType.FSDP))
+    with pytest.raises(ValueError, match="with DDP, got FSDP"):
+        create_accelerator(Recipe(), tmp_path, (), cpu=True)

@@ -196,10 +196,10 @@ def create_stream_loaders(
     size = (len(mean), image_size, image_size)
     loaders = []
     for split, training in (("train", augmenter), ("test", None)):
-        options = {"is_training": training is not None, "batch_size": batch_size, "seed": seed}
-        dataset = open_dataset(data, split, data_dir, **options)
+        seeded = {"is_training": training is not None, "batch_size": batch_size, "seed": seed}
+        dataset = open_dataset(data, split, data_dir, **seeded)
         _check_dataset(dataset, split, batch_size * world_size if training else 1, num_classes)
-        options = {"is_training": training is not None, **loader_options}
+        options: dict[str, Any] = {"is_training": training is not None, **loader_options}
         loaders.append(create_plain_loader(dataset, size, batch_size, device, num_workers, **options))
     train, test = (
         StreamLoader(loader, part, normalizer, batch_size, seed, rank, world_size)

@@ -112,6 +112,8 @@ class Trainer:
         model, self.optimizer = self.accelerator.prepare(wrapped, raw_optimizer)
         if recipe.sync_bn:  # not before: DDP refuses PyTorch's layer on a CPU, where ours works
             synchronise_norms(self.network)
+        if self.average is not None:  # preparing and converting may have replaced tensors
+            self.average.follow(self.network)
         self.raw_optimizer, self.model = raw_optimizer, model
         self.step, self.minutes, self.rows = 0, 0.0, list[dict[str, Any]]()
         if found is not None:

@@ -82,10 +82,16 @@ class MovingAverage:
         state = model.state_dict()
         self.state = {name: tensor.detach().clone() for name, tensor in state.items()}
         floating = [name for name, tensor in state.items() if tensor.is_floating_point()]
-        self._sources = [state[name] for name in floating]
+        self._floating, self._counting = floating, [name for name in state if name not in set(floating)]
         self._averages = [self.state[name] for name in floating]
-        self._counters = [(self.state[n], t) for n, t in state.items() if not t.is_floating_point()]
+        self.follow(model)
         self._share = torch.zeros((), device=next(model.parameters()).device)
+
+    def follow(self, model: nn.Module) -> None:
+        """Average these tensors of the model from now on: needed where something has put others in their place."""
+        state = model.state_dict()
+        self._sources = [state[name] for name in self._floating]
+        self._counters = [(self.state[name], state[name]) for name in self._counting]
 
     def set_step(self, step: int) -> None:
         """Set the decay of the update after ``step`` earlier ones."""
