@@ -38,6 +38,6 @@ def explain_missing(model: str) -> Iterator[None]:
     except (HfHubHTTPError, LocalEntryNotFoundError) as error:
         raise OSError(
             f"expected weights of {model!r} in the Hub's repository {HUB_ORGANISATION}/{model}, its cache or a clone's "
-            f"hub/models, got none ({type(error).__name__}): check the connection and HF_HUB_OFFLINE, or give a file of "
-            "your own with pretrained_cfg_overlay=dict(file=...)"
+            f"hub/models, got none ({type(error).__name__}): check the connection and HF_HUB_OFFLINE, or give a file "
+            "of your own with pretrained_cfg_overlay=dict(file=...)"
         ) from error

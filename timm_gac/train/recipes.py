@@ -197,10 +197,13 @@ RECIPES: dict[str, Recipe] = {
         stream=True,
         num_workers=16,
         epochs=250,
-        batch_size=256,
+        batch_size=256,  # of all processes: with eight of them give --batch-size 32
         weight_decay=1e-5,
         warmup_epochs=0,
+        label_smoothing=0.1,
+        cutmix=1.0,
         crop_padding=0,
+        sync_bn=True,
         precision="bfloat16",
     ),
 }

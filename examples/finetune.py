@@ -1,0 +1,60 @@
+"""Fine-tune a spiking network on pictures (FOLDER/train/CLASS/*, FOLDER/val/CLASS/*) with timm and accelerate.
+
+python examples/finetune.py FOLDER --model gac_msresnet34 --epochs 3
+accelerate launch --config_file examples/accelerate/several_gpus.yaml examples/finetune.py FOLDER
+"""
+
+import argparse
+
+import timm
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from timm.optim import create_optimizer_v2
+
+import timm_gac  # noqa: F401 (registers the models)
+
+parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+parser.add_argument("folder", help="pictures: train/CLASS/* and val/CLASS/*")
+parser.add_argument("--model", default="gac_msresnet34", help="a name (random weights), or local-dir:..., hf-hub:...")
+parser.add_argument("--pretrained", action="store_true", help="start from the weights that the model comes with")
+parser.add_argument("--num-steps", type=int, default=4, help="time steps T")
+parser.add_argument("--epochs", type=int, default=3)
+parser.add_argument("--batch-size", type=int, default=32, help="images per step and process")
+parser.add_argument("--lr", type=float, default=1e-3, help="peak learning rate of AdamW")
+parser.add_argument("--out", default="finetuned", help="folder for config.json and model.safetensors")
+args = parser.parse_args()
+
+accelerator = Accelerator()
+sets = {split: timm.data.create_dataset("", args.folder, split=split) for split in ("train", "val")}
+classes = sets["train"].reader.class_to_idx
+model = timm.create_model(args.model, args.pretrained, num_classes=len(classes), num_steps=args.num_steps)
+config = timm.data.resolve_data_config(model=model)
+for split, dataset in sets.items():
+    dataset.transform = timm.data.create_transform(**config, is_training=split == "train")
+train, val = (
+    torch.utils.data.DataLoader(dataset, args.batch_size, shuffle=split == "train", num_workers=2)
+    for split, dataset in sets.items()
+)
+optimizer = create_optimizer_v2(model, opt="adamw", lr=args.lr, weight_decay=0.05)
+schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, total_steps=args.epochs * len(train))
+model, optimizer, train, val, schedule = accelerator.prepare(model, optimizer, train, val, schedule)
+
+for epoch in range(args.epochs):
+    model.train()
+    for images, labels in train:
+        accelerator.backward(F.cross_entropy(model(images), labels))
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+    model.eval()
+    hits = []
+    for images, labels in val:
+        with torch.no_grad():
+            hits.append(accelerator.gather_for_metrics(model(images).argmax(1) == labels))
+    top1 = torch.cat(hits).float().mean()
+    accelerator.print(f"epoch {epoch + 1}/{args.epochs}: top-1 {top1:.2%} of {len(sets['val'])}")
+
+if accelerator.is_main_process:
+    trained = accelerator.unwrap_model(model)
+    timm.models.save_for_hf(trained, args.out, model_args={"num_steps": args.num_steps}, safe_serialization=True)

@@ -1,0 +1,84 @@
+"""The published weights in hub/models: they load offline by name, are what they were, and read pictures."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import shutil
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+
+import timm_gac  # noqa: F401 (registers the models)
+from timm_gac.hub import verify
+
+ROOT = Path(__file__).parents[2]
+NAMES = ("gac_msresnet18_cifar.cifar100", "msresnet18_cifar.cifar100")
+PARTS = ROOT.parent / "shared" / "data" / "cifar100"
+CHILD = """
+import sys, timm, timm_gac
+try:
+    timm.create_model("gac_msresnet18_cifar.cifar100", pretrained=True)
+except OSError as error:
+    sys.exit(str(error))
+"""
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_golden_output_and_report(name: str) -> None:
+    folder = ROOT / "hub" / "models" / name
+    assert verify(folder).passed
+    report = json.loads((folder / "eval.json").read_text(encoding="utf-8"))
+    with (ROOT / "results" / "training.csv").open(newline="", encoding="utf-8") as stream:
+        rows = {row["model"]: row for row in csv.DictReader(stream)}
+    assert float(rows[name.partition(".")[0]]["top1"]) == pytest.approx(report["top1"])
+    assert f"value: {100 * report['top1']:.2f}" in (folder / "README.md").read_text(encoding="utf-8")
+    assert f"{report['top1']:.2%}".replace("%", " %") in (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_reads_pictures() -> None:
+    """A tenth of the test set's first sheet; its classes come in order."""
+    if not PARTS.is_dir():
+        pytest.skip(f"the CIFAR-100 sheets are not in {PARTS}")
+    files = {}
+    for part in sorted(PARTS.glob("part*.tar")):
+        with tarfile.open(part) as archive:
+            for member in archive.getmembers():
+                if member.name == "labels.npz" or member.name.startswith("test_"):
+                    content = archive.extractfile(member)
+                    assert content is not None
+                    files[member.name] = content.read()
+    labels = torch.from_numpy(np.load(io.BytesIO(files["labels.npz"]))["y_test"][:1000:10].astype(np.int64))
+    sheet = Image.open(io.BytesIO(files[min(name for name in files if name.startswith("test_"))])).convert("RGB")
+    tiles = np.asarray(sheet).reshape(25, 32, 40, 32, 3).transpose(0, 2, 4, 1, 3).reshape(1000, 3, 32, 32)[::10]
+    model = timm.create_model(NAMES[0], pretrained=True).eval()
+    mean, std = (torch.tensor(model.pretrained_cfg[key])[:, None, None] for key in ("mean", "std"))
+    with torch.no_grad():
+        answers = torch.cat([model(batch).argmax(1) for batch in ((torch.tensor(tiles) / 255 - mean) / std).split(25)])
+    assert (answers == labels).float().mean() > 0.75
+
+
+def test_from_a_wheel_without_connection(tmp_path: Path) -> None:
+    """Outside of a clone the name leads to the Hub; where that is not reachable, a sentence says so."""
+    for package in (ROOT / "timm_gac", ROOT / "kernels" / "torch-ext" / "gac_kernels"):
+        shutil.copytree(package, tmp_path / package.name, ignore=shutil.ignore_patterns("__pycache__"))
+    env = {"PYTHONPATH": str(tmp_path), "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "cache"), "PATH": "/usr/bin"}
+    done = subprocess.run([sys.executable, "-c", CHILD], capture_output=True, text=True, env=env, timeout=120)
+    assert done.returncode == 1
+    assert "in the Hub's repository timm-gac/gac_msresnet18_cifar.cifar100" in done.stderr, done.stderr[-1000:]
+
+
+def test_tracked_tree_stays_small() -> None:
+    listed = subprocess.run(["git", "-C", str(ROOT), "ls-files", "-z"], capture_output=True, text=True)
+    if listed.returncode:
+        pytest.skip("no git repository")
+    files = [ROOT / name for name in listed.stdout.split("\0") if name]
+    assert sum(file.stat().st_size for file in files if file.is_file()) < 60 * 2**20

@@ -1,0 +1,50 @@
+"""The example scripts run as their users run them."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from PIL import Image
+
+import timm_gac  # noqa: F401 (registers the models)
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture
+def digits(tmp_path: Path) -> Path:
+    """Handwritten zeros and ones as a folder of pictures."""
+    sklearn = pytest.importorskip("sklearn.datasets")
+    images, labels = sklearn.load_digits(return_X_y=True)
+    for label in (0, 1):
+        for index, pixels in enumerate(images[labels == label][:48]):
+            folder = tmp_path / "pictures" / ("train" if index < 32 else "val") / str(label)
+            folder.mkdir(parents=True, exist_ok=True)
+            grey = (pixels.reshape(8, 8) * 15.9).astype("uint8")
+            Image.fromarray(grey).convert("RGB").resize((32, 32)).save(folder / f"{index}.png")
+    return tmp_path / "pictures"
+
+
+def test_finetune(digits: Path, tmp_path: Path) -> None:
+    script = ROOT / "examples" / "finetune.py"
+    assert len(script.read_text(encoding="utf-8").splitlines()) <= 60
+    command = [
+        sys.executable, str(script), str(digits), "--model", "test_gac_msresnet", "--epochs", "8", "--num-steps", "3",
+        "--batch-size", "8", "--lr", "0.005", "--out", str(tmp_path / "tuned"),
+    ]  # fmt: skip
+    paths = [str(ROOT), str(ROOT / "kernels" / "torch-ext"), os.environ.get("PYTHONPATH", "")]
+    env = os.environ | {"ACCELERATE_USE_CPU": "true", "PYTHONPATH": os.pathsep.join(filter(None, paths))}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240, env=env)
+    assert done.returncode == 0, done.stderr[-2000:]
+    shares = [float(share) for share in re.findall(r"top-1 ([\d.]+)% of 32", done.stdout)]
+    assert len(shares) == 8 and shares[-1] > 70, done.stdout  # zeros and ones: a coin would get half of them
+    model = timm.create_model(f"local-dir:{tmp_path / 'tuned'}", pretrained=True)
+    assert model.num_steps == 3 and model(torch.zeros(1, 3, 32, 32)).shape == (1, 2)
+    assert not list((tmp_path / "tuned").glob("*.bin"))
