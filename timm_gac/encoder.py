@@ -45,6 +45,10 @@ class TemporalAttention(nn.Module):
         hidden = max(1, num_steps // reduction)
         self.fc1 = nn.Linear(num_steps, hidden, bias=False, device=device, dtype=dtype)
         self.fc2 = nn.Linear(hidden, num_steps, bias=False, device=device, dtype=dtype)
+        # PyTorch's initial values, but no hidden unit with a negative sum: all frames of a static image are equal and
+        # their maximum is positive, so such a unit would be silent on every image and, behind a ReLU, stay so.
+        with torch.no_grad():
+            self.fc1.weight.mul_(torch.where(self.fc1.weight.sum(1, keepdim=True) < 0, -1.0, 1.0))
 
     def forward(self, average: Tensor, maximum: Tensor) -> Tensor:
         """Scores ``(B, T)``."""

@@ -156,3 +156,14 @@ def test_wrong_arguments_say_what_was_expected() -> None:
         TemporalAttention(4, reduction=0)
     with pytest.raises(ValueError, match="expected 6 channels, got 5"):
         encoder_of()(frames(B, 5, H, W))
+
+
+def test_every_hidden_unit_of_the_temporal_attention_is_alive() -> None:
+    """On a static image: where all frames have one positive maximum."""
+    for seed in range(20):
+        torch.manual_seed(seed)
+        attention = GatedAttentionCoding(2, num_steps=4).temporal
+        pooled = torch.full((1, 4), 3.0)
+        assert (attention.fc1(pooled) >= 0).all()
+        attention(torch.zeros(1, 4), pooled).square().sum().backward()
+        assert attention.fc1.weight.grad.abs().sum(1).gt(0).all()

@@ -218,7 +218,9 @@ def test_parameter_groups_follow_depth() -> None:
     assert [sorted({n.split(".")[0] for n in names}) for names in groups.values()] == [
         ["bn1", "conv1", "encoder"], ["layer1"], ["layer2"], ["layer3"], ["fc"],
     ]  # fmt: skip
-    assert model.no_weight_decay() == set()
+    names = {"temporal.fc1", "temporal.fc2", "spatial.conv_a", "spatial.conv_b"}
+    assert model.no_weight_decay() == {f"encoder.{name}.weight" for name in names}
+    assert timm.create_model("msresnet18_cifar").no_weight_decay() == set()
 
 
 def test_checkpointing_changes_no_gradient(model: SpikingResNet) -> None:

@@ -169,8 +169,12 @@ class SpikingResNet(nn.Module):
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
-        """Names of parameters without weight decay beyond timm's rule (one-dimensional ones): none."""
-        return set()
+        """Names of parameters without weight decay beyond timm's rule (one-dimensional ones): the encoder's attention.
+
+        The gate is the sigmoid of a product of two scores, each of which scales the other's gradient, so decay takes
+        both to 0, from where no gradient leads back: at 5e-4 all of these weights were below 1e-5 after 165 epochs.
+        """
+        return {f"encoder.{name}" for name, _ in self.encoder.named_parameters()}
 
     @torch.jit.ignore
     def set_grad_checkpointing(self, enable: bool = True) -> None:

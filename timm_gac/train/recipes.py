@@ -50,7 +50,7 @@ class Recipe:
         min_lr: Learning rate at the end of the cosine.
         warmup_epochs: Epochs of linear warm-up.
         momentum: Of SGD.
-        weight_decay: Of weights; never of norms, biases and the encoder's temporal weights.
+        weight_decay: Of weights; never of norms, biases and the encoder's attention.
         clip_grad: Largest norm of the gradient; 0 for none.
         grad_accumulation: Steps whose gradients are added up before an update.
         ema_decay: Decay a step of the weights' exponential moving average; 0 for none.
