@@ -19,7 +19,7 @@ from gac_kernels import CIFAR, IMAGENET
 from .blocks import MSBlock, SpikingBlock
 from .checkpoint import checkpoint_filter_fn
 from .network import SpikingResNet
-from .weights import WEIGHTS, explain_missing, weights_cfg
+from .weights import HUB_ORGANISATION, WEIGHTS, explain_missing, weights_cfg
 
 __all__ = ["SpikingResNet"]
 
@@ -28,7 +28,7 @@ def _create_spiking_resnet(variant: str, pretrained: bool = False, **kwargs: Any
     stages = len(kwargs["layers"])
     # Of a Hub repository timm would else read a pickle where it finds no safetensors.
     overlay = {"hf_hub_filename": WEIGHTS} | (kwargs.pop("pretrained_cfg_overlay", None) or {})
-    with explain_missing(_weights_name(variant, kwargs.get("pretrained_cfg"))):
+    with explain_missing(_repository(variant, kwargs.get("pretrained_cfg"))):
         return build_model_with_cfg(
             SpikingResNet,
             variant,
@@ -40,10 +40,11 @@ def _create_spiking_resnet(variant: str, pretrained: bool = False, **kwargs: Any
         )
 
 
-def _weights_name(variant: str, cfg: Any) -> str:
-    """``variant.tag`` of what timm passes on as pretrained_cfg: a tag, a dict, an object of its own, or nothing."""
-    tag = cfg if isinstance(cfg, str) else cfg.get("tag") if isinstance(cfg, dict) else getattr(cfg, "tag", None)
-    return f"{variant}.{tag}" if tag else variant
+def _repository(variant: str, cfg: Any) -> str:
+    """Where timm looks for weights, by what it passes on as pretrained_cfg: a tag, fields, an object, or nothing."""
+    fields = {"tag": cfg} if isinstance(cfg, str) else cfg if isinstance(cfg, dict) else vars(cfg) if cfg else {}
+    tag = fields.get("tag") or next(iter(default_cfgs[variant].tags))
+    return fields.get("hf_hub_id") or f"{HUB_ORGANISATION}/{variant}" + (f".{tag}" if tag else "")
 
 
 def _cfg(**kwargs: Any) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundError
 
 HUB_ORGANISATION = "timm-gac"
 WEIGHTS = "model.safetensors"
@@ -27,17 +27,20 @@ def weights_cfg(model: str, tag: str) -> dict[str, Any]:
 
 
 @contextmanager
-def explain_missing(model: str) -> Iterator[None]:
-    """Say where the weights of a model were looked for when they cannot be downloaded.
+def explain_missing(repository: str) -> Iterator[None]:
+    """Say where weights were looked for when their repository cannot be reached.
+
+    Args:
+        repository: ORG/NAME on the Hub.
 
     Raises:
         OSError: The Hub or the repository on it is not reachable, and its files are not in the cache.
     """
     try:
         yield
-    except (HfHubHTTPError, LocalEntryNotFoundError) as error:
+    except (LocalEntryNotFoundError, RepositoryNotFoundError) as error:
         raise OSError(
-            f"expected weights of {model!r} in the Hub's repository {HUB_ORGANISATION}/{model}, its cache or a clone's "
-            f"hub/models, got none ({type(error).__name__}): check the connection and HF_HUB_OFFLINE, or give a file "
-            "of your own with pretrained_cfg_overlay=dict(file=...)"
+            f"expected weights in the Hub's repository {repository}, its cache or a clone's hub/models, got none "
+            f"({type(error).__name__}): check the connection and HF_HUB_OFFLINE, or give a file of your own with "
+            "pretrained_cfg_overlay=dict(file=...)"
         ) from error
