@@ -23,6 +23,7 @@ import torch
 from PIL import Image
 
 from timm_gac.hub import save_model_folder
+from timm_gac.neuron import BatchNormLIF
 
 pytest.importorskip("matplotlib", reason="the Space draws with matplotlib")
 SPACE = Path(__file__).resolve().parents[1] / "hub" / "space"
@@ -44,6 +45,9 @@ def make_folder(name: str, folder: Path, in_chans: int = 3) -> Path:
     small = {} if name.startswith("test_") else {"layers": (1, 0, 1), "channels": (8, 8, 8), "stem_width": 8}
     model = timm.create_model(name, in_chans=in_chans, **options, **small)
     with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, BatchNormLIF):
+                module.bias.fill_(0.5)  # half the threshold: currents then reach it on any seed
         for _ in range(20):
             model(2 * torch.randn(8, in_chans, 16, 16))
     return save_model_folder(model.eval(), folder)
