@@ -31,8 +31,11 @@ class FoldedConv2d(nn.Conv2d):
     """
 
     def __init__(self, conv: nn.Conv2d, shift: Tensor) -> None:
-        geometry: Any = (conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.groups)
-        super().__init__(conv.in_channels, conv.out_channels, *geometry, bias=False, device=torch.device("meta"))
+        geometry: dict[str, Any] = {
+            name: getattr(conv, name) for name in ("kernel_size", "stride", "padding", "dilation", "groups")
+        }
+        meta = torch.device("meta")  # the weight comes from elsewhere
+        super().__init__(conv.in_channels, conv.out_channels, **geometry, bias=False, device=meta)
         self.weight = conv.weight
         _set_bias(self, shift)
 

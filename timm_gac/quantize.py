@@ -86,10 +86,12 @@ def _integer_block(
         conv1.bias.copy_(shift)
     else:
         conv1 = _spike_conv(block.conv1, shift, network, clip, keep_membrane=False)
-    shift, downsample = fold_batch_norm(block.conv2, block.bn2), None
+    shift = fold_batch_norm(block.conv2, block.bn2)
+    downsample: nn.Conv2d | None = None
     if block.downsample is not None:
-        downsample = block.downsample[0]
-        assert isinstance(downsample, nn.Conv2d)
+        first_of_shortcut = block.downsample[0]
+        assert isinstance(first_of_shortcut, nn.Conv2d)
+        downsample = first_of_shortcut
         shift = shift + fold_batch_norm(downsample, block.downsample[1])
     conv2 = _spike_conv(block.conv2, shift, network, clip, keep_membrane=membrane and not last)
     return IntegerBlock(conv1, conv2, downsample, membrane)

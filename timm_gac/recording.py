@@ -53,7 +53,8 @@ def current_of(module: Any, inputs: tuple[Any, ...], num_steps: int) -> Tensor:
         x = F.batch_norm(x, mean, var, weight, bias, training=mean is None, eps=module.eps)
     elif isinstance(module, FoldedLIF):
         if shift_in_neuron(x):
-            x = x - module.minus_shift.to(x.dtype)[:, None, None]
+            shift: Tensor = module.minus_shift  # type: ignore[assignment]
+            x = x - shift.to(x.dtype)[:, None, None]
     elif not isinstance(module, LIF):
         raise ValueError(f"expected a neuron layer, got {type(module).__name__}: see `neuron_layers`")
     if len(inputs) > 1 and inputs[1] is not None:

@@ -157,6 +157,6 @@ def check_spike_conv(
             f"expected residual of shape {shape} in float32, float16, bfloat16 or int8, got {tuple(residual.shape)} in "
             f"{residual.dtype}: it is added to the convolution's output"
         )
-    for name, tensor in (("weight", weight), ("scale", scale), ("bias", bias), ("residual", residual)):
-        if tensor is not None and tensor.device != spikes.device:
-            raise ValueError(f"expected {name} on {spikes.device}, got {tensor.device}: move it with .to(...)")
+    for name, other in (("weight", weight), ("scale", scale), ("bias", bias), ("residual", residual)):
+        if other is not None and other.device != spikes.device:
+            raise ValueError(f"expected {name} on {spikes.device}, got {other.device}: move it with .to(...)")
