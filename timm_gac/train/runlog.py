@@ -128,7 +128,7 @@ def write_curve(file: Path, rows: list[dict[str, Any]], title: str) -> None:
     loss, accuracy = figure.subplots(1, 2)
     epochs = [int(row["epoch"]) for row in rows]
     loss.plot(epochs, [float(row["train_loss"]) for row in rows], color="#1f77b4")
-    loss.set(xlabel="epoch", ylabel="training loss (nats, mixed and smoothed targets)", title="Loss")
+    loss.set(xlabel="epoch", ylabel="training loss (nats)", title="Loss, targets mixed and smoothed")
     tested = [row for row in rows if row["test_top1"] not in ("", None)]
     accuracy.plot(
         [int(row["epoch"]) for row in tested], [100 * float(row["test_top1"]) for row in tested], marker=".",
