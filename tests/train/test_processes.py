@@ -12,7 +12,6 @@ import sys
 import time
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator, DistributedType
@@ -23,16 +22,6 @@ from timm_gac.train import Recipe, checkpoints
 from timm_gac.train.setup import create_accelerator
 
 CONFIGS = Path(__file__).parents[2] / "examples" / "accelerate"
-
-
-@pytest.fixture(scope="module")
-def npz(tmp_path_factory):
-    rng = np.random.default_rng(0)
-    labels = np.arange(64) % 4
-    images = (rng.integers(0, 40, (64, 3, 8, 8)) + labels[:, None, None, None] * 70).astype(np.uint8)
-    file = tmp_path_factory.mktemp("toy") / "toy.npz"
-    np.savez(file, x_train=images, y_train=labels, x_test=images[:17], y_test=labels[:17])
-    return file
 
 
 def command(npz, out, processes, batch, *more):

@@ -8,7 +8,6 @@ import subprocess
 import sys
 from dataclasses import replace
 
-import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState
@@ -58,16 +57,6 @@ MOMENTS = ("in the tensors", "before the state", "before the rename", "after the
 def fresh_accelerator():
     yield
     AcceleratorState._reset_state(reset_partial_state=True)
-
-
-@pytest.fixture(scope="module")
-def npz(tmp_path_factory):
-    rng = np.random.default_rng(0)
-    labels = np.arange(64) % 4
-    images = (rng.integers(0, 40, (64, 3, 8, 8)) + labels[:, None, None, None] * 70).astype(np.uint8)
-    file = tmp_path_factory.mktemp("toy") / "toy.npz"
-    np.savez(file, x_train=images, y_train=labels, x_test=images[:16], y_test=labels[:16])
-    return file
 
 
 def arguments(npz, out, *more):
