@@ -6,16 +6,20 @@ a tile of pixels by output channels at all time steps: the membrane potential ne
 
 from __future__ import annotations
 
+import logging
+
 import torch
 from torch import Tensor
 
-from . import spike_conv_eager
+from . import spike_conv_eager, spike_conv_gluon
 from ._triton import tl, triton
 from .checks import check_spec, check_spike_conv
 from .layout import on_device
 from .spec import CIFAR, LIFSpec
 from .spike_conv_backend import Shape, spike_conv_backend, spike_conv_config
 from .surrogate import reset
+
+_logger = logging.getLogger(__name__)
 
 
 @triton.jit
@@ -76,9 +80,18 @@ def _forward_triton(
     spikes: Tensor, weight: Tensor, scale: Tensor, bias: Tensor, residual: Tensor | None, num_steps: int, stride: int,
     threshold: float, decay: float, soft_reset: bool, out: Tensor, membrane: Tensor,
 ) -> None:  # fmt: skip
+    shape = Shape.of(spikes, out, stride, residual is not None)
+    config = spike_conv_config("spike_conv_hopper", shape, spikes.device)
+    made = spike_conv_gluon.plan(spikes, out, residual, membrane, num_steps, stride, config)
+    if isinstance(made, spike_conv_gluon.Plan):
+        spike_conv_gluon.launch(
+            made, spikes, weight, scale, bias, residual, num_steps, stride, threshold, decay, soft_reset, out, membrane
+        )
+        return
+    _logger.debug("spike_conv of %s runs in plain Triton: %s", shape, made)
     channels, height, width = spikes.shape[1:]
     out_channels, out_height, out_width = out.shape[1:]
-    config = dict(spike_conv_config(Shape.of(spikes, out, stride, residual is not None), spikes.device))
+    config = dict(spike_conv_config("spike_conv", shape, spikes.device))
     # No larger than the channels need; 32 is the depth of one int8 tensor core instruction, 16 its least width.
     block_k = min(config.pop("BLOCK_K"), max(32, triton.next_power_of_2(channels)))
     block_n = min(config.pop("BLOCK_N"), max(16, triton.next_power_of_2(out_channels)))

@@ -50,9 +50,17 @@ class Shape(NamedTuple):
         return tuple(names + [f"{n}+res" for n in names] if self.residual else names)
 
 
-def spike_conv_config(shape: Shape, device: torch.device) -> dict[str, int]:
-    """Launch parameters: BLOCK_M (pixels), BLOCK_N, BLOCK_K (channels out and in), num_warps and num_stages."""
-    return shape_config("spike_conv", shape.keys(), device)
+def spike_conv_config(kernel: str, shape: Shape, device: torch.device) -> dict[str, int]:
+    """Launch parameters.
+
+    Args:
+        kernel: ``spike_conv``: BLOCK_M (pixels), BLOCK_N, BLOCK_K (channels out and in), num_warps and num_stages; or
+            ``spike_conv_hopper``: BLOCK_M, BLOCK_N, RING (stages in flight), STEPS (time steps that share a copy of
+            weights, 1 or 2) and num_warps, one for each 16 pixels.
+        shape: Of the call.
+        device: Where it will run.
+    """
+    return shape_config(kernel, shape.keys(), device)
 
 
 def spike_conv_backend(device: torch.device) -> str:

@@ -1,0 +1,67 @@
+"""Compile the Hopper kernel without a GPU and print which tensor core instruction each variant has."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+
+import torch
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+
+from gac_kernels import spike_conv_gluon
+
+
+class _Hopper:
+    """What Triton asks of a GPU before it compiles."""
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", 90, 32)
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_active_torch_device(self) -> torch.device:
+        return torch.device("cpu")
+
+
+class _CompileOnly:
+    """A kernel whose launch ends after compiling."""
+
+    def __init__(self, kernel) -> None:
+        self.kernel = kernel
+
+    def __getitem__(self, grid):
+        def compile_and_print(*args, **kwargs) -> None:
+            compiled = self.kernel.warmup(*args, grid=grid, **kwargs)
+            found = set(re.findall(r"wgmma\.mma_async\S*\.(s8)\.s8", compiled.asm["ptx"]))
+            print(*(f"wgmma.{name}" for name in found))
+
+        return compile_and_print
+
+
+def compile_variant(stride: int, residual: bool, steps: int) -> None:
+    """Compile one variant."""
+
+    def tensor(channels: int, size: int, dtype: torch.dtype) -> torch.Tensor:
+        return torch.zeros(8, channels, size, size, dtype=dtype).contiguous(memory_format=torch.channels_last)
+
+    out = tensor(128, 16 // stride, torch.int8)
+    kept = tensor(128, 16 // stride, torch.bfloat16) if residual else torch.empty(0)
+    weight = torch.zeros(128, 64, 3, 3, dtype=torch.int8).contiguous(memory_format=torch.channels_last)
+    made = spike_conv_gluon.Plan((8, 1, 8), 128, 64, 3, steps, 4)
+    spike_conv_gluon.launch(
+        made, tensor(64, 16, torch.int8), weight, torch.ones(128), torch.zeros(128), kept if residual else None, 4,
+        stride, 1.0, 0.5, False, out, kept,
+    )  # fmt: skip
+
+
+if __name__ == "__main__":
+    driver.set_active(_Hopper())
+    spike_conv_gluon._spike_conv_hopper = _CompileOnly(spike_conv_gluon._spike_conv_hopper)
+    spike_conv_gluon.on_device = lambda _: contextlib.nullcontext()
+    compile_variant(stride=1, residual=True, steps=2)
+    compile_variant(stride=2, residual=False, steps=1)

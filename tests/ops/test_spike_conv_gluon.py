@@ -1,0 +1,127 @@
+"""The Hopper kernel of spike_conv: its bits on such a GPU, and on every machine that it compiles and says its limits."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from test_spike_conv import inputs
+
+from gac_kernels import CIFAR, IMAGENET, LIFSpec, spike_conv, spike_conv_reference, tuning
+from gac_kernels.spike_conv_gluon import GLUON_ERROR, Plan, plan, tile_of
+
+ON_HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
+hopper = pytest.mark.skipif(not ON_HOPPER or bool(GLUON_ERROR), reason="needs a Hopper GPU and Triton with Gluon")
+
+# T, B, C, C', H, W, stride: odd sizes, one program and many, batches that fill no tile, three depths of a copy.
+SHAPES = {
+    "whole tiles": (4, 2, 128, 128, 16, 16, 1),
+    "odd": (3, 5, 64, 96, 7, 9, 1),
+    "rows": (2, 3, 32, 64, 14, 28, 1),
+    "one pixel": (4, 70, 128, 32, 1, 1, 1),
+    "deep": (4, 3, 512, 128, 8, 8, 1),
+    "wide": (1, 2, 96, 256, 56, 56, 1),
+    "stride 2": (4, 3, 64, 128, 28, 14, 2),
+    "stride 2, deep": (5, 2, 256, 64, 6, 10, 2),
+    "sixteen steps": (16, 1, 32, 32, 12, 4, 1),
+}
+LAUNCHES = {
+    f"{warps} warps, {steps} steps, ring {ring}": {
+        "BLOCK_M": 16 * warps, "BLOCK_N": 128, "RING": ring, "STEPS": steps, "num_warps": warps,
+    }
+    for warps, steps, ring in ((4, 1, 2), (4, 2, 3), (8, 1, 4), (8, 2, 2))
+}  # fmt: skip
+
+
+@pytest.fixture
+def launch(request, monkeypatch):
+    monkeypatch.setattr(tuning, "_device_configs", lambda _: {})
+    monkeypatch.setitem(tuning.DEFAULTS, "spike_conv_hopper", request.param)
+    tuning.shape_config.cache_clear()
+    yield request.param
+    tuning.shape_config.cache_clear()
+
+
+@pytest.fixture
+def planned(monkeypatch):
+    """The plans of the calls of a test."""
+    from gac_kernels import spike_conv_gluon
+
+    made = []
+
+    def note(*arguments):
+        made.append(plan(*arguments))
+        return made[-1]
+
+    monkeypatch.setattr(spike_conv_gluon, "plan", note)
+    return made
+
+
+@hopper
+@pytest.mark.parametrize("residual", [None, torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
+@pytest.mark.parametrize("launch", LAUNCHES.values(), ids=LAUNCHES.keys(), indirect=True)
+def test_same_bits_as_the_definition(launch, shape, residual, planned, device, poisoned):
+    *tensors, keywords = inputs(shape, device, residual)
+    spec = IMAGENET if shape[0] == 3 else LIFSpec(reset="soft", decay=0.9) if shape[0] == 5 else CIFAR
+    expected, spikes = spike_conv_reference(
+        *tensors, shape[0], spec, return_membrane=True, dtype=torch.float32, **keywords
+    )
+    membrane, got = spike_conv(*tensors, shape[0], spec, return_membrane=True, **keywords)
+    assert 0.02 < spikes.float().mean() < 0.98
+    assert torch.equal(got, spikes)
+    assert torch.equal(membrane, expected.to(residual or torch.float32))
+    assert torch.equal(spike_conv(*tensors, shape[0], spec, **keywords), spikes)
+    assert len(planned) == 2 and all(isinstance(made, Plan) for made in planned)
+
+
+@hopper
+def test_spikes_as_residual(planned, device, poisoned):
+    *tensors, keywords = inputs((4, 3, 64, 64, 9, 8, 1), device, torch.int8)
+    assert torch.equal(
+        spike_conv(*tensors, 4, **keywords), spike_conv_reference(*tensors, 4, dtype=torch.float32, **keywords)
+    )
+    assert isinstance(planned[0], Plan)
+
+
+@pytest.mark.parametrize(
+    ("pixels", "batch", "height", "width", "expected"),
+    [
+        (64, 512, 32, 32, (8, 1, 8)),
+        (128, 512, 8, 8, (8, 2, 8)),
+        (128, 1, 8, 8, (8, 1, 16)),
+        (64, 1, 7, 7, (8, 1, 8)),
+        (64, 64, 1, 1, (1, 64, 1)),
+        (128, 512, 14, 14, (2, 32, 2)),
+    ],
+)
+def test_tiles(pixels, batch, height, width, expected):
+    assert tile_of(pixels, batch, height, width) == expected
+
+
+@pytest.mark.parametrize("pixels", [64, 128])
+def test_every_tile_is_whole_and_begins_where_copies_may(pixels):
+    for height in range(1, 34):
+        for width in range(1, 34):
+            rows, images, columns = tile_of(pixels, 3, height, width)
+            assert rows * images * columns == pixels and images * columns >= 8
+
+
+def test_says_why_it_stays_away():
+    spikes = torch.zeros(4, 32, 4, 4, dtype=torch.int8)
+    reason = plan(spikes, spikes, None, spikes[:0].float(), 2, 1, tuning.DEFAULTS["spike_conv_hopper"])
+    assert isinstance(reason, str) and ("compute capability 9.0" in reason or "Gluon" in reason)
+
+
+@pytest.mark.skipif(bool(GLUON_ERROR), reason="this Triton has no Gluon")
+def test_compiles_for_hopper_anywhere():
+    """Triton compiles for a GPU that is not there; the plain and the fullest variant end in int8 tensor core code."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    child = Path(__file__).with_name("compile_for_hopper.py")
+    done = subprocess.run([sys.executable, child], env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["wgmma.s8", "wgmma.s8"]
