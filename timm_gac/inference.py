@@ -10,6 +10,9 @@ from torch import Tensor, nn
 from .models.blocks import MSBlock, SpikingBlock
 from .neuron import BatchNormLIF, MembraneBatchNormLIF
 
+# Some versions of PyTorch refuse a batch norm with eps 0; this one and its complement add up to 1 without rounding.
+_EPS = 2.0**-10
+
 __all__ = ["FoldedConv2d", "FoldedLIF", "fold_batch_norm", "fuse_for_inference", "shift_in_neuron"]
 
 
@@ -61,7 +64,7 @@ class FoldedLIF(nn.Module):
         self.lif, self.num_steps = norm.lif, norm.num_steps
         self.pair, self.keep_membrane = isinstance(norm, MembraneBatchNormLIF), keep_membrane
         self.register_buffer("minus_shift", -shift)
-        self.register_buffer("one", torch.ones_like(shift))
+        self.register_buffer("variance", torch.full_like(shift, 1.0 - _EPS))
 
     def _apply(self, fn: Any, recurse: bool = True) -> FoldedLIF:
         """As for any module, but shift and scale keep at least float32: the kernel reads them once, and adds in it."""
@@ -80,7 +83,7 @@ class FoldedLIF(nn.Module):
                 residual = residual.to(x.dtype)
             lif = self.lif
             spikes, current, _ = torch.ops.gac_kernels.norm_lif(
-                x, residual, None, None, self.minus_shift, self.one, None, 0.0, self.num_steps, lif.threshold,
+                x, residual, None, None, self.minus_shift, self.variance, None, _EPS, self.num_steps, lif.threshold,
                 lif.decay, lif.surrogate, lif.width, lif.detach_reset, lif.soft_reset, False, self.keep_membrane, "",
             )  # fmt: skip
         else:

@@ -1,4 +1,4 @@
-"""The Hopper kernel of spike_conv: its bits on such a GPU, and on every machine that it compiles and says its limits."""
+"""The Hopper kernel of spike_conv: its bits on such a GPU; anywhere, that it compiles and says where it stays away."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_spike_conv import inputs
 
 from gac_kernels import CIFAR, IMAGENET, LIFSpec, spike_conv, spike_conv_reference, tuning
 from gac_kernels.spike_conv_gluon import GLUON_ERROR, Plan, plan, tile_of
+from test_spike_conv import inputs
 
 ON_HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
 hopper = pytest.mark.skipif(not ON_HOPPER or bool(GLUON_ERROR), reason="needs a Hopper GPU and Triton with Gluon")

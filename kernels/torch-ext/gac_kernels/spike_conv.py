@@ -123,7 +123,7 @@ def _outputs(
     """Unwritten spikes and, where asked for, membrane."""
     size = (spikes.shape[0], weight.shape[0], *((n - 1) // stride + 1 for n in spikes.shape[2:]))
     dtype = torch.float32 if residual is None or residual.dtype == torch.int8 else residual.dtype
-    made = spikes.new_empty(size, dtype=torch.int8).contiguous(memory_format=torch.channels_last)
+    made = torch.empty(size, dtype=torch.int8, device=spikes.device, memory_format=torch.channels_last)
     kept = torch.empty_like(made, dtype=dtype) if keep_membrane else spikes.new_empty(0, dtype=dtype)
     return made, kept
 
