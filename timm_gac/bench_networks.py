@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from timm.models.resnet import BasicBlock, ResNet
 from torch import Tensor, nn
+
+from gac_kernels import pad_frames
 
 from .bench_rivals import STAGES, LoopNeuron, SpikingJellyNeuron, TimeMajorNet, is_gated, like
 from .hub import load_model
@@ -81,7 +82,7 @@ class ConvolutionsOnly(nn.Module):
         """Something of the logits' shape ``(B, num_classes)``."""
         x = self.stem(x)
         for gate in self.gates:
-            x = gate(F.pad(x, [1, 2, 1, 2]))
+            x = gate(pad_frames(x, 1, 2))
         x = torch.cat([x] * self.num_steps)
         for block in self.blocks:
             if "side" in block:

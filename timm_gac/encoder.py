@@ -78,9 +78,9 @@ class SpatialChannelAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Scores in the shape of ``x``."""
-        # 'same' for an even kernel: one before, two after. Spelled out, as padding='same' warns about its copy.
-        x = F.relu(self.conv_a(F.pad(x, [1, 2, 1, 2])))
-        return self.conv_b(F.pad(x, [1, 2, 1, 2]))
+        # 'same' for an even kernel: one before, two after; the ReLU between the two is done on the way.
+        x = self.conv_a(torch.ops.gac_kernels.pad_frames(x, 1, 2, False))
+        return self.conv_b(torch.ops.gac_kernels.pad_frames(x, 1, 2, True))
 
 
 @register_notrace_module

@@ -7,6 +7,7 @@ evaluated in float64, which everything else is compared with.
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -177,8 +178,11 @@ class IntegerSpikingResNet(SpikingResNet):
     def _rate(self, spikes: Tensor) -> Tensor:
         if spikes.is_floating_point():
             return super()._rate(spikes)
-        steps = spikes.unflatten(0, [self.num_steps, spikes.shape[0] // self.num_steps])
-        return steps.sum(0, dtype=self.conv1.weight.dtype).div_(self.num_steps)
+        count = spikes
+        if self.num_steps > torch.iinfo(spikes.dtype).max:  # of spikes, which an int8 can no longer hold
+            count = spikes.int()
+        steps = count.unflatten(0, [self.num_steps, spikes.shape[0] // self.num_steps])
+        return functools.reduce(torch.add, steps.unbind(0)).to(self.conv1.weight.dtype).div_(self.num_steps)
 
     def forward_steps(self, x: Tensor) -> Tensor:
         """Logits of each time step, ``(B, T, num_classes)``."""

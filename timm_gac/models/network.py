@@ -215,8 +215,15 @@ class SpikingResNet(nn.Module):
         return self.encoder(unfold_time(stem, x, self.num_steps)).flatten(0, 1)
 
     def _rate(self, spikes: Tensor) -> Tensor:
-        """Mean over time: ``(T*B, C, H, W)`` -> ``(B, C, H, W)``."""
-        return spikes.unflatten(0, [self.num_steps, spikes.shape[0] // self.num_steps]).mean(0)
+        """Mean over time: ``(T*B, C, H, W)`` -> ``(B, C, H, W)``.
+
+        Step by step: counts of spikes are exact in any dtype, and PyTorch adds frames faster than it reduces an axis.
+        """
+        steps = spikes.unflatten(0, [self.num_steps, spikes.shape[0] // self.num_steps])
+        count = steps[0]
+        for t in range(1, self.num_steps):
+            count = count + steps[t]
+        return count / self.num_steps
 
     def _forward_spikes(self, x: Tensor) -> Tensor:
         """Spikes of the last stage, time-folded: ``(T*B, C', H', W')``."""
@@ -266,7 +273,7 @@ class SpikingResNet(nn.Module):
         assert output_fmt == "NCHW", "Output shape must be NCHW."
         take_indices, max_index = feature_take_indices(len(self.feature_info), indices)
         membrane = self._encode(x)
-        features = self._rate(membrane)
+        features = membrane.unflatten(0, [self.num_steps, membrane.shape[0] // self.num_steps]).mean(0)
         intermediates = [features] if 0 in take_indices else []
         spikes = self.lif(membrane)
         bits = self._pack(spikes)

@@ -7,6 +7,7 @@ from .gac import gac_encode, gated_lif
 from .integer_lif import integer_lif
 from .lif import lif
 from .norm_lif import ResidualNorm, norm_lif
+from .pad_frames import pad_frames
 from .reference import (
     gac_encode_reference,
     gated_lif_reference,
@@ -35,6 +36,7 @@ __all__ = [
     "norm_lif_reference",
     "pack_spikes",
     "packed_conv2d",
+    "pad_frames",
     "requested_backend",
     "resolve_backend",
     "spike_conv",

@@ -27,6 +27,7 @@ DEFAULTS: dict[str, dict[str, int]] = {
     "norm_lif_fwd_eval": {"TILE": 4096, "BLOCK_C": 128, "num_warps": 8, "REVERSE": 1},
     "norm_lif_bwd_reduce": {"TILE": 1024, "BLOCK_C": 128, "num_warps": 4, "PER_SM": 4, "REVERSE": 1},
     "norm_lif_bwd_apply": {"TILE": 2048, "BLOCK_C": 128, "num_warps": 8, "REVERSE": 0},
+    "pad_frames": {"BLOCK": 1024, "num_warps": 4},
     "unpack_spikes": {"BLOCK": 1024, "num_warps": 4},
     "spike_conv": {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 128, "num_warps": 8, "num_stages": 3},
     "spike_conv_hopper": {"BLOCK_M": 64, "BLOCK_N": 128, "RING": 4, "STEPS": 1, "num_warps": 4},
