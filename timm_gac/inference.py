@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .models.blocks import MSBlock, SpikingBlock
+from gac_kernels.conv_lif import UNIT_EPS
+
+from .models.blocks import MSBlock, SpikingBlock, Stage
 from .neuron import BatchNormLIF, MembraneBatchNormLIF
 
-# Some versions of PyTorch refuse a batch norm with eps 0; this one and its complement add up to 1 without rounding.
-_EPS = 2.0**-10
-
-__all__ = ["FoldedConv2d", "FoldedLIF", "fold_batch_norm", "fuse_for_inference", "shift_in_neuron"]
+__all__ = ["FoldedBlock", "FoldedConv2d", "FoldedLIF", "fold_batch_norm", "fuse_for_inference", "shift_in_neuron"]
 
 
 def shift_in_neuron(x: Tensor) -> bool:
@@ -63,8 +63,9 @@ class FoldedLIF(nn.Module):
         super().__init__()
         self.lif, self.num_steps = norm.lif, norm.num_steps
         self.pair, self.keep_membrane = isinstance(norm, MembraneBatchNormLIF), keep_membrane
+        self.register_buffer("shift", shift.clone())
         self.register_buffer("minus_shift", -shift)
-        self.register_buffer("variance", torch.full_like(shift, 1.0 - _EPS))
+        self.register_buffer("variance", torch.full_like(shift, 1.0 - UNIT_EPS))
 
     def _apply(self, fn: Any, recurse: bool = True) -> FoldedLIF:
         """As for any module, but shift and scale keep at least float32: the kernel reads them once, and adds in it."""
@@ -83,13 +84,61 @@ class FoldedLIF(nn.Module):
                 residual = residual.to(x.dtype)
             lif = self.lif
             spikes, current, _ = torch.ops.gac_kernels.norm_lif(
-                x, residual, None, None, self.minus_shift, self.variance, None, _EPS, self.num_steps, lif.threshold,
+                x, residual, None, None, self.minus_shift, self.variance, None, UNIT_EPS, self.num_steps, lif.threshold,
                 lif.decay, lif.surrogate, lif.width, lif.detach_reset, lif.soft_reset, False, self.keep_membrane, "",
             )  # fmt: skip
         else:
             current = x if residual is None else x + residual
             spikes = self.lif(current.unflatten(0, (self.num_steps, -1))).flatten(0, 1)
+        return self.returned(current, spikes)
+
+    def returned(self, current: Tensor, spikes: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        """What `forward` returns of the neuron's input current and spikes."""
         return (current if self.keep_membrane else spikes, spikes) if self.pair else spikes
+
+
+class FoldedBlock(nn.Module):
+    """A residual block without norms; on a GPU each convolution and its neuron are one op, `gac_kernels.conv_lif`.
+
+    Shape:
+        - membrane and spikes ``(T*B, C, H, W)``, in and out; bits, of which there are none, are ignored
+
+    Args:
+        block: The block to replace; its submodules are taken over.
+    """
+
+    def __init__(self, block: MSBlock | SpikingBlock) -> None:
+        super().__init__()
+        self.conv1, self.bn1, self.conv2, self.bn2 = block.conv1, block.bn1, block.conv2, block.bn2
+        self.downsample = block.downsample
+
+    def forward(
+        self, membrane: Tensor, spikes: Tensor, bits: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Membrane and spikes, or the spikes twice where no membrane is needed; no bits."""
+        hidden = _convolve_and_fire(self.conv1, self.bn1, spikes, None)
+        made = _convolve_and_fire(self.conv2, self.bn2, hidden, lambda: self._shortcut(membrane))
+        return (*made, None) if isinstance(made, tuple) else (made, made, None)
+
+    def _shortcut(self, x: Tensor) -> Tensor:
+        return x if self.downsample is None else self.downsample(x)
+
+
+def _convolve_and_fire(conv: Any, neuron: Any, x: Tensor, shortcut: Callable[[], Tensor] | None) -> Any:
+    """A folded convolution and its neuron, as one op where nobody watches what goes on between them."""
+    watched = any(m._forward_hooks or m._forward_pre_hooks for m in (conv, neuron))
+    if not shift_in_neuron(x) or watched or conv.kernel_size != (3, 3) or conv.stride not in ((1, 1), (2, 2)):
+        current = conv(x)
+        return neuron(current) if shortcut is None else neuron(current, shortcut())
+    dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else conv.weight.dtype
+    x, weight = x.to(dtype), conv.weight.to(dtype)
+    residual = None if shortcut is None else shortcut().to(dtype)
+    lif = neuron.lif
+    spikes, current = torch.ops.gac_kernels.conv_lif(
+        x, weight, neuron.shift, residual, neuron.num_steps, conv.stride[0], lif.threshold, lif.decay, lif.soft_reset,
+        neuron.keep_membrane,
+    )  # fmt: skip
+    return neuron.returned(current, spikes)
 
 
 @torch.no_grad()
@@ -113,11 +162,11 @@ def fuse_for_inference(model: nn.Module, dtype: torch.dtype | None = None) -> nn
         >>> import timm, timm_gac
         >>> model = timm_gac.fuse_for_inference(timm.create_model("gac_msresnet18_cifar"))
     """
+    if any(isinstance(module, FoldedLIF) for module in model.modules()):
+        raise ValueError("expected a network with batch norm, got one that is fused already: create it anew")
     blocks = [module for module in model.modules() if isinstance(module, MSBlock | SpikingBlock)]
     if not blocks or not hasattr(model, "conv1"):
         raise ValueError(f"expected a spiking network of this package, got {type(model).__name__}: see timm-gac models")
-    if any(isinstance(module, FoldedLIF) for module in model.modules()):
-        raise ValueError("expected a network with batch norm, got one that is fused already: create it anew")
     norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d | BatchNormLIF) and m.track_running_stats]
     if any(norm.running_mean is None or norm.running_var is None for norm in norms):
         raise ValueError("expected batch norms with running statistics, got one without: it cannot be folded")
@@ -126,8 +175,10 @@ def fuse_for_inference(model: nn.Module, dtype: torch.dtype | None = None) -> nn
     network.set_spike_packing(False)
     _set_bias(network.conv1, fold_batch_norm(network.conv1, network.bn1))
     network.bn1 = nn.Identity()
-    for block in blocks:
-        _fuse_block(block, last=block is blocks[-1])
+    for stage in [module for module in model.modules() if isinstance(module, Stage)]:
+        for index, block in enumerate(stage):
+            _fuse_block(block, last=block is blocks[-1])
+            stage[index] = FoldedBlock(block)  # type: ignore[arg-type]
     return model if dtype is None else model.to(dtype)
 
 

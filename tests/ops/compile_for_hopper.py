@@ -61,7 +61,7 @@ def compile_variant(stride: int, residual: bool, steps: int) -> None:
 
 if __name__ == "__main__":
     driver.set_active(_Hopper())
-    spike_conv_gluon._spike_conv_hopper = _CompileOnly(spike_conv_gluon._spike_conv_hopper)
+    spike_conv_gluon._conv_lif_kernel = _CompileOnly(spike_conv_gluon._conv_lif_kernel)
     spike_conv_gluon.on_device = lambda _: contextlib.nullcontext()
     compile_variant(stride=1, residual=True, steps=2)
     compile_variant(stride=2, residual=False, steps=1)

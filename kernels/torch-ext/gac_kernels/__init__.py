@@ -3,6 +3,7 @@
 from . import layers as layers
 from .backend import requested_backend, resolve_backend, use_backend
 from .batch_stats import batch_stats
+from .conv_lif import conv_lif
 from .gac import gac_encode, gated_lif
 from .integer_lif import integer_lif
 from .lif import lif
@@ -25,6 +26,7 @@ __all__ = [
     "LIFSpec",
     "ResidualNorm",
     "batch_stats",
+    "conv_lif",
     "gac_encode",
     "gac_encode_reference",
     "gated_lif",

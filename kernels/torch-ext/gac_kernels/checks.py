@@ -130,19 +130,8 @@ def check_spike_conv(
         if not isinstance(tensor, Tensor) or tensor.dtype != torch.int8 or tensor.dim() != 4:
             came = f"{tensor.dtype}, {tuple(tensor.shape)}" if isinstance(tensor, Tensor) else type(tensor).__name__
             raise ValueError(f"expected {name} as int8 with 4 axes, got {came}: convert them with .to(torch.int8)")
-    if not isinstance(num_steps, int) or num_steps < 1 or spikes.shape[0] % num_steps:
-        raise ValueError(
-            f"expected num_steps >= 1 that divides the first axis of spikes, got {num_steps!r} and shape "
-            f"{tuple(spikes.shape)}: fold time with x.flatten(0, 1)"
-        )
-    if stride not in (1, 2):
-        raise ValueError(f"expected stride 1 or 2, got {stride!r}: use a float convolution for others")
+    _check_conv3x3("spikes", spikes, weight, num_steps, stride)
     channels, made = spikes.shape[1], weight.shape[0]
-    if tuple(weight.shape[1:]) != (channels, 3, 3):
-        raise ValueError(
-            f"expected weight of shape (C', {channels}, 3, 3) for spikes {tuple(spikes.shape)}, got "
-            f"{tuple(weight.shape)}: give a 3x3 convolution of as many input channels"
-        )
     if channels > MAX_INT8_CHANNELS:
         raise ValueError(f"expected at most {MAX_INT8_CHANNELS:,} channels, got {channels:,}: sums would lose bits")
     for name, tensor in (("scale", scale), ("bias", bias)):
@@ -151,12 +140,57 @@ def check_spike_conv(
                 f"expected {name} of shape ({made},) in float32, got {tuple(tensor.shape)} in {tensor.dtype}: give one "
                 "value an output channel"
             )
-    shape = (spikes.shape[0], made, *((n - 1) // stride + 1 for n in spikes.shape[2:]))
+    shape = _conv3x3_shape(spikes, weight, stride)
     if residual is not None and (tuple(residual.shape) != shape or residual.dtype not in (*DTYPES[:3], torch.int8)):
         raise ValueError(
             f"expected residual of shape {shape} in float32, float16, bfloat16 or int8, got {tuple(residual.shape)} in "
             f"{residual.dtype}: it is added to the convolution's output"
         )
-    for name, other in (("weight", weight), ("scale", scale), ("bias", bias), ("residual", residual)):
-        if other is not None and other.device != spikes.device:
-            raise ValueError(f"expected {name} on {spikes.device}, got {other.device}: move it with .to(...)")
+    _check_device(spikes, weight=weight, scale=scale, bias=bias, residual=residual)
+
+
+def check_conv_lif(
+    x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, num_steps: int, stride: int
+) -> None:
+    """Raise unless weight, bias and residual fit the time-folded input (T*B, C, H, W)."""
+    check_current("x", x, min_dims=4, max_dims=4)
+    _check_conv3x3("x", x, weight, num_steps, stride)
+    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    if bias.shape != weight.shape[:1] or bias.dtype != wide:
+        raise ValueError(
+            f"expected bias of shape ({len(weight)},) in {wide}, got {tuple(bias.shape)} in {bias.dtype}: give one "
+            "value an output channel"
+        )
+    shape = _conv3x3_shape(x, weight, stride)
+    for name, tensor, size in (("weight", weight, weight.shape), ("residual", residual, shape)):
+        if tensor is not None and (tuple(tensor.shape) != tuple(size) or tensor.dtype != x.dtype):
+            raise ValueError(
+                f"expected {name} of shape {tuple(size)} in {x.dtype} like x, got {tuple(tensor.shape)} in "
+                f"{tensor.dtype}: bring it to x's with .to(x.dtype)"
+            )
+    _check_device(x, weight=weight, bias=bias, residual=residual)
+
+
+def _check_conv3x3(name: str, x: Tensor, weight: Tensor, num_steps: int, stride: int) -> None:
+    if not isinstance(num_steps, int) or num_steps < 1 or x.shape[0] % num_steps:
+        raise ValueError(
+            f"expected num_steps >= 1 that divides the first axis of {name}, got {num_steps!r} and shape "
+            f"{tuple(x.shape)}: fold time with x.flatten(0, 1)"
+        )
+    if stride not in (1, 2):
+        raise ValueError(f"expected stride 1 or 2, got {stride!r}: use PyTorch's convolution for others")
+    if tuple(weight.shape[1:]) != (x.shape[1], 3, 3):
+        raise ValueError(
+            f"expected weight of shape (C', {x.shape[1]}, 3, 3) for {name} {tuple(x.shape)}, got "
+            f"{tuple(weight.shape)}: give a 3x3 convolution of as many input channels"
+        )
+
+
+def _conv3x3_shape(x: Tensor, weight: Tensor, stride: int) -> tuple[int, ...]:
+    return (x.shape[0], weight.shape[0], *((n - 1) // stride + 1 for n in x.shape[2:]))
+
+
+def _check_device(x: Tensor, **others: Tensor | None) -> None:
+    for name, other in others.items():
+        if other is not None and other.device != x.device:
+            raise ValueError(f"expected {name} on {x.device}, got {other.device}: move it with .to(...)")

@@ -56,7 +56,8 @@ def spike_conv_config(kernel: str, shape: Shape, device: torch.device) -> dict[s
     Args:
         kernel: ``spike_conv``: BLOCK_M (pixels), BLOCK_N, BLOCK_K (channels out and in), num_warps and num_stages; or
             ``spike_conv_hopper``: BLOCK_M, BLOCK_N, RING (stages in flight), STEPS (time steps that share a copy of
-            weights, 1 or 2) and num_warps, one for each 16 pixels.
+            weights, 1 or 2) and num_warps, one for each 16 pixels; or ``conv_lif_hopper``: the same, and ONE_PASS,
+            whether that is faster than cuDNN's convolution and `norm_lif`.
         shape: Of the call.
         device: Where it will run.
     """

@@ -1,4 +1,6 @@
-"""`spike_conv` for Hopper in Gluon: tensor copies fill rings in shared memory while int8 tensor cores drain them.
+"""Convolution and neuron in one pass for Hopper, in Gluon: tensor copies fill a ring that tensor cores drain.
+
+`spike_conv` uses it with int8 operands, `conv_lif` with 16-bit ones.
 
 A program owns ``BM = BH * NB * BW`` output pixels (rows, images, columns) by BN channels at all time steps. For every
 tap of the 3x3 window and every BK input channels, one stage of a ring takes the shifted pixels and the weights; the
@@ -47,7 +49,7 @@ class Plan(NamedTuple):
     Attributes:
         tile: Rows, images and columns of a program's output pixels, powers of two.
         block_n: Output channels of a program.
-        block_k: Input channels of a copy, 32, 64 or 128.
+        block_k: Input channels of a copy, 32, 64 or 128 bytes.
         ring: Stages that are in flight.
         steps: Time steps that share a weight tile, 1 or 2.
         num_warps: Of a program, 4 or 8.
@@ -65,10 +67,15 @@ class Plan(NamedTuple):
         """Output pixels of a program at one time step."""
         return math.prod(self.tile)
 
-    def shared_bytes(self, values: int) -> int:
-        """Shared memory of a program, ``values`` being the bytes an element of residual or membrane, 0 without."""
-        stage = (self.steps * self.pixels + self.block_n) * self.block_k
-        return self.ring * stage + self.steps * self.pixels * self.block_n * (1 + values) + 1024
+    def shared_bytes(self, operands: int, values: int) -> int:
+        """Shared memory of a program.
+
+        Args:
+            operands: Bytes an element of spikes and weights.
+            values: Bytes an element of residual or membrane, 0 without.
+        """
+        stage = (self.steps * self.pixels + self.block_n) * self.block_k * operands
+        return self.ring * stage + self.steps * self.pixels * self.block_n * (operands + values) + 1024
 
 
 @functools.cache
@@ -127,7 +134,8 @@ def plan(
         return "a tensor does not begin at a multiple of 16 bytes"
     if residual is not None and membrane.numel() and residual.dtype != membrane.dtype:
         return "residual and membrane have different dtypes"
-    block_k = next(size for size in (128, 64, 32) if channels % size == 0)
+    size = spikes.element_size()
+    block_k = next(n for n in (128 // size, 64 // size, 32 // size) if channels % n == 0)
     block_n = next(size for size in (128, 64, 32) if size <= config["BLOCK_N"] and out_channels % size == 0)
     batch = spikes.shape[0] // num_steps
     kept = residual if residual is not None else membrane if membrane.numel() else None
@@ -135,7 +143,7 @@ def plan(
         tile_of(config["BLOCK_M"], batch, out_height, out_width), block_n, block_k, config["RING"],
         min(config["STEPS"], num_steps), config["num_warps"],
     )  # fmt: skip
-    if made.shared_bytes(0 if kept is None else kept.element_size()) > _SHARED_MEMORY:
+    if made.shared_bytes(size, 0 if kept is None else kept.element_size()) > _SHARED_MEMORY:
         made = made._replace(tile=tile_of(64, batch, out_height, out_width), ring=3, steps=1, num_warps=4)
     return made
 
@@ -174,7 +182,7 @@ if not GLUON_ERROR:
 
     @gluon.jit
     def _finish_step(
-        total, v, scale_ptr, bias_ptr, t, b0, h0, w0, n0, s_desc, s_buffer, y_desc, y_buffer,
+        total, v, scale_ptr, bias_ptr, SCALED: gl.constexpr, t, b0, h0, w0, n0, s_desc, s_buffer, y_desc, y_buffer,
         THRESHOLD: gl.constexpr, DECAY: gl.constexpr, SOFT: gl.constexpr, RESIDUAL: gl.constexpr, KEEP: gl.constexpr,
         BM: gl.constexpr, BN: gl.constexpr, SUMS: gl.constexpr,
     ):  # fmt: skip
@@ -184,9 +192,11 @@ if not GLUON_ERROR:
         """
         # Loaded here, they occupy no registers while sums are taken.
         channel = n0 + gl.arange(0, BN, layout=gl.SliceLayout(0, SUMS))
-        scale = gl.expand_dims(gl.load(scale_ptr + channel), 0)
         bias = gl.expand_dims(gl.load(bias_ptr + channel), 0)
-        current = total.to(gl.float32) * scale + bias
+        current = total.to(gl.float32)
+        if SCALED:
+            current = current * gl.expand_dims(gl.load(scale_ptr + channel), 0)
+        current += bias
         if RESIDUAL or KEEP:
             Y: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BM, BN], y_buffer.dtype)
             flat_y = y_buffer._reinterpret(y_buffer.dtype, [BM, BN], Y)
@@ -196,8 +206,8 @@ if not GLUON_ERROR:
             flat_y.store(current.to(y_buffer.dtype))
         u = DECAY * v + current
         fired = u > THRESHOLD
-        S: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BM, BN], gl.int8)
-        s_buffer._reinterpret(gl.int8, [BM, BN], S).store(fired.to(gl.int8))
+        S: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BM, BN], s_buffer.dtype)
+        s_buffer._reinterpret(s_buffer.dtype, [BM, BN], S).store(fired.to(s_buffer.dtype))
         if SOFT:
             v = gl.where(fired, u - THRESHOLD, u)
         else:
@@ -210,19 +220,22 @@ if not GLUON_ERROR:
         return v
 
     @gluon.jit
-    def _spike_conv_hopper(
+    def _conv_lif_kernel(
         x_desc, w_desc, s_desc, r_desc, y_desc, scale_ptr, bias_ptr, B, C, tiles_h, tiles_w, tiles_n,
         T: gl.constexpr, STRIDE: gl.constexpr, CHUNKS: gl.constexpr, STEPS: gl.constexpr,
         THRESHOLD: gl.constexpr, DECAY: gl.constexpr, SOFT: gl.constexpr, RESIDUAL: gl.constexpr, KEEP: gl.constexpr,
         BH: gl.constexpr, NB: gl.constexpr, BW: gl.constexpr, BN: gl.constexpr, BK: gl.constexpr,
-        RING: gl.constexpr, num_warps: gl.constexpr,
+        RING: gl.constexpr, SCALED: gl.constexpr, num_warps: gl.constexpr,
     ):  # fmt: skip
+        OPERAND: gl.constexpr = x_desc.dtype
+        BITS: gl.constexpr = OPERAND.primitive_bitwidth
+        SUM: gl.constexpr = gl.int32 if BITS == 8 else gl.float32
         BM: gl.constexpr = BH * NB * BW
         GROUPS: gl.constexpr = (T + STEPS - 1) // STEPS
         TAPS: gl.constexpr = 9 * CHUNKS
-        BYTES: gl.constexpr = (STEPS * BM + BN) * BK
-        SUMS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [num_warps, 1], [16, BN, 32])
-        PIXELS: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BM, BK], gl.int8)
+        BYTES: gl.constexpr = (STEPS * BM + BN) * BK * (BITS // 8)
+        SUMS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [num_warps, 1], [16, BN, 256 // BITS])
+        PIXELS: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BM, BK], OPERAND)
 
         # Neighbouring programs share pixels and differ in channels: the second finds the pixels in the L2 cache.
         tile = gl.program_id(0)
@@ -233,9 +246,9 @@ if not GLUON_ERROR:
         h0 = tile % tiles_h * BH
         b0 = tile // tiles_h * NB
 
-        pixels = gl.allocate_shared_memory(gl.int8, [RING * STEPS, BH, 1, NB, BW, BK], x_desc.layout)
-        weights = gl.allocate_shared_memory(gl.int8, [RING, BN, BK], w_desc.layout)
-        s_buffers = gl.allocate_shared_memory(gl.int8, [STEPS, BH, 1, NB, BW, BN], s_desc.layout)
+        pixels = gl.allocate_shared_memory(OPERAND, [RING * STEPS, BH, 1, NB, BW, BK], x_desc.layout)
+        weights = gl.allocate_shared_memory(OPERAND, [RING, BN, BK], w_desc.layout)
+        s_buffers = gl.allocate_shared_memory(OPERAND, [STEPS, BH, 1, NB, BW, BN], s_desc.layout)
         if KEEP:
             y_buffers = gl.allocate_shared_memory(y_desc.dtype, [STEPS, BH, 1, NB, BW, BN], y_desc.layout)
         elif RESIDUAL:
@@ -258,18 +271,18 @@ if not GLUON_ERROR:
 
         v = gl.zeros([BM, BN], gl.float32, SUMS)
         for group in range(GROUPS):
-            first = gl.zeros([BM, BN], gl.int32, SUMS)
+            first = gl.zeros([BM, BN], SUM, SUMS)
             if STEPS == 2:
-                second = gl.zeros([BM, BN], gl.int32, SUMS)
+                second = gl.zeros([BM, BN], SUM, SUMS)
             for j in range(TAPS):
                 tap = group * TAPS + j
                 slot = tap % RING
                 mbarrier.wait(ready.index(slot), (tap // RING) & 1)
                 right = weights.index(slot).permute((1, 0))
-                left = pixels.index(slot * STEPS)._reinterpret(gl.int8, [BM, BK], PIXELS)
+                left = pixels.index(slot * STEPS)._reinterpret(OPERAND, [BM, BK], PIXELS)
                 first = warpgroup_mma(left, right, first, is_async=True)
                 if STEPS == 2:
-                    left = pixels.index(slot * STEPS + 1)._reinterpret(gl.int8, [BM, BK], PIXELS)
+                    left = pixels.index(slot * STEPS + 1)._reinterpret(OPERAND, [BM, BK], PIXELS)
                     second = warpgroup_mma(left, right, second, is_async=True)
                 # What the tap before read may be overwritten once its products are done in every warp.
                 if STEPS == 2:
@@ -300,13 +313,14 @@ if not GLUON_ERROR:
                 tma.store_wait(0)
                 _barrier()
             v = _finish_step(
-                first, v, scale_ptr, bias_ptr, group * STEPS, b0, h0, w0, n0, s_desc, s_buffers.index(0), y_desc,
-                y_buffers.index(0), THRESHOLD, DECAY, SOFT, RESIDUAL, KEEP, BM, BN, SUMS,
+                first, v, scale_ptr, bias_ptr, SCALED, group * STEPS, b0, h0, w0, n0, s_desc, s_buffers.index(0),
+                y_desc, y_buffers.index(0), THRESHOLD, DECAY, SOFT, RESIDUAL, KEEP, BM, BN, SUMS,
             )  # fmt: skip
             if STEPS == 2:
                 v = _finish_step(
-                    second, v, scale_ptr, bias_ptr, group * STEPS + 1, b0, h0, w0, n0, s_desc, s_buffers.index(1),
-                    y_desc, y_buffers.index(1), THRESHOLD, DECAY, SOFT, RESIDUAL, KEEP, BM, BN, SUMS,
+                    second, v, scale_ptr, bias_ptr, SCALED, group * STEPS + 1, b0, h0, w0, n0, s_desc,
+                    s_buffers.index(1), y_desc, y_buffers.index(1), THRESHOLD, DECAY, SOFT, RESIDUAL, KEEP, BM, BN,
+                    SUMS,
                 )  # fmt: skip
         tma.store_wait(0)
 
@@ -334,16 +348,16 @@ def _pairs_descriptor(tensor: Tensor, block: list[int]) -> Any:
 
 
 def launch(
-    made: Plan, spikes: Tensor, weight: Tensor, scale: Tensor, bias: Tensor, residual: Tensor | None, num_steps: int,
-    stride: int, threshold: float, decay: float, soft_reset: bool, out: Tensor, membrane: Tensor,
+    made: Plan, spikes: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor, residual: Tensor | None,
+    num_steps: int, stride: int, threshold: float, decay: float, soft_reset: bool, out: Tensor, membrane: Tensor,
 ) -> None:  # fmt: skip
     """Write spikes and, where it has elements, the neuron's input current.
 
     Args:
         made: What `plan` gave.
-        spikes: (T*B, C, H, W) int8, dense channels-last, as all four-dimensional tensors here.
-        weight: (C', C, 3, 3) int8.
-        scale: (C',) float32.
+        spikes: (T*B, C, H, W) int8, float16 or bfloat16, dense channels-last, as all four-dimensional tensors here.
+        weight: (C', C, 3, 3) in the spikes' dtype.
+        scale: (C',) float32, or None for 1.
         bias: (C',) float32.
         residual: (T*B, C', H', W') or None.
         num_steps: T.
@@ -351,7 +365,7 @@ def launch(
         threshold: Of the neuron.
         decay: Of the neuron.
         soft_reset: Of the neuron.
-        out: (T*B, C', H', W') int8.
+        out: (T*B, C', H', W') in the spikes' dtype.
         membrane: As out, or empty.
     """
     channels, (out_channels, height, width) = spikes.shape[1], out.shape[1:]
@@ -370,11 +384,11 @@ def launch(
     if membrane.numel():
         kept = _steps_descriptor(membrane, num_steps, outer)
     with on_device(spikes):
-        _spike_conv_hopper[(math.prod(tiles) * tiles_n,)](
+        _conv_lif_kernel[(math.prod(tiles) * tiles_n,)](
             pixels, weights, fired, source, kept, scale, bias, batch, channels, tiles[1], tiles[2],
             tiles_n, T=num_steps, STRIDE=stride, CHUNKS=channels // made.block_k, STEPS=made.steps,
             THRESHOLD=threshold, DECAY=decay, SOFT=soft_reset, RESIDUAL=residual is not None,
             KEEP=membrane.numel() > 0, BH=rows, NB=images, BW=columns, BN=made.block_n, BK=made.block_k,
-            RING=made.ring, num_warps=made.num_warps,
+            RING=made.ring, SCALED=scale is not None, num_warps=made.num_warps,
             enable_fp_fusion=False,  # a fused multiply-add rounds once where every other path rounds twice
         )  # fmt: skip

@@ -1,0 +1,104 @@
+"""3x3 convolution with bias, residual and multi-step LIF for inference, in one pass where that is faster.
+
+Layer by layer, the tuned launch parameters say where one kernel beats cuDNN's convolution followed by `norm_lif`: in
+one pass the convolution's output never reaches memory, but cuDNN's tensor core loop is better. Where they say nothing,
+the two passes run.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import spike_conv_gluon
+from .backend import resolve_backend
+from .checks import check_conv_lif, check_spec
+from .spec import CIFAR, LIFSpec
+from .spike_conv_backend import Shape, spike_conv_config
+
+# Some versions of PyTorch refuse a norm with eps 0; this one and its complement add up to 1 without rounding.
+UNIT_EPS = 2.0**-10
+
+_lib = torch.library.Library("gac_kernels", "FRAGMENT")
+_lib.define(
+    "conv_lif(Tensor x, Tensor weight, Tensor bias, Tensor? residual, int num_steps, int stride, float threshold, "
+    "float decay, bool soft_reset, bool keep_membrane) -> (Tensor, Tensor)"
+)
+
+
+def _outputs(x: Tensor, weight: Tensor, stride: int, keep_membrane: bool) -> tuple[Tensor, Tensor]:
+    """Unwritten spikes and, where asked for, membrane."""
+    size = (x.shape[0], weight.shape[0], *((n - 1) // stride + 1 for n in x.shape[2:]))
+    made = torch.empty(size, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+    return made, torch.empty_like(made) if keep_membrane else x.new_empty(0)
+
+
+def _two_passes(
+    x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, num_steps: int, stride: int, threshold: float,
+    decay: float, soft_reset: bool, keep_membrane: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    size = [stride, stride]
+    current = torch.ops.aten.convolution(x, weight, None, size, [1, 1], [1, 1], False, [0, 0], 1)
+    variance = torch.full_like(bias, 1.0 - UNIT_EPS)
+    spikes, membrane, _ = torch.ops.gac_kernels.norm_lif(
+        current, residual, None, None, -bias, variance, None, UNIT_EPS, num_steps, threshold, decay, 0, 1.0, False,
+        soft_reset, False, keep_membrane, "",
+    )  # fmt: skip
+    return spikes.contiguous(memory_format=torch.channels_last), membrane
+
+
+@torch.library.impl(_lib, "conv_lif", "CompositeExplicitAutograd")
+def _conv_lif(x, weight, bias, residual, num_steps, stride, threshold, decay, soft_reset, keep_membrane):
+    check_conv_lif(x, weight, bias, residual, num_steps, stride)
+    out, membrane = _outputs(x, weight, stride, keep_membrane)
+    if not out.numel():
+        return out, membrane
+    layout = torch.channels_last
+    x, weight = (tensor.contiguous(memory_format=layout) for tensor in (x, weight))
+    residual = None if residual is None else residual.contiguous(memory_format=layout)
+    if resolve_backend(x.device, x.dtype) == "triton" and x.element_size() == 2:
+        config = spike_conv_config("conv_lif_hopper", Shape.of(x, out, stride, residual is not None), x.device)
+        made = spike_conv_gluon.plan(x, out, residual, membrane, num_steps, stride, config)
+        if config["ONE_PASS"] and isinstance(made, spike_conv_gluon.Plan):
+            spike_conv_gluon.launch(
+                made, x, weight, None, bias, residual, num_steps, stride, threshold, decay, soft_reset, out, membrane
+            )
+            return out, membrane
+    return _two_passes(x, weight, bias, residual, num_steps, stride, threshold, decay, soft_reset, keep_membrane)
+
+
+@torch.library.register_fake("gac_kernels::conv_lif", lib=_lib)
+def _conv_lif_fake(x, weight, bias, residual, num_steps, stride, threshold, decay, soft_reset, keep_membrane):
+    return _outputs(x, weight, stride, keep_membrane)
+
+
+def conv_lif(
+    x: Tensor, weight: Tensor, bias: Tensor, num_steps: int, spec: LIFSpec = CIFAR, *, stride: int = 1,
+    residual: Tensor | None = None, return_membrane: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
+    """``lif(conv3x3(x, weight) + bias + residual)`` over T steps, for inference: no gradient.
+
+    Args:
+        x: (T*B, C, H, W), row ``t * B + b`` being sample b at step t; any floating dtype, channels-last without a copy.
+        weight: (C', C, 3, 3) in x's dtype; padding is 1.
+        bias: (C',) float32, or float64 with such an x.
+        num_steps: T.
+        spec: What the neuron computes.
+        stride: 1 or 2.
+        residual: (T*B, C', H', W') in x's dtype, added to the neuron's input current.
+        return_membrane: Return the neuron's input current too. One pass fires before it rounds the current to x's
+            dtype, two passes round the convolution's output and, where it is returned, the current first.
+
+    Returns:
+        Spikes (T*B, C', H', W') in x's dtype, channels-last, H' = ceil(H / stride); with ``return_membrane`` the pair
+        (current, spikes).
+
+    Raises:
+        ValueError: A tensor has the wrong shape, dtype or device, or T does not divide the first axis.
+    """
+    check_spec(spec)
+    check_conv_lif(x, weight, bias, residual, num_steps, stride)
+    out, membrane = torch.ops.gac_kernels.conv_lif(
+        x, weight, bias, residual, num_steps, stride, spec.threshold, spec.decay, spec.soft_reset, return_membrane
+    )
+    return (membrane, out) if return_membrane else out
