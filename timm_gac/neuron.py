@@ -12,6 +12,8 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from gac_kernels import CIFAR, LIFSpec, lif, pack_spikes
 
+from .collectives import all_reduce
+
 __all__ = ["LIF", "BatchNormLIF", "MembraneBatchNormLIF"]
 
 
@@ -287,14 +289,12 @@ class BatchNormLIF(_NormBase):
 
         No difference of two large sums is taken, and the all-reduces have a backward pass, an all-reduce again.
         """
-        from torch.distributed.nn.functional import all_reduce  # slow to import, needed in distributed runs only
-
         group = _process_group(self.sync)
-        total = mean.new_tensor([float(count)])
+        total = mean.new_full((1,), float(count))  # filled on the device: a CUDA graph refuses copies from the host
         dist.all_reduce(total, group=group)
         share = count / total
-        mean_of_all = all_reduce(mean * share, group=group)
-        var_of_all = all_reduce((var + (mean - mean_of_all) ** 2) * share, group=group)
+        mean_of_all = all_reduce(mean * share, group)
+        var_of_all = all_reduce((var + (mean - mean_of_all) ** 2) * share, group)
         if self.track_running_stats:
             with torch.no_grad():
                 self._update_running(mean_of_all, var_of_all * (total / (total - 1.0)))
