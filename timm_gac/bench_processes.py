@@ -44,7 +44,7 @@ class Group:
         else:
             torch.set_num_threads(max(1, (os.cpu_count() or 1) // size))
         dist.init_process_group("nccl" if on_cuda else "gloo", store=store, rank=rank, world_size=size, timeout=TIMEOUT)
-        self._host = dist.new_group(backend="gloo", timeout=TIMEOUT)
+        self._host: Any = dist.new_group(backend="gloo", timeout=TIMEOUT)
         self.collectives = "nccl " + ".".join(map(str, torch.cuda.nccl.version())) if on_cuda else "gloo"
 
     def largest(self, value: float) -> float:

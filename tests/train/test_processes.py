@@ -262,3 +262,13 @@ def test_divided_weights_are_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(Accelerator, "distributed_type", property(lambda self: DistributedType.FSDP))
     with pytest.raises(ValueError, match="with DDP, got FSDP"):
         create_accelerator(Recipe(), tmp_path, (), cpu=True)
+
+
+def test_graphs_need_nccl_between_processes(tmp_path, monkeypatch):
+    monkeypatch.setattr(Accelerator, "num_processes", property(lambda self: 2))
+    monkeypatch.setattr(Accelerator, "device", property(lambda self: torch.device("cuda")))
+    monkeypatch.setattr("torch.distributed.get_backend_config", lambda: "cpu:gloo,cuda:gloo")
+    with pytest.raises(ValueError, match="expected NCCL between the processes for cuda_graph, got otherwise"):
+        create_accelerator(Recipe(cuda_graph=True), tmp_path, (), cpu=True)
+    monkeypatch.setattr("torch.distributed.get_backend_config", lambda: "cuda:nccl")
+    assert create_accelerator(Recipe(cuda_graph=True), tmp_path, (), cpu=True).num_processes == 2
