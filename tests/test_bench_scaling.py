@@ -11,7 +11,8 @@ from timm_gac.bench_scaling import ScalingConfig
     ("changes", "message"),
     [(dict(providers=("fsdp",)), "providers out of"), (dict(batch_norms=("none",)), "batch_norms out of"),
      (dict(precision="float16"), "precision out of"), (dict(batch=0), "batch >= 1"),
-     (dict(model="resnet18"), "resnet18"), (dict(processes=1), "2 to"), (dict(providers=("all_reduce+graph",)), "CUDA devices for a graph")],
+     (dict(model="resnet18"), "resnet18"), (dict(processes=1), "2 to"),
+     (dict(providers=("all_reduce+graph",)), "CUDA devices for a graph")],
 )  # fmt: skip
 def test_bad_configurations_are_a_sentence(changes: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-__all__ = ["all_reduce", "average_gradients", "share_tensors"]
+__all__ = ["average_gradients", "combine_statistics", "share_tensors"]
 
 
 class _AllReduce(torch.autograd.Function):
@@ -25,14 +25,30 @@ class _AllReduce(torch.autograd.Function):
         return _AllReduce.apply(gradients[0], ctx.group), None
 
 
-def all_reduce(x: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
-    """Sum of a tensor over all processes, with a backward pass: the sum of the processes' gradients.
+def combine_statistics(
+    mean: Tensor, var: Tensor, count: int, group: dist.ProcessGroup | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Statistics over the values of all processes from those of each, in one collective, with a backward pass.
+
+    No difference of two large sums is taken, and processes may have different numbers of values.
 
     Args:
-        x: Of one shape and dtype on every process.
+        mean: Of this process's values, (C,).
+        var: Their biased variance, (C,).
+        count: How many a channel there are on this process.
         group: Of processes; all where None.
+
+    Returns:
+        Mean (C,), biased variance (C,) and number of values (1,) of all processes, the same bits on each.
     """
-    return _AllReduce.apply(x, group)
+    # A row a process, zero in all others' copies. Nothing comes from the host, which a CUDA graph would refuse.
+    rows = torch.arange(dist.get_world_size(group), device=mean.device)[:, None] == dist.get_rank(group)
+    table = _AllReduce.apply(rows * torch.cat((mean, var, mean.new_full((1,), float(count)))), group)
+    means, variances, counts = table.split([len(mean), len(mean), 1], 1)
+    total = counts.sum(0)
+    shares = counts / total
+    mean_of_all = (shares * means).sum(0)
+    return mean_of_all, (shares * (variances + (means - mean_of_all) ** 2)).sum(0), total
 
 
 @torch.no_grad()
@@ -46,13 +62,16 @@ def average_gradients(parameters: Iterable[Tensor]) -> None:
         parameters: In the same order on every process, with gradients of one dtype; those without any are left out,
             and must be so on every process.
     """
-    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
+    gradients = [_in_memory_order(parameter.grad) for parameter in parameters if parameter.grad is not None]
+    flat = torch.cat(gradients)
     flat /= dist.get_world_size()
     dist.all_reduce(flat)
-    parts = flat.split([gradient.numel() for gradient in gradients])
-    means = [part.view(gradient.shape) for part, gradient in zip(parts, gradients, strict=True)]
-    torch._foreach_copy_(gradients, means)
+    torch._foreach_copy_(gradients, flat.split([len(gradient) for gradient in gradients]))
+
+
+def _in_memory_order(x: Tensor) -> Tensor:
+    """A dense tensor of any memory format as a flat view: no copy, so that what is written there is written to it."""
+    return x.permute(sorted(range(x.ndim), key=lambda axis: -x.stride(axis))).view(-1)
 
 
 @torch.no_grad()

@@ -14,7 +14,6 @@ import time
 from pathlib import Path
 
 import pytest
-import shared_step
 import timm
 import torch
 from accelerate import Accelerator, DistributedType
@@ -23,6 +22,7 @@ from accelerate.state import AcceleratorState
 from PIL import Image
 from safetensors.torch import load_file
 
+import shared_step
 from timm_gac.bench_ops import relative_error
 from timm_gac.bench_processes import GRADIENT_TOLERANCE, launch
 from timm_gac.train import Recipe, checkpoints

@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ..collectives import all_reduce
+from ..collectives import combine_statistics
 from ..neuron import BatchNormLIF
 
 __all__ = ["AnyDeviceSyncBatchNorm", "synchronise_norms"]
@@ -28,16 +28,11 @@ class AnyDeviceSyncBatchNorm(nn.SyncBatchNorm):
         axes = [axis for axis in range(x.ndim) if axis != 1]
         shape = [1, -1] + [1] * (x.ndim - 2)
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        count = wide.new_full((1,), float(x.numel() // x.shape[1]))
-        total = all_reduce(count, group)
-        share = count / total
         var, mean = torch.var_mean(wide, axes, correction=0)
-        # No difference of two large sums; the all-reduces have a backward pass, an all-reduce again.
-        mean_of_all = all_reduce(mean * share, group)
-        var_of_all = all_reduce((var + (mean - mean_of_all) ** 2) * share, group)
-        self._update_running(mean_of_all.detach(), (var_of_all * (total / (total - 1.0))).detach())
-        scale = torch.rsqrt(var_of_all + self.eps)
-        shift = -mean_of_all * scale
+        mean, var, total = combine_statistics(mean, var, x.numel() // x.shape[1], group)
+        self._update_running(mean.detach(), (var * (total / (total - 1.0))).detach())
+        scale = torch.rsqrt(var + self.eps)
+        shift = -mean * scale
         if self.affine:
             scale, shift = scale * self.weight, shift * self.weight + self.bias
         return (wide * scale.view(shape) + shift.view(shape)).to(x.dtype)
