@@ -11,7 +11,7 @@ from timm_gac.bench_scaling import ScalingConfig
     ("changes", "message"),
     [(dict(providers=("fsdp",)), "providers out of"), (dict(batch_norms=("none",)), "batch_norms out of"),
      (dict(precision="float16"), "precision out of"), (dict(batch=0), "batch >= 1"),
-     (dict(model="resnet18"), "resnet18"), (dict(processes=1), "2 to"),
+     (dict(model="resnet18"), "resnet18"), (dict(processes=1), "at least 2"),
      (dict(providers=("all_reduce+graph",)), "CUDA devices for a graph")],
 )  # fmt: skip
 def test_bad_configurations_are_a_sentence(changes: dict, message: str) -> None:
@@ -22,7 +22,7 @@ def test_bad_configurations_are_a_sentence(changes: dict, message: str) -> None:
 def test_more_processes_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
     assert ScalingConfig(device="cuda").size == 2
-    with pytest.raises(ValueError, match="expected 2 to 2 processes, one for each GPU here, got 4"):
+    with pytest.raises(ValueError, match="a GPU for each, got 4 and 2: run it where there are more"):
         ScalingConfig(device="cuda", processes=4)
 
 

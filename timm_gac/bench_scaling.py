@@ -102,11 +102,10 @@ class ScalingConfig:
                 raise ValueError(f"expected {name} >= 1, got {getattr(self, name)}: give a positive number")
         if self.model not in timm.list_models(module="spiking_resnet"):
             raise ValueError(f"expected a model of this package, got {self.model!r}: `timm-gac models` lists them")
-        gpus = torch.cuda.device_count() if self.on_cuda else self.size
-        if not 2 <= self.size <= gpus:
+        if self.size < 2 or (self.on_cuda and self.size > torch.cuda.device_count()):
             raise ValueError(
-                f"expected 2 to {gpus} processes, one for each GPU here, got {self.size}: scaling needs two GPUs, or "
-                "--device cpu to try it out"
+                f"expected at least 2 processes and a GPU for each, got {self.size} and "
+                f"{torch.cuda.device_count()}: run it where there are more, or give --device cpu to try it out"
             )
         if not self.on_cuda and any("graph" in provider for provider in self.providers):
             raise ValueError("expected CUDA devices for a graph, got cpu: leave all_reduce+graph out")

@@ -71,7 +71,8 @@ def average_gradients(parameters: Iterable[Tensor]) -> None:
 
 def _in_memory_order(x: Tensor) -> Tensor:
     """A dense tensor of any memory format as a flat view: no copy, so that what is written there is written to it."""
-    return x.permute(sorted(range(x.ndim), key=lambda axis: -x.stride(axis))).view(-1)
+    strides = x.stride()
+    return x.permute(sorted(range(x.ndim), key=lambda axis: -strides[axis])).view(-1)
 
 
 @torch.no_grad()
