@@ -8,7 +8,6 @@ import argparse
 
 import timm
 import torch
-import torch.nn.functional as F
 from accelerate import Accelerator
 from timm.optim import create_optimizer_v2
 
@@ -43,7 +42,7 @@ model, optimizer, train, val, schedule = accelerator.prepare(model, optimizer, t
 for epoch in range(args.epochs):
     model.train()
     for images, labels in train:
-        accelerator.backward(F.cross_entropy(model(images), labels))
+        accelerator.backward(torch.nn.functional.cross_entropy(model(images), labels))
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
@@ -52,9 +51,10 @@ for epoch in range(args.epochs):
     for images, labels in val:
         with torch.no_grad():
             hits.append(accelerator.gather_for_metrics(model(images).argmax(1) == labels))
-    top1 = torch.cat(hits).float().mean()
-    accelerator.print(f"epoch {epoch + 1}/{args.epochs}: top-1 {top1:.2%} of {len(sets['val'])}")
+    accelerator.print(f"epoch {epoch + 1}: top-1 {torch.cat(hits).float().mean():.2%} of {len(sets['val'])}")
 
+state = accelerator.get_state_dict(model)  # whole, also where FSDP2 divides the weights: every process takes part
 if accelerator.is_main_process:
-    trained = accelerator.unwrap_model(model)
+    trained = timm.create_model(args.model, num_classes=len(classes), num_steps=args.num_steps)
+    trained.load_state_dict(state)
     timm.models.save_for_hf(trained, args.out, model_args={"num_steps": args.num_steps}, safe_serialization=True)

@@ -114,6 +114,9 @@ class Recorder:
             def replay(self) -> None:
                 recorder.events.append("replay")
 
+            def reset(self) -> None:
+                recorder.events.append("reset")
+
         @contextlib.contextmanager
         def graph(graph: object, stream: object):
             recorder.events.append("begin capture")
@@ -126,6 +129,7 @@ class Recorder:
         monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
         monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
         monkeypatch.setattr(torch.cuda, "set_stream", lambda stream: None)
+        monkeypatch.setattr(torch.cuda, "synchronize", lambda device: self.events.append("synchronize"))
 
 
 def test_every_call_executes_the_step_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -145,6 +149,21 @@ def test_every_call_executes_the_step_once(monkeypatch: pytest.MonkeyPatch) -> N
     assert recorder.events == ["step", "step", "begin capture", "step", "end capture", *3 * ["replay"]]
     assert [seen[i] is inputs[i] for i in range(3)] == [True, True, False]  # the graph reads its own buffer
     assert results[:2] == inputs[:2] and all(result is seen[2] for result in results[2:])
+
+
+def test_released_graphs_are_gone_and_made_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    recorder = Recorder(monkeypatch)
+    run = GraphedStep(lambda x: recorder.events.append("step"), warmup=1)
+    run.release()  # nothing to release yet
+    with FakeTensorMode():
+        x = torch.empty(2, device="cuda")
+        for _ in range(2):
+            run(x)
+        run.release()
+        assert not run.captured
+        run(x)
+    once = ["begin capture", "step", "end capture", "replay"]
+    assert recorder.events == ["step", *once, "synchronize", "reset", *once]
 
 
 def test_replays_copy_their_inputs(monkeypatch: pytest.MonkeyPatch) -> None:

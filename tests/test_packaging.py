@@ -19,6 +19,7 @@ PACKAGE = ROOT / "timm_gac"
 # A module may import those of lower rank, and its equals (one layer may be spread over files), never a higher one.
 RANKS = {
     "gac_kernels": 0,
+    "timm_gac.collectives": 1,
     "timm_gac.neuron": 1,
     "timm_gac.encoder": 2,
     "timm_gac.convolution": 2,

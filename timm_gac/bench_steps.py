@@ -54,11 +54,14 @@ def is_channels_last(network: nn.Module) -> bool:
     return bool(weights) and all(weight.is_contiguous(memory_format=torch.channels_last) for weight in weights)
 
 
-def make_step(network: nn.Module, mode: str, precision: str, device: torch.device, *, compiled: bool) -> Step:
+def make_step(
+    network: nn.Module, mode: str, precision: str, device: torch.device, *, compiled: bool,
+    after_backward: Callable[[], None] | None = None,
+) -> Step:  # fmt: skip
     """A step as a function of its inputs.
 
-    Training is forward, cross entropy of the logits, backward and fused SGD with momentum (with a gradient scaler in
-    float16), and returns the loss; inference returns the logits.
+    Training is forward, cross entropy of the logits, backward, what ``after_backward`` does with the gradients, and
+    fused SGD with momentum (with a gradient scaler in float16), and returns the loss; inference returns the logits.
     """
     network.train(mode == "train")
     forward: Callable[[Tensor], Tensor] = torch.compile(network, dynamic=False) if compiled else network
@@ -78,6 +81,8 @@ def make_step(network: nn.Module, mode: str, precision: str, device: torch.devic
         with autocast(device, precision):
             loss = F.cross_entropy(forward(images).float(), labels)
         scaler.scale(loss).backward()
+        if after_backward is not None:
+            after_backward()
         scaler.step(optimizer)
         scaler.update()
         return loss.detach()
@@ -106,34 +111,45 @@ def measure_step(
     Raises:
         ValueError: The step's result is not finite.
     """
+    run, setup = warm_up(step, inputs, device, graph=graph)
+    length, times = max(1, steps // 10), list[float]()
+    started = time.perf_counter()
+    while len(times) < min(10, steps) and (len(times) < 3 or time.perf_counter() - started < seconds):
+        times.append(time_block(run, inputs, device, length))
+    if not torch.isfinite(run(*inputs)).all():
+        raise ValueError("expected a finite result of the step, got one that is not: its time would mean nothing")
+    return {**asdict(Timing.of(times)), "steps_per_block": length, **setup}
+
+
+def warm_up(step: Step, inputs: tuple[Tensor, ...], device: torch.device, *, graph: bool) -> tuple[Step, Row]:
+    """Run a step until it is ready to be timed: what to call from then on, and its peak memory and time of setup."""
     on_cuda = device.type == "cuda"
     warmup = 4 if on_cuda else 1
     run: Step = GraphedStep(step, warmup) if graph else step
     started = time.perf_counter()
     for _ in range(warmup):
         run(*inputs)
-    _synchronize(device)
+    synchronize(device)
     if on_cuda:
         gc.collect()
         torch.cuda.reset_peak_memory_stats(device)
-    result = run(*inputs)
-    _synchronize(device)
+    run(*inputs)
+    synchronize(device)
     peak = torch.cuda.max_memory_allocated(device) / 2**30 if on_cuda else None
     setup = time.perf_counter() - started
     for _ in range(3 if on_cuda else 0):
         run(*inputs)
-    _synchronize(device)
-    length, times = max(1, steps // 10), list[float]()
-    started = time.perf_counter()
-    while len(times) < min(10, steps) and (len(times) < 3 or time.perf_counter() - started < seconds):
-        begun = time.perf_counter()
-        for _ in range(length):
-            result = run(*inputs)
-        _synchronize(device)
-        times.append(1e3 * (time.perf_counter() - begun) / length)
-    if not torch.isfinite(result).all():
-        raise ValueError("expected a finite result of the step, got one that is not: its time would mean nothing")
-    return {**asdict(Timing.of(times)), "steps_per_block": length, "peak_gib": peak, "setup_s": setup}
+    synchronize(device)
+    return run, {"peak_gib": peak, "setup_s": setup}
+
+
+def time_block(run: Step, inputs: tuple[Tensor, ...], device: torch.device, length: int) -> float:
+    """Milliseconds a step, over a block of ``length`` steps."""
+    begun = time.perf_counter()
+    for _ in range(length):
+        run(*inputs)
+    synchronize(device)
+    return 1e3 * (time.perf_counter() - begun) / length
 
 
 def free_memory(device: torch.device) -> float:
@@ -148,6 +164,7 @@ def free_memory(device: torch.device) -> float:
     return torch.cuda.memory_allocated(device) / 2**30
 
 
-def _synchronize(device: torch.device) -> None:
+def synchronize(device: torch.device) -> None:
+    """Wait for a GPU; a CPU is never behind."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)

@@ -81,6 +81,18 @@ class GraphedStep(Generic[T]):
             self._capture(tensors).replay()
         return self._result
 
+    def release(self) -> None:
+        """Free the graph and its memory; a further call captures anew.
+
+        Where the step holds collectives, NCCL wants this done before their process group is destroyed.
+        """
+        if self._graph is not None:
+            torch.cuda.synchronize(self._inputs[0].device)
+            self._graph.reset()
+            self._graph = None
+            self._inputs = []
+            del self._result
+
     def _check(self, tensors: tuple[Tensor, ...]) -> None:
         for tensor in tensors:
             if tensor.device.type != "cuda":

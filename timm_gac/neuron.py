@@ -12,6 +12,8 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from gac_kernels import CIFAR, LIFSpec, lif, pack_spikes
 
+from .collectives import combine_statistics
+
 __all__ = ["LIF", "BatchNormLIF", "MembraneBatchNormLIF"]
 
 
@@ -283,22 +285,12 @@ class BatchNormLIF(_NormBase):
 
     @torch.jit.unused
     def _combine(self, mean: Tensor, var: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Mean, variance and count of values over all processes from those of each; also the running statistics.
-
-        No difference of two large sums is taken, and the all-reduces have a backward pass, an all-reduce again.
-        """
-        from torch.distributed.nn.functional import all_reduce  # slow to import, needed in distributed runs only
-
-        group = _process_group(self.sync)
-        total = mean.new_tensor([float(count)])
-        dist.all_reduce(total, group=group)
-        share = count / total
-        mean_of_all = all_reduce(mean * share, group=group)
-        var_of_all = all_reduce((var + (mean - mean_of_all) ** 2) * share, group=group)
+        """Mean, variance and count of values over all processes from those of each; also the running statistics."""
+        mean, var, total = combine_statistics(mean, var, count, _process_group(self.sync))
         if self.track_running_stats:
             with torch.no_grad():
-                self._update_running(mean_of_all, var_of_all * (total / (total - 1.0)))
-        return mean_of_all, var_of_all, total
+                self._update_running(mean, var * (total / (total - 1.0)))
+        return mean, var, total
 
     def _with_drop_path(self, x: Tensor, residual: Tensor | None, steps: int) -> tuple[Tensor, Tensor]:
         """The same with the norm's output dropped for some samples: norm, drop, add and neuron one by one."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import signal
 import time
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ import torch
 from accelerate.utils import gather_object, set_seed
 from torch import Tensor
 
+from ..collectives import share_tensors
 from ..evaluate import Evaluation, evaluate, evaluate_state
 from .checkpoints import (
     Checkpoint,
@@ -27,9 +29,9 @@ from .optim import MovingAverage, create_optimizer, freeze_stages
 from .progress import Progress
 from .recipes import Recipe
 from .runlog import check_same_recipe, environment, read_metrics, write_curve, write_json, write_metrics
-from .setup import create_accelerator, create_loaders, create_network, describe_input, read_sets
+from .setup import create_accelerator, create_loaders, create_network, describe_input, prepare, read_sets
 from .step import PerStepLogits, TrainStep
-from .sync import share_buffers, synchronise_norms
+from .sync import synchronise_norms
 
 __all__ = ["RunOptions", "Trainer", "train"]
 
@@ -109,7 +111,7 @@ class Trainer:
         self.average = MovingAverage(self.network, recipe.ema_decay) if recipe.ema_decay else None
         wrapped = PerStepLogits(self.network) if recipe.loss == "tet" else self.network
         raw_optimizer = create_optimizer(self.network, recipe, self.device)
-        model, self.optimizer = self.accelerator.prepare(wrapped, raw_optimizer)
+        model, self.optimizer = prepare(self.accelerator, recipe, wrapped, raw_optimizer)
         if recipe.sync_bn:  # not before: DDP refuses PyTorch's layer on a CPU, where ours works
             synchronise_norms(self.network)
         if self.average is not None:  # preparing and converting may have replaced tensors
@@ -161,6 +163,7 @@ class Trainer:
                 )
             else:
                 finish(self)
+        self.train_step.release()
         if self.options.trackers:
             self.accelerator.end_training()
         return 128 + self.stop_signal if self.stop_signal else 0
@@ -236,7 +239,7 @@ class Trainer:
         """Evaluate what the recipe reports on the test set."""
         state = self.average.state if self.average is not None and self.recipe.report == "ema" else None
         of_report = self.network.state_dict() if state is None else state
-        share_buffers([of_report[name] for name, _ in self.network.named_buffers()])
+        share_tensors([of_report[name] for name, _ in self.network.named_buffers()])
         with evaluate_state(self.network, state):
             return evaluate(self.network, self.loaders.test.batches(0), amp_dtype=AMP_DTYPES[self.recipe.precision])
 
@@ -325,8 +328,14 @@ class Trainer:
 
 
 def train(recipe: Recipe, options: RunOptions) -> int:
-    """Run a recipe; the exit code (see `Trainer.run`)."""
-    return Trainer(recipe, options).run()
+    """Run a recipe and end the process group; the exit code (see `Trainer.run`)."""
+    trainer = Trainer(recipe, options)
+    code, state = trainer.run(), trainer.accelerator.state
+    # Gloo's threads end with the last that holds the group, such as DDP; those that live when Python ends abort it.
+    del trainer
+    gc.collect()
+    state.destroy_process_group()
+    return code
 
 
 def _check_folder(options: RunOptions, recipe: Recipe, found: Path | None, processes: int) -> None:

@@ -72,7 +72,8 @@ class Recipe:
         precision: ``bfloat16`` and ``float16`` are autocast.
         channels_last: Memory format of weights and images.
         compile: Use torch.compile.
-        cuda_graph: Run the whole step as one CUDA graph; one process, one CUDA device, no float16.
+        cuda_graph: Run the whole step as one CUDA graph, on any number of CUDA devices; not with float16, stream or
+            grad_accumulation.
         pack_spikes: Keep spikes bit-packed for the backward pass: less memory, somewhat slower.
         sync_bn: Batch norm over all processes.
         seed: Of weights, order and augmentation.

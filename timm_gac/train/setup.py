@@ -7,12 +7,15 @@ from typing import Any, NamedTuple
 
 import timm
 import torch
+import torch.distributed as dist
 from accelerate import Accelerator, DistributedType
+from torch import nn
 
+from ..collectives import share_tensors
 from ..data import DeviceLoader, ImageArrays, StreamLoader, create_stream_loaders, load_arrays
 from .recipes import Recipe
 
-__all__ = ["Loaders", "create_accelerator", "create_loaders", "create_network", "describe_input"]
+__all__ = ["Loaders", "create_accelerator", "create_loaders", "create_network", "describe_input", "prepare"]
 
 MIXED_PRECISION = {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}
 EVAL_BATCH = 512
@@ -59,7 +62,7 @@ def create_accelerator(recipe: Recipe, folder: Path, trackers: tuple[str, ...], 
     if recipe.cuda_graph:
         reasons = {
             "a CUDA device": accelerator.device.type == "cuda",
-            "one process": accelerator.num_processes == 1,
+            "NCCL between the processes": accelerator.num_processes == 1 or "cuda:nccl" in dist.get_backend_config(),
             "precision bfloat16 or float32": recipe.precision != "float16",
             "grad_accumulation 1": recipe.grad_accumulation == 1,
             "batches of one size (stream off)": not recipe.stream,
@@ -92,6 +95,18 @@ def create_network(recipe: Recipe, num_classes: int, in_chans: int) -> Any:
             raise ValueError(f"expected a model that packs spikes, got {recipe.model!r}: give --no-pack-spikes")
         network.set_spike_packing(True)
     return network.to(memory_format=torch.channels_last) if recipe.channels_last else network
+
+
+def prepare(accelerator: Accelerator, recipe: Recipe, model: nn.Module, optimizer: Any) -> tuple[nn.Module, Any]:
+    """Model and optimiser as accelerate runs them: under DDP with several processes.
+
+    With a CUDA graph there is no DDP; `TrainStep` exchanges the gradients itself then, and the weights that DDP would
+    have shared are shared here.
+    """
+    if recipe.cuda_graph and accelerator.num_processes > 1:
+        share_tensors(model.state_dict().values())
+        return accelerator.prepare_model(model, evaluation_mode=True), accelerator.prepare(optimizer)
+    return accelerator.prepare(model, optimizer)
 
 
 def describe_input(network: Any, shape: tuple[int, ...]) -> None:

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from torch import Tensor, nn
 
+from ..collectives import average_gradients
 from ..graphs import GraphedStep
 from .optim import MovingAverage, learning_rate, set_learning_rate
 from .recipes import Recipe
@@ -49,6 +50,8 @@ def tet_loss(steps: Tensor, targets: Tensor, share: float, threshold: float) -> 
 class TrainStep:
     """Runs training steps and keeps their sums on the device; no step waits for the host.
 
+    Several processes exchange their gradients under DDP; with ``cuda_graph`` in one all-reduce within the graph.
+
     Args:
         accelerator: Of the run.
         model: The prepared model; its output is mean logits (B, classes), or per-step logits with ``loss='tet'``.
@@ -72,6 +75,7 @@ class TrainStep:
         self.accelerator, self.model, self.optimizer, self.average = accelerator, model, optimizer, average
         self.recipe, self.steps_per_epoch, self.threshold = recipe, steps_per_epoch, threshold
         self.sums = torch.zeros(3, dtype=torch.float32, device=accelerator.device)  # loss, matches, images
+        self.exchange = recipe.cuda_graph and accelerator.num_processes > 1
         self._run = GraphedStep(self._step) if recipe.cuda_graph else self._step
         self.lr = recipe.lr
 
@@ -94,6 +98,8 @@ class TrainStep:
             else:
                 loss = F.cross_entropy(logits, targets)
             self.accelerator.backward(loss)
+            if self.exchange:
+                average_gradients(self.model.parameters())
             if self.recipe.clip_grad and self.accelerator.sync_gradients:
                 self.accelerator.clip_grad_norm_(self.model.parameters(), self.recipe.clip_grad)
             self.optimizer.step()
@@ -104,6 +110,11 @@ class TrainStep:
             matches = (logits.argmax(1) == targets.argmax(1)).sum()
             count = torch.full_like(loss, len(images))
             self.sums += torch.stack((loss.detach() * count, matches.to(loss.dtype), count))
+
+    def release(self) -> None:
+        """Let go of the CUDA graph, which must not outlive the process group."""
+        if isinstance(self._run, GraphedStep):
+            self._run.release()
 
     def read(self) -> tuple[float, float]:
         """Mean loss and share of images given the class of their largest target since the last call; waits once."""

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from ..collectives import combine_statistics
 from ..neuron import BatchNormLIF
 
-__all__ = ["AnyDeviceSyncBatchNorm", "share_buffers", "synchronise_norms"]
+__all__ = ["AnyDeviceSyncBatchNorm", "synchronise_norms"]
 
 
 class AnyDeviceSyncBatchNorm(nn.SyncBatchNorm):
@@ -25,22 +25,14 @@ class AnyDeviceSyncBatchNorm(nn.SyncBatchNorm):
         return self._synchronised(input, group)
 
     def _synchronised(self, x: Tensor, group: dist.ProcessGroup) -> Tensor:
-        from torch.distributed.nn.functional import all_reduce  # slow to import, needed in distributed runs only
-
         axes = [axis for axis in range(x.ndim) if axis != 1]
         shape = [1, -1] + [1] * (x.ndim - 2)
-        count = x.new_tensor([float(x.numel() // x.shape[1])], dtype=torch.float32)
-        total = count.clone()
-        dist.all_reduce(total, group=group)
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        share = (count / total).to(wide.dtype)
         var, mean = torch.var_mean(wide, axes, correction=0)
-        # No difference of two large sums; the all-reduces have a backward pass, an all-reduce again.
-        mean_of_all = all_reduce(mean * share, group=group)
-        var_of_all = all_reduce((var + (mean - mean_of_all) ** 2) * share, group=group)
-        self._update_running(mean_of_all.detach(), (var_of_all * (total / (total - 1.0))).detach())
-        scale = torch.rsqrt(var_of_all + self.eps)
-        shift = -mean_of_all * scale
+        mean, var, total = combine_statistics(mean, var, x.numel() // x.shape[1], group)
+        self._update_running(mean.detach(), (var * (total / (total - 1.0))).detach())
+        scale = torch.rsqrt(var + self.eps)
+        shift = -mean * scale
         if self.affine:
             scale, shift = scale * self.weight, shift * self.weight + self.bias
         return (wide * scale.view(shape) + shift.view(shape)).to(x.dtype)
@@ -62,11 +54,3 @@ def synchronise_norms(network: nn.Module) -> Any:
         if type(module) is nn.SyncBatchNorm and id(module) not in markers:
             module.__class__ = AnyDeviceSyncBatchNorm  # adds a method; the state is the same
     return converted
-
-
-@torch.no_grad()
-def share_buffers(tensors: Iterable[Tensor]) -> None:
-    """Give every process the first one's values: running statistics differ where batch norm is not synchronised."""
-    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-        for tensor in tensors:
-            dist.broadcast(tensor, 0)
