@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import spike_conv_eager
+from . import spike_conv_eager, spike_conv_onednn
 from ._triton import tl, triton
 from .checks import check_spec, check_spike_conv
 from .layout import on_device
@@ -95,7 +95,7 @@ def _forward_triton(
         )  # fmt: skip
 
 
-_FORWARD = {"eager": spike_conv_eager.forward, "triton": _forward_triton}
+_FORWARD = {"eager": spike_conv_eager.forward, "onednn": spike_conv_onednn.forward, "triton": _forward_triton}
 
 _lib = torch.library.Library("gac_kernels", "FRAGMENT")
 _lib.define(
