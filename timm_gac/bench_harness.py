@@ -149,7 +149,7 @@ def provenance(device: torch.device, backend: str, commit: str = "") -> Row:
         backend: The backend that the project's own ops resolved to.
         commit: The source's commit; by default ``TIMM_GAC_COMMIT``, then git, then ``unknown``.
     """
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU {platform.machine()}"
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU {_cpu_name()}"
     return {
         "date_utc": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M"),
         "device": name,
@@ -159,6 +159,14 @@ def provenance(device: torch.device, backend: str, commit: str = "") -> Row:
         "commit": commit or os.environ.get("TIMM_GAC_COMMIT", "") or _git_commit(),
         "backend": backend,
     }
+
+
+def _cpu_name() -> str:
+    """Architecture and vector instructions, behind the model's name where Linux tells it."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.is_file() else []
+    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return " ".join([*models[:1], platform.machine(), torch.backends.cpu.get_cpu_capability()])
 
 
 def _version(distribution: str) -> str:

@@ -31,6 +31,8 @@ def quantize(model: nn.Module, clip: str = "mse") -> IntegerSpikingResNet:
     Nothing else is rounded: spikes are integers already, so the convolutions are exact. Stem, encoder, 1x1 shortcuts
     and classifier stay as they are, and so does the first convolution of a plain network, whose input is real-valued.
     ``.to(torch.bfloat16)`` and autocast change those alone; ``.double()`` evaluates the quantised network in float64.
+    The convolutions run in Triton on GPUs and as oneDNN's int8 convolutions on x86 CPUs; elsewhere, which is logged, as
+    exact float32 ones.
 
     Args:
         model: A network of this package with running statistics; it is left alone.

@@ -4,8 +4,8 @@
 
 Before a candidate is timed it must give what the other way gives: in int8 the bits of the plain Triton kernel, in 16
 bits nearly all spikes of cuDNN's convolution with `norm_lif`, which it also has to beat. Candidates are compiled by
---jobs processes first, since compiling takes seconds and timing milliseconds. --update writes the best into the JSON file of
-this GPU that `gac_kernels.tuning` reads; without it they are only printed.
+--jobs processes first, since compiling takes seconds and timing milliseconds. --update writes the best into the JSON
+file of this GPU that `gac_kernels.tuning` reads; without it they are only printed.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ import logging
 import torch
 from torch import Tensor
 
-from . import spike_conv_eager, spike_conv_gluon
+from . import spike_conv_eager, spike_conv_gluon, spike_conv_onednn
 from ._triton import tl, triton
 from .checks import check_spec, check_spike_conv
 from .layout import on_device
@@ -108,7 +108,7 @@ def _forward_triton(
         )  # fmt: skip
 
 
-_FORWARD = {"eager": spike_conv_eager.forward, "triton": _forward_triton}
+_FORWARD = {"eager": spike_conv_eager.forward, "onednn": spike_conv_onednn.forward, "triton": _forward_triton}
 
 _lib = torch.library.Library("gac_kernels", "FRAGMENT")
 _lib.define(

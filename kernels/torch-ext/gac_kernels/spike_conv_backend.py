@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from . import spike_conv_onednn
 from ._triton import INTERPRETED
 from .backend import requested_backend, resolve_backend
 from .tuning import shape_config
@@ -65,14 +66,18 @@ def spike_conv_config(kernel: str, shape: Shape, device: torch.device) -> dict[s
 
 
 def spike_conv_backend(device: torch.device) -> str:
-    """The implementation that a call runs: ``triton`` or ``eager``; why it is the slower one is logged once.
+    """The implementation that a call runs: ``triton``, ``onednn`` or ``eager``; why it is the slowest is logged once.
 
     Raises:
         ValueError: A backend was asked for that cannot run on this device.
     """
     if resolve_backend(device, torch.int8) == "eager":
-        if requested_backend() == "auto":
-            _say(f"spike_conv runs as exact float32 convolutions on {device.type}, slower than on a GPU with Triton")
+        if requested_backend() == "eager":
+            return "eager"
+        reason = spike_conv_onednn.why_not() if device.type == "cpu" else f"no Triton for {device.type}"
+        if not reason:
+            return "onednn"
+        _say(f"spike_conv runs as exact float32 convolutions, slower: {reason}")
         return "eager"
     if device.type == "cpu" and INTERPRETED:
         return "triton"
