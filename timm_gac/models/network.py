@@ -14,7 +14,7 @@ from timm.layers import calculate_drop_path_rates, create_classifier, get_device
 from timm.models._features import feature_take_indices  # timm offers it to model files under this name only
 from torch import Tensor, nn
 
-from gac_kernels import IMAGENET, LIFSpec, pack_spikes
+from gac_kernels import IMAGENET, LIFSpec
 
 from ..encoder import DirectCoding, GatedAttentionCoding
 from ..neuron import LIF, BatchNormLIF, check_num_steps
@@ -120,7 +120,6 @@ class SpikingResNet(nn.Module):
         self.in_chans = in_chans
         self.drop_rate = drop_rate
         self.scaled_init = scaled_init
-        self.pack_spikes = False
 
         stride = 2 if stem_kernel > 3 else 1
         self.conv1 = nn.Conv2d(in_chans, stem_width, stem_kernel, stride, stem_kernel // 2, bias=False, **dd)
@@ -184,7 +183,7 @@ class SpikingResNet(nn.Module):
 
     @torch.jit.ignore
     def set_spike_packing(self, enable: bool = True) -> None:
-        """Keep spikes as bits for the backward pass of the convolutions that read them.
+        """Keep spikes of blocks as bits for the backward pass of the convolutions that read them.
 
         Less memory in training for the same gradients, to the bit, and some time to unpack them; of no effect where
         gradients are disabled. In networks with plain blocks the identity shortcuts still keep spikes as they are.
@@ -192,7 +191,6 @@ class SpikingResNet(nn.Module):
         blocks = [module for module in self.modules() if isinstance(module, (MSBlock, SpikingBlock))]
         for block in blocks:
             block.pack_hidden, block.pack_output = enable, enable and block is not blocks[-1]
-        self.pack_spikes = enable
 
     @torch.jit.ignore
     def get_classifier(self, name_only: bool = False) -> nn.Module | str:
@@ -229,24 +227,11 @@ class SpikingResNet(nn.Module):
         """Spikes of the last stage, time-folded: ``(T*B, C', H', W')``."""
         membrane = self._encode(x)
         spikes = self.lif(membrane)
-        bits = self._pack(spikes)
-        membrane, spikes, bits = self.layer1(membrane, spikes, bits)
+        membrane, spikes, bits = self.layer1(membrane, spikes, None)
         membrane, spikes, bits = self.layer2(membrane, spikes, bits)
         membrane, spikes, bits = self.layer3(membrane, spikes, bits)
         membrane, spikes, bits = self.layer4(membrane, spikes, bits)
         return spikes
-
-    def _pack(self, spikes: Tensor) -> Tensor | None:
-        """The bits of the first neuron's spikes, where they are to be packed."""
-        if not torch.jit.is_scripting():  # noqa: SIM102 (TorchScript skips the block only where this stands alone)
-            if (
-                self.pack_spikes
-                and isinstance(self.lif, LIF)
-                and isinstance(spikes, Tensor)
-                and torch.is_grad_enabled()
-            ):
-                return pack_spikes(spikes, self.num_steps)
-        return None
 
     def forward_intermediates(
         self,
@@ -276,7 +261,7 @@ class SpikingResNet(nn.Module):
         features = membrane.unflatten(0, [self.num_steps, membrane.shape[0] // self.num_steps]).mean(0)
         intermediates = [features] if 0 in take_indices else []
         spikes = self.lif(membrane)
-        bits = self._pack(spikes)
+        bits: Tensor | None = None
         stages = [getattr(self, name) for name in _STAGES[: len(self.feature_info) - 1]]
         for i, stage in enumerate(stages[:max_index] if stop_early else stages, start=1):
             membrane, spikes, bits = stage(membrane, spikes, bits)
