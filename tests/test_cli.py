@@ -135,4 +135,5 @@ def test_a_missing_extra_is_named(
 
     monkeypatch.setattr(builtins, "__import__", without_sklearn)
     assert cli.main(["demo", "--out", str(tmp_path / "demo")]) == 2
-    assert "'sklearn'" in capsys.readouterr().err
+    errors = capsys.readouterr().err
+    assert "'sklearn'" in errors and "install timm-gac[demo]" in errors

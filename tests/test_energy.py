@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import time
 from pathlib import Path
@@ -15,6 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from gac_kernels import CIFAR, use_backend
 from timm_gac import cli, fuse_for_inference
 from timm_gac.energy import COSTS, EnergyMeter, measure_energy
+from timm_gac.energy.counter import Counter
 from timm_gac.evaluate import evaluate
 from timm_gac.neuron import LIF
 from timm_gac.sources import calibrate
@@ -71,6 +73,46 @@ def test_dense_macs_are_those_of_torch(name):
         model(images)
     assert sum(layer.macs * layer.runs for layer in report.layers) == counter.get_total_flops() / 2 / len(images)
     assert sum(layer.binary and layer.rate > 0 for layer in report.layers) > 3  # some neurons do fire
+
+
+@pytest.mark.filterwarnings("ignore:Using padding=.same")
+@pytest.mark.parametrize("pruned", [False, True])
+@pytest.mark.parametrize(
+    "layer",
+    [
+        nn.Conv2d(4, 6, 3, stride=2, padding=1),
+        nn.Conv2d(4, 6, 4, padding="same", groups=2),
+        nn.Conv2d(4, 4, (3, 1), dilation=2, groups=4, bias=False),
+        nn.Conv1d(4, 5, 3),
+        nn.Linear(7, 5),
+    ],
+    ids=["strided", "same", "depthwise", "1d", "linear"],
+)
+def test_products_without_zeros_by_brute_force(layer, pruned):
+    shape = {nn.Conv2d: (4, 9, 8), nn.Conv1d: (4, 9), nn.Linear: (7,)}[type(layer)]
+    x = torch.randint(-1, 3, (3, 2 * 5, *shape)).float()  # three runs of two steps and a batch of 5
+    x[:, :5].clamp_(0, 1)
+    layer = copy.deepcopy(layer)
+    if pruned:
+        layer.weight.data[torch.rand_like(layer.weight) < 0.3] = 0
+    assert bool((layer.weight == 0).any()) is pruned
+    counter = Counter("layer", layer, "conv")
+    for run in x:
+        counter.add(run, layer(run), batch=5)
+    count = counter.result(images=15, kind="conv")
+    ones = copy.deepcopy(layer).double()  # counts the products where both operands are not 0
+    ones.weight.data = (layer.weight != 0).double()
+    ones.bias = None
+    with torch.no_grad():
+        products = ones((x != 0).double().flatten(0, 1)).unflatten(0, (3, 2, 5)).flatten(3).sum((0, 2, 3))
+        ones.weight.data.fill_(1)
+        dense = ones(torch.ones(1, *shape, dtype=torch.float64)).sum().item()
+    assert count.step_effective == pytest.approx((products / 15).tolist(), rel=1e-12)
+    assert count.step_rates == pytest.approx((x != 0).double().unflatten(1, (2, 5)).mean((0, 2, *range(3, x.ndim + 1))))
+    assert count.dense == 2 * dense and count.binary is False
+    binary = Counter("layer", layer, "conv")
+    binary.add(-x[0].clamp(-1, 1), layer(x[0]), batch=5)
+    assert binary.result(5, "conv").binary is True
 
 
 @pytest.mark.filterwarnings("ignore")  # of packages that the counter imports
@@ -180,19 +222,30 @@ def test_triton_kernels_count_the_same():
     assert reports[1].totals()["strict"]["acs"] > 0
 
 
+@pytest.fixture
+def one_thread():
+    """Then time spent by the process is time spent computing, whatever else the machine does."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("one_thread")
 def test_evaluation_with_a_meter_is_hardly_slower():
-    # Whole evaluations in turns, the fastest of each: what other programs do on the machine is in both.
-    model, images = small("gac_msresnet18_cifar", size=32, steps=2, batch=16)
-    batches = [(images, torch.zeros(16, dtype=torch.long))]
+    # Few images, so that what a report costs, asked for after each batch, shows too.
+    model, images = small("gac_msresnet18", size=160, steps=4, batch=2)
+    batches = [(images, torch.zeros(2, dtype=torch.long))]
     plain, metered, meter = [], [], EnergyMeter(model)
-    for _ in range(3):
-        start = time.perf_counter()
+    for _ in range(4):
+        start = time.process_time()
         alone = evaluate(model, batches)
-        middle = time.perf_counter()
+        middle = time.process_time()
         with meter:
             watched = evaluate(model, batches)
+        report = meter.report()
         plain.append(middle - start)
-        metered.append(time.perf_counter() - middle)
+        metered.append(time.process_time() - middle)
         assert watched.firing_rates == alone.firing_rates
-    assert meter.report().images == 48
+    assert report.images == 8
     assert min(metered) < 1.3 * min(plain), (plain, metered)

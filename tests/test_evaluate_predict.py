@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 from timm_gac import cli
+from timm_gac.anytime import early_exit
 from timm_gac.data import load_arrays, open_test_set
 from timm_gac.hub import save_model_folder
 from timm_gac.hub.folder import CONFIG, write_config
@@ -131,6 +132,30 @@ def test_predict_agrees_with_the_network(folder, pictures, tmp_path, capsys):
     assert cli.main(["predict", str(pictures[0]), "--model", str(folder)]) == 0
 
 
+def test_predict_exits_when_it_is_sure(folder, pictures, tmp_path, capsys):
+    model = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+    with torch.no_grad():
+        steps = model.forward_steps(load_arrays("digits", "test").images[:3].float() / 127.5 - 1)
+    first = early_exit(steps[:, :1], 1.0).confidence.sort().values
+    threshold = ((first[1] + first[2]) / 2).item()  # one picture is as sure after one step
+    expected = early_exit(steps, threshold)
+    assert expected.steps.min() == 1 < expected.steps.max()
+    file = tmp_path / "out.json"
+    given = ["predict", *map(str, pictures), "--model", str(folder), "--exit", str(threshold), "--per-step"]
+    assert cli.main([*given, "--json", str(file)]) == 0
+    text = capsys.readouterr().out
+    content = json.loads(file.read_text())
+    assert content["exit"] == threshold
+    for index, row in enumerate(content["pictures"].values()):
+        assert row["steps"] == expected.steps[index] == len(row["per_step"]) and row["num_steps"] == 3
+        assert row["classes"][0] == expected.logits[index].argmax()
+        assert row["confidences"][0] == pytest.approx(expected.confidence[index].item(), abs=1e-4)
+        assert f"exit after {row['steps']} of 3 steps: {row['names'][0]}" in text
+    assert text.count("after 1 of 3 steps") == 3 + 1  # per step for all three, and one exit
+    (row,) = predict(model, torch.zeros(1, 1, 8, 8), exit_at=1e-9)
+    assert (row.steps, row.num_steps) == (1, 3)
+
+
 def test_answers_by_hand_and_classes_without_a_name():
     logits = torch.tensor([[[0.0, 1.0, 0.0], [3.0, 0.0, 0.0]]])
     (row,) = answers(logits, 5, ("a",))
@@ -155,6 +180,8 @@ def test_answers_by_hand_and_classes_without_a_name():
         ["eval", "FOLDER", "--data", "digits", "--num-steps", "9"],
         ["predict", "a.png", "--model", "test_gac_msresnet"],
         ["predict", "a.png", "--model", "FOLDER", "--top", "0"],
+        ["predict", "a.png", "--model", "FOLDER", "--exit", "0"],
+        ["predict", "a.png", "--model", "FOLDER", "--exit", "1.5"],
     ],
 )
 def test_refusals_are_one_sentence(arguments, folder, capsys, tmp_path, monkeypatch):

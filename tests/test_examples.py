@@ -16,6 +16,10 @@ from PIL import Image
 import timm_gac  # noqa: F401 (registers the models)
 
 ROOT = Path(__file__).parents[1]
+# Runs a script from known random numbers: of unseeded runs, one in a few learns too late to be judged.
+SEEDED = (
+    "import runpy, sys, torch; torch.manual_seed(0); del sys.argv[0]; runpy.run_path(sys.argv[0], None, '__main__')"
+)
 
 
 @pytest.fixture
@@ -36,15 +40,15 @@ def test_finetune(digits: Path, tmp_path: Path) -> None:
     script = ROOT / "examples" / "finetune.py"
     assert len(script.read_text(encoding="utf-8").splitlines()) <= 60
     command = [
-        sys.executable, str(script), str(digits), "--model", "test_gac_msresnet", "--epochs", "8", "--num-steps", "3",
-        "--batch-size", "8", "--lr", "0.005", "--out", str(tmp_path / "tuned"),
+        sys.executable, "-c", SEEDED, str(script), str(digits), "--model", "test_gac_msresnet", "--epochs", "5",
+        "--num-steps", "3", "--batch-size", "4", "--lr", "0.005", "--out", str(tmp_path / "tuned"),
     ]  # fmt: skip
     paths = [str(ROOT), str(ROOT / "kernels" / "torch-ext"), os.environ.get("PYTHONPATH", "")]
     env = os.environ | {"ACCELERATE_USE_CPU": "true", "PYTHONPATH": os.pathsep.join(filter(None, paths))}
     done = subprocess.run(command, capture_output=True, text=True, timeout=240, env=env)
     assert done.returncode == 0, done.stderr[-2000:]
     shares = [float(share) for share in re.findall(r"top-1 ([\d.]+)% of 32", done.stdout)]
-    assert len(shares) == 8 and shares[-1] > 70, done.stdout  # zeros and ones: a coin would get half of them
+    assert len(shares) == 5 and shares[-1] > 70, done.stdout  # zeros and ones: a coin would get half of them
     model = timm.create_model(f"local-dir:{tmp_path / 'tuned'}", pretrained=True)
     assert model.num_steps == 3 and model(torch.zeros(1, 3, 32, 32)).shape == (1, 2)
     assert not list((tmp_path / "tuned").glob("*.bin"))

@@ -123,8 +123,10 @@ def run_python(code: str) -> str:
 def test_import_costs_under_a_second_beyond_timm() -> None:
     # Processor time, not wall time: the tests beside this one must not count.
     code = "import timm, time; start = time.process_time(); import timm_gac; print(time.process_time() - start)"
-    seconds = [float(run_python(code)) for _ in range(3)]
-    assert statistics.median(seconds) < 1.0, seconds
+    seconds = [float(run_python(code)) for _ in range(2)]
+    if max(seconds) >= 1.0:  # else the third of three cannot change their median's answer
+        seconds.append(float(run_python(code)))
+        assert statistics.median(seconds) < 1.0, seconds
 
 
 def test_works_without_triton() -> None:

@@ -56,7 +56,7 @@ def early_exit(steps_logits: Tensor, confidence: float) -> Exit:
         raise ValueError(
             f"expected logits (B, T, classes), got {tuple(steps_logits.shape)}: take them from model.forward_steps"
         )
-    _check_confidence(confidence)
+    check_confidence(confidence)
     means = _answers(steps_logits)
     sure = means.softmax(-1).amax(-1)  # [B, T]
     steps = _first_sure(sure, confidence)
@@ -64,7 +64,8 @@ def early_exit(steps_logits: Tensor, confidence: float) -> Exit:
     return Exit(means[rows, steps - 1], steps, sure[rows, steps - 1])
 
 
-def _check_confidence(confidence: float) -> None:
+def check_confidence(confidence: float) -> None:
+    """A ValueError where a confidence to stop at is out of range."""
     if not 0.0 < confidence <= 1.0:
         raise ValueError(f"expected a confidence above 0 and at most 1, got {confidence!r}: give one such as 0.9")
 
@@ -155,7 +156,7 @@ def measure_anytime(
     if not hasattr(model, "forward_steps"):
         raise ValueError(f"expected a model with forward_steps, got {type(model).__name__}: use one of this package")
     for confidence in confidences:
-        _check_confidence(confidence)
+        check_confidence(confidence)
     hits, sures, meter = [], [], EnergyMeter(model)
     with meter:
         for images, labels in batches:

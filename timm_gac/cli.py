@@ -21,6 +21,8 @@ from .hub.prepare import PublishConfig
 from .inspect.command import InspectConfig
 from .predict import PredictConfig
 
+# What brings an optional package; anything else is in `all`.
+EXTRAS = {"accelerate": "train", "tensorboard": "train", "matplotlib": "bench", "sklearn": "demo"}
 DESCRIPTION = "Gated attention coding and spiking ResNets for timm: demonstrate, convert, benchmark and list."
 
 
@@ -329,7 +331,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         message = str(error)
     except ModuleNotFoundError as error:
-        message = f"expected the optional package {error.name!r}, got none: install timm-gac[all]"
+        extra = EXTRAS.get(str(error.name).partition(".")[0], "all")
+        message = f"expected the optional package {error.name!r}, got none: install timm-gac[{extra}]"
     except KeyboardInterrupt:
         message = "interrupted"
     sys.stderr.write(f"timm-gac: {message}\n")

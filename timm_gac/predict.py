@@ -14,7 +14,9 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from .anytime import check_confidence
 from .sources import PICTURES, label_names, open_network, open_pictures, place_network
+from .stepwise import forward_until_sure
 
 __all__ = ["PredictConfig", "Prediction", "predict", "run_predict"]
 
@@ -31,8 +33,9 @@ class Prediction:
         classes: The best classes, the most probable first.
         names: Their names; the number as text where a class has none.
         confidences: Their softmax probabilities.
-        per_step: Best class and its confidence by the mean logits of the first t steps, t = 1 to T.
-        steps: Time steps used.
+        per_step: Best class and its confidence by the mean logits of the first t steps, for each step that ran.
+        steps: Time steps that ran: where the picture left, with early exit.
+        num_steps: T of the network.
     """
 
     classes: tuple[int, ...]
@@ -40,6 +43,7 @@ class Prediction:
     confidences: tuple[float, ...]
     per_step: tuple[tuple[int, float], ...]
     steps: int
+    num_steps: int
 
 
 @torch.no_grad()
@@ -50,6 +54,7 @@ def predict(
     top: int = 5,
     names: Sequence[str] = (),
     amp_dtype: torch.dtype | None = None,
+    exit_at: float | None = None,
 ) -> list[Prediction]:
     """The answers of a network in eval mode.
 
@@ -59,9 +64,10 @@ def predict(
         top: So many classes each, or as many as there are.
         names: Of the classes, in order; () where unknown.
         amp_dtype: Autocast to this dtype.
+        exit_at: Early exit at this confidence, see `forward_until_sure`; None for all time steps.
 
     Raises:
-        ValueError: The model has no per-step logits, or ``top`` is below 1.
+        ValueError: The model has no per-step logits, ``top`` is below 1, or ``exit_at`` is outside (0, 1].
     """
     if not hasattr(model, "forward_steps"):
         raise ValueError(f"expected a model with forward_steps, got {type(model).__name__}: use one of this package")
@@ -69,12 +75,14 @@ def predict(
         raise ValueError(f"expected top of at least 1, got {top}: raise it")
     amp = torch.autocast(images.device.type, amp_dtype) if amp_dtype is not None else nullcontext()
     with amp:
-        logits = model.forward_steps(images)  # (B, T, classes)
-    return answers(logits, top, names)
+        if exit_at is None:
+            return answers(model.forward_steps(images), top, names)
+        rows = forward_until_sure(model, images, exit_at)
+    return [answers(row[None], top, names, model.num_steps)[0] for row in rows]
 
 
-def answers(logits: Tensor, top: int, names: Sequence[str] = ()) -> list[Prediction]:
-    """Predictions from per-step logits (B, T, classes)."""
+def answers(logits: Tensor, top: int, names: Sequence[str] = (), num_steps: int | None = None) -> list[Prediction]:
+    """Predictions from logits of the steps that ran, (B, steps, classes), of a network of ``num_steps`` if more."""
     steps = torch.arange(1, logits.shape[1] + 1, device=logits.device)[:, None]
     probabilities = (logits.double().cumsum(1) / steps).softmax(-1)
     best, classes = probabilities[:, -1].topk(min(top, logits.shape[-1]))
@@ -83,7 +91,7 @@ def answers(logits: Tensor, top: int, names: Sequence[str] = ()) -> list[Predict
     return [
         Prediction(
             tuple(chosen), tuple(_name(number, names) for number in chosen), tuple(sure),
-            tuple(zip(after, how_sure, strict=True)), len(after),
+            tuple(zip(after, how_sure, strict=True)), len(after), num_steps or len(after),
         )
         for chosen, sure, after, how_sure in rows
     ]  # fmt: skip
@@ -101,6 +109,9 @@ class PredictConfig:
         model: Registered name.tag, model or run folder, or ORG/NAME on the Hub.
         top: So many classes a picture.
         per_step: Show the answer after each time step too.
+        exit: Stop each picture at the first time step after which its best class is this probable, such as 0.9. Its
+            later steps are then not computed at all; only the encoder always runs for all steps, and for a picture its
+            convolutions run just once for them.
         num_steps: Number of time steps T; the network's own where left out.
         batch_size: Pictures a batch.
         precision: float32, or bfloat16 or float16 by autocast.
@@ -111,6 +122,7 @@ class PredictConfig:
     model: str = DEFAULT_MODEL
     top: int = 5
     per_step: bool = False
+    exit: float | None = None
     num_steps: int | None = None
     batch_size: int = 32
     precision: Precision = "float32"
@@ -121,6 +133,8 @@ class PredictConfig:
         for name in ("top", "batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"expected {name} of at least 1, got {getattr(self, name)}: raise it")
+        if self.exit is not None:
+            check_confidence(self.exit)
 
 
 def find_pictures(paths: Iterable[Path]) -> tuple[list[Path], list[str]]:
@@ -158,13 +172,14 @@ def run_predict(paths: Sequence[Path], config: PredictConfig, console: Console |
     results = dict[str, Prediction]()
     for some, images in _batches(files, network, config.batch_size, problems):
         options: dict[str, Any] = {"top": config.top, "names": names, "amp_dtype": AMP_DTYPES[config.precision]}
+        options["exit_at"] = config.exit
         for file, prediction in zip(some, predict(network, images.to(config.device), **options), strict=True):
             results[str(file)] = prediction
-            console.print(_table(file, prediction, names, config.per_step))
+            console.print(_table(file, prediction, names, config))
     for problem in problems:
         console.print(f"skipped: {problem}", markup=False)
     if config.json is not None:
-        _write_json(config.json, config.model, results, problems)
+        _write_json(config.json, config, results, problems)
     return 1 if problems else 0
 
 
@@ -186,7 +201,7 @@ def _batches(
         yield good, torch.cat(rows)
 
 
-def _table(file: Path, prediction: Prediction, names: Sequence[str], per_step: bool) -> Table:
+def _table(file: Path, prediction: Prediction, names: Sequence[str], config: PredictConfig) -> Table:
     from rich.box import SIMPLE_HEAD
 
     table = Table(title=str(file), title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
@@ -194,21 +209,26 @@ def _table(file: Path, prediction: Prediction, names: Sequence[str], per_step: b
     table.add_column("confidence", justify="right")
     for name, confidence in zip(prediction.names, prediction.confidences, strict=True):
         table.add_row(name, f"{confidence:.2%}")
-    if per_step:
+    if config.exit is not None:
+        table.add_section()
+        exit_at = f"exit after {prediction.steps} of {prediction.num_steps} steps"
+        table.add_row(f"{exit_at}: {prediction.names[0]}", f"{prediction.confidences[0]:.2%}")
+    if config.per_step:
         table.add_section()
         for step, (number, confidence) in enumerate(prediction.per_step, start=1):
-            table.add_row(f"after {step} of {prediction.steps} steps: {_name(number, names)}", f"{confidence:.2%}")
+            table.add_row(f"after {step} of {prediction.num_steps} steps: {_name(number, names)}", f"{confidence:.2%}")
     return table
 
 
-def _write_json(file: Path, model: str, results: dict[str, Prediction], problems: list[str]) -> None:
+def _write_json(file: Path, config: PredictConfig, results: dict[str, Prediction], problems: list[str]) -> None:
     content = {
-        "model": model,
+        "model": config.model,
+        "exit": config.exit,
         "pictures": {
             name: {
                 "classes": list(row.classes), "names": list(row.names), "confidences": list(row.confidences),
                 "per_step": [{"class": number, "confidence": sure} for number, sure in row.per_step],
-                "steps": row.steps,
+                "steps": row.steps, "num_steps": row.num_steps,
             }
             for name, row in results.items()
         },

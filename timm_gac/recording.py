@@ -12,6 +12,7 @@ from gac_kernels import LIFSpec
 
 from .encoder import GatedAttentionCoding
 from .inference import FoldedLIF, shift_in_neuron
+from .models.integer import IntegerLIF, SpikeConv
 from .neuron import LIF, BatchNormLIF
 
 __all__ = ["NEURONS", "current_of", "membrane_of", "neuron_layers", "spikes_of"]
@@ -44,6 +45,10 @@ def current_of(module: Any, inputs: tuple[Any, ...], num_steps: int) -> Tensor:
     Raises:
         ValueError: The module is no neuron layer.
     """
+    if isinstance(module, SpikeConv):
+        return module.current(inputs[0], inputs[1] if len(inputs) > 1 else None, num_steps).unflatten(
+            0, (num_steps, -1)
+        )
     x = _wide(inputs[0])
     if isinstance(module, GatedAttentionCoding):
         return x.unsqueeze(0).expand(num_steps, *x.shape) if x.ndim == 4 else x
@@ -55,7 +60,7 @@ def current_of(module: Any, inputs: tuple[Any, ...], num_steps: int) -> Tensor:
         if shift_in_neuron(x):
             shift: Tensor = module.minus_shift  # type: ignore[assignment]
             x = x - shift.to(x.dtype)[:, None, None]
-    elif not isinstance(module, LIF):
+    elif not isinstance(module, LIF | IntegerLIF):
         raise ValueError(f"expected a neuron layer, got {type(module).__name__}: see `neuron_layers`")
     if len(inputs) > 1 and inputs[1] is not None:
         x = x + inputs[1].to(x.dtype)

@@ -2,55 +2,21 @@
 
 from __future__ import annotations
 
-import resource
+import os
 import signal
-import subprocess
-import sys
 from dataclasses import replace
 
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from children import MOMENTS, Child, die_writing, limit_file_size
 from safetensors.torch import load_file
 
 from timm_gac.train import Recipe, checkpoints
 from timm_gac.train.loop import RunOptions, Trainer, train
 
-# Kills this very process at a given moment of the n-th checkpoint, then trains as usual where it is not reached.
-CHILD = """
-import os, shutil, signal, sys
-from pathlib import Path
-from timm_gac.train import checkpoints
-from timm_gac.train.__main__ import main
-moment, left = sys.argv[1], int(sys.argv[2])
-write, rename, rmtree = checkpoints._write, Path.rename, shutil.rmtree
-def die():
-    os.kill(os.getpid(), signal.SIGKILL)
-def at(place):
-    global left
-    if place == moment:
-        left -= 1
-        if left == 0:
-            die()
-def half_written(file, content):
-    if file.name == checkpoints.TENSORS and moment == "in the tensors" and left == 1:
-        write(file, content[: len(content) // 2])
-    if file.name == checkpoints.TENSORS:
-        at("in the tensors")
-    if file.name == checkpoints.STATE:
-        at("before the state")
-    write(file, content)
-def renamed(self, target):
-    if self.name.startswith(".partial_"):
-        at("before the rename")
-    result = rename(self, target)
-    if self.name.startswith(".partial_"):
-        at("after the rename")
-    return result
-checkpoints._write, Path.rename = half_written, renamed
-sys.exit(main(sys.argv[3:]))
-"""
-MOMENTS = ("in the tensors", "before the state", "before the rename", "after the rename")
+# How often each moment of a write is died at: TIMM_GAC_KILLS=20 are five rounds of the four.
+ROUNDS = max(1, int(os.environ.get("TIMM_GAC_KILLS", "0")) // len(MOMENTS))
 
 
 @pytest.fixture(autouse=True)
@@ -60,52 +26,54 @@ def fresh_accelerator():
 
 
 def arguments(npz, out, *more):
-    return ["cifar100", "--data", str(npz), "--model", "test_gac_msresnet", "--num-steps", "2", "--epochs", "3",
-            "--batch-size", "16", "--eval-every", "100", "--crop-padding", "1", "--cpu", "--checkpoint-steps", "1",
-            "--out", str(out), *more]  # fmt: skip
+    return ["cifar100", "--data", str(npz), "--model", "test_gac_msresnet", "--num-steps", "2",
+            "--epochs", str(3 * ROUNDS), "--batch-size", "16", "--eval-every", "100", "--crop-padding", "1", "--cpu",
+            "--checkpoint-steps", "1", "--out", str(out), *more]  # fmt: skip
 
 
-def start(code, *given, **options):
-    return subprocess.run([sys.executable, *code, *given], capture_output=True, text=True, timeout=240, **options)
+@pytest.fixture
+def start(tmp_path):
+    """Runs a trainer to its end: its exit status, and what it wrote to stderr."""
+
+    def run(given, before=None, *of_before):
+        child = Child(given, tmp_path / "stderr", before, of_before)
+        return child.wait(), child.stderr()
+
+    return run
 
 
 def tensors(out):
     return load_file(checkpoints.latest_checkpoint(out / "checkpoints") / checkpoints.TENSORS)
 
 
-def test_killed_while_a_checkpoint_is_written_nothing_is_lost(npz, tmp_path):
-    assert start(["-m", "timm_gac.train"], *arguments(npz, tmp_path / "whole")).returncode == 0
+def test_killed_while_a_checkpoint_is_written_nothing_is_lost(npz, tmp_path, start):
+    assert start(arguments(npz, tmp_path / "whole")) == (0, "")
     out, more, before = tmp_path / "killed", [], 0
-    for moment in MOMENTS:
-        done = start(["-c", CHILD], moment, "2", *arguments(npz, out, *more))
-        assert done.returncode == -signal.SIGKILL, done.stderr[-2000:]
+    for moment in MOMENTS * ROUNDS:
+        status, errors = start(arguments(npz, out, *more), die_writing, moment, 2)
+        assert status == -signal.SIGKILL, errors[-2000:]
         found = checkpoints.latest_checkpoint(out / "checkpoints")
         state = checkpoints.load_checkpoint(found).state
         assert state["step"] == before + (2 if moment == "after the rename" else 1), moment
+        assert bool(list(out.rglob(".partial_*"))) is (moment != "after the rename")
         before, more = state["step"], ["--resume"]
-    done = start(["-m", "timm_gac.train"], *arguments(npz, out, "--resume"))
-    assert done.returncode == 0, done.stderr[-2000:]
+    assert start(arguments(npz, out, "--resume")) == (0, "")
     expected, got = tensors(tmp_path / "whole"), tensors(out)
     assert expected.keys() == got.keys() and all(torch.equal(expected[name], got[name]) for name in expected)
     assert not list(out.rglob(".partial_*"))
 
 
-def test_a_full_disk_is_one_sentence_and_the_run_goes_on_later(npz, tmp_path):
+def test_a_full_disk_is_one_sentence_and_the_run_goes_on_later(npz, tmp_path, start):
     out = tmp_path / "run"
-    assert start(["-m", "timm_gac.train"], *arguments(npz, tmp_path / "other")).returncode == 0
+    assert start(arguments(npz, tmp_path / "other")) == (0, "")
     size = (checkpoints.latest_checkpoint(tmp_path / "other" / "checkpoints") / checkpoints.TENSORS).stat().st_size
-
-    def full():
-        resource.setrlimit(resource.RLIMIT_FSIZE, (size // 2, size // 2))
-
-    done = start(["-m", "timm_gac.train"], *arguments(npz, out, "--stop-after-minutes", "0.0000001"))
-    assert done.returncode == 0
+    assert start(arguments(npz, out, "--stop-after-minutes", "0.0000001")) == (0, "")
     kept = checkpoints.latest_checkpoint(out / "checkpoints")
-    done = start(["-m", "timm_gac.train"], *arguments(npz, out, "--resume"), preexec_fn=full)
-    assert done.returncode == 2 and "Traceback" not in done.stderr
-    assert "earlier checkpoints are untouched" in done.stderr and len(done.stderr.strip().splitlines()) == 1
+    status, errors = start(arguments(npz, out, "--resume"), limit_file_size, size // 2)
+    assert status == 2 and "Traceback" not in errors
+    assert "earlier checkpoints are untouched" in errors and len(errors.strip().splitlines()) == 1
     assert checkpoints.latest_checkpoint(out / "checkpoints") == kept
-    assert start(["-m", "timm_gac.train"], *arguments(npz, out, "--resume")).returncode == 0
+    assert start(arguments(npz, out, "--resume")) == (0, "")
     expected, got = tensors(tmp_path / "other"), tensors(out)
     assert all(torch.equal(expected[name], got[name]) for name in expected)
 

@@ -7,8 +7,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -19,6 +17,7 @@ import pytest
 import timm
 import torch
 from accelerate.state import AcceleratorState
+from children import Child
 from safetensors.torch import load_file, save_file
 
 from timm_gac.train import RECIPES, Recipe, checkpoints
@@ -124,13 +123,10 @@ def test_stopped_and_resumed_is_bit_for_bit_the_same(
     assert losses[0] == losses[1]
 
 
-def command(recipe: Recipe, out: Path, *more: str) -> list[str]:
+def arguments(recipe: Recipe, out: Path, *more: str) -> list[str]:
     fields = ("model", "num_steps", "data", "dataset", "epochs", "batch_size", "lr", "eval_every")
     given = [text for name in fields for text in ("--" + name.replace("_", "-"), str(getattr(recipe, name)))]
-    return [
-        sys.executable, "-m", "timm_gac.train", "cifar100", *given, "--out", str(out), "--cpu", "--checkpoint-steps",
-        "1", *more,
-    ]  # fmt: skip
+    return ["cifar100", *given, "--out", str(out), "--cpu", "--checkpoint-steps", "1", *more]
 
 
 def test_sigterm_saves_and_kill_9_loses_no_checkpoint(recipe: Recipe, tmp_path: Path) -> None:
@@ -139,19 +135,18 @@ def test_sigterm_saves_and_kill_9_loses_no_checkpoint(recipe: Recipe, tmp_path: 
     more: list[str] = []
     steps = [0]
     for attempt in range(KILLS + 1):
-        process = subprocess.Popen(command(long, tmp_path, *more), stderr=subprocess.PIPE, stdout=subprocess.DEVNULL)
+        child = Child(arguments(long, tmp_path, *more), tmp_path / "stderr")
         deadline = time.monotonic() + 120
         while True:
             latest = checkpoints.latest_checkpoint(tmp_path / "checkpoints")
             if latest is not None and int(latest.name.removeprefix("step_")) >= steps[-1] + 2:
                 break
-            assert process.poll() is None, process.stderr.read().decode()
+            assert child.running(), child.stderr()
             assert time.monotonic() < deadline
             time.sleep(0.01 + 0.003 * attempt)
         last = attempt == KILLS
-        process.send_signal(signal.SIGTERM if last else signal.SIGKILL)
-        _, errors = process.communicate(timeout=60)
-        assert process.returncode == (128 + signal.SIGTERM if last else -signal.SIGKILL), errors.decode()
+        child.send(signal.SIGTERM if last else signal.SIGKILL)
+        assert child.wait(60) == (128 + signal.SIGTERM if last else -signal.SIGKILL), child.stderr()
         found = checkpoints.latest_checkpoint(tmp_path / "checkpoints")
         state = checkpoints.load_checkpoint(found).state  # verified: whole, and of this step
         assert state["step"] == int(found.name.removeprefix("step_"))

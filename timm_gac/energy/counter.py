@@ -43,38 +43,54 @@ class Counter:
                 f"{tuple(operand.shape)}: fold time into the first axis"
             )
         x = operand.detach().unflatten(0, (operand.shape[0] // batch, batch))
-        # On a CPU step by step: temporaries beyond 32 MB come fresh from the system, which costs ten times the sums.
-        # There a known real operand is not looked at again; on a GPU asking would wait for the device.
-        on_cpu = x.device.type == "cpu"
-        known = on_cpu and self.real is not None and bool(self.real)
-        looked = [_look(part, not known) for part in (x.split(1) if on_cpu else (x,))]
-        nonzero = torch.cat([counts for counts, _ in looked])
-        real = torch.stack([is_real for _, is_real in looked]).any()
-        macs = self.layer.weight.numel() * math.prod(output.shape[2:])
-        if isinstance(self.layer, nn.Linear):
-            macs = self.layer.weight.numel() * math.prod(output.shape[1:-1])
-        if self.nonzero is None:
-            self.nonzero, self.real, self.macs = nonzero, real, macs
-        elif self.nonzero.shape != nonzero.shape:
+        shape = torch.Size((len(x), *x.shape[2:]))
+        if self.nonzero is None or self.real is None:
+            self.nonzero = torch.zeros(shape, dtype=torch.float32, device=x.device)
+            self.real = torch.zeros((), dtype=torch.bool, device=x.device)
+            macs_at = output.shape[1:-1] if isinstance(self.layer, nn.Linear) else output.shape[2:]
+            self.macs = self.layer.weight.numel() * math.prod(macs_at)
+        elif self.nonzero.shape != shape:
             raise ValueError(
-                f"expected operands of {tuple(self.nonzero.shape)} in layer {self.name!r}, got "
-                f"{tuple(nonzero.shape)}: measure images of one size and frames of one number at a time"
+                f"expected operands of {tuple(self.nonzero.shape)} in layer {self.name!r}, got {tuple(shape)}: measure "
+                "images of one size and frames of one number at a time"
             )
-        else:
-            self.nonzero += nonzero
-            self.real = real if self.real is None else self.real | real
+        if x.device.type == "cpu":
+            # Step by step: temporaries beyond 32 MB come fresh from the system, which costs ten times the sums.
+            for total, step in zip(self.nonzero, x, strict=True):
+                self._add_step(total, step, self.real)
+        else:  # without a question to the device, which would have to be waited for
+            ones, distance = _ones(x)
+            self.nonzero += ones.sum(1, dtype=torch.float32)
+            self.real |= distance != 0
         self.rows += batch
+
+    @staticmethod
+    def _add_step(total: Tensor, x: Tensor, real: Tensor) -> None:
+        """Count a step ``(batch, ...)``, looking at it no more than is still in question."""
+        if real:
+            total += torch.ne(x, 0, out=torch.empty_like(x)).sum(0, dtype=torch.float32)
+        elif torch.equal(x.square(), x):  # zeros and ones: their sum is their number
+            total += x.sum(0, dtype=torch.float32)
+        else:
+            ones, distance = _ones(x)
+            total += ones.sum(0, dtype=torch.float32)
+            real |= distance != 0
 
     def result(self, images: int, kind: str) -> LayerCount:
         """What was counted, per image; the only place that waits for the device."""
         assert self.nonzero is not None and self.real is not None
-        counts = self.nonzero.cpu().double()
-        positions = counts[0].numel()
+        counts = self.nonzero.cpu()
+        positions, channels = counts[0].numel(), counts.shape[1]
         runs = self.rows / images
-        reach = _reach(counts.shape[1:], (self.layer.weight != 0).cpu(), self.layer)
+        dense = reach = _reach(counts.shape[1:], self.layer)
+        weight = self.layer.weight.detach()
+        if not bool(weight.abs().amin() > 0):
+            reach = _masked_reach(counts.shape[1:], (weight != 0).cpu(), self.layer)
+        if len(reach) == 1:  # the same for all channels, whose counts are added first: exact below 2**24
+            exact = self.rows * counts.shape[1] <= 2**24
+            counts = counts.sum(1, keepdim=True, dtype=torch.float32 if exact else torch.float64)
+        counts = counts.double()
         effective = (counts * reach).flatten(1).sum(1)
-        full = torch.ones(self.layer.weight.shape, dtype=torch.bool)
-        dense = _reach(counts.shape[1:], full, self.layer).sum()
         return LayerCount(
             name=self.name,
             kind=kind,
@@ -83,28 +99,35 @@ class Counter:
             binary=not bool(self.real),
             step_rates=tuple((counts.flatten(1).sum(1) / (self.rows * positions)).tolist()),
             step_effective=tuple((effective / images).tolist()),
-            dense=float(dense) * runs * len(counts),
+            dense=float(dense.sum()) * channels * runs * len(counts),
         )
 
 
-def _look(x: Tensor, check: bool) -> tuple[Tensor, Tensor]:
-    """Number of values of ``(steps, batch, ...)`` that are not 0, over the batch, and if some is none of 0, 1, -1."""
+def _ones(x: Tensor) -> tuple[Tensor, Tensor]:
+    """1 where x is not 0, else 0, and how far the magnitude of some value is from that: 0 for values of 0, 1 and -1."""
     ones = x.sign().abs_()
-    nonzero = ones.sum(1, dtype=torch.float32)
-    if not check:
-        return nonzero, torch.ones((), dtype=torch.bool, device=x.device)
-    return nonzero, x.abs().sub_(ones).abs_().amax() != 0
+    return ones, x.abs().sub_(ones).abs_().amax()
 
 
-def _reach(shape: torch.Size, mask: Tensor, layer: Layer) -> Tensor:
-    """Products with the weights of a mask that each value of an operand takes part in, padding excluded, in float64.
+def _reach(shape: torch.Size, layer: Layer) -> Tensor:
+    """Products that each value of an operand takes part in, padding excluded: ``(1, ...)``, as for all channels."""
+    if isinstance(layer, nn.Linear):
+        return torch.full((1, *shape[1:]), layer.out_features, dtype=torch.float64)
+    taps = torch.full((1, 1, *layer.kernel_size), layer.out_channels // layer.groups, dtype=torch.float32)
+    return _products(torch.Size((1, *shape[1:])), taps, layer, groups=1)
 
-    That is the derivative, by the operand, of the sum of a layer's outputs with the mask for weights.
-    """
+
+def _masked_reach(shape: torch.Size, mask: Tensor, layer: Layer) -> Tensor:
+    """The same, of products with the weights of a mask alone: ``(C, ...)``."""
     if isinstance(layer, nn.Linear):
         return mask.double().sum(0).expand(shape)
     # All outputs of a group are summed anyway: one output channel with the number of weights per tap does for them.
-    taps = mask.float().unflatten(0, (layer.groups, -1)).sum(1)  # counts below 2**24: exact
+    taps = mask.unflatten(0, (layer.groups, -1)).sum(1, dtype=torch.float32)  # counts below 2**24: exact
+    return _products(shape, taps, layer, layer.groups)
+
+
+def _products(shape: torch.Size, taps: Tensor, layer: Any, groups: int) -> Tensor:
+    """The derivative, by an operand of this shape, of the sum of a convolution's outputs, in float64."""
     padding = layer._reversed_padding_repeated_twice if isinstance(layer.padding, str) else None
     amount: Any = 0 if padding is not None else layer.padding
     with torch.inference_mode(False), torch.enable_grad():
@@ -112,6 +135,6 @@ def _reach(shape: torch.Size, mask: Tensor, layer: Layer) -> Tensor:
         # Values of the padding are 0 in every mode that the counted networks use: padded zeros add nothing.
         padded = x if padding is None else F.pad(x, padding)
         convolve = _CONVOLVE[layer.weight.ndim - 2]
-        outputs = convolve(padded, taps, None, layer.stride, amount, layer.dilation, layer.groups)
+        outputs = convolve(padded, taps, None, layer.stride, amount, layer.dilation, groups)
         (products,) = torch.autograd.grad(outputs.sum(), x)
     return products[0].double()

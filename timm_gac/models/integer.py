@@ -97,11 +97,20 @@ class SpikeConv(nn.Module):
 
     def forward(self, spikes: Tensor, residual: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
         """Spikes, or the pair (membrane, spikes)."""
+        return self._run(spikes, residual, self.num_steps, self.keep_membrane)
+
+    def current(self, spikes: Tensor, residual: Tensor | None, num_steps: int) -> Tensor:
+        """The neuron's input current alone, in at least float32, for any number of steps."""
+        if residual is not None and residual.is_floating_point():
+            residual = residual.to(torch.promote_types(residual.dtype, torch.float32))
+        return self._run(spikes, residual, num_steps, True)[0]
+
+    def _run(self, spikes: Tensor, residual: Tensor | None, num_steps: int, keep_membrane: bool) -> Any:
         weight = self.weight.unflatten(1, (3, 3)).permute(0, 3, 1, 2)
         run: Callable[..., Any] = spike_conv if self.scale.dtype == torch.float32 else spike_conv_reference
         return run(
-            spikes, weight, self.scale, self.bias, self.num_steps, self.spec, stride=self.stride, residual=residual,
-            return_membrane=self.keep_membrane,
+            spikes, weight, self.scale, self.bias, num_steps, self.spec, stride=self.stride, residual=residual,
+            return_membrane=keep_membrane,
         )  # fmt: skip
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SpikeConv:

@@ -225,7 +225,10 @@ class SpikingResNet(nn.Module):
 
     def _forward_spikes(self, x: Tensor) -> Tensor:
         """Spikes of the last stage, time-folded: ``(T*B, C', H', W')``."""
-        membrane = self._encode(x)
+        return self._run_stages(self._encode(x))
+
+    def _run_stages(self, membrane: Tensor) -> Tensor:
+        """Spikes of the last stage from the encoder's output, both time-folded."""
         spikes = self.lif(membrane)
         membrane, spikes, bits = self.layer1(membrane, spikes, None)
         membrane, spikes, bits = self.layer2(membrane, spikes, bits)

@@ -1,0 +1,113 @@
+"""Early exit that stops: the logits of the whole pass, step by step, and no work for samples that have left."""
+
+from __future__ import annotations
+
+import pytest
+import timm
+import torch
+
+from timm_gac import fuse_for_inference, quantize
+from timm_gac.anytime import early_exit
+from timm_gac.models.integer import SpikeConv
+from timm_gac.recording import current_of, membrane_of
+from timm_gac.sources import calibrate
+from timm_gac.stepwise import forward_until_sure
+
+
+def network(encoder="gac", name="test_gac_msresnet"):
+    model = timm.create_model(name, num_steps=4, num_classes=3, encoder=encoder)
+    images = torch.randn(6, 3, 16, 16)
+    calibrate(model, [images, images.flip(0)])
+    torch.nn.init.normal_(model.fc.weight, std=5.0)  # some images are sure at once, others late or never
+    return model, images
+
+
+def fused(model):
+    return fuse_for_inference(model)
+
+
+def same(model):
+    return model
+
+
+@pytest.mark.parametrize("encoder", ["gac", "direct"])
+@pytest.mark.parametrize("change", [same, fused, quantize], ids=["plain", "fused", "int8"])
+@pytest.mark.parametrize("name", ["test_gac_msresnet", "gac_spiking_resnet18"])
+def test_steps_are_those_of_the_whole_pass(name, change, encoder):
+    model, images = network(encoder, name)
+    model = change(model)
+    with torch.no_grad():
+        whole = model.forward_steps(images)
+    assert torch.unique(whole[:, 1:] - whole[:, :-1]).numel() > 1  # what neurons carry over matters
+    sures = [early_exit(whole[:, :t], 1.0).confidence for t in range(1, 5)]
+    some = torch.cat(sures).median().item()
+    expected = early_exit(whole, some)
+    rows = forward_until_sure(model, images, some)
+    assert [len(row) for row in rows] == expected.steps.tolist() and len(set(map(len, rows))) > 1
+    for row, steps in zip(rows, whole, strict=True):
+        torch.testing.assert_close(row, steps[: len(row)], rtol=1e-4, atol=1e-4)
+    with torch.no_grad():
+        assert torch.equal(model.forward_steps(images), whole)  # the network is as before
+
+
+def test_what_left_is_not_computed():
+    model, images = network()
+    rows = []
+    model.layer2[0].conv1.register_forward_hook(lambda _module, inputs, _output: rows.append(len(inputs[0])))
+    with torch.no_grad():
+        sure = early_exit(model.forward_steps(images)[:, :1], 1.0).confidence.sort().values
+    rows.clear()
+    between = ((sure[2] + sure[3]) / 2).item()
+    out = forward_until_sure(model, images, between)
+    still = [sum(len(row) > step for row in out) for step in range(4)]
+    assert rows == [count for count in still if count] and rows[:2] == [6, 3]
+    rows.clear()
+    assert [len(row) for row in forward_until_sure(model, images, 1e-9)] == [1] * 6 and rows == [6]
+
+
+def test_event_frames_and_16_bit_exit_too():
+    model, images = network()
+    frames = torch.randn(2, 4, 3, 16, 16)
+    with torch.no_grad():
+        whole = model.forward_steps(frames)
+    for row, steps in zip(forward_until_sure(model, frames, 1.0), whole, strict=True):
+        torch.testing.assert_close(row, steps[: len(row)], rtol=1e-4, atol=1e-4)
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        whole = model.forward_steps(images)
+        rows = forward_until_sure(model, images, 1e-9)
+    torch.testing.assert_close(torch.cat(rows), whole[:, 0])
+
+
+def test_integer_currents_leave_no_rounding():
+    model, images = network()
+    model = quantize(model)
+    checked = 0
+
+    def check(module, inputs, output):
+        nonlocal checked
+        fired = membrane_of(current_of(module, inputs, 4), module.spec) > module.spec.threshold
+        spikes = output[-1] if isinstance(output, tuple) else output
+        assert torch.equal(fired.flatten(0, 1), spikes.bool()) and spikes.any()
+        checked += 1
+
+    layers = [module for module in model.modules() if isinstance(module, SpikeConv)]
+    for module in layers:
+        module.register_forward_hook(check)
+    with torch.no_grad():
+        model(images)
+    assert checked == len(layers) > 3
+
+
+def test_it_refuses_what_it_cannot_step():
+    model, images = network()
+    for confidence in (0.0, 1.5, float("nan")):
+        with pytest.raises(ValueError, match="expected a confidence above 0"):
+            forward_until_sure(model, images, confidence)
+    with pytest.raises(ValueError, match="expected a plain spiking ResNet"):
+        forward_until_sure(torch.nn.Identity(), images, 0.9)
+    model.set_spike_packing(True)
+    with pytest.raises(ValueError, match="without packed spikes"):
+        forward_until_sure(model, images, 0.9)
+    model.set_spike_packing(False)
+    with pytest.raises(ValueError, match="eval mode"):
+        forward_until_sure(model.train(), images, 0.9)

@@ -1,0 +1,138 @@
+"""Early exit that really stops: a network run one time step after another, which each sample leaves when it is sure.
+
+Elsewhere a network runs all time steps of a layer before the next layer. Here the layers behind the encoder run one
+step at a time, each neuron's membrane is handed from step to step, and what a sample would do after its exit is never
+computed. The encoder runs first and for all steps: gated attention coding scores all steps of the input at once, and of
+a static image its stem and its convolutions run only once anyway.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gac_kernels import LIFSpec, lif
+
+from .anytime import check_confidence, early_exit
+from .inference import FoldedLIF
+from .models.integer import IntegerLIF, SpikeConv
+from .models.network import SpikingResNet
+from .neuron import LIF, BatchNormLIF, MembraneBatchNormLIF
+from .recording import current_of, neuron_layers
+
+__all__ = ["forward_until_sure"]
+
+_NEURONS = (LIF, BatchNormLIF, FoldedLIF, IntegerLIF, SpikeConv)
+
+
+@torch.no_grad()
+def forward_until_sure(model: nn.Module, images: Tensor, confidence: float) -> list[Tensor]:
+    """Logits of the time steps that each sample runs until its mean logits are sure enough, or to the last step.
+
+    In float32 these are the first rows of ``model.forward_steps(images)``, up to the rounding of other kernels.
+
+    Args:
+        model: A spiking ResNet of this package in eval mode; fused and integer ones too.
+        images: (B, C, H, W), or event frames (B, T, C, H, W), which the encoder takes all at once.
+        confidence: Least probability of the likeliest class, above 0 and at most 1, to stop at.
+
+    Returns:
+        For each sample its logits, (steps, classes) with 1 to T steps; see `early_exit`.
+
+    Raises:
+        ValueError: The model is another, trains, or packs its spikes; or confidence is out of range.
+    """
+    check_confidence(confidence)
+    network = _checked(model)
+    coded = network._encode(images).unflatten(0, (network.num_steps, -1))
+    answers = [torch.empty(0)] * len(images)
+    running = torch.arange(len(images), device=images.device)
+    logits = coded.new_empty(0)
+    with _one_step_at_a_time(network) as neurons:
+        for step in range(network.num_steps):
+            now = _logits(network, coded[step])[:, None]
+            logits = torch.cat((logits, now), 1) if step else now  # [running, steps so far, classes]
+            leaves = early_exit(logits, confidence).confidence >= confidence
+            if step + 1 == network.num_steps:
+                leaves.fill_(True)
+            for index, row in zip(running[leaves].tolist(), logits[leaves], strict=True):
+                answers[index] = row
+            stay = (~leaves).nonzero()[:, 0]
+            if len(stay) == 0:
+                break
+            if len(stay) < len(running):
+                running, logits, coded = running[stay], logits[stay], coded[:, stay]
+                for neuron in neurons:
+                    neuron.keep(stay)
+    return answers
+
+
+def _checked(model: nn.Module) -> SpikingResNet:
+    if not isinstance(model, SpikingResNet):
+        raise ValueError(
+            f"expected a plain spiking ResNet of this package for early exit, got {type(model).__name__}: see "
+            "timm-gac models"
+        )
+    if model.training or model.pack_spikes:
+        raise ValueError(
+            "expected a network in eval mode without packed spikes, got one that trains: call model.eval() and "
+            "model.set_spike_packing(False)"
+        )
+    return model
+
+
+def _logits(network: Any, coded: Tensor) -> Tensor:
+    spikes = network._run_stages(coded)
+    return network.forward_head(spikes if spikes.is_floating_point() else spikes.to(network.conv1.weight.dtype))
+
+
+class _SteppedNeuron:
+    """A neuron layer's forward for a single step, going on from the membrane of the step before."""
+
+    def __init__(self, layer: Any) -> None:
+        self.layer = layer
+        self.spec: LIFSpec = layer.lif.spec if isinstance(layer, BatchNormLIF | FoldedLIF) else layer.spec
+        self.pair = isinstance(layer, MembraneBatchNormLIF) or getattr(layer, "pair", False)
+        self.membrane: Tensor | None = None  # after the reset, [B, ...]
+
+    def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
+        current = current_of(self.layer, (x, residual), 1)
+        integer = isinstance(self.layer, IntegerLIF | SpikeConv)
+        stored = current[0].to(_stored_dtype(x, residual, current))
+        # Neurons of floating-point networks see what is kept for the membrane shortcut; integer ones the exact sum.
+        made, self.membrane = lif(stored[None] if self.pair else current, self.spec, self.membrane, return_state=True)
+        spikes = made[0].to(torch.int8 if integer else x.dtype)
+        if isinstance(self.layer, SpikeConv):
+            return (stored, spikes) if self.layer.keep_membrane else spikes
+        if isinstance(self.layer, FoldedLIF) and not self.layer.keep_membrane:
+            stored = spikes
+        return (stored, spikes) if self.pair else spikes
+
+    def keep(self, rows: Tensor) -> None:
+        """Go on with these samples alone."""
+        assert self.membrane is not None
+        self.membrane = self.membrane[rows]
+
+
+def _stored_dtype(x: Tensor, residual: Tensor | None, current: Tensor) -> torch.dtype:
+    """What the layer keeps its input current in, where a membrane shortcut follows."""
+    dtype = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
+    return dtype if dtype.is_floating_point else current.dtype
+
+
+@contextmanager
+def _one_step_at_a_time(network: nn.Module) -> Iterator[list[_SteppedNeuron]]:
+    """All neuron layers behind the encoder in single steps, each call one step on."""
+    layers = neuron_layers(network, _NEURONS)
+    neurons = [_SteppedNeuron(layer) for layer in layers.values()]
+    try:
+        for neuron in neurons:
+            neuron.layer.__dict__["forward"] = neuron  # an instance's own attribute goes before its class's method
+        yield neurons
+    finally:
+        for neuron in neurons:
+            neuron.layer.__dict__.pop("forward", None)
