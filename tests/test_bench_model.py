@@ -7,6 +7,8 @@ import importlib.util
 import json
 import logging
 import math
+import os
+import signal
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -357,3 +359,22 @@ def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
         assert text in printed
     assert len((tmp_path / "results.csv").read_text().splitlines()) == 2
     assert bench_session.CHECK_BATCH > 1
+
+
+def test_a_run_that_is_cut_keeps_what_it_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def cut(session, provider, limit_s, run=bench_model._bench_provider):
+        if provider == "spikingjelly":
+            os.kill(os.getpid(), signal.SIGTERM)
+        return run(session, provider, limit_s)
+
+    monkeypatch.setattr(bench_model, "_bench_provider", cut)
+    config = ModelBenchConfig(
+        model="test_gac_msresnet", modes=("infer",), precisions=("float32",), infer_batch=1, image_size=8, steps=1,
+        providers=("convolutions", "timm_gac", "spikingjelly"), csv=tmp_path / "rows.csv", device="cpu",
+    )  # fmt: skip
+    with pytest.raises(SystemExit, match="143"):
+        bench_model.bench_model(config)
+    with config.csv.open(newline="") as stream:
+        rows = list(csv.DictReader(stream))
+    assert [row["provider"] for row in rows] == ["convolutions", "timm_gac"]
+    assert float(rows[1]["floor_fraction"]) > 0

@@ -212,8 +212,8 @@ def test_folded_network_counts_the_same():
     assert before.totals()["strict"] == pytest.approx(after.totals()["strict"], rel=5e-3)
 
 
-def test_triton_kernels_count_the_same():
-    model, images = small("test_gac_msresnet", size=8, batch=2)
+def test_triton_kernels_count_the_same(device):
+    model, images = (made.to(device) for made in small("test_gac_msresnet", size=8, batch=2))
     reports = []
     for backend in ("eager", "triton"):
         with use_backend(backend):

@@ -134,7 +134,9 @@ def compare_curves(config: CurveConfig) -> float:
                 origin = provenance(device, resolve_backend(device, PRECISIONS[config.precision] or torch.float32))
             curves.setdefault(curve, []).append(losses)
             _logger.info("%s (%s), seed %d: loss %.4f to %.4f", curve, backend, seed, losses[0], losses[-1])
-            shared = dict(model=config.model, data=config.data, precision=config.precision, curve=curve, seed=seed)
+            shared = dict(
+                model=config.model, data=_name(config.data), precision=config.precision, curve=curve, seed=seed
+            )
             shared |= {"num_steps": config.num_steps, "batch": config.batch} | origin
             rows += [shared | {"step": step, "loss": loss} for step, loss in enumerate(losses)]
     if config.csv:
@@ -148,9 +150,15 @@ def compare_curves(config: CurveConfig) -> float:
     return share
 
 
+def _name(data: str) -> str:
+    """A data set's name, of a file its own: where it lies is nobody else's business."""
+    return Path(data).stem if Path(data).exists() else data
+
+
 def _draw(smoothed: dict[str, torch.Tensor], config: CurveConfig) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MultipleLocator, NullLocator, StrMethodFormatter
 
     figure = Figure(figsize=(7, 4), layout="constrained")
     FigureCanvasAgg(figure)
@@ -162,7 +170,11 @@ def _draw(smoothed: dict[str, torch.Tensor], config: CurveConfig) -> None:
                 steps, losses, color=colour, linewidth=1, label=None if nth else f"{name}, {len(config.seeds)} seeds"
             )
     axis.set(xlabel="step", ylabel=f"loss, mean of {config.window} steps", yscale="log")
-    axis.set_title(f"{config.model}, {config.data}, T={config.num_steps}, {config.precision}", fontsize=9, loc="left")
+    axis.yaxis.set_major_locator(MultipleLocator(0.2))
+    axis.yaxis.set_major_formatter(StrMethodFormatter("{x:.1f}"))
+    axis.yaxis.set_minor_locator(NullLocator())
+    title = f"{config.model}, {_name(config.data)}, T={config.num_steps}, {config.precision}"
+    axis.set_title(title, fontsize=9, loc="left")
     axis.legend(frameon=False, fontsize=8)
     axis.spines[["top", "right"]].set_visible(False)
     assert config.png is not None

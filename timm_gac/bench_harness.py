@@ -248,6 +248,23 @@ def show_table(table: Table) -> None:
 
 
 @contextmanager
+def exit_on_sigterm() -> Iterator[None]:
+    """SIGTERM, as ``timeout`` sends it, ends the block like an exception, so that what is known can be written."""
+
+    def leave(number: int, frame: object) -> None:
+        raise SystemExit(128 + number)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield  # only the main thread can take signals
+        return
+    before = signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@contextmanager
 def time_limit(seconds: float) -> Iterator[None]:
     """Raise `TimeoutError` inside the block after so many seconds; infinity is no limit.
 

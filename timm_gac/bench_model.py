@@ -26,6 +26,7 @@ from .bench_harness import (
     Row,
     append_csv,
     check_csv,
+    exit_on_sigterm,
     parse_config,
     provenance,
     rows_table,
@@ -174,23 +175,26 @@ def bench_model(config: ModelBenchConfig) -> tuple[list[Row], list[Row]]:
     deadline = time.perf_counter() + (config.time_budget_s or math.inf)
     rows: list[Row] = []
     profiles: list[Row] = []
-    for case in config.cases():
-        bench_steps.free_memory(device)
-        session = Session(case, device, config.steps)
-        for provider in config.providers_of(case):
-            remaining = deadline - time.perf_counter()
-            if remaining <= 0:
-                _logger.warning("time budget spent: no %s %s", provider, case)
-                continue
-            rows.append(_bench_provider(session, provider, min(remaining, config.provider_limit_s or math.inf)))
-        if config.profile and deadline > time.perf_counter():
-            profiles.append(asdict(case) | session.profile() | origin)
-        del session
-    rows = [_finish(row, rows) | origin for row in rows]
-    if config.csv:
-        append_csv(config.csv, COLUMNS, rows)
-    if profile_path:
-        append_json(profile_path, profiles)
+    with exit_on_sigterm():
+        try:
+            for case in config.cases():
+                bench_steps.free_memory(device)
+                session = Session(case, device, config.steps)
+                for provider in config.providers_of(case):
+                    remaining = deadline - time.perf_counter()
+                    if remaining <= 0:
+                        _logger.warning("time budget spent: no %s %s", provider, case)
+                        continue
+                    rows.append(_bench_provider(session, provider, min(remaining, config.provider_limit_s or math.inf)))
+                if config.profile and deadline > time.perf_counter():
+                    profiles.append(asdict(case) | session.profile() | origin)
+                del session
+        finally:  # what has been measured is kept, also where the run is cut
+            rows = [_finish(row, rows) | origin for row in rows]
+            if config.csv:
+                append_csv(config.csv, COLUMNS, rows)
+            if profile_path:
+                append_json(profile_path, profiles)
     if config.png:
         write_chart(rows, config.png)
     return rows, profiles
@@ -268,6 +272,7 @@ def write_chart(rows: Sequence[Row], path: Path) -> None:
     if bars:
         first = rows[0]
         title = f"{first['model']}, T={first['num_steps']}, {first['device']}, {first['date_utc']} UTC"
+        curves = {name: {key: line for key, line in panel.items() if len(line) > 1} for name, panel in curves.items()}
         throughput_chart(path, bars, curves if several else {}, title=title)
 
 

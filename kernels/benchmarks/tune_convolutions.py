@@ -4,8 +4,9 @@
 
 Before a candidate is timed it must give what the other way gives: in int8 the bits of the plain Triton kernel, in 16
 bits nearly all spikes of cuDNN's convolution with `norm_lif`, which it also has to beat. Candidates are compiled by
---jobs processes first, since compiling takes seconds and timing milliseconds. --update writes the best into the JSON
-file of this GPU that `gac_kernels.tuning` reads; without it they are only printed.
+--jobs processes first, since compiling takes seconds and timing milliseconds; they are timed in CUDA graphs, since
+launching takes as long as a small layer. --update writes the best into the JSON file of this GPU that
+`gac_kernels.tuning` reads; without it they are only printed.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
-from triton.testing import do_bench
+from triton.testing import do_bench_cudagraph
 
 import timm_gac
 from gac_kernels import conv_lif, spike_conv, spike_conv_gluon, tuning
@@ -175,9 +176,9 @@ def search(call: Call, op: str) -> tuple[dict[str, int], dict[str, float], float
             continue
         if not call.agrees(call(), expected):
             raise SystemExit(f"expected what the other way gives for {call.layer}, got something else with {config}")
-        times[json.dumps(config)] = do_bench(call, warmup=3, rep=12, return_mode="median")
+        times[json.dumps(config)] = do_bench_cudagraph(call, rep=12, return_mode="median")
     best = json.loads(min(times, key=times.__getitem__))
-    other = do_bench(call.other, warmup=3, rep=12, return_mode="median")
+    other = do_bench_cudagraph(call.other, rep=12, return_mode="median")
     if call.dtype == torch.int8:
         del best["ONE_PASS"]
     elif min(times.values()) > GAIN * other:

@@ -38,7 +38,7 @@ def run(arguments: list[str], hub: LoopbackHub, home: Path, **environment: str) 
 def test_train_publish_fetch_compare_verify_fine_tune(tmp_path: Path) -> None:
     assert create_demo_model(4).num_classes == 10
     trained = tmp_path / "digits"
-    run_demo(DemoConfig(out=trained, epochs=1))
+    run_demo(DemoConfig(out=trained, epochs=2))
     images, labels = load_digits(0)[1][:16]
     with torch.no_grad():
         logits = load_model(trained)(images)

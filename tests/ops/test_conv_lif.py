@@ -27,6 +27,13 @@ def inputs(shape, device, dtype, residual):
     return x.contiguous(memory_format=layout), weight.contiguous(memory_format=layout), bias, keywords
 
 
+@pytest.fixture(autouse=True)
+def full_float32():
+    """Convolutions of float32 in float32, not in TF32."""
+    with torch.backends.cudnn.flags(allow_tf32=False):
+        yield
+
+
 def compare(shape, device, dtype, residual, spec, differ):
     x, weight, bias, keywords = inputs(shape, device, dtype, residual)
     ones = torch.ones_like(bias)

@@ -9,9 +9,9 @@ from dataclasses import replace
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from children import MOMENTS, Child, die_writing, limit_file_size
 from safetensors.torch import load_file
 
+from children import MOMENTS, Child, die_writing, limit_file_size
 from timm_gac.train import Recipe, checkpoints
 from timm_gac.train.loop import RunOptions, Trainer, train
 

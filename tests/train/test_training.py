@@ -17,9 +17,9 @@ import pytest
 import timm
 import torch
 from accelerate.state import AcceleratorState
-from children import Child
 from safetensors.torch import load_file, save_file
 
+from children import Child
 from timm_gac.train import RECIPES, Recipe, checkpoints
 from timm_gac.train.config import parse
 from timm_gac.train.loop import RunOptions, Trainer, train
