@@ -217,7 +217,8 @@ class SpikingResNet(nn.Module):
 
         Step by step: counts of spikes are exact in any dtype, and PyTorch adds frames faster than it reduces an axis.
         """
-        steps = spikes.unflatten(0, [self.num_steps, spikes.shape[0] // self.num_steps])
+        # Unbound at once, so that the backward pass stacks the gradients of all steps in one copy.
+        steps = spikes.unflatten(0, [self.num_steps, spikes.shape[0] // self.num_steps]).unbind(0)
         count = steps[0]
         for t in range(1, self.num_steps):
             count = count + steps[t]
