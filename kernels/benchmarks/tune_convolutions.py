@@ -29,7 +29,7 @@ from torch import Tensor
 from triton.testing import do_bench_cudagraph
 
 import timm_gac
-from gac_kernels import conv_lif, spike_conv, spike_conv_gluon, tuning
+from gac_kernels import conv_lif, hopper_conv, spike_conv, tuning
 from gac_kernels.spike_conv_backend import Shape
 from timm_gac.models.integer import SpikeConv
 
@@ -123,7 +123,7 @@ class Call:
 
     def other(self) -> Tensor | tuple[Tensor, Tensor]:
         """Run the other way: plain Triton, or two passes."""
-        with mock.patch.object(spike_conv_gluon, "plan", lambda *_: "the other way is asked for"):
+        with mock.patch.object(hopper_conv, "plan", lambda *_: "the other way is asked for"):
             return self()
 
     def agrees(self, got: Tensor | tuple[Tensor, Tensor], expected: Tensor | tuple[Tensor, Tensor]) -> bool:
@@ -136,7 +136,7 @@ class Call:
 
     def fits(self, config: dict[str, int]) -> bool:
         """Whether the parameters are used as they are."""
-        made = spike_conv_gluon.plan(
+        made = hopper_conv.plan(
             self.spikes, self.out, self.residual, self.membrane, self.num_steps, self.layer.stride, config
         )
         if isinstance(made, str):

@@ -9,7 +9,7 @@ import torch
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
-from gac_kernels import spike_conv_gluon
+from gac_kernels import hopper_conv
 
 
 class _Hopper:
@@ -52,8 +52,8 @@ def compile_variant(stride: int, residual: bool, steps: int) -> None:
     out = tensor(128, 16 // stride, torch.int8)
     kept = tensor(128, 16 // stride, torch.bfloat16) if residual else torch.empty(0)
     weight = torch.zeros(128, 64, 3, 3, dtype=torch.int8).contiguous(memory_format=torch.channels_last)
-    made = spike_conv_gluon.Plan((8, 1, 8), 128, 64, 3, steps, 4)
-    spike_conv_gluon.launch(
+    made = hopper_conv.Plan((8, 1, 8), 128, 64, 3, steps, 4)
+    hopper_conv.launch(
         made, tensor(64, 16, torch.int8), weight, torch.ones(128), torch.zeros(128), kept if residual else None, 4,
         stride, 1.0, 0.5, False, out, kept,
     )  # fmt: skip
@@ -61,7 +61,7 @@ def compile_variant(stride: int, residual: bool, steps: int) -> None:
 
 if __name__ == "__main__":
     driver.set_active(_Hopper())
-    spike_conv_gluon._conv_lif_kernel = _CompileOnly(spike_conv_gluon._conv_lif_kernel)
-    spike_conv_gluon.on_device = lambda _: contextlib.nullcontext()
+    hopper_conv._conv_lif_kernel = _CompileOnly(hopper_conv._conv_lif_kernel)
+    hopper_conv.on_device = lambda _: contextlib.nullcontext()
     compile_variant(stride=1, residual=True, steps=2)
     compile_variant(stride=2, residual=False, steps=1)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from gac_kernels import CIFAR, IMAGENET, LIFSpec, conv_lif, spike_conv_gluon, spike_conv_reference, tuning
-from test_spike_conv_gluon import SHAPES, hopper
+from gac_kernels import CIFAR, IMAGENET, LIFSpec, conv_lif, hopper_conv, spike_conv_reference, tuning
+from test_hopper_conv import SHAPES, hopper
 
 # A neuron whose current lies within the rounding of a dtype around the threshold may fire or not.
 DIFFER = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 3e-2}
@@ -68,7 +68,7 @@ def test_one_pass(launch, shape, dtype, residual, device, poisoned, monkeypatch)
     tuning.shape_config.cache_clear()
     launched = []
     monkeypatch.setattr(
-        spike_conv_gluon, "launch", lambda *args, run=spike_conv_gluon.launch: (launched.append(args[0]), run(*args))
+        hopper_conv, "launch", lambda *args, run=hopper_conv.launch: (launched.append(args[0]), run(*args))
     )
     spec = IMAGENET if shape[0] == 3 else LIFSpec(reset="soft", decay=0.9) if shape[0] == 5 else CIFAR
     compare(shape, device, dtype, residual, spec, ONE_PASS_DIFFER)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import spike_conv_gluon
+from . import hopper_conv
 from .backend import resolve_backend
 from .checks import check_conv_lif, check_spec
 from .spec import CIFAR, LIFSpec
@@ -58,9 +58,9 @@ def _conv_lif(x, weight, bias, residual, num_steps, stride, threshold, decay, so
     residual = None if residual is None else residual.contiguous(memory_format=layout)
     if resolve_backend(x.device, x.dtype) == "triton" and x.element_size() == 2:
         config = spike_conv_config("conv_lif_hopper", Shape.of(x, out, stride, residual is not None), x.device)
-        made = spike_conv_gluon.plan(x, out, residual, membrane, num_steps, stride, config)
-        if config["ONE_PASS"] and isinstance(made, spike_conv_gluon.Plan):
-            spike_conv_gluon.launch(
+        made = hopper_conv.plan(x, out, residual, membrane, num_steps, stride, config)
+        if config["ONE_PASS"] and isinstance(made, hopper_conv.Plan):
+            hopper_conv.launch(
                 made, x, weight, None, bias, residual, num_steps, stride, threshold, decay, soft_reset, out, membrane
             )
             return out, membrane

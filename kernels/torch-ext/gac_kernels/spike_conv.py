@@ -11,7 +11,7 @@ import logging
 import torch
 from torch import Tensor
 
-from . import spike_conv_eager, spike_conv_gluon, spike_conv_onednn
+from . import hopper_conv, spike_conv_eager, spike_conv_onednn
 from ._triton import tl, triton
 from .checks import check_spec, check_spike_conv
 from .layout import on_device
@@ -82,9 +82,9 @@ def _forward_triton(
 ) -> None:  # fmt: skip
     shape = Shape.of(spikes, out, stride, residual is not None)
     config = spike_conv_config("spike_conv_hopper", shape, spikes.device)
-    made = spike_conv_gluon.plan(spikes, out, residual, membrane, num_steps, stride, config)
-    if isinstance(made, spike_conv_gluon.Plan):
-        spike_conv_gluon.launch(
+    made = hopper_conv.plan(spikes, out, residual, membrane, num_steps, stride, config)
+    if isinstance(made, hopper_conv.Plan):
+        hopper_conv.launch(
             made, spikes, weight, scale, bias, residual, num_steps, stride, threshold, decay, soft_reset, out, membrane
         )
         return

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from gac_kernels import CIFAR, IMAGENET, LIFSpec, spike_conv, spike_conv_reference, tuning
-from gac_kernels.spike_conv_gluon import GLUON_ERROR, Plan, plan, tile_of
+from gac_kernels.hopper_conv import GLUON_ERROR, Plan, plan, tile_of
 from test_spike_conv import inputs
 
 ON_HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
@@ -49,7 +49,7 @@ def launch(request, monkeypatch):
 @pytest.fixture
 def planned(monkeypatch):
     """The plans of the calls of a test."""
-    from gac_kernels import spike_conv_gluon
+    from gac_kernels import hopper_conv
 
     made = []
 
@@ -57,7 +57,7 @@ def planned(monkeypatch):
         made.append(plan(*arguments))
         return made[-1]
 
-    monkeypatch.setattr(spike_conv_gluon, "plan", note)
+    monkeypatch.setattr(hopper_conv, "plan", note)
     return made
 
 
