@@ -6,7 +6,7 @@ import pytest
 import timm
 import torch
 
-from timm_gac import fuse_for_inference, quantize
+from timm_gac import fuse_for_inference, inference, quantize, recording
 from timm_gac.anytime import early_exit
 from timm_gac.models.integer import SpikeConv
 from timm_gac.recording import current_of, membrane_of
@@ -26,14 +26,21 @@ def fused(model):
     return fuse_for_inference(model)
 
 
+def fused_as_on_a_gpu(model):
+    return fuse_for_inference(model)
+
+
 def same(model):
     return model
 
 
 @pytest.mark.parametrize("encoder", ["gac", "direct"])
-@pytest.mark.parametrize("change", [same, fused, quantize], ids=["plain", "fused", "int8"])
+@pytest.mark.parametrize("change", [same, fused, fused_as_on_a_gpu, quantize], ids=["plain", "fused", "gpu", "int8"])
 @pytest.mark.parametrize("name", ["test_gac_msresnet", "gac_spiking_resnet18"])
-def test_steps_are_those_of_the_whole_pass(name, change, encoder):
+def test_steps_are_those_of_the_whole_pass(name, change, encoder, monkeypatch):
+    if change is fused_as_on_a_gpu:  # there the neuron adds the shift, and convolution and neuron are one op
+        for module in (inference, recording):
+            monkeypatch.setattr(module, "shift_in_neuron", lambda x: True)
     model, images = network(encoder, name)
     model = change(model)
     with torch.no_grad():

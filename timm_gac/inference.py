@@ -126,7 +126,7 @@ class FoldedBlock(nn.Module):
 
 def _convolve_and_fire(conv: Any, neuron: Any, x: Tensor, shortcut: Callable[[], Tensor] | None) -> Any:
     """A folded convolution and its neuron, as one op where nobody watches what goes on between them."""
-    watched = any(m._forward_hooks or m._forward_pre_hooks for m in (conv, neuron))
+    watched = any(m._forward_hooks or m._forward_pre_hooks or "forward" in vars(m) for m in (conv, neuron))
     if not shift_in_neuron(x) or watched or conv.kernel_size != (3, 3) or conv.stride not in ((1, 1), (2, 2)):
         current = conv(x)
         return neuron(current) if shortcut is None else neuron(current, shortcut())

@@ -77,7 +77,7 @@ def _checked(model: nn.Module) -> SpikingResNet:
             f"expected a plain spiking ResNet of this package for early exit, got {type(model).__name__}: see "
             "timm-gac models"
         )
-    if model.training or model.pack_spikes:
+    if model.training or any(getattr(module, "pack_hidden", False) for module in model.modules()):
         raise ValueError(
             "expected a network in eval mode without packed spikes, got one that trains: call model.eval() and "
             "model.set_spike_packing(False)"
