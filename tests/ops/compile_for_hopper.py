@@ -65,3 +65,4 @@ if __name__ == "__main__":
     hopper_conv.on_device = lambda _: contextlib.nullcontext()
     compile_variant(stride=1, residual=True, steps=2)
     compile_variant(stride=2, residual=False, steps=1)
+    print(hopper_conv._failure(torch.device("cpu")) or "compiles")

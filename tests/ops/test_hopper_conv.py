@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import subprocess
 import sys
@@ -10,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from gac_kernels import CIFAR, IMAGENET, LIFSpec, spike_conv, spike_conv_reference, tuning
+from gac_kernels import CIFAR, IMAGENET, LIFSpec, hopper_conv, spike_conv, spike_conv_reference, tuning
 from gac_kernels.hopper_conv import GLUON_ERROR, Plan, plan, tile_of
 from test_spike_conv import inputs
 
@@ -49,8 +50,6 @@ def launch(request, monkeypatch):
 @pytest.fixture
 def planned(monkeypatch):
     """The plans of the calls of a test."""
-    from gac_kernels import hopper_conv
-
     made = []
 
     def note(*arguments):
@@ -117,6 +116,19 @@ def test_says_why_it_stays_away():
     assert isinstance(reason, str) and ("compute capability 9.0" in reason or "Gluon" in reason)
 
 
+def test_a_compiler_that_refuses_is_logged_once(monkeypatch, caplog, device):
+    def refuse(*_):
+        raise RuntimeError("no such layout\nand more")
+
+    monkeypatch.setattr(hopper_conv, "launch", refuse)
+    hopper_conv._failure.cache_clear()
+    with caplog.at_level(logging.WARNING, "gac_kernels"):
+        reasons = {hopper_conv._failure(device) for _ in range(2)}
+    hopper_conv._failure.cache_clear()
+    assert reasons == {"its kernel does not compile with this Triton (RuntimeError: no such layout)"}
+    assert len(caplog.records) == 1
+
+
 @pytest.mark.skipif(bool(GLUON_ERROR), reason="this Triton has no Gluon")
 def test_compiles_for_hopper_anywhere():
     """Triton compiles for a GPU that is not there; the plain and the fullest variant end in int8 tensor core code."""
@@ -124,4 +136,4 @@ def test_compiles_for_hopper_anywhere():
     child = Path(__file__).with_name("compile_for_hopper.py")
     done = subprocess.run([sys.executable, child], env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.split() == ["wgmma.s8", "wgmma.s8"]
+    assert done.stdout.split() == ["wgmma.s8", "wgmma.s8", "wgmma.s8", "compiles"]

@@ -7,12 +7,14 @@ tap of the 3x3 window and every BK input channels, one stage of a ring takes the
 weights of a stage serve STEPS time steps. The membrane stays in registers; residual, membrane and spikes travel
 through shared memory too.
 
-Gluon is experimental in Triton: everything that uses it is in this file, and `plan` says where the file applies.
+Gluon is experimental in Triton: everything that uses it is in this file, `plan` says where the file applies, and where
+a version of Triton does not compile it, that is logged and the other implementations run.
 """
 
 from __future__ import annotations
 
 import functools
+import logging
 import math
 from typing import Any, NamedTuple
 
@@ -20,6 +22,8 @@ import torch
 from torch import Tensor
 
 from .layout import on_device
+
+_logger = logging.getLogger(__name__)
 
 GLUON_ERROR = ""
 try:
@@ -126,6 +130,8 @@ def plan(
         or torch.cuda.get_device_capability(spikes.device) != _CAPABILITY
     ):
         return "it is written for compute capability 9.0"
+    if failure := _failure(spikes.device):
+        return failure
     if channels % 32 or out_channels % 32:
         return f"{channels} to {out_channels} channels are not multiples of 32"
     if stride == 2 and (height % 2 or width % 2):
@@ -323,6 +329,24 @@ if not GLUON_ERROR:
                     SUMS,
                 )  # fmt: skip
         tma.store_wait(0)
+
+
+@functools.cache
+def _failure(device: torch.device) -> str:
+    """Why this version of Triton does not compile the kernel, empty where it does; tried on one small call."""
+    layout = torch.channels_last
+    spikes = torch.zeros((1, 32, 8, 8), dtype=torch.int8, device=device).contiguous(memory_format=layout)
+    weight = torch.zeros((32, 32, 3, 3), dtype=torch.int8, device=device).contiguous(memory_format=layout)
+    zeros = torch.zeros(32, device=device)
+    made = Plan((8, 1, 8), 32, 32, 2, 1, 4)
+    try:
+        launch(made, spikes, weight, zeros, zeros, None, 1, 1, 1.0, 0.5, False, torch.empty_like(spikes), zeros[:0])
+    except Exception as error:  # whatever the compiler raises: there is another way to compute the same
+        first = str(error).partition("\n")[0]
+        reason = f"its kernel does not compile with this Triton ({type(error).__name__}: {first})"
+        _logger.warning("spiking convolutions run slower on this GPU than they could: %s", reason)
+        return reason
+    return ""
 
 
 def _descriptor(tensor: Tensor, shape: list[int], strides: list[int], block: list[int]) -> Any:
