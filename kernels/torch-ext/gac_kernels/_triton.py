@@ -23,12 +23,19 @@ except ImportError as error:  # CPU-only and non-Linux installs of PyTorch come 
         def jit(self, function: Any) -> Any:
             return function
 
-        def cdiv(self, a: int, b: int) -> int:
-            return -(-a // b)
-
     triton = tl = _Absent()
 
 # Read once: Triton itself decides at decoration time, so a later change of the variable has no effect on either.
 INTERPRETED = HAS_TRITON and os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on")
 
-__all__ = ["HAS_TRITON", "INTERPRETED", "TRITON_ERROR", "tl", "triton"]
+__all__ = ["HAS_TRITON", "INTERPRETED", "TRITON_ERROR", "cdiv", "next_power_of_2", "tl", "triton"]
+
+
+def cdiv(a: int, b: int) -> int:
+    """A / b, rounded up. Triton's own is made for kernels too, and takes longer than a launch has for it."""
+    return -(-a // b)
+
+
+def next_power_of_2(n: int) -> int:
+    """The least power of two that is not below n >= 1."""
+    return 1 << (n - 1).bit_length()

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ._triton import tl, triton
+from ._triton import cdiv, tl, triton
 from .backend import resolve_backend
 from .checks import check_current
 from .layout import on_device
@@ -74,7 +74,7 @@ def _stats_triton(
     stride = 1 if tiles.meta["CHANNELS_LAST"] else tiles.spatial
     with on_device(x):
         _batch_stats_kernel[tiles.grid](x, partial, tiles.rows, channels, tiles.spatial, tiles.tiles, **tiles.meta)
-        _finish_stats_kernel[(triton.cdiv(channels, FINISH["BLOCK_C"]),)](
+        _finish_stats_kernel[(cdiv(channels, FINISH["BLOCK_C"]),)](
             x, partial, mean, var, running_mean, running_var, momentum, tiles.rows, programs, channels, stride,
             UPDATE=running_mean is not None, **FINISH,
         )  # fmt: skip

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from . import eager
-from ._triton import tl, triton
+from ._triton import cdiv, tl, triton
 from .backend import resolve_backend
 from .checks import check_current, check_gate, check_spec
 from .layout import as_layout, on_device
@@ -178,7 +178,7 @@ def _geometry(x: Tensor, y: Tensor, op: str) -> tuple[tuple[int, ...], dict[str,
     if y.shape[0] > CHUNK and "TILES" in config:
         config = config | {"TILES": 1}  # beyond one chunk the temporal sums leave the registers step by step
     size = x[(0,) * (x.dim() - 3)].numel()
-    tiles = triton.cdiv(size, config["BLOCK"] * config.get("TILES", 1))
+    tiles = cdiv(size, config["BLOCK"] * config.get("TILES", 1))
     x_step = size * y.shape[1] if x.dim() == 5 else 0
     return (size, tiles, x_step, size, size * y.shape[1], size), config, tiles * y.shape[1]
 
@@ -201,7 +201,7 @@ def _backward_triton(
 ) -> None:  # fmt: skip
     geometry, config, programs = _geometry(x, grad, "gac_bwd")
     num_steps, batch = grad.shape[:2]
-    chunks = triton.cdiv(num_steps, CHUNK)
+    chunks = cdiv(num_steps, CHUNK)
     # One partial sum a program and step, added up by torch in a fixed order: no atomics, so the same bits every time.
     partial = torch.empty((batch, programs // batch, num_steps), dtype=torch.float32, device=x.device)
     scratch = partial.new_empty(programs * chunks * config["BLOCK"] if chunks > 1 else 0)

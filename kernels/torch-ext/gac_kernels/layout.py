@@ -25,4 +25,6 @@ def time_stride(x: Tensor) -> int:
 
 def on_device(tensor: Tensor) -> AbstractContextManager[object]:
     """Context in which Triton launches on the tensor's own GPU."""
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
+    if not tensor.is_cuda or tensor.device.index == torch.cuda.current_device():
+        return nullcontext()
+    return torch.cuda.device(tensor.device)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from . import eager
-from ._triton import tl, triton
+from ._triton import cdiv, tl, triton
 from .backend import resolve_backend
 from .checks import check_current, check_spec, check_state
 from .layout import as_layout, on_device, time_stride
@@ -176,7 +176,7 @@ def _launch(kernel, x: Tensor, args: tuple, op: str, **constants: float | bool) 
     config = launch_config(op, num_steps, x.element_size(), x.device)
     block = config["BLOCK"]
     with on_device(x):
-        kernel[(triton.cdiv(neurons, block),)](
+        kernel[(cdiv(neurons, block),)](
             *args, neurons, inner, T=num_steps, STEPS=min(num_steps, CHUNK), TIME_OUTER=inner == neurons, **config,
             **constants,
         )  # fmt: skip
@@ -208,7 +208,7 @@ def _backward_triton(
         _launch(_lif_bwd_mask_kernel, grad_x, args, "lif_bwd_mask", **shared)
         return
     num_steps = x.shape[0]
-    chunks = triton.cdiv(num_steps, CHUNK)
+    chunks = cdiv(num_steps, CHUNK)
     scratch = x.new_empty(chunks * (x.numel() // num_steps) if chunks > 1 else 0, dtype=torch.float32)
     args = (grad, grad_last, x, state, grad_x, grad_state, scratch)
     _launch(_lif_bwd_kernel, grad_x, args, "lif_bwd", SURROGATE=surrogate, **shared)

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from . import norm_eager
-from ._triton import triton
+from ._triton import cdiv
 from .backend import resolve_backend
 from .checks import check_norm, check_residual_norm, check_spec
 from .layout import as_layout, on_device
@@ -70,7 +70,7 @@ def _backward_triton(
     source = residual if membrane is None else membrane
     normed = res_norm[2] is not None
     rows_of_sums = 3 if normed else 2
-    frame, size, chunks = x.numel() // num_steps, x.element_size(), triton.cdiv(num_steps, CHUNK)
+    frame, size, chunks = x.numel() // num_steps, x.element_size(), cdiv(num_steps, CHUNK)
     config = launch_config("norm_lif_bwd_reduce", num_steps, size, x.device)
     if num_steps > 4 or normed:  # 128 registers a thread without, 168 with the residual's norm or 6 steps, 244 with 8
         config = config | {"PER_SM": min(config["PER_SM"], 3 if num_steps <= (4 if normed else 6) else 2)}
@@ -87,7 +87,7 @@ def _backward_triton(
             frame, tiles.tiles, STEPS=min(num_steps, CHUNK), RESIDUAL=residual is not None, KEEP=membrane is not None,
             HAS_GS=gs is not None, HAS_GY=gy is not None, WRITE=written, SUMS=rows_of_sums, **shared, **tiles.meta,
         )  # fmt: skip
-        finish_kernel[(triton.cdiv(channels, FINISH["BLOCK_C"]),)](
+        finish_kernel[(cdiv(channels, FINISH["BLOCK_C"]),)](
             partial, norm[3], res_norm[3], sums, gw, gb, grw, grb, programs, channels, EPS=eps, R_EPS=res_eps,
             AFFINE=affine, NORMED=normed, SUMS=rows_of_sums, **FINISH,
         )  # fmt: skip

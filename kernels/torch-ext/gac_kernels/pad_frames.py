@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._triton import tl, triton
+from ._triton import cdiv, tl, triton
 from .backend import resolve_backend
 from .checks import check_current
 from .layout import as_layout, on_device
@@ -59,7 +59,7 @@ def _geometry(x: Tensor, y: Tensor, before: int) -> tuple[int, int, int, int]:
 def _launch(kernel, rows: int, width: int, x: Tensor, *arguments: Tensor | int, **constants: int) -> None:
     config = launch_config("pad_frames", 1, x.element_size(), x.device)
     with on_device(x):
-        kernel[(rows, triton.cdiv(width, config["BLOCK"]))](*arguments, **constants, **config)
+        kernel[(rows, cdiv(width, config["BLOCK"]))](*arguments, **constants, **config)
 
 
 _lib = torch.library.Library("gac_kernels", "FRAGMENT")

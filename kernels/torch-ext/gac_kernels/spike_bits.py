@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ._triton import tl, triton
+from ._triton import cdiv, tl, triton
 from .backend import resolve_backend
 from .checks import check_current
 from .layout import on_device
@@ -50,7 +50,7 @@ def _unpack_kernel(bits_ptr, x_ptr, frame, T: tl.constexpr, BLOCK: tl.constexpr)
 def _launch(kernel, source: Tensor, target: Tensor, num_steps: int, frame: int) -> None:
     config = launch_config("unpack_spikes", num_steps, 2, source.device)
     with on_device(source):
-        kernel[(triton.cdiv(frame, config["BLOCK"]),)](source, target, frame, T=num_steps, **config)
+        kernel[(cdiv(frame, config["BLOCK"]),)](source, target, frame, T=num_steps, **config)
 
 
 def empty_bits(spikes: Tensor, num_steps: int) -> Tensor:

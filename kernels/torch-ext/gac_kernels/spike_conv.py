@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from . import hopper_conv, spike_conv_eager, spike_conv_onednn
-from ._triton import tl, triton
+from ._triton import cdiv, next_power_of_2, tl, triton
 from .checks import check_spec, check_spike_conv
 from .layout import on_device
 from .spec import CIFAR, LIFSpec
@@ -93,11 +93,11 @@ def _forward_triton(
     out_channels, out_height, out_width = out.shape[1:]
     config = dict(spike_conv_config("spike_conv", shape, spikes.device))
     # No larger than the channels need; 32 is the depth of one int8 tensor core instruction, 16 its least width.
-    block_k = min(config.pop("BLOCK_K"), max(32, triton.next_power_of_2(channels)))
-    block_n = min(config.pop("BLOCK_N"), max(16, triton.next_power_of_2(out_channels)))
+    block_k = min(config.pop("BLOCK_K"), max(32, next_power_of_2(channels)))
+    block_n = min(config.pop("BLOCK_N"), max(16, next_power_of_2(out_channels)))
     rows = out.numel() // (num_steps * out_channels)
     with on_device(spikes):
-        _spike_conv_kernel[(triton.cdiv(rows, config["BLOCK_M"]) * triton.cdiv(out_channels, block_n),)](
+        _spike_conv_kernel[(cdiv(rows, config["BLOCK_M"]) * cdiv(out_channels, block_n),)](
             spikes, weight, scale, bias, residual, out, membrane, rows, height, width, out_height, out_width, channels,
             out_channels, spikes.numel() // num_steps, out.numel() // num_steps,
             T=num_steps, STRIDE=stride, THRESHOLD=threshold, DECAY=decay, SOFT=soft_reset,

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ._triton import tl, triton
+from ._triton import cdiv, next_power_of_2, tl, triton
 
 # Where there is no multiprocessor to fill (the interpreter), two programs still exercise the sharing of tiles.
 _INTERPRETED_PROCESSORS = 2
@@ -105,10 +105,10 @@ def channel_tiles(x: Tensor, num_steps: int, config: dict[str, int]) -> Tiles:
             first) and, where a fixed number of programs shares the tiles, PER_SM (programs a multiprocessor).
     """
     channels, channels_last = x.shape[1], is_channels_last(x)
-    block_c = min(config["BLOCK_C"], triton.next_power_of_2(channels)) if channels_last else 1
+    block_c = min(config["BLOCK_C"], next_power_of_2(channels)) if channels_last else 1
     block_r = max(1, config["TILE"] // block_c)
     rows = x.numel() // (num_steps * channels)
-    count, blocks = triton.cdiv(rows, block_r), triton.cdiv(channels, block_c)
+    count, blocks = cdiv(rows, block_r), cdiv(channels, block_c)
     programs = count
     if "PER_SM" in config:
         programs = max(1, min(count, config["PER_SM"] * _processors(x.device) // blocks))
