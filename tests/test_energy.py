@@ -14,7 +14,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from gac_kernels import CIFAR, use_backend
-from timm_gac import cli, fuse_for_inference
+from timm_gac import cli, fuse_for_inference, quantize
 from timm_gac.energy import COSTS, EnergyMeter, measure_energy
 from timm_gac.energy.counter import Counter
 from timm_gac.evaluate import evaluate
@@ -249,3 +249,19 @@ def test_evaluation_with_a_meter_is_hardly_slower():
         assert watched.firing_rates == alone.firing_rates
     assert report.images == 8
     assert min(metered) < 1.3 * min(plain), (plain, metered)
+
+
+def test_integer_network_counts_what_its_float_network_does():
+    model, images = small("test_gac_msresnet")
+    with torch.no_grad():
+        rounded = quantize(model)
+    before, after = measure_energy(model, [images]), measure_energy(rounded, [images])
+    counted = {layer.name.replace("downsample", "downsample.0"): layer for layer in after.layers}
+    assert {layer.name for layer in before.layers} == counted.keys()
+    for one in before.layers:
+        other = counted[one.name]
+        assert (one.kind, one.macs, one.runs, one.binary, one.dense) == (
+            other.kind, other.macs, other.runs, other.binary, other.dense,
+        )  # fmt: skip
+        assert one.rate == pytest.approx(other.rate, abs=0.1)  # rounded weights: other spikes, as many
+    assert after.totals()["strict"]["acs"] > 0

@@ -22,6 +22,7 @@ from timm_gac.evaluate import evaluate
 from timm_gac.hub.folder import load_model, save_model_folder
 from timm_gac.models.integer import IntegerSpikingResNet, SpikeConv
 from timm_gac.quantize import quantize_weight
+from timm_gac.recording import neuron_layers, spikes_of
 
 MODELS = ("test_gac_msresnet", "msresnet18_cifar", "gac_spiking_resnet18", "spiking_resnet19", "gac_msresnet34")
 
@@ -49,7 +50,7 @@ def assert_layers_exact(network: nn.Module, images: torch.Tensor) -> dict[str, f
     def check(name):
         def hook(module, inputs, output):
             spikes = output[-1] if isinstance(output, tuple) else output
-            weight = module.weight.unflatten(1, (3, 3)).permute(0, 3, 1, 2)
+            weight = module.kernel
             expected = spike_conv_reference(
                 inputs[0], weight, module.scale, module.bias, module.num_steps, module.spec, stride=module.stride,
                 residual=inputs[1] if len(inputs) > 1 else None,
@@ -243,3 +244,19 @@ def test_benchmark_notices_wrong_spikes() -> None:
     layer = network.layer2[0].conv2
     layer.register_forward_hook(lambda module, inputs, output: (output[0], output[1] ^ 1), prepend=True)
     assert "layer2.0.conv2" in check_integer(network, images, "float32")
+
+
+@pytest.mark.parametrize("name", ["test_gac_msresnet", "gac_spiking_resnet18"])
+def test_every_neuron_of_the_float_network_is_recorded(name: str) -> None:
+    model = firing(name)
+    network = quantize(model)
+    # A norm with its neuron stands behind its convolution there; here the convolution holds the neuron.
+    expected = {layer.replace("bn", "conv") for layer in neuron_layers(model)}
+    assert {layer.replace(".lif", "") for layer in neuron_layers(network)} == expected and len(expected) > 6
+    images = torch.randn(2, 3, 16, 16)
+    seen: dict[str, torch.Tensor] = {}
+    for layer, module in neuron_layers(network).items():
+        module.register_forward_hook(lambda m, _, output, layer=layer: seen.update({layer: spikes_of(m, output)}))
+    with torch.no_grad():
+        network(images)
+    assert len(seen) == len(expected) and all(spikes.is_floating_point() for spikes in seen.values())

@@ -118,11 +118,10 @@ def check_integer(network: nn.Module, images: Tensor, precision: str) -> str:
 
     def compare(name: str) -> Any:
         def hook(module: SpikeConv, inputs: tuple[Tensor, ...], output: Any) -> None:
-            weight = module.weight.unflatten(1, (3, 3)).permute(0, 3, 1, 2)
             residual = inputs[1] if len(inputs) > 1 else None
             current, expected = spike_conv_reference(
-                inputs[0], weight, module.scale, module.bias, module.num_steps, module.spec, stride=module.stride,
-                residual=residual, return_membrane=True,
+                inputs[0], module.kernel, module.scale, module.bias, module.num_steps, module.spec,
+                stride=module.stride, residual=residual, return_membrane=True,
             )  # fmt: skip
             membrane, spikes = output if isinstance(output, tuple) else (None, output)
             differ = (spikes != expected).unflatten(0, (module.num_steps, -1)).any(0)

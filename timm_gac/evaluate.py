@@ -15,7 +15,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .encoder import DirectCoding
-from .models.integer import SpikeConv
 from .recording import NEURONS, neuron_layers
 
 __all__ = ["Evaluation", "evaluate", "evaluate_state"]
@@ -88,7 +87,7 @@ class _Rates:
     """Firing rates by forward hooks, summed on the device."""
 
     def __init__(self, model: nn.Module, enabled: bool, device: torch.device) -> None:
-        self.layers = neuron_layers(model, (*NEURONS, SpikeConv, DirectCoding)) if enabled else {}
+        self.layers = neuron_layers(model, (*NEURONS, DirectCoding)) if enabled else {}
         self.sums = torch.zeros(2, len(self.layers), dtype=torch.float64, device=device)
 
     @contextmanager

@@ -17,7 +17,7 @@ from .neuron import LIF, BatchNormLIF
 
 __all__ = ["NEURONS", "current_of", "membrane_of", "neuron_layers", "spikes_of"]
 
-NEURONS = (LIF, BatchNormLIF, FoldedLIF, GatedAttentionCoding)
+NEURONS = (LIF, BatchNormLIF, FoldedLIF, IntegerLIF, SpikeConv, GatedAttentionCoding)
 
 
 def neuron_layers(model: nn.Module, kinds: tuple[type[nn.Module], ...] = NEURONS) -> dict[str, nn.Module]:
@@ -30,6 +30,7 @@ def neuron_layers(model: nn.Module, kinds: tuple[type[nn.Module], ...] = NEURONS
 def spikes_of(module: nn.Module, output: Any) -> Tensor:
     """Spikes that a neuron layer gave out, time-folded ``(T*B, C, H, W)``; gated ones of the encoder as they are."""
     spikes: Tensor = output[-1] if isinstance(output, tuple) else output  # (membrane, spikes), or spikes alone
+    spikes = spikes if spikes.is_floating_point() else spikes.float()  # integer networks send int8
     return spikes.flatten(0, 1) if isinstance(module, GatedAttentionCoding) else spikes
 
 

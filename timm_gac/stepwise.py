@@ -18,15 +18,16 @@ from torch import Tensor, nn
 from gac_kernels import LIFSpec, lif
 
 from .anytime import check_confidence, early_exit
+from .encoder import GatedAttentionCoding
 from .inference import FoldedLIF
 from .models.integer import IntegerLIF, SpikeConv
 from .models.network import SpikingResNet
-from .neuron import LIF, BatchNormLIF, MembraneBatchNormLIF
-from .recording import current_of, neuron_layers
+from .neuron import BatchNormLIF, MembraneBatchNormLIF
+from .recording import NEURONS, current_of, neuron_layers
 
 __all__ = ["forward_until_sure"]
 
-_NEURONS = (LIF, BatchNormLIF, FoldedLIF, IntegerLIF, SpikeConv)
+_NEURONS = tuple(kind for kind in NEURONS if kind is not GatedAttentionCoding)  # all but the encoder's
 
 
 @torch.no_grad()

@@ -10,12 +10,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..models.integer import SpikeConv
 from .tables import LayerCount
 
 __all__ = ["LAYERS", "Counter", "Layer"]
 
-Layer = nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.Linear
-LAYERS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
+Layer = nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.Linear | SpikeConv
+LAYERS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear, SpikeConv)
 _CONVOLVE: dict[int, Callable[..., Tensor]] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 
 
@@ -35,7 +36,7 @@ class Counter:
         self.nonzero: Tensor | None = None  # [steps, *operand without batch], float32: exact up to 2**24 images
         self.real: Tensor | None = None  # [] bool: some value was none of 0, 1 and -1
 
-    def add(self, operand: Tensor, output: Tensor, batch: int) -> None:
+    def add(self, operand: Tensor, output: Tensor | tuple[Tensor, ...], batch: int) -> None:
         """Count one run: operand and output are time-folded, ``(steps * batch, ...)``."""
         if operand.shape[0] % batch != 0:
             raise ValueError(
@@ -47,7 +48,8 @@ class Counter:
         if self.nonzero is None or self.real is None:
             self.nonzero = torch.zeros(shape, dtype=torch.float32, device=x.device)
             self.real = torch.zeros((), dtype=torch.bool, device=x.device)
-            macs_at = output.shape[1:-1] if isinstance(self.layer, nn.Linear) else output.shape[2:]
+            made = output[-1] if isinstance(output, tuple) else output  # membrane and spikes: one shape
+            macs_at = made.shape[1:-1] if isinstance(self.layer, nn.Linear) else made.shape[2:]
             self.macs = self.layer.weight.numel() * math.prod(macs_at)
         elif self.nonzero.shape != shape:
             raise ValueError(
@@ -83,7 +85,7 @@ class Counter:
         positions, channels = counts[0].numel(), counts.shape[1]
         runs = self.rows / images
         dense = reach = _reach(counts.shape[1:], self.layer)
-        weight = self.layer.weight.detach()
+        weight = self.layer.kernel if isinstance(self.layer, SpikeConv) else self.layer.weight.detach()
         if not bool(weight.abs().amin() > 0):
             reach = _masked_reach(counts.shape[1:], (weight != 0).cpu(), self.layer)
         if len(reach) == 1:  # the same for all channels, whose counts are added first: exact below 2**24
@@ -134,7 +136,7 @@ def _products(shape: torch.Size, taps: Tensor, layer: Any, groups: int) -> Tenso
         x = torch.zeros(1, *shape, requires_grad=True)
         # Values of the padding are 0 in every mode that the counted networks use: padded zeros add nothing.
         padded = x if padding is None else F.pad(x, padding)
-        convolve = _CONVOLVE[layer.weight.ndim - 2]
+        convolve = _CONVOLVE[len(layer.kernel_size)]
         outputs = convolve(padded, taps, None, layer.stride, amount, layer.dilation, groups)
         (products,) = torch.autograd.grad(outputs.sum(), x)
     return products[0].double()

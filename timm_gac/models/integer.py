@@ -84,16 +84,24 @@ class SpikeConv(nn.Module):
     weight: Tensor
     scale: Tensor
     bias: Tensor
+    # The rest of its geometry, as nn.Conv2d names it.
+    kernel_size, padding, dilation, groups = (3, 3), (1, 1), (1, 1), 1
 
     def __init__(
         self, in_channels: int, out_channels: int, stride: int, spec: LIFSpec, num_steps: int, keep_membrane: bool
     ) -> None:
         super().__init__()
         self.stride, self.spec, self.num_steps, self.keep_membrane = stride, spec, num_steps, keep_membrane
+        self.in_channels, self.out_channels = in_channels, out_channels
         # Three axes: a memory format, which has meaning for four, leaves it as the kernel reads it.
         self.register_buffer("weight", torch.zeros(out_channels, 9, in_channels, dtype=torch.int8))
         self.register_buffer("scale", torch.ones(out_channels))
         self.register_buffer("bias", torch.zeros(out_channels))
+
+    @property
+    def kernel(self) -> Tensor:
+        """The weight as a convolution has it, ``(C', C, 3, 3)``, a view."""
+        return self.weight.unflatten(1, (3, 3)).permute(0, 3, 1, 2)
 
     def forward(self, spikes: Tensor, residual: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
         """Spikes, or the pair (membrane, spikes)."""
@@ -106,10 +114,9 @@ class SpikeConv(nn.Module):
         return self._run(spikes, residual, num_steps, True)[0]
 
     def _run(self, spikes: Tensor, residual: Tensor | None, num_steps: int, keep_membrane: bool) -> Any:
-        weight = self.weight.unflatten(1, (3, 3)).permute(0, 3, 1, 2)
         run: Callable[..., Any] = spike_conv if self.scale.dtype == torch.float32 else spike_conv_reference
         return run(
-            spikes, weight, self.scale, self.bias, num_steps, self.spec, stride=self.stride, residual=residual,
+            spikes, self.kernel, self.scale, self.bias, num_steps, self.spec, stride=self.stride, residual=residual,
             return_membrane=keep_membrane,
         )  # fmt: skip
 
@@ -124,9 +131,8 @@ class SpikeConv(nn.Module):
 
     def extra_repr(self) -> str:
         """Sizes, neuron and what is returned."""
-        out_channels, _, in_channels = self.weight.shape
         return (
-            f"{in_channels}, {out_channels}, stride={self.stride}, num_steps={self.num_steps}, {self.spec}, "
+            f"{self.in_channels}, {self.out_channels}, stride={self.stride}, num_steps={self.num_steps}, {self.spec}, "
             f"keep_membrane={self.keep_membrane}"
         )
 
