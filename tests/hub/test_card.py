@@ -8,9 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import timm
 from huggingface_hub import ModelCard
 
 from gac_kernels import CIFAR
+from timm_gac import quantize
+from timm_gac.hub import save_model_folder
 from timm_gac.hub.card import write_card
 from timm_gac.hub.facts import Facts, check_energy, gather, read_public
 
@@ -139,3 +142,14 @@ def test_energy_of_another_model_is_refused(change: dict[str, Any], message: str
 def test_paths_of_the_machine_are_not_published(value: Any, published: Any, tmp_path: Path) -> None:
     (tmp_path / "x.json").write_text(json.dumps({"lr": 1, "data": value, "recipe": {"lr": 1, "data": value}}))
     assert read_public(tmp_path / "x.json") == {"lr": 1, "data": published}
+
+
+def test_card_of_a_quantised_network(tmp_path: Path) -> None:
+    float_net = timm.create_model("test_gac_msresnet", num_classes=3)
+    save_model_folder(quantize(float_net), tmp_path / "int8")
+    facts = gather(tmp_path / "int8", tmp_path / "int8")
+    total = sum(parameter.numel() for parameter in float_net.parameters())
+    assert 0.95 * total < facts.parameters < total and facts.membrane_shortcut  # batch norms are folded away
+    card = write_card(facts, "org/name")
+    assert 'load_model(fetch_model("org/name"))' in card and card.count("## Use") == 1
+    assert "| quantisation | scheme int8-weights-per-channel, clip mse |" in card

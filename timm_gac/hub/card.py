@@ -92,10 +92,28 @@ def _summary(facts: Facts) -> str:
 
 def _usage(facts: Facts, repo_id: str) -> str:
     channels, height, width = facts.preprocessing.get("input_size", (3, 32, 32))
-    return f"""\
+    integer = ""
+    if facts.quantization:
+        integer = f"""\
 ## Use
 
-The models are registered by `import timm_gac`, without which neither library knows the architecture.
+The weights of the 3x3 convolutions are 8-bit integers with one scale per output channel. The integer network:
+
+```python
+import torch
+from timm_gac.hub import fetch_model, load_model
+
+model = load_model(fetch_model("{repo_id}"))
+with torch.no_grad():
+    logits = model(torch.randn(1, {channels}, {height}, {width}))  # (1, {facts.num_classes})
+```
+
+In timm and transformers the same weights make a floating-point network, which can be fine-tuned.
+
+"""
+    start = "" if integer else "## Use\n\n"
+    return f"""\
+{integer}{start}The models are registered by `import timm_gac`, without which neither library knows the architecture.
 
 ```python
 import timm
@@ -147,6 +165,8 @@ def _model(facts: Facts) -> str:
         ("neuron", _neuron(facts.spec)),
         ("classes", facts.num_classes),
     ]
+    if facts.quantization:
+        rows.append(("quantisation", ", ".join(f"{key} {value}" for key, value in facts.quantization.items())))
     shown = {"input_size": "input (C, H, W)", "crop_pct": "crop", "interpolation": "interpolation"}
     rows += [(shown[key], value) for key, value in facts.preprocessing.items() if key in shown]
     rows += [(key, value) for key, value in facts.preprocessing.items() if key in ("mean", "std")]

@@ -13,6 +13,7 @@ from gac_kernels import LIFSpec
 
 from ..encoder import GatedAttentionCoding
 from ..models.blocks import MSBlock
+from ..models.integer import IntegerBlock, SpikeConv
 from .folder import CONFIG, load_model, read_config
 
 EVALUATIONS = ("eval.json", "demo.json")  # the trainer's evaluation, and the demonstration's result
@@ -42,12 +43,13 @@ class Facts:
         architecture: Name of the registered model.
         num_classes: Number of classes.
         num_steps: Time steps T.
-        parameters: Number of parameters.
+        parameters: Number of parameters, rounded ones too.
         gated: Whether its encoder is gated attention coding.
         membrane_shortcut: Whether its blocks have membrane shortcuts.
         spec: Its neuron.
         preprocessing: Fields of pretrained_cfg that say how an image is prepared.
         label_names: Names of the classes, empty if unknown.
+        quantization: How the weights were rounded, empty where they were not.
         training: The run's configuration.
         evaluation: The evaluation's results.
         energy: The energy accounting's results.
@@ -63,6 +65,7 @@ class Facts:
     spec: LIFSpec
     preprocessing: Mapping[str, Any]
     label_names: tuple[str, ...] = ()
+    quantization: Mapping[str, Any] = field(default_factory=dict)
     training: Mapping[str, Any] = field(default_factory=dict)
     evaluation: Mapping[str, Any] = field(default_factory=dict)
     energy: Mapping[str, Any] = field(default_factory=dict)
@@ -193,12 +196,17 @@ def gather(folder: Path, run: Path) -> Facts:
         architecture=config["architecture"],
         num_classes=config["num_classes"],
         num_steps=model.num_steps,
-        parameters=sum(parameter.numel() for parameter in model.parameters()),
+        parameters=sum(parameter.numel() for parameter in model.parameters())
+        + sum(module.weight.numel() for module in model.modules() if isinstance(module, SpikeConv)),
         gated=isinstance(model.encoder, GatedAttentionCoding),
-        membrane_shortcut=any(isinstance(module, MSBlock) for module in model.modules()),
+        membrane_shortcut=any(
+            isinstance(module, MSBlock) or (isinstance(module, IntegerBlock) and module.membrane_shortcut)
+            for module in model.modules()
+        ),
         spec=model.spec,
         preprocessing={name: cfg[name] for name in wanted if name in cfg},
         label_names=tuple(names),
+        quantization=config.get("quantization", {}),
         training=training,
         evaluation=evaluation,
         energy=energy,
