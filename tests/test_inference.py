@@ -81,3 +81,17 @@ def test_other_dtypes_and_the_rest_of_the_contract(device: torch.device) -> None
         fuse_for_inference(model)
     with pytest.raises(ValueError, match="spiking network"):
         fuse_for_inference(nn.Linear(2, 2))
+
+
+def test_gradients_at_the_input_of_a_folded_network(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a GPU does in one op without gradients is done apart where they are wanted."""
+    from timm_gac import inference
+
+    model = fuse_for_inference(trained("test_gac_msresnet", torch.float64, device))
+    images = torch.randn(2, 3, 8, 8, device=device, dtype=torch.float64, requires_grad=True)
+    gradients = []
+    for in_neuron in (False, True):
+        monkeypatch.setattr(inference, "shift_in_neuron", lambda x, answer=in_neuron: answer)
+        gradients += torch.autograd.grad(model(images).square().sum(), images)
+    assert gradients[0].abs().max() > 0
+    torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-9, atol=1e-12)

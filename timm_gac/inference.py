@@ -125,9 +125,19 @@ class FoldedBlock(nn.Module):
 
 
 def _convolve_and_fire(conv: Any, neuron: Any, x: Tensor, shortcut: Callable[[], Tensor] | None) -> Any:
-    """A folded convolution and its neuron, as one op where nobody watches what goes on between them."""
+    """A folded convolution and its neuron, as one op where nobody watches what goes on between them or wants gradients.
+
+    The op has none; convolution and neuron apart have, at the input for instance.
+    """
+    gradients = torch.is_grad_enabled() and (x.requires_grad or conv.weight.requires_grad)
     watched = any(m._forward_hooks or m._forward_pre_hooks or "forward" in vars(m) for m in (conv, neuron))
-    if not shift_in_neuron(x) or watched or conv.kernel_size != (3, 3) or conv.stride not in ((1, 1), (2, 2)):
+    if (
+        not shift_in_neuron(x)
+        or gradients
+        or watched
+        or conv.kernel_size != (3, 3)
+        or conv.stride not in ((1, 1), (2, 2))
+    ):
         current = conv(x)
         return neuron(current) if shortcut is None else neuron(current, shortcut())
     dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else conv.weight.dtype

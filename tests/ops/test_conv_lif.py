@@ -55,25 +55,36 @@ def test_two_passes(shape, dtype, residual, device, poisoned):
     compare(shape, device, dtype, residual, IMAGENET if shape[0] == 2 else CIFAR, DIFFER[dtype])
 
 
-@hopper
-@pytest.mark.parametrize("residual", [False, True])
-@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
-@pytest.mark.parametrize("launch", [(4, 1, 3), (4, 2, 2), (8, 1, 4)], ids=str)
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-def test_one_pass(launch, shape, dtype, residual, device, poisoned, monkeypatch):
-    warps, steps, ring = launch
+@pytest.fixture
+def one_pass(request, monkeypatch):
+    """The calls of the Hopper kernel, which takes every layer with these warps, steps and stages."""
+    warps, steps, ring = request.param
     config = {"BLOCK_M": 16 * warps, "BLOCK_N": 128, "RING": ring, "STEPS": steps, "num_warps": warps, "ONE_PASS": 1}
     monkeypatch.setattr(tuning, "_device_configs", lambda _: {})
     monkeypatch.setitem(tuning.DEFAULTS, "conv_lif_hopper", config)
     tuning.shape_config.cache_clear()
     launched = []
-    monkeypatch.setattr(
-        hopper_conv, "launch", lambda *args, run=hopper_conv.launch: (launched.append(args[0]), run(*args))
-    )
+
+    def note(*arguments, run=hopper_conv.launch):
+        launched.append(arguments[0])
+        run(*arguments)
+
+    monkeypatch.setattr(hopper_conv, "launch", note)
+    yield launched
+    tuning.shape_config.cache_clear()
+
+
+@hopper
+@pytest.mark.parametrize("residual", [False, True])
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
+@pytest.mark.parametrize("one_pass", [(4, 1, 3), (4, 2, 2), (8, 1, 4)], ids=str, indirect=True)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_one_pass(one_pass, shape, dtype, residual, device, poisoned):
+    assert not hopper_conv._failure(torch.empty(0, device=device).device)
+    one_pass.clear()
     spec = IMAGENET if shape[0] == 3 else LIFSpec(reset="soft", decay=0.9) if shape[0] == 5 else CIFAR
     compare(shape, device, dtype, residual, spec, ONE_PASS_DIFFER)
-    tuning.shape_config.cache_clear()
-    assert len(launched) == 2
+    assert len(one_pass) == 2
 
 
 def test_registration_and_no_elements(device):

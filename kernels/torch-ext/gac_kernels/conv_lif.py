@@ -50,21 +50,22 @@ def _two_passes(
 @torch.library.impl(_lib, "conv_lif", "CompositeExplicitAutograd")
 def _conv_lif(x, weight, bias, residual, num_steps, stride, threshold, decay, soft_reset, keep_membrane):
     check_conv_lif(x, weight, bias, residual, num_steps, stride)
-    out, membrane = _outputs(x, weight, stride, keep_membrane)
-    if not out.numel():
-        return out, membrane
+    if not x.numel() or not weight.numel():
+        return _outputs(x, weight, stride, keep_membrane)
     layout = torch.channels_last
     x, weight = (tensor.contiguous(memory_format=layout) for tensor in (x, weight))
     residual = None if residual is None else residual.contiguous(memory_format=layout)
+    neuron = (threshold, decay, soft_reset)
     if resolve_backend(x.device, x.dtype) == "triton" and x.element_size() == 2:
-        config = spike_conv_config("conv_lif_hopper", Shape.of(x, out, stride, residual is not None), x.device)
-        made = hopper_conv.plan(x, out, residual, membrane, num_steps, stride, config)
-        if config["ONE_PASS"] and isinstance(made, hopper_conv.Plan):
-            hopper_conv.launch(
-                made, x, weight, None, bias, residual, num_steps, stride, threshold, decay, soft_reset, out, membrane
-            )
-            return out, membrane
-    return _two_passes(x, weight, bias, residual, num_steps, stride, threshold, decay, soft_reset, keep_membrane)
+        shape = Shape.of(x, weight, stride, residual is not None)
+        config = spike_conv_config("conv_lif_hopper", shape, x.device)
+        if config["ONE_PASS"]:
+            out, membrane = _outputs(x, weight, stride, keep_membrane)
+            made = hopper_conv.plan(x, out, residual, membrane, num_steps, stride, config)
+            if isinstance(made, hopper_conv.Plan):
+                hopper_conv.launch(made, x, weight, None, bias, residual, num_steps, stride, *neuron, out, membrane)
+                return out, membrane
+    return _two_passes(x, weight, bias, residual, num_steps, stride, *neuron, keep_membrane)
 
 
 @torch.library.register_fake("gac_kernels::conv_lif", lib=_lib)

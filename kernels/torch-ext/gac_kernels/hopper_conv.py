@@ -16,11 +16,12 @@ from __future__ import annotations
 import functools
 import logging
 import math
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from .hopper_tiles import Plan, tile_of
 from .layout import on_device
 
 _logger = logging.getLogger(__name__)
@@ -45,65 +46,6 @@ except (ImportError, AttributeError) as error:  # absent, or changed: the kernel
 _CAPABILITY = (9, 0)
 _SHARED_MEMORY = 227 * 1024  # bytes that a Hopper program can have
 _GLUON_DTYPES = {torch.int8: "int8", torch.float16: "float16", torch.bfloat16: "bfloat16", torch.float32: "float32"}
-
-
-class Plan(NamedTuple):
-    """How a call is divided among programs.
-
-    Attributes:
-        tile: Rows, images and columns of a program's output pixels, powers of two.
-        block_n: Output channels of a program.
-        block_k: Input channels of a copy, 32, 64 or 128 bytes.
-        ring: Stages that are in flight.
-        steps: Time steps that share a weight tile, 1 or 2.
-        num_warps: Of a program, 4 or 8.
-    """
-
-    tile: tuple[int, int, int]
-    block_n: int
-    block_k: int
-    ring: int
-    steps: int
-    num_warps: int
-
-    @property
-    def pixels(self) -> int:
-        """Output pixels of a program at one time step."""
-        return math.prod(self.tile)
-
-    def shared_bytes(self, operands: int, values: int) -> int:
-        """Shared memory of a program.
-
-        Args:
-            operands: Bytes an element of spikes and weights.
-            values: Bytes an element of residual or membrane, 0 without.
-        """
-        stage = (self.steps * self.pixels + self.block_n) * self.block_k * operands
-        return self.ring * stage + self.steps * self.pixels * self.block_n * (operands + values) + 1024
-
-
-@functools.cache
-def tile_of(pixels: int, batch: int, height: int, width: int) -> tuple[int, int, int]:
-    """Rows, images and columns of a tile: least padding, then the smallest surround, then the longest runs.
-
-    Args:
-        pixels: Of the tile, a power of two of at least 8.
-        batch: Images of a time step.
-        height: Rows of the output.
-        width: Columns of the output.
-    """
-
-    def cost(tile: tuple[int, int, int]) -> tuple[float, float, int]:
-        rows, images, columns = tile
-        sizes = zip((height, batch, width), tile, strict=True)
-        return math.prod(-(-size // part) for size, part in sizes), (rows + 2) * (columns + 2) * images, -columns
-
-    sizes = [2**i for i in range(pixels.bit_length())]
-    tiles = [
-        (rows, pixels // (rows * columns), columns) for rows in sizes for columns in sizes if rows * columns <= pixels
-    ]
-    # A row of a tile begins at a multiple of the swizzle's period, eight pixels.
-    return min((tile for tile in tiles if tile[1] * tile[2] >= 8), key=cost)
 
 
 def plan(
@@ -142,7 +84,7 @@ def plan(
         return "residual and membrane have different dtypes"
     size = spikes.element_size()
     block_k = next(n for n in (128 // size, 64 // size, 32 // size) if channels % n == 0)
-    block_n = next(size for size in (128, 64, 32) if size <= config["BLOCK_N"] and out_channels % size == 0)
+    block_n = next(n for n in (128, 64, 32) if n <= config["BLOCK_N"] and out_channels % n == 0)
     batch = spikes.shape[0] // num_steps
     kept = residual if residual is not None else membrane if membrane.numel() else None
     made = Plan(

@@ -80,7 +80,7 @@ def _forward_triton(
     spikes: Tensor, weight: Tensor, scale: Tensor, bias: Tensor, residual: Tensor | None, num_steps: int, stride: int,
     threshold: float, decay: float, soft_reset: bool, out: Tensor, membrane: Tensor,
 ) -> None:  # fmt: skip
-    shape = Shape.of(spikes, out, stride, residual is not None)
+    shape = Shape.of(spikes, weight, stride, residual is not None)
     config = spike_conv_config("spike_conv_hopper", shape, spikes.device)
     made = hopper_conv.plan(spikes, out, residual, membrane, num_steps, stride, config)
     if isinstance(made, hopper_conv.Plan):

@@ -39,9 +39,10 @@ class Shape(NamedTuple):
     residual: bool
 
     @classmethod
-    def of(cls, spikes: Tensor, out: Tensor, stride: int, residual: bool) -> Shape:
+    def of(cls, spikes: Tensor, weight: Tensor, stride: int, residual: bool) -> Shape:
         """The shape of a call."""
-        return cls(spikes.shape[1], out.shape[1], out.shape[2], out.shape[3], stride, residual)
+        height, width = ((n - 1) // stride + 1 for n in spikes.shape[2:])
+        return cls(spikes.shape[1], len(weight), height, width, stride, residual)
 
     def keys(self) -> tuple[str, ...]:
         """Its names in the launch parameters' JSON files, from the general to the particular."""
