@@ -119,11 +119,12 @@ def bench_kernels(config: KernelBenchConfig) -> list[Row]:
     Raises:
         ValueError: The CSV file has another header; nothing has been measured then.
     """
+    device = torch.device(config.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if config.quick:
-        config = replace(config, size=min(config.size, 2**24), num_steps=(4,), rival_num_steps=4, target_ms=20.0)
+        size = min(config.size, 2**24 if device.type == "cuda" else 2**20)
+        config = replace(config, size=size, num_steps=(4,), rival_num_steps=4, target_ms=20.0)
     if config.csv:
         check_csv(config.csv, COLUMNS)
-    device = torch.device(config.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     origin = provenance(device, resolve_backend(device), config.commit)
     started = time.perf_counter()
     rows = _copy_rows(config, device, "start")
