@@ -246,14 +246,13 @@ class BatchNormLIF(_NormBase):
             return running_mean, running_var, None, ""
         momentum = 0.0 if self.momentum is None else self.momentum
         update = self.training and self.track_running_stats
-        if update and self.num_batches_tracked is not None:
-            self.num_batches_tracked.add_(1)
+        counter = self.num_batches_tracked if update else None
         if not torch.jit.is_scripting():  # noqa: SIM102 (TorchScript skips the block only where this stands alone)
             if self.training and isinstance(self.sync, nn.SyncBatchNorm) and _world_size(self.sync) > 1:
-                return self._synced_statistics(x)
+                return self._synced_statistics(x, counter)
         in_place = update and self.momentum is not None
         mean, var = torch.ops.gac_kernels.batch_stats(
-            x, self.running_mean if in_place else None, self.running_var if in_place else None, momentum
+            x, self.running_mean if in_place else None, self.running_var if in_place else None, momentum, counter
         )
         if update and self.momentum is None:
             count = x.numel() // x.shape[1]
@@ -275,9 +274,9 @@ class BatchNormLIF(_NormBase):
         running_var.lerp_(unbiased_var.to(running_var.dtype), momentum.to(running_var.dtype))
 
     @torch.jit.unused
-    def _synced_statistics(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None, str]:
+    def _synced_statistics(self, x: Tensor, counter: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None, str]:
         """Statistics over all processes of the group, on any backend and device."""
-        mean, var = torch.ops.gac_kernels.batch_stats(x, None, None, 0.0)
+        mean, var = torch.ops.gac_kernels.batch_stats(x, None, None, 0.0, counter)
         mean, var, total = self._combine(mean, var, x.numel() // self.num_features)
         group = _process_group(self.sync)
         assert group is not None
@@ -343,10 +342,10 @@ class MembraneBatchNormLIF(BatchNormLIF):
 
 def _shortcut_statistics(norm: nn.BatchNorm2d, x: Tensor) -> tuple[Tensor | None, ...]:
     """Scale, shift, mean and variance of a batch norm in training, whose running statistics are brought up to date."""
-    if norm.num_batches_tracked is not None:
-        norm.num_batches_tracked.add_(1)
     assert norm.momentum is not None
-    mean, var = torch.ops.gac_kernels.batch_stats(x, norm.running_mean, norm.running_var, norm.momentum)
+    mean, var = torch.ops.gac_kernels.batch_stats(
+        x, norm.running_mean, norm.running_var, norm.momentum, norm.num_batches_tracked
+    )
     return norm.weight, norm.bias, mean, var
 
 

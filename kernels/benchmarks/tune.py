@@ -1,27 +1,40 @@
-"""Search launch parameters on this machine's GPU and print, or write, the JSON that `gac_kernels.tuning` reads.
+"""Search launch parameters of the memory-bound kernels on this machine's GPU, for each element size and T.
 
-    python kernels/benchmarks/tune.py --out kernels/torch-ext/gac_kernels/configs
+    python kernels/benchmarks/tune.py --update
+    python kernels/benchmarks/tune.py --ops batch_stats norm_lif_fwd --dtypes bfloat16 --steps 4
 
-A person runs it once a device and reviews the result; nothing searches at run time.
+Neuron and encoder are searched at one size that fills the GPU, the batch-norm kernels at the three layer shapes of
+gac_msresnet18_cifar at batch 128, by the sum of their times; a backward kernel is timed with the other one of its pass,
+for each finds in the L2 cache what the one before has left there. --update writes the best into the JSON file of this
+GPU that `gac_kernels.tuning` reads; without it they are only printed. A person runs this once a device and reviews the
+result; nothing searches at run time. `tune_convolutions.py` searches the convolutions.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
+from torch import Tensor
 from triton.testing import do_bench
+from tuned import compile_in_processes, start_from_defaults, update, use
 
-from gac_kernels import CIFAR, IMAGENET, LIFSpec, tuning
+from gac_kernels import CIFAR, IMAGENET, LIFSpec, batch_stats, tuning
 
 NEURON_STEPS = 2**27
+LAYERS = ((128, 32), (256, 16), (512, 8))  # channels, pixels a side
+BATCH = 128
 WARPS = (1, 2, 4, 8)
 ELEMENTS_PER_THREAD = (2, 4, 8, 16)
 TILES = (1, 4, 16)
-OPS = ("lif_fwd", "lif_bwd", "lif_bwd_mask", "gac_fwd", "gac_bwd")
+STAGES = (1, 2, 3)
+PER_SM = (2, 3, 4, 5, 6, 8)
+NEURONS = ("lif_fwd", "lif_bwd", "lif_bwd_mask", "gac_fwd", "gac_bwd")
+NORMS = tuple(op for op in tuning.DEFAULTS if op.startswith(("batch_stats", "norm_lif")) and ":" not in op)
+Call = Callable[[], object]
 
 
 def scalars(spec: LIFSpec) -> tuple[float, float, int, float, bool, bool]:
@@ -29,8 +42,8 @@ def scalars(spec: LIFSpec) -> tuple[float, float, int, float, bool, bool]:
     return spec.threshold, spec.decay, spec.surrogate_id, spec.width, spec.detach_reset, spec.soft_reset
 
 
-def workloads(num_steps: int, dtype: torch.dtype) -> dict[str, Callable[[], object]]:
-    """One call of each kernel at a size that fills the GPU."""
+def neuron_calls(num_steps: int, dtype: torch.dtype) -> dict[str, list[Call]]:
+    """One call of each kernel of neuron and encoder at a size that fills the GPU."""
     ops = torch.ops.gac_kernels
     shape = (NEURON_STEPS // num_steps // (128 * 32 * 32), 128, 32, 32)
     x, grad = (torch.randn(num_steps, *shape, device="cuda", dtype=dtype) for _ in range(2))
@@ -40,58 +53,131 @@ def workloads(num_steps: int, dtype: torch.dtype) -> dict[str, Callable[[], obje
     temporal = torch.randn(shape[0], num_steps, device="cuda", dtype=dtype)
     strides = x.stride()
     return {
-        "lif_fwd": lambda: ops.lif(x, None, *scalars(CIFAR), False, False),
-        "lif_bwd": lambda: ops.lif_backward(grad, None, x, None, no_mask, strides, *scalars(CIFAR)),
-        "lif_bwd_mask": lambda: ops.lif_backward(grad, None, no_mask, None, mask, strides, *scalars(IMAGENET)),
-        "gac_fwd": lambda: ops.gated_lif(frame, spatial, temporal, *scalars(CIFAR)),
-        "gac_bwd": lambda: ops.gated_lif_backward(grad, frame, spatial, temporal, *scalars(CIFAR)),
+        "lif_fwd": [lambda: ops.lif(x, None, *scalars(CIFAR), False, False)],
+        "lif_bwd": [lambda: ops.lif_backward(grad, None, x, None, no_mask, strides, *scalars(CIFAR))],
+        "lif_bwd_mask": [lambda: ops.lif_backward(grad, None, no_mask, None, mask, strides, *scalars(IMAGENET))],
+        "gac_fwd": [lambda: ops.gated_lif(frame, spatial, temporal, *scalars(CIFAR))],
+        "gac_bwd": [
+            lambda: ops.gated_lif_backward(grad, frame, spatial, temporal, *scalars(CIFAR)),
+            lambda: ops.gated_lif_backward(grad, frame, spatial, temporal, *scalars(IMAGENET)),
+        ],
     }
 
 
-def search(op: str, run: Callable[[], object], per_thread: Sequence[int]) -> tuple[dict[str, int], dict[str, float]]:
-    """Best launch parameters of ``op`` and the median of every candidate, in milliseconds."""
-    times = {}
-    for warps in WARPS:
-        for elements in per_thread:
-            if warps * elements < 4 or ("TILES" in tuning.DEFAULTS[op] and (warps > 4 or elements > 8)):
-                continue
-            for tiles in TILES if "TILES" in tuning.DEFAULTS[op] else (0,):
-                candidate = {"BLOCK": 32 * warps * elements, "num_warps": warps} | ({"TILES": tiles} if tiles else {})
-                tuning.DEFAULTS[op] = candidate
-                tuning.launch_config.cache_clear()
-                times[json.dumps(candidate)] = do_bench(run, warmup=5, rep=25, return_mode="median")
+def norm_calls(num_steps: int, dtype: torch.dtype) -> dict[str, list[Call]]:
+    """For each batch-norm kernel one call a layer shape of a pass that contains it."""
+    layers = [_layer(channels, side, num_steps, dtype) for channels, side in LAYERS]
+    return {op: [calls[op] for calls in layers] for op in NORMS}
+
+
+def _layer(channels: int, side: int, num_steps: int, dtype: torch.dtype) -> dict[str, Call]:
+    def tensor() -> Tensor:
+        shape = (num_steps * BATCH, channels, side, side)
+        made = torch.empty(shape, device="cuda", dtype=dtype, memory_format=torch.channels_last)
+        return made.normal_()
+
+    ops, neuron = torch.ops.gac_kernels, scalars(CIFAR)
+    x, residual, grad_spikes, grad_membrane = (tensor() for _ in range(4))
+    weight, bias = torch.ones(channels, device="cuda"), torch.zeros(channels, device="cuda")
+    norm = (weight, bias, *batch_stats(x), None, 1e-5, num_steps, *neuron)
+    membrane = ops.norm_lif(x, residual, *norm, True, True, "")[1]
+
+    def forward(kind: str, batch: bool = True) -> Call:
+        of_residual = (*norm[:4], 1e-5) if kind == "_normed" else ()
+        return lambda: ops.norm_lif(x, residual if kind else None, *norm, batch, bool(kind), "", *of_residual)
+
+    def backward(kind: str) -> Call:
+        grads = (grad_spikes, grad_membrane if kind else None, x, residual if kind == "_normed" else None)
+        of_residual = (*norm[:4], 1e-5) if kind == "_normed" else ()
+        kept = membrane if kind else None
+        return lambda: ops.norm_lif_backward(*grads, kept, *norm, True, bool(kind), "", *of_residual)
+
+    calls = {"batch_stats": lambda: batch_stats(x), "norm_lif_fwd_eval": forward("", batch=False)}
+    for kind in ("", "_residual", "_normed"):
+        calls[f"norm_lif_fwd{kind}"] = forward(kind)
+        calls[f"norm_lif_bwd_reduce{kind}"] = calls[f"norm_lif_bwd_apply{kind}"] = backward(kind)
+    return calls
+
+
+def candidates(op: str, elements: Sequence[int]) -> Iterator[dict[str, int]]:
+    """Launch parameters of ``op`` to try."""
+    default = tuning.DEFAULTS[op]
+    if op in NORMS:
+        choices = itertools.product(
+            (2, 4, 8), (8, 16, 32), STAGES if "STAGES" in default else (0,), PER_SM if "PER_SM" in default else (0,)
+        )
+        for warps, each, stages, per_sm in choices:
+            found = {"TILE": 32 * warps * each, "num_warps": warps, "STAGES": stages, "PER_SM": per_sm}
+            yield default | {name: value for name, value in found.items() if name in default}
+        return
+    for warps, each in itertools.product(WARPS, elements):
+        if warps * each < 4 or ("TILES" in default and (warps > 4 or each > 8)):
+            continue
+        for tiles in TILES if "TILES" in default else (0,):
+            yield {"BLOCK": 32 * warps * each, "num_warps": warps} | ({"TILES": tiles} if tiles else {})
+
+
+def compile_share(work: Sequence[tuple[str, list[Call]]], elements: Sequence[int], share: int, jobs: int) -> None:
+    """Compile every ``jobs``-th program, from number ``share``."""
+    for op, calls in work:
+        default, programs = tuning.DEFAULTS[op], list(candidates(op, elements))
+        programs = [config for config in programs if config.get("PER_SM", PER_SM[0]) == PER_SM[0]]  # else the same
+        for config in programs[share::jobs]:
+            use(op, config)
+            for call in calls:
+                call()
+        use(op, default)
+    torch.cuda.synchronize()
+
+
+def search(op: str, calls: list[Call], elements: Sequence[int]) -> tuple[dict[str, int], dict[str, float]]:
+    """Best launch parameters of ``op`` and the time of every candidate, in milliseconds."""
+    default, times = tuning.DEFAULTS[op], {}
+    for config in candidates(op, elements):
+        use(op, config)
+        times[json.dumps(config)] = sum(do_bench(call, warmup=4, rep=15, return_mode="median") for call in calls)
+    use(op, default)
     return json.loads(min(times, key=times.__getitem__)), times
 
 
 def main() -> None:
-    """Search every op, element size and T, print the table and write the JSON file."""
+    """Search every op, element size and T, print the results and update the file where asked."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, help="folder to write <device name>.json to; an existing file is refused")
+    parser.add_argument("--update", action="store_true", help="write the best into this GPU's JSON file")
     parser.add_argument("--steps", type=int, nargs="+", default=[2, 4, 6, 8], help="T to search")
-    parser.add_argument("--ops", nargs="+", default=OPS, choices=OPS, help="kernels to search")
+    parser.add_argument("--ops", nargs="+", default=NEURONS + NORMS, choices=NEURONS + NORMS, help="kernels to search")
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"], help="dtypes to search")
     parser.add_argument("--elements", type=int, nargs="+", default=ELEMENTS_PER_THREAD, help="elements a thread to try")
+    parser.add_argument("--jobs", type=int, default=8, help="processes that compile")
+    parser.add_argument("--share", type=int, help=argparse.SUPPRESS)
     args = parser.parse_args()
-    name = torch.cuda.get_device_name().replace(" ", "_")
-    target = args.out / f"{name}.json" if args.out else None
-    if target is not None and target.exists():
-        raise SystemExit(f"expected no file at {target}, found one: move it away to search again")
-    tuning._device_configs = lambda _: {}  # the search starts from the defaults, not from an earlier result
-    result: dict[str, dict[str, dict[str, int]]] = {}
-    for dtype in (getattr(torch, name) for name in args.dtypes):
-        for num_steps in args.steps:
-            calls = workloads(num_steps, dtype)
-            for op, run in ((op, calls[op]) for op in args.ops):
-                best, times = search(op, run, args.elements)
-                result.setdefault(op, {})[f"{dtype.itemsize}:{num_steps}"] = best
-                if num_steps == 4:
-                    result[op][str(dtype.itemsize)] = best
-                print(op, dtype, num_steps, {k: round(v, 4) for k, v in times.items()}, flush=True)
-            torch.cuda.empty_cache()
-    text = json.dumps(result, indent=2, sort_keys=True)
-    print(text)
-    if target is not None:
-        target.write_text(text + "\n")
+    start_from_defaults()
+    if args.share is None:
+        compile_in_processes(args.jobs)
+    found: dict[str, dict[str, dict[str, int]]] = {}
+    for dtype, num_steps in itertools.product((getattr(torch, name) for name in args.dtypes), args.steps):
+        calls: dict[str, list[Call]] = {}
+        for kinds, make in ((NEURONS, neuron_calls), (NORMS, norm_calls)):
+            if set(kinds) & set(args.ops):
+                calls |= make(num_steps, dtype)
+        work = [(op, calls[op]) for op in args.ops]
+        if args.share is not None:
+            compile_share(work, args.elements, args.share, args.jobs)
+            continue
+        for op, runs in work:
+            best, times = search(op, runs, args.elements)
+            default = sum(do_bench(run, warmup=4, rep=15, return_mode="median") for run in runs)
+            found.setdefault(op, {})[f"{dtype.itemsize}:{num_steps}"] = best
+            if num_steps == 4 and op in NEURONS:  # of the norms' kernels each T needs its own registers
+                found[op][str(dtype.itemsize)] = best
+            print(f"{op} {dtype} T={num_steps}: {min(times.values()):.4f} ms with {best}, default {default:.4f} ms")
+            print({config: round(time, 4) for config, time in sorted(times.items(), key=lambda pair: pair[1])[:12]})
+        del calls, work
+        torch.cuda.empty_cache()
+    if args.share is None:
+        print(json.dumps(found, indent=2, sort_keys=True))
+        if args.update:
+            print(f"written to {update(found)}")
 
 
 if __name__ == "__main__":

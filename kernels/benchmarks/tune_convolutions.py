@@ -14,10 +14,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import subprocess
-import sys
 from collections.abc import Iterator
-from pathlib import Path
 from typing import NamedTuple
 from unittest import mock
 
@@ -27,9 +24,10 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 from triton.testing import do_bench_cudagraph
+from tuned import compile_in_processes, start_from_defaults, update, use
 
 import timm_gac
-from gac_kernels import conv_lif, hopper_conv, spike_conv, tuning
+from gac_kernels import conv_lif, hopper_conv, spike_conv
 from gac_kernels.spike_conv_backend import Shape
 from timm_gac.models.integer import SpikeConv
 
@@ -149,12 +147,6 @@ class Call:
         return 2 * 9 * self.shape.channels * self.shape.out_channels * pixels
 
 
-def use(op: str, config: dict[str, int]) -> None:
-    """Make every later launch use these parameters."""
-    tuning.DEFAULTS[op] = config
-    tuning.shape_config.cache_clear()
-
-
 def compile_share(layers: list[Layer], num_steps: int, dtype: str, share: int, jobs: int) -> None:
     """Compile every ``jobs``-th candidate of every layer, from number ``share``."""
     work = [(layer, config) for layer in layers for config in candidates()]
@@ -199,13 +191,11 @@ def main() -> None:
     parser.add_argument("--share", type=int, help=argparse.SUPPRESS)
     args = parser.parse_args()
     layers = layers_of(args.model, args.image_size)
-    tuning._device_configs = lambda _: {}  # the search starts from the defaults, not from an earlier result
+    start_from_defaults()
     if args.share is not None:
         compile_share(layers, args.num_steps, args.dtype, args.share, args.jobs)
         return
-    command = [sys.executable, __file__, *sys.argv[1:]]
-    if any([process.wait() for process in [subprocess.Popen([*command, f"--share={i}"]) for i in range(args.jobs)]]):
-        raise SystemExit("expected all candidates to compile, got the error above")
+    compile_in_processes(args.jobs)
     console, found, op = Console(width=160), {}, OPS[args.dtype]
     torch.backends.cudnn.benchmark = True
     title = f"{args.model}, T={args.num_steps}, batch {args.batch}, {args.dtype}"
@@ -227,11 +217,7 @@ def main() -> None:
     console.print(table)
     print(json.dumps({op: found}, indent=2, sort_keys=True))
     if args.update:
-        name = torch.cuda.get_device_name().replace(" ", "_")
-        path = Path(tuning.__file__).parent / "configs" / f"{name}.json"
-        stored = json.loads(path.read_text()) if path.exists() else {}
-        stored[op] = stored.get(op, {}) | found
-        path.write_text(json.dumps(stored, indent=2, sort_keys=True) + "\n")
+        print(f"written to {update({op: found})}")
 
 
 if __name__ == "__main__":

@@ -134,13 +134,15 @@ def test_batch_stats_are_those_of_batch_norm(backend, shape, dtype, memory_forma
     x = torch.randn(shape, device=device).add(100).to(dtype).contiguous(memory_format=memory_format)
     norm = nn.BatchNorm2d(shape[1], momentum=0.3, device=device)
     running_mean, running_var = norm.running_mean.clone(), norm.running_var.clone()
-    mean, var = batch_stats(x, running_mean, running_var, 0.3)
+    batches = norm.num_batches_tracked.clone()
+    mean, var = batch_stats(x, running_mean, running_var, 0.3, batches)
     wide = x.double()
     torch.testing.assert_close(mean.double(), wide.mean((0, 2, 3)), rtol=1e-6, atol=0)
     torch.testing.assert_close(var.double(), wide.var((0, 2, 3), correction=0), rtol=1e-5, atol=1e-6)
     norm(x.float())
     torch.testing.assert_close(running_mean, norm.running_mean, rtol=1e-6, atol=0)
     torch.testing.assert_close(running_var, norm.running_var, rtol=2e-5, atol=1e-6)
+    assert torch.equal(batches, norm.num_batches_tracked)
 
 
 def test_strided_inputs_are_brought_into_line(backend, device):
@@ -165,7 +167,8 @@ def test_opcheck(backend, device):
         args = (case.x, residual, case.weight, case.bias, *case.stats, None, 1e-5, 2, *neuron, True, keep, "")
         torch.library.opcheck(torch.ops.gac_kernels.norm_lif, args)
     running = torch.zeros(5, device=device), torch.ones(5, device=device)
-    torch.library.opcheck(torch.ops.gac_kernels.batch_stats, (case.x.detach(), *running, 0.1))
+    batches = torch.zeros((), dtype=torch.int64, device=device)
+    torch.library.opcheck(torch.ops.gac_kernels.batch_stats, (case.x.detach(), *running, 0.1, batches))
 
 
 @pytest.mark.parametrize(
@@ -192,6 +195,8 @@ def test_statistics_of_one_value_are_refused():
         batch_stats(torch.zeros(1, 3, 1, 1))
     with pytest.raises(ValueError, match="both or neither"):
         batch_stats(torch.zeros(2, 3, 1, 1), torch.zeros(3))
+    with pytest.raises(ValueError, match="one int64 value"):
+        batch_stats(torch.zeros(2, 3, 1, 1), num_batches=torch.zeros(()))
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs 30 GiB of GPU memory")

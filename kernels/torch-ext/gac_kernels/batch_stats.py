@@ -21,15 +21,15 @@ from .tuning import launch_config
 
 @triton.jit
 def _batch_stats_kernel(
-    x_ptr, partial_ptr, rows, C, S, tiles, CHANNELS_LAST: tl.constexpr, REVERSE: tl.constexpr, BLOCK_R: tl.constexpr,
-    BLOCK_C: tl.constexpr,
+    x_ptr, partial_ptr, rows, C, S, tiles, CHANNELS_LAST: tl.constexpr, REVERSE: tl.constexpr, STAGES: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     channel = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     pivot_at = tl.cast(channel, tl.int64) * (1 if CHANNELS_LAST else S)
     pivot = tl.load(x_ptr + pivot_at, mask=channel < C, other=0.0).to(tl.float32)[None, :]
     total = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
     square = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
-    for nth in range(tl.program_id(0), tiles, tl.num_programs(0)):
+    for nth in tl.range(tl.program_id(0), tiles, tl.num_programs(0), num_stages=STAGES):
         tile = tiles - 1 - nth if REVERSE else nth
         at, inside = tile_offsets(tile, channel, rows, C, S, CHANNELS_LAST, BLOCK_R)
         d = tl.where(inside, tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32) - pivot, 0.0)
@@ -42,9 +42,11 @@ def _batch_stats_kernel(
 
 @triton.jit
 def _finish_stats_kernel(
-    x_ptr, partial_ptr, mean_ptr, var_ptr, running_mean_ptr, running_var_ptr, momentum, count, programs, C, stride,
-    UPDATE: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
+    x_ptr, partial_ptr, mean_ptr, var_ptr, running_mean_ptr, running_var_ptr, batches_ptr, momentum, count, programs, C,
+    stride, UPDATE: tl.constexpr, COUNT: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
+    if COUNT:
+        tl.store(batches_ptr, tl.load(batches_ptr) + 1, mask=tl.program_id(0) == 0)
     channel = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     inside = channel < C
     total, square, _ = sum_partials(partial_ptr, channel, programs, C, 2, BLOCK_P, BLOCK_C)
@@ -66,8 +68,9 @@ def _finish_stats_kernel(
 
 
 def _stats_triton(
-    x: Tensor, mean: Tensor, var: Tensor, running_mean: Tensor | None, running_var: Tensor | None, momentum: float
-) -> None:
+    x: Tensor, mean: Tensor, var: Tensor, running_mean: Tensor | None, running_var: Tensor | None, momentum: float,
+    num_batches: Tensor | None,
+) -> None:  # fmt: skip
     tiles = channel_tiles(x, 1, launch_config("batch_stats", 1, x.element_size(), x.device))
     programs, channels = tiles.grid[0], tiles.channels
     partial = torch.empty((programs, 2, channels), dtype=torch.float32, device=x.device)
@@ -75,14 +78,15 @@ def _stats_triton(
     with on_device(x):
         _batch_stats_kernel[tiles.grid](x, partial, tiles.rows, channels, tiles.spatial, tiles.tiles, **tiles.meta)
         _finish_stats_kernel[(cdiv(channels, FINISH["BLOCK_C"]),)](
-            x, partial, mean, var, running_mean, running_var, momentum, tiles.rows, programs, channels, stride,
-            UPDATE=running_mean is not None, **FINISH,
+            x, partial, mean, var, running_mean, running_var, num_batches, momentum, tiles.rows, programs, channels,
+            stride, UPDATE=running_mean is not None, COUNT=num_batches is not None, **FINISH,
         )  # fmt: skip
 
 
 def _stats_eager(
-    x: Tensor, mean: Tensor, var: Tensor, running_mean: Tensor | None, running_var: Tensor | None, momentum: float
-) -> None:
+    x: Tensor, mean: Tensor, var: Tensor, running_mean: Tensor | None, running_var: Tensor | None, momentum: float,
+    num_batches: Tensor | None,
+) -> None:  # fmt: skip
     count = x.numel() // x.shape[1]
     batch_var, batch_mean = torch.var_mean(x.to(mean.dtype), (0, 2, 3), correction=0)
     mean.copy_(batch_mean)
@@ -90,15 +94,20 @@ def _stats_eager(
     if running_mean is not None and running_var is not None:
         running_mean.lerp_(mean.to(running_mean.dtype), momentum)
         running_var.lerp_((var * (count / (count - 1))).to(running_var.dtype), momentum)
+    if num_batches is not None:
+        num_batches.add_(1)
 
 
 _lib = torch.library.Library("gac_kernels", "FRAGMENT")
 _lib.define(
-    "batch_stats(Tensor x, Tensor(a!)? running_mean, Tensor(b!)? running_var, float momentum) -> (Tensor, Tensor)"
+    "batch_stats(Tensor x, Tensor(a!)? running_mean, Tensor(b!)? running_var, float momentum, "
+    "Tensor(c!)? num_batches=None) -> (Tensor, Tensor)"
 )
 
 
-def _check(x: Tensor, running_mean: Tensor | None, running_var: Tensor | None) -> None:
+def _check(
+    x: Tensor, running_mean: Tensor | None, running_var: Tensor | None, num_batches: Tensor | None = None
+) -> None:
     check_current("x", x, min_dims=4, max_dims=4)
     if x.numel() < 2 * x.shape[1] or x.numel() == 0:
         raise ValueError(
@@ -113,19 +122,24 @@ def _check(x: Tensor, running_mean: Tensor | None, running_var: Tensor | None) -
                 f"expected {name} of shape ({x.shape[1]},) on {x.device}, got {tuple(running.shape)} on "
                 f"{running.device}: one value a channel, where x is"
             )
+    if num_batches is not None and (num_batches.dtype != torch.int64 or num_batches.numel() != 1):
+        raise ValueError(
+            f"expected num_batches as one int64 value, got {num_batches.dtype} of shape {tuple(num_batches.shape)}: "
+            "give a batch norm's num_batches_tracked"
+        )
 
 
 @torch.library.impl(_lib, "batch_stats", "CompositeExplicitAutograd")
-def _batch_stats(x, running_mean, running_var, momentum):
-    _check(x, running_mean, running_var)
+def _batch_stats(x, running_mean, running_var, momentum, num_batches=None):
+    _check(x, running_mean, running_var, num_batches)
     mean, var = _empty_stats(x)
     run = _stats_triton if resolve_backend(x.device, x.dtype) == "triton" else _stats_eager
-    run(dense(x), mean, var, running_mean, running_var, momentum)
+    run(dense(x), mean, var, running_mean, running_var, momentum, num_batches)
     return mean, var
 
 
 @torch.library.register_fake("gac_kernels::batch_stats", lib=_lib)
-def _batch_stats_fake(x, running_mean, running_var, momentum):
+def _batch_stats_fake(x, running_mean, running_var, momentum, num_batches=None):
     return _empty_stats(x)
 
 
@@ -135,8 +149,9 @@ def _empty_stats(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def batch_stats(
-    x: Tensor, running_mean: Tensor | None = None, running_var: Tensor | None = None, momentum: float = 0.1
-) -> tuple[Tensor, Tensor]:
+    x: Tensor, running_mean: Tensor | None = None, running_var: Tensor | None = None, momentum: float = 0.1,
+    num_batches: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Mean and (biased) variance of each channel, in one read of x; without gradient, which `norm_lif` has instead.
 
     Args:
@@ -144,12 +159,13 @@ def batch_stats(
         running_mean: (C,), updated in place where given: ``(1 - momentum) * running_mean + momentum * mean``.
         running_var: (C,), likewise, with the unbiased variance.
         momentum: Weight of this batch in the running statistics.
+        num_batches: One int64 value, counted up by 1 where given.
 
     Returns:
         Mean (C,) and variance (C,), float32 (float64 for float64).
 
     Raises:
-        ValueError: x is no floating (N, C, H, W) tensor, or has fewer than two values a channel; or only one of the
-            running statistics was given, or one of another shape or device.
+        ValueError: x is no floating (N, C, H, W) tensor, or has fewer than two values a channel; only one of the
+            running statistics was given, or one of another shape or device; or num_batches is no single int64 value.
     """
-    return torch.ops.gac_kernels.batch_stats(x.detach(), running_mean, running_var, momentum)
+    return torch.ops.gac_kernels.batch_stats(x.detach(), running_mean, running_var, momentum, num_batches)

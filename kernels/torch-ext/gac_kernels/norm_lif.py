@@ -46,6 +46,8 @@ def _forward_triton(
     x, residual, norm, res_norm, eps, res_eps, num_steps, neuron, batch_stats, spikes, membrane, bits
 ) -> None:
     op = "norm_lif_fwd" if batch_stats else "norm_lif_fwd_eval"
+    if batch_stats and residual is not None:
+        op += "_normed" if res_norm[2] is not None else "_residual"
     tiles = channel_tiles(x, num_steps, launch_config(op, num_steps, x.element_size(), x.device))
     threshold, decay, _, _, _, soft_reset = neuron
     with on_device(x):
@@ -71,9 +73,10 @@ def _backward_triton(
     normed = res_norm[2] is not None
     rows_of_sums = 3 if normed else 2
     frame, size, chunks = x.numel() // num_steps, x.element_size(), cdiv(num_steps, CHUNK)
-    config = launch_config("norm_lif_bwd_reduce", num_steps, size, x.device)
-    if num_steps > 4 or normed:  # 128 registers a thread without, 168 with the residual's norm or 6 steps, 244 with 8
-        config = config | {"PER_SM": min(config["PER_SM"], 3 if num_steps <= (4 if normed else 6) else 2)}
+    kind = "_normed" if normed else "_residual" if source is not None else ""
+    config = launch_config(f"norm_lif_bwd_reduce{kind}", min(num_steps, CHUNK), size, x.device)
+    if chunks > 1:  # its loops over steps are not unrolled, and only unrolled ones can be overlapped
+        config = config | {"STAGES": 1}
     tiles = channel_tiles(x, num_steps, config)
     channels, programs = tiles.channels, tiles.grid[0]
     partial = torch.empty((programs, rows_of_sums, channels), dtype=torch.float32, device=x.device)
@@ -93,7 +96,7 @@ def _backward_triton(
         )  # fmt: skip
         if group and batch_stats:
             dist.all_reduce(sums, group=norm_eager.resolve_group(group))
-        tiles = channel_tiles(x, num_steps, launch_config("norm_lif_bwd_apply", num_steps, size, x.device))
+        tiles = channel_tiles(x, num_steps, launch_config(f"norm_lif_bwd_apply{kind}", num_steps, size, x.device))
         apply_kernel[tiles.grid](
             ga if written else gs, x, residual, *norm, *res_norm, sums, total, gx, ga, tiles.rows, channels,
             tiles.spatial, frame, tiles.rows * num_steps, BATCH=batch_stats, HAS_TOTAL=total is not None,

@@ -91,7 +91,7 @@ def reduce_kernel(
     DECAY: tl.constexpr, SURROGATE: tl.constexpr, WIDTH: tl.constexpr, DETACH: tl.constexpr, SOFT: tl.constexpr,
     AFFINE: tl.constexpr, RESIDUAL: tl.constexpr, NORMED: tl.constexpr, KEEP: tl.constexpr, HAS_GS: tl.constexpr,
     HAS_GY: tl.constexpr, WRITE: tl.constexpr, SUMS: tl.constexpr, CHANNELS_LAST: tl.constexpr, REVERSE: tl.constexpr,
-    BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
+    STAGES: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """First backward pass: the sums of each channel (SUMS = 2, or 3 with NORMED) and, with WRITE, the gradient ga."""
     frame = tl.cast(frame, tl.int64)
@@ -106,7 +106,7 @@ def reduce_kernel(
     sum_a = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
     sum_b = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
     sum_c = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
-    for nth in range(tl.program_id(0), tiles, tl.num_programs(0)):
+    for nth in tl.range(tl.program_id(0), tiles, tl.num_programs(0), num_stages=STAGES):
         tile = tiles - 1 - nth if REVERSE else nth
         at, inside = tile_offsets(tile, channel, rows, C, S, CHANNELS_LAST, BLOCK_R)
         if CHUNKS > 1:  # first sweep: the membrane at the start of each chunk

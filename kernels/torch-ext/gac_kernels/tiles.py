@@ -84,7 +84,7 @@ class Tiles(NamedTuple):
         channels: C.
         spatial: H * W.
         tiles: Tiles of rows, where a fixed number of programs shares them.
-        meta: CHANNELS_LAST, REVERSE, BLOCK_R, BLOCK_C and num_warps of the kernel.
+        meta: CHANNELS_LAST, REVERSE, BLOCK_R, BLOCK_C and num_warps of the kernel; where tiles are shared, STAGES too.
     """
 
     grid: tuple[int, int]
@@ -102,7 +102,8 @@ def channel_tiles(x: Tensor, num_steps: int, config: dict[str, int]) -> Tiles:
         x: (T*B, C, H, W), contiguous or channels-last.
         num_steps: T.
         config: TILE (elements a tile), BLOCK_C (channels a tile at most), num_warps, REVERSE (from the last tile to the
-            first) and, where a fixed number of programs shares the tiles, PER_SM (programs a multiprocessor).
+            first) and, where a fixed number of programs shares the tiles, PER_SM (programs a multiprocessor) and STAGES
+            (tiles in flight; 1 loads a tile when it is its turn).
     """
     channels, channels_last = x.shape[1], is_channels_last(x)
     block_c = min(config["BLOCK_C"], next_power_of_2(channels)) if channels_last else 1
@@ -113,7 +114,7 @@ def channel_tiles(x: Tensor, num_steps: int, config: dict[str, int]) -> Tiles:
     if "PER_SM" in config:
         programs = max(1, min(count, config["PER_SM"] * _processors(x.device) // blocks))
     meta = dict(CHANNELS_LAST=channels_last, REVERSE=bool(config["REVERSE"]), BLOCK_R=block_r, BLOCK_C=block_c)
-    meta["num_warps"] = config["num_warps"]
+    meta |= {name: config[name] for name in ("num_warps", "STAGES") if name in config}
     return Tiles((programs, blocks), rows, channels, x.shape[2] * x.shape[3], count, meta)
 
 

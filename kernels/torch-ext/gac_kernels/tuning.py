@@ -21,17 +21,44 @@ DEFAULTS: dict[str, dict[str, int]] = {
     "gac_bwd": {"BLOCK": 128, "num_warps": 1, "TILES": 4},
     # REVERSE: each kernel walks against the one before it, convolution > statistics > forward, convolution > reduce >
     # apply, since the L2 cache holds what was touched last. Without statistics in between, forward walks the other way.
-    # PER_SM: as many programs as registers allow at once (64 a thread here), for one more waits for all the others.
-    "batch_stats": {"TILE": 4096, "BLOCK_C": 128, "num_warps": 8, "PER_SM": 4, "REVERSE": 1},
+    # PER_SM: as many programs as registers allow at once, for one more waits for all the others. _residual: a sum with
+    # a shortcut, whose membrane is kept; _normed: with a shortcut that has a norm of its own.
+    "batch_stats": {"TILE": 4096, "BLOCK_C": 128, "num_warps": 8, "PER_SM": 4, "STAGES": 1, "REVERSE": 1},
     "norm_lif_fwd": {"TILE": 4096, "BLOCK_C": 128, "num_warps": 8, "REVERSE": 0},
+    "norm_lif_fwd_residual": {"TILE": 4096, "BLOCK_C": 128, "num_warps": 8, "REVERSE": 0},
+    "norm_lif_fwd_normed": {"TILE": 4096, "BLOCK_C": 128, "num_warps": 8, "REVERSE": 0},
     "norm_lif_fwd_eval": {"TILE": 4096, "BLOCK_C": 128, "num_warps": 8, "REVERSE": 1},
-    "norm_lif_bwd_reduce": {"TILE": 1024, "BLOCK_C": 128, "num_warps": 4, "PER_SM": 4, "REVERSE": 1},
+    "norm_lif_bwd_reduce": {"TILE": 1024, "BLOCK_C": 128, "num_warps": 4, "PER_SM": 4, "STAGES": 1, "REVERSE": 1},
+    "norm_lif_bwd_reduce_residual": {
+        "TILE": 1024,
+        "BLOCK_C": 128,
+        "num_warps": 4,
+        "PER_SM": 3,
+        "STAGES": 1,
+        "REVERSE": 1,
+    },
+    "norm_lif_bwd_reduce_normed": {
+        "TILE": 1024,
+        "BLOCK_C": 128,
+        "num_warps": 4,
+        "PER_SM": 3,
+        "STAGES": 1,
+        "REVERSE": 1,
+    },
     "norm_lif_bwd_apply": {"TILE": 2048, "BLOCK_C": 128, "num_warps": 8, "REVERSE": 0},
+    "norm_lif_bwd_apply_residual": {"TILE": 2048, "BLOCK_C": 128, "num_warps": 8, "REVERSE": 0},
+    "norm_lif_bwd_apply_normed": {"TILE": 2048, "BLOCK_C": 128, "num_warps": 8, "REVERSE": 0},
     "pad_frames": {"BLOCK": 1024, "num_warps": 4},
     "unpack_spikes": {"BLOCK": 1024, "num_warps": 4},
     "spike_conv": {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 128, "num_warps": 8, "num_stages": 3},
     "conv_lif_hopper": {"BLOCK_M": 64, "BLOCK_N": 128, "RING": 3, "STEPS": 1, "num_warps": 4, "ONE_PASS": 0},
     "spike_conv_hopper": {"BLOCK_M": 64, "BLOCK_N": 128, "RING": 4, "STEPS": 1, "num_warps": 4},
+}
+# What more steps in registers leave room for; a key with T wins over the one without.
+DEFAULTS |= {
+    f"norm_lif_bwd_reduce{kind}:{steps}": {"PER_SM": 2 if steps > 6 or kind == "_normed" else 3}
+    for kind in ("", "_residual", "_normed")
+    for steps in range(5, 9)
 }
 
 
@@ -59,10 +86,11 @@ def launch_config(op: str, num_steps: int, element_size: int, device: torch.devi
     Returns:
         num_warps and BLOCK, for ``gac_bwd`` also TILES (blocks a program); for the batch-norm kernels num_warps, TILE
         (elements a tile), BLOCK_C (channels a tile) and, where a fixed number of programs shares the tiles, PER_SM
-        (programs a multiprocessor).
+        (programs a multiprocessor) and STAGES (tiles in flight).
     """
     tuned = _device_configs(_device_name(device)).get(op, {})
-    return DEFAULTS[op] | tuned.get(str(element_size), {}) | tuned.get(f"{element_size}:{num_steps}", {})
+    default = DEFAULTS[op] | DEFAULTS.get(f"{op}:{num_steps}", {})
+    return default | tuned.get(str(element_size), {}) | tuned.get(f"{element_size}:{num_steps}", {})
 
 
 @functools.cache
