@@ -13,13 +13,15 @@ result; nothing searches at run time. `tune_convolutions.py` searches the convol
 from __future__ import annotations
 
 import argparse
+import contextlib
 import itertools
 import json
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
-from triton.testing import do_bench
+from triton.runtime.errors import OutOfResources
+from triton.testing import do_bench_cudagraph
 from tuned import compile_in_processes, start_from_defaults, update, use
 
 from gac_kernels import CIFAR, IMAGENET, LIFSpec, batch_stats, tuning
@@ -124,10 +126,16 @@ def compile_share(work: Sequence[tuple[str, list[Call]]], elements: Sequence[int
         programs = [config for config in programs if config.get("PER_SM", PER_SM[0]) == PER_SM[0]]  # else the same
         for config in programs[share::jobs]:
             use(op, config)
-            for call in calls:
-                call()
+            with contextlib.suppress(OutOfResources):  # more shared memory than there is
+                for call in calls:
+                    call()
         use(op, default)
     torch.cuda.synchronize()
+
+
+def milliseconds(calls: list[Call]) -> float:
+    """Time of all calls, each in a CUDA graph: eager launches can take longer than the kernels."""
+    return sum(do_bench_cudagraph(call, rep=15, return_mode="median") for call in calls)
 
 
 def search(op: str, calls: list[Call], elements: Sequence[int]) -> tuple[dict[str, int], dict[str, float]]:
@@ -135,7 +143,8 @@ def search(op: str, calls: list[Call], elements: Sequence[int]) -> tuple[dict[st
     default, times = tuning.DEFAULTS[op], {}
     for config in candidates(op, elements):
         use(op, config)
-        times[json.dumps(config)] = sum(do_bench(call, warmup=4, rep=15, return_mode="median") for call in calls)
+        with contextlib.suppress(OutOfResources):
+            times[json.dumps(config)] = milliseconds(calls)
     use(op, default)
     return json.loads(min(times, key=times.__getitem__)), times
 
@@ -166,7 +175,7 @@ def main() -> None:
             continue
         for op, runs in work:
             best, times = search(op, runs, args.elements)
-            default = sum(do_bench(run, warmup=4, rep=15, return_mode="median") for run in runs)
+            default = milliseconds(runs)
             found.setdefault(op, {})[f"{dtype.itemsize}:{num_steps}"] = best
             if num_steps == 4 and op in NEURONS:  # of the norms' kernels each T needs its own registers
                 found[op][str(dtype.itemsize)] = best
