@@ -135,18 +135,18 @@ class GatedAttentionCoding(nn.Module):
         if stem.shape[-3] != self.channels:
             raise ValueError(f"expected {self.channels} channels, got {stem.shape[-3]}: match `channels` to the input")
         static = stem.ndim == 4
-        # Pools in at least float32: a 16-bit mean over C*H*W values keeps 8 to 11 bits of it.
-        # The sum is; a wide copy of the stem would cost five more passes over it. A maximum is exact in any dtype.
-        wide = torch.float32 if stem.dtype == torch.float16 or stem.dtype == torch.bfloat16 else stem.dtype
-        average, maximum = stem.mean([-3, -2, -1], dtype=wide), stem.amax([-3, -2, -1])  # (B,) or (T, B)
+        folded = stem if static else stem.flatten(0, 1)
+        # The mean is float32 at least: a 16-bit one over C*H*W values keeps 8 to 11 bits. A maximum is exact as it is.
+        average, maximum, _ = torch.ops.gac_kernels.pool_frames(folded)
         if static:
             average = average.unsqueeze(1).expand(-1, self.num_steps)
             maximum = maximum.unsqueeze(1).expand(-1, self.num_steps)
         else:
-            average, maximum = average.t(), maximum.t()
+            average = average.unflatten(0, [stem.shape[0], stem.shape[1]]).t()
+            maximum = maximum.unflatten(0, [stem.shape[0], stem.shape[1]]).t()
         dtype = self.temporal.fc1.weight.dtype
         temporal = self.temporal(average.to(dtype), maximum.to(dtype))  # (B, T)
-        spatial = self.spatial(stem if static else stem.flatten(0, 1)).to(stem.dtype)
+        spatial = self.spatial(folded).to(stem.dtype)
         spatial = spatial.view_as(stem) if static else spatial.unflatten(0, [stem.shape[0], stem.shape[1]])
         return self._gate(stem, spatial, temporal)
 

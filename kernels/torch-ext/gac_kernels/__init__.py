@@ -9,6 +9,7 @@ from .integer_lif import integer_lif
 from .lif import lif
 from .norm_lif import ResidualNorm, norm_lif
 from .pad_frames import pad_frames
+from .pool_frames import pool_frames
 from .reference import (
     gac_encode_reference,
     gated_lif_reference,
@@ -39,6 +40,7 @@ __all__ = [
     "pack_spikes",
     "packed_conv2d",
     "pad_frames",
+    "pool_frames",
     "requested_backend",
     "resolve_backend",
     "spike_conv",
