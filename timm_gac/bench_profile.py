@@ -27,6 +27,7 @@ KINDS = (
     ("convolution and LIF in one pass", r"_conv_lif_kernel|_spike_conv_kernel"),
     ("convolution, backward", r"conv\w*_backward"),
     ("convolution, forward", r"aten::\w*conv|fprop"),
+    ("elementwise and reductions", r"firing_rate"),
     ("fused norm and LIF", r"gac_kernels|_lif_"),
     ("batch norm", r"batch_norm"),
     ("copies and casts", r"copy|memcpy|memset|aten::to\b|nchwto|nhwcto|aten::(fill_|zero_|zeros|cat|constant_pad_nd)"),

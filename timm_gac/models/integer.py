@@ -7,14 +7,13 @@ evaluated in float64, which everything else is compared with.
 from __future__ import annotations
 
 import copy
-import functools
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from gac_kernels import LIFSpec, integer_lif, spike_conv, spike_conv_reference
+from gac_kernels import LIFSpec, firing_rate, integer_lif, spike_conv, spike_conv_reference
 
 from .network import SpikingResNet
 
@@ -191,13 +190,7 @@ class IntegerSpikingResNet(SpikingResNet):
         return network
 
     def _rate(self, spikes: Tensor) -> Tensor:
-        if spikes.is_floating_point():
-            return super()._rate(spikes)
-        count = spikes
-        if self.num_steps > torch.iinfo(spikes.dtype).max:  # of spikes, which an int8 can no longer hold
-            count = spikes.int()
-        steps = count.unflatten(0, [self.num_steps, spikes.shape[0] // self.num_steps])
-        return functools.reduce(torch.add, steps.unbind(0)).to(self.conv1.weight.dtype).div_(self.num_steps)
+        return firing_rate(spikes, self.num_steps, self.conv1.weight.dtype)
 
     def forward_steps(self, x: Tensor) -> Tensor:
         """Logits of each time step, ``(B, T, num_classes)``."""

@@ -213,16 +213,8 @@ class SpikingResNet(nn.Module):
         return self.encoder(unfold_time(stem, x, self.num_steps)).flatten(0, 1)
 
     def _rate(self, spikes: Tensor) -> Tensor:
-        """Mean over time: ``(T*B, C, H, W)`` -> ``(B, C, H, W)``.
-
-        Step by step: counts of spikes are exact in any dtype, and PyTorch adds frames faster than it reduces an axis.
-        """
-        # Unbound at once, so that the backward pass stacks the gradients of all steps in one copy.
-        steps = spikes.unflatten(0, [self.num_steps, spikes.shape[0] // self.num_steps]).unbind(0)
-        count = steps[0]
-        for t in range(1, self.num_steps):
-            count = count + steps[t]
-        return count / self.num_steps
+        """Mean over time: ``(T*B, C, H, W)`` -> ``(B, C, H, W)``."""
+        return torch.ops.gac_kernels.firing_rate(spikes, self.num_steps)
 
     def _forward_spikes(self, x: Tensor) -> Tensor:
         """Spikes of the last stage, time-folded: ``(T*B, C', H', W')``."""

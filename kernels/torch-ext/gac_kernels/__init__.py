@@ -4,6 +4,7 @@ from . import layers as layers
 from .backend import requested_backend, resolve_backend, use_backend
 from .batch_stats import batch_stats
 from .conv_lif import conv_lif
+from .firing_rate import firing_rate
 from .gac import gac_encode, gated_lif
 from .integer_lif import integer_lif
 from .lif import lif
@@ -28,6 +29,7 @@ __all__ = [
     "ResidualNorm",
     "batch_stats",
     "conv_lif",
+    "firing_rate",
     "gac_encode",
     "gac_encode_reference",
     "gated_lif",

@@ -1,0 +1,142 @@
+"""Firing rate of each neuron: the mean of its spikes over time, in one pass, and its gradient in one.
+
+PyTorch reduces the outer axis slower than it adds frames one by one, which is a pass a step; the gradient it would
+divide, repeat for every step and, behind a pooling layer, bring into the spikes' memory format, a pass for each.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ._triton import cdiv, tl, triton
+from .backend import resolve_backend
+from .layout import as_layout, on_device
+from .tiles import dense, is_channels_last
+from .tuning import launch_config
+
+
+@triton.jit
+def _firing_rate_kernel(x_ptr, y_ptr, frame, T: tl.constexpr, BLOCK: tl.constexpr):
+    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = i < frame
+    count = tl.zeros((BLOCK,), tl.float32)
+    for t in range(T):
+        count += tl.load(x_ptr + tl.cast(t, tl.int64) * frame + i, mask=inside, other=0).to(tl.float32)
+    tl.store(y_ptr + i, (count / T).to(y_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _firing_rate_backward_kernel(grad_ptr, gx_ptr, frame, T: tl.constexpr, BLOCK: tl.constexpr):
+    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = i < frame
+    share = tl.load(grad_ptr + i, mask=inside, other=0.0).to(tl.float32) / T
+    for t in range(T):
+        tl.store(gx_ptr + tl.cast(t, tl.int64) * frame + i, share.to(gx_ptr.dtype.element_ty), mask=inside)
+
+
+def _launch(kernel, x: Tensor, source: Tensor, target: Tensor, num_steps: int) -> None:
+    config = launch_config("firing_rate", 1, x.element_size(), x.device)
+    frame = x.numel() // num_steps
+    with on_device(x):
+        kernel[(cdiv(frame, config["BLOCK"]),)](source, target, frame, T=num_steps, **config)
+
+
+def _check(x: Tensor, num_steps: int) -> None:
+    if x.dim() != 4 or not (x.is_floating_point() or x.dtype == torch.int8):
+        raise ValueError(
+            f"expected spikes as (T*B, C, H, W), floating-point or int8, got {x.dtype} of shape {tuple(x.shape)}: fold "
+            "time with x.flatten(0, 1), convert with x.float()"
+        )
+    if num_steps < 1 or x.shape[0] % num_steps:
+        raise ValueError(
+            f"expected num_steps >= 1 that divides the first axis of x, got {num_steps} and shape {tuple(x.shape)}: "
+            "fold time with x.flatten(0, 1)"
+        )
+
+
+def _framed(x: Tensor, samples: int, dtype: torch.dtype) -> Tensor:
+    """Unwritten (samples, C, H, W) in the memory format of the dense x."""
+    layout = torch.channels_last if is_channels_last(x) else torch.contiguous_format
+    return torch.empty((samples, *x.shape[1:]), dtype=dtype, device=x.device, memory_format=layout)
+
+
+_lib = torch.library.Library("gac_kernels", "FRAGMENT")
+_lib.define("firing_rate(Tensor x, int num_steps, ScalarType? dtype=None) -> Tensor")
+_lib.define("firing_rate_backward(Tensor grad, int num_steps, ScalarType dtype, bool channels_last) -> Tensor")
+
+
+@torch.library.impl(_lib, "firing_rate", "CompositeExplicitAutograd")
+def _firing_rate(x, num_steps, dtype=None):
+    rate = _firing_rate_fake(x, num_steps, dtype)
+    if rate.numel():
+        x = dense(x)
+        if resolve_backend(x.device, rate.dtype) == "triton":
+            _launch(_firing_rate_kernel, x, x, rate, num_steps)
+        else:
+            wide = torch.promote_types(rate.dtype, torch.float32)
+            count = torch.sum(x.unflatten(0, (num_steps, -1)), 0, dtype=wide)
+            rate.copy_(count.div_(num_steps))
+    return rate
+
+
+@torch.library.register_fake("gac_kernels::firing_rate", lib=_lib)
+def _firing_rate_fake(x, num_steps, dtype=None):
+    _check(x, num_steps)
+    if dtype is None:
+        dtype = x.dtype if x.is_floating_point() else torch.float32
+    return _framed(dense(x), x.shape[0] // num_steps, dtype)
+
+
+@torch.library.impl(_lib, "firing_rate_backward", "CompositeExplicitAutograd")
+def _firing_rate_backward(grad, num_steps, dtype, channels_last):
+    gx = _firing_rate_backward_fake(grad, num_steps, dtype, channels_last)
+    if gx.numel():
+        frames = gx.unflatten(0, (num_steps, -1))
+        if resolve_backend(gx.device, dtype) == "triton":
+            _launch(_firing_rate_backward_kernel, gx, as_layout(grad, frames[0]), gx, num_steps)
+        else:
+            frames.copy_(grad / num_steps)
+    return gx
+
+
+@torch.library.register_fake("gac_kernels::firing_rate_backward", lib=_lib)
+def _firing_rate_backward_fake(grad, num_steps, dtype, channels_last):
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    size = (num_steps * grad.shape[0], *grad.shape[1:])
+    return torch.empty(size, dtype=dtype, device=grad.device, memory_format=layout)
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    x, ctx.num_steps = inputs[:2]
+    ctx.dtype, ctx.channels_last = x.dtype, is_channels_last(dense(x))
+
+
+def _autograd(ctx, grad):
+    if not ctx.dtype.is_floating_point:
+        return None, None, None
+    gx = torch.ops.gac_kernels.firing_rate_backward(grad, ctx.num_steps, ctx.dtype, ctx.channels_last)
+    return gx, None, None
+
+
+torch.library.register_autograd("gac_kernels::firing_rate", _autograd, setup_context=_setup_context, lib=_lib)
+
+
+def firing_rate(x: Tensor, num_steps: int, dtype: torch.dtype | None = None) -> Tensor:
+    """Mean of time-folded spikes over time, in one pass. Nothing is saved for backward.
+
+    Args:
+        x: Spikes (T*B, C, H, W), row ``t * B + b`` being sample b at step t; float32, float16, bfloat16, float64 or
+            int8 (without gradient), contiguous or channels-last without a copy.
+        num_steps: T.
+        dtype: Of the result; None is x's, and float32 for int8.
+
+    Returns:
+        (B, C, H, W) in [0, 1], in x's memory format. Spikes are counted in at least float32, then divided by T, then
+        rounded.
+
+    Raises:
+        ValueError: x has another rank or dtype, or T does not divide its first axis.
+    """
+    _check(x, num_steps)
+    return torch.ops.gac_kernels.firing_rate(x, num_steps, dtype)
