@@ -5,12 +5,14 @@ from .backend import requested_backend, resolve_backend, use_backend
 from .batch_stats import batch_stats
 from .conv_lif import conv_lif
 from .gac import gac_encode, gated_lif
+from .gac_fire import gac_fire
 from .integer_lif import integer_lif
 from .lif import lif
 from .norm_lif import ResidualNorm, norm_lif
 from .pad_frames import pad_frames
 from .reference import (
     gac_encode_reference,
+    gac_fire_reference,
     gated_lif_reference,
     lif_reference,
     norm_lif_reference,
@@ -29,6 +31,8 @@ __all__ = [
     "conv_lif",
     "gac_encode",
     "gac_encode_reference",
+    "gac_fire",
+    "gac_fire_reference",
     "gated_lif",
     "gated_lif_reference",
     "integer_lif",
