@@ -21,7 +21,7 @@ NEURON_STEPS = 2**27
 WARPS = (1, 2, 4, 8)
 ELEMENTS_PER_THREAD = (2, 4, 8, 16)
 TILES = (1, 4, 16)
-OPS = ("lif_fwd", "lif_bwd", "lif_bwd_mask", "gac_fwd", "gac_bwd")
+OPS = ("lif_fwd", "lif_bwd", "lif_bwd_mask", "gac_fwd", "gac_bwd", "gac_fire_fwd", "gac_fire_bwd")
 
 
 def scalars(spec: LIFSpec) -> tuple[float, float, int, float, bool, bool]:
@@ -39,12 +39,15 @@ def workloads(num_steps: int, dtype: torch.dtype) -> dict[str, Callable[[], obje
     frame, spatial = x[0].clone(), grad[0].clone()
     temporal = torch.randn(shape[0], num_steps, device="cuda", dtype=dtype)
     strides = x.stride()
+    frame_and_scores = (frame, spatial, temporal)
     return {
         "lif_fwd": lambda: ops.lif(x, None, *scalars(CIFAR), False, False),
         "lif_bwd": lambda: ops.lif_backward(grad, None, x, None, no_mask, strides, *scalars(CIFAR)),
         "lif_bwd_mask": lambda: ops.lif_backward(grad, None, no_mask, None, mask, strides, *scalars(IMAGENET)),
         "gac_fwd": lambda: ops.gated_lif(frame, spatial, temporal, *scalars(CIFAR)),
         "gac_bwd": lambda: ops.gated_lif_backward(grad, frame, spatial, temporal, *scalars(CIFAR)),
+        "gac_fire_fwd": lambda: ops.gac_fire(*frame_and_scores, False, *scalars(CIFAR)),
+        "gac_fire_bwd": lambda: ops.gac_fire_backward(grad, x, *frame_and_scores, x, *scalars(CIFAR)),
     }
 
 

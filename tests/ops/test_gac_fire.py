@@ -63,7 +63,7 @@ def test_is_the_two_ops(backend, spec, num_steps, dtype, device, poisoned):
     assert (gated.dtype, spikes.dtype) == (dtype, dtype)
     for label, out, ref in zip(("gated", "spikes"), (gated, spikes), composed(*args, spec), strict=True):
         assert torch.equal(out, ref), f"{label}: {(out != ref).sum()} of {ref.numel()} differ"
-    assert spec is CIFAR or spikes.any()
+    assert spikes.any() or (spec is CIFAR and num_steps < 4)  # a gate is below 1, CIFAR's threshold
     in_one_pass = backend == "triton" and num_steps <= 8
     assert_gradients(spec, args, without_rounding_backward(gated) if in_one_pass else composed)
 

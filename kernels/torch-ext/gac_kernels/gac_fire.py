@@ -93,26 +93,23 @@ def _fire_bwd_kernel(
     us = ()  # membranes of the first neuron
     zs = ()  # and of the second
     gates = ()
-    ms = ()
     for t in tl.static_range(T):
         u = DECAY * v + xs[t]
-        m = tl.load(m_ptr + sample * T + t).to(tl.float32)
-        g = gate_of(m, ns[t])
+        g = gate_of(tl.load(m_ptr + sample * T + t).to(tl.float32), ns[t])
         z = DECAY * w + tl.where(u > THRESHOLD, g, 0.0).to(gs_ptr.dtype.element_ty).to(tl.float32)
         us += (u,)
         zs += (z,)
         gates += (g,)
-        ms += (m,)
         v = reset_by(u, tl.where(u > THRESHOLD, 0.0, 1.0), THRESHOLD, SOFT)
         w = reset_by(z, tl.where(z > THRESHOLD, 0.0, 1.0), THRESHOLD, SOFT)
     gv = tl.zeros((BLOCK,), tl.float32)
     gw = tl.zeros((BLOCK,), tl.float32)
     for t in tl.static_range(T - 1, -1, -1):
         keep_z = tl.where(zs[t] > THRESHOLD, 0.0, 1.0)
-        gs = gss[t].to(tl.float32)
-        gz = membrane_grad_by(zs[t], keep_z, gs, gw, THRESHOLD, SURROGATE, WIDTH, DETACH, SOFT)
-        gw = DECAY * gz
-        gy = gz
+        gy = membrane_grad_by(
+            zs[t], keep_z, gss[t].to(tl.float32), gw, THRESHOLD, SURROGATE, WIDTH, DETACH, SOFT
+        )  # fmt: skip
+        gw = DECAY * gy
         if HAS_GY:
             gy += gys[t].to(tl.float32)
         keep = tl.where(us[t] > THRESHOLD, 0.0, 1.0)
@@ -122,11 +119,12 @@ def _fire_bwd_kernel(
         gu = membrane_grad_by(us[t], keep, through, gv, THRESHOLD, SURROGATE, WIDTH, DETACH, SOFT)
         gv = DECAY * gu
         tl.store(gm_ptr + pid * T + t, tl.sum(score * ns[t], 0))
+        m = tl.load(m_ptr + sample * T + t).to(tl.float32)  # again: kept, it would take 40 registers more at T = 8
         if STATIC:
-            gn += score * ms[t]
+            gn += score * m
             gx += gu
         else:
-            tl.store(gn_ptr + at_x + t * x_step, (score * ms[t]).to(gn_ptr.dtype.element_ty), mask=inside)
+            tl.store(gn_ptr + at_x + t * x_step, (score * m).to(gn_ptr.dtype.element_ty), mask=inside)
             tl.store(gx_ptr + at_x + t * x_step, gu.to(gx_ptr.dtype.element_ty), mask=inside)
     if STATIC:
         tl.store(gx_ptr + at_x, gx.to(gx_ptr.dtype.element_ty), mask=inside)
