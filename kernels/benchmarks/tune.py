@@ -47,7 +47,7 @@ def workloads(num_steps: int, dtype: torch.dtype) -> dict[str, Callable[[], obje
         "gac_fwd": lambda: ops.gated_lif(frame, spatial, temporal, *scalars(CIFAR)),
         "gac_bwd": lambda: ops.gated_lif_backward(grad, frame, spatial, temporal, *scalars(CIFAR)),
         "gac_fire_fwd": lambda: ops.gac_fire(*frame_and_scores, False, *scalars(CIFAR)),
-        "gac_fire_bwd": lambda: ops.gac_fire_backward(grad, x, *frame_and_scores, x, *scalars(CIFAR)),
+        "gac_fire_bwd": lambda: ops.gac_fire_backward(grad, x, *frame_and_scores, None, *scalars(CIFAR)),
     }
 
 

@@ -173,6 +173,19 @@ def test_integer_spikes_carry_no_gradient(backend, device):
     assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
 
 
+@pytest.mark.parametrize("spec", DIALECTS.values(), ids=DIALECTS.keys())
+def test_backward_on_another_backend_than_forward(spec, device):
+    args = [a.requires_grad_() for a in inputs((2, 3, 4, 4), 4, torch.float32, device)]
+    weights = [torch.randn(4, *args[0].shape, device=device) for _ in range(2)]
+    expected = grads_of(lambda *a: gac_fire_reference(*a, spec), args, weights)
+    for first, second in (("triton", "eager"), ("eager", "triton")):
+        with use_backend(first):
+            outputs = gac_fire(*args, spec)
+        with use_backend(second):
+            for i, (got, want) in enumerate(zip(torch.autograd.grad(outputs, args, weights), expected, strict=True)):
+                assert_close(f"gradient {i}", got, want)
+
+
 def test_gradients_are_deterministic(backend, device):
     args = [a.requires_grad_() for a in inputs((2, 8, 16, 16), 4, torch.float32, device)]
     weights = [torch.randn(4, 2, 8, 16, 16, device=device) for _ in range(2)]

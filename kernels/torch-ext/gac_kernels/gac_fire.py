@@ -168,7 +168,7 @@ _lib.define(
 )
 _lib.define(
     "gac_fire_backward(Tensor? grad_gated, Tensor grad_spikes, Tensor stem, Tensor spatial, Tensor temporal, "
-    "Tensor gated, float threshold, float decay, int surrogate, float width, bool detach_reset, bool soft_reset) "
+    "Tensor? gated, float threshold, float decay, int surrogate, float width, bool detach_reset, bool soft_reset) "
     "-> (Tensor, Tensor, Tensor)"
 )
 
@@ -209,10 +209,10 @@ def _gac_fire_backward(
         sources = as_layout(stem, grads[0]), as_layout(spatial, grads[1]), temporal.contiguous()
         _backward_triton(grad_gated, grad_spikes, *sources, *grads, *spec)
         return grads
+    if gated is None:
+        gated = torch.ops.gac_kernels.gated_lif(stem, spatial, temporal, *spec)
     no_mask = gated.new_empty(0, dtype=torch.uint8)
-    grad, _ = torch.ops.gac_kernels.lif_backward(
-        grad_spikes, None, gated, None, no_mask, gated.stride(), *spec
-    )  # fmt: skip
+    grad, _ = torch.ops.gac_kernels.lif_backward(grad_spikes, None, gated, None, no_mask, gated.stride(), *spec)
     grad = grad if grad_gated is None else grad.add_(grad_gated)
     return torch.ops.gac_kernels.gated_lif_backward(grad, stem, spatial, temporal, *spec)
 
@@ -236,7 +236,8 @@ def _gac_fire_backward_fake(
 def _setup_context(ctx, inputs, output) -> None:
     stem, spatial, temporal, _, *ctx.spec_args = inputs
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(stem, spatial, temporal, output[0])
+    gated = None if _in_one_pass(stem, temporal.shape[1]) else output[0]
+    ctx.save_for_backward(stem, spatial, temporal, gated)
 
 
 def _autograd(ctx, grad_gated, grad_spikes):
@@ -261,7 +262,7 @@ def gac_fire(
     ``gated = gac_encode(stem, ...)`` (`gated_lif` for an input that varies over time) and ``spikes = lif(gated)``, to
     the bit. On a GPU one kernel does both, up to T = 8, and one kernel the backward pass, whose gradient at ``gated``
     stays in float32; for larger T, and in plain PyTorch, the two ops run one after the other. Gradients are
-    deterministic. Saved for backward: the three inputs and ``gated``.
+    deterministic. Saved for backward: the three inputs, and ``gated`` where it is not one kernel.
 
     Args:
         stem: (B, C, H, W), a static image's frame, or (T, B, C, H, W); float32, float16, bfloat16 or float64; any dense
