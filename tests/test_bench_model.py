@@ -278,6 +278,7 @@ def test_files_append_with_provenance_and_refuse_another_kind(tmp_path: Path) ->
         ("gac_kernels::gated_lif_backward", "_gated_bwd_kernel", "encoder"),
         ("gac_kernels::pool_frames_backward", "_pool_frames_backward_kernel", "encoder"),
         ("gac_kernels::firing_rate", "_firing_rate_kernel", "elementwise and reductions"),
+        ("gac_kernels::gac_fire", "_fire_fwd_kernel", "encoder"),
         ("aten::_fused_sgd_", "void at::native::multi_tensor_apply_kernel", "optimizer"),
         ("aten::copy_", "void at::native::unrolled_elementwise_kernel", "copies and casts"),
         ("aten::add", "void at::native::vectorized_elementwise_kernel", "elementwise and reductions"),

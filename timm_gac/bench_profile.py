@@ -23,7 +23,7 @@ KINDS = (
     ("convolution, data gradient", r"dgrad"),
     ("convolution, weight gradient", r"wgrad"),
     ("optimizer", r"sgd|optimizer|amp_update_scale|multi_tensor"),
-    ("encoder", r"gac_encode|gated_lif|_gated_(fwd|bwd)|pad_frames|_pad_(backward_)?kernel|pool_frames"),
+    ("encoder", r"gac_encode|gac_fire|gated_lif|_(gated|fire)_(fwd|bwd)|(pad|pool)_frames|_pad_(backward_)?kernel"),
     ("convolution and LIF in one pass", r"_conv_lif_kernel|_spike_conv_kernel"),
     ("convolution, backward", r"conv\w*_backward"),
     ("convolution, forward", r"aten::\w*conv|fprop"),

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from timm.layers import register_notrace_module
 from torch import Tensor, nn
 
-from gac_kernels import CIFAR, LIFSpec, gac_encode, gated_lif
+from gac_kernels import CIFAR, LIFSpec, gac_encode, gac_fire, gated_lif
 
 from .neuron import check_num_steps
 
@@ -131,6 +131,21 @@ class GatedAttentionCoding(nn.Module):
 
     def forward(self, stem: Tensor) -> Tensor:
         """Gated spikes ``(T, B, C, H, W)``, real-valued in [0, 1), in the dtype of ``stem``."""
+        spatial, temporal = self._scores(stem)
+        return self._gate(stem, spatial, temporal)
+
+    @torch.jit.unused
+    def encode_and_fire(self, stem: Tensor, spikes_dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
+        """Gated spikes, and the spikes of a neuron with the same spec that integrates them, ``(T, B, C, H, W)`` each.
+
+        What `forward` and a `LIF` behind it give, in one pass. The second spikes are in ``spikes_dtype``: the dtype of
+        ``stem`` if None, or torch.int8.
+        """
+        spatial, temporal = self._scores(stem)
+        return gac_fire(stem, spatial, temporal, self.spec, spikes_dtype)
+
+    def _scores(self, stem: Tensor) -> tuple[Tensor, Tensor]:
+        """Spatial-channel scores in the shape of ``stem`` and temporal scores ``(B, T)``, before the sigmoid."""
         _check_input(stem, self.num_steps)
         if stem.shape[-3] != self.channels:
             raise ValueError(f"expected {self.channels} channels, got {stem.shape[-3]}: match `channels` to the input")
@@ -148,7 +163,7 @@ class GatedAttentionCoding(nn.Module):
         temporal = self.temporal(average.to(dtype), maximum.to(dtype))  # (B, T)
         spatial = self.spatial(folded).to(stem.dtype)
         spatial = spatial.view_as(stem) if static else spatial.unflatten(0, [stem.shape[0], stem.shape[1]])
-        return self._gate(stem, spatial, temporal)
+        return spatial, temporal
 
     def _gate(self, stem: Tensor, spatial: Tensor, temporal: Tensor) -> Tensor:
         if torch.jit.is_scripting():

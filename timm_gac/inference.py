@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from gac_kernels.conv_lif import UNIT_EPS
 
 from .models.blocks import MSBlock, SpikingBlock, Stage
-from .neuron import BatchNormLIF, MembraneBatchNormLIF
+from .neuron import BatchNormLIF, MembraneBatchNormLIF, is_watched
 
 __all__ = ["FoldedBlock", "FoldedConv2d", "FoldedLIF", "fold_batch_norm", "fuse_for_inference", "shift_in_neuron"]
 
@@ -130,7 +130,7 @@ def _convolve_and_fire(conv: Any, neuron: Any, x: Tensor, shortcut: Callable[[],
     The op has none; convolution and neuron apart have, at the input for instance.
     """
     gradients = torch.is_grad_enabled() and (x.requires_grad or conv.weight.requires_grad)
-    watched = any(m._forward_hooks or m._forward_pre_hooks or "forward" in vars(m) for m in (conv, neuron))
+    watched = is_watched(conv) or is_watched(neuron)
     if (
         not shift_in_neuron(x)
         or gradients

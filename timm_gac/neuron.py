@@ -17,6 +17,14 @@ from .collectives import combine_statistics
 __all__ = ["LIF", "BatchNormLIF", "MembraneBatchNormLIF"]
 
 
+def is_watched(module: nn.Module) -> bool:
+    """Whether hooks or another forward would notice that a module is not called, its work being done elsewhere."""
+    hooks = (
+        module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks,
+    )  # fmt: skip
+    return any(hooks) or "forward" in vars(module)
+
+
 def check_num_steps(num_steps: int) -> int:
     """``num_steps`` itself where it is a valid number of time steps, else a ValueError."""
     if not isinstance(num_steps, int) or isinstance(num_steps, bool) or num_steps < 1:

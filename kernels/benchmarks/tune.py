@@ -34,7 +34,7 @@ ELEMENTS_PER_THREAD = (2, 4, 8, 16)
 TILES = (1, 4, 16)
 STAGES = (1, 2, 3)
 PER_SM = (2, 3, 4, 5, 6, 8)
-NEURONS = ("lif_fwd", "lif_bwd", "lif_bwd_mask", "gac_fwd", "gac_bwd")
+NEURONS = ("lif_fwd", "lif_bwd", "lif_bwd_mask", "gac_fwd", "gac_bwd", "gac_fire_fwd", "gac_fire_bwd")
 NORMS = tuple(op for op in tuning.DEFAULTS if op.startswith(("batch_stats", "norm_lif")) and ":" not in op)
 Call = Callable[[], object]
 
@@ -54,6 +54,7 @@ def neuron_calls(num_steps: int, dtype: torch.dtype) -> dict[str, list[Call]]:
     frame, spatial = x[0].clone(), grad[0].clone()
     temporal = torch.randn(shape[0], num_steps, device="cuda", dtype=dtype)
     strides = x.stride()
+    inputs = (frame, spatial, temporal)
     return {
         "lif_fwd": [lambda: ops.lif(x, None, *scalars(CIFAR), False, False)],
         "lif_bwd": [lambda: ops.lif_backward(grad, None, x, None, no_mask, strides, *scalars(CIFAR))],
@@ -62,6 +63,11 @@ def neuron_calls(num_steps: int, dtype: torch.dtype) -> dict[str, list[Call]]:
         "gac_bwd": [
             lambda: ops.gated_lif_backward(grad, frame, spatial, temporal, *scalars(CIFAR)),
             lambda: ops.gated_lif_backward(grad, frame, spatial, temporal, *scalars(IMAGENET)),
+        ],
+        "gac_fire_fwd": [lambda: ops.gac_fire(*inputs, False, *scalars(CIFAR))],
+        "gac_fire_bwd": [
+            lambda: ops.gac_fire_backward(grad, x, *inputs, None, *scalars(CIFAR)),
+            lambda: ops.gac_fire_backward(grad, x, *inputs, None, *scalars(IMAGENET)),
         ],
     }
 

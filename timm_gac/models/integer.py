@@ -179,6 +179,7 @@ class IntegerSpikingResNet(SpikingResNet):
     quantization: dict[str, Any]
     num_classes: int
     pretrained_cfg: dict[str, Any]
+    _first_neurons = {**SpikingResNet._first_neurons, IntegerLIF: torch.int8}
 
     @classmethod
     def like(cls, model: SpikingResNet, quantization: dict[str, Any]) -> IntegerSpikingResNet:

@@ -6,7 +6,7 @@ Source: Qiu et al., "Gated Attention Coding for Training High-performance and Ef
 2024 (arXiv 2308.06582). No ``from __future__ import annotations`` here: TorchScript reads annotations as types.
 """
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from gac_kernels import IMAGENET, LIFSpec
 
 from ..encoder import DirectCoding, GatedAttentionCoding
-from ..neuron import LIF, BatchNormLIF, check_num_steps
+from ..neuron import LIF, BatchNormLIF, check_num_steps, is_watched
 from .blocks import MSBlock, SpikingBlock, Stage
 from .checkpoint import checkpoint_filter_fn as checkpoint_filter_fn  # timm expects it beside the model's class
 
@@ -84,6 +84,9 @@ class SpikingResNet(nn.Module):
         layer2: Stage
         layer3: Stage
         layer4: Stage
+
+    # Kinds of neuron whose work the encoder's op can do, and the dtype of their spikes, None for the encoder's.
+    _first_neurons: ClassVar[dict[type[nn.Module], torch.dtype | None]] = {LIF: None}
 
     def __init__(
         self,
@@ -207,10 +210,36 @@ class SpikingResNet(nn.Module):
         self.global_pool.train(self.training)
         self.fc.train(self.training)
 
+    def _stem(self, x: Tensor) -> Tensor:
+        """What the encoder takes: ``(B, C, H, W)`` for images, ``(T, B, C, H, W)`` for event frames."""
+        stem = self.bn1(self.conv1(fold_time(x, self.num_steps)))
+        return unfold_time(stem, x, self.num_steps)
+
     def _encode(self, x: Tensor) -> Tensor:
         """The encoder's output, time-folded: ``(T*B, C, H, W)``."""
-        stem = self.bn1(self.conv1(fold_time(x, self.num_steps)))
-        return self.encoder(unfold_time(stem, x, self.num_steps)).flatten(0, 1)
+        return self.encoder(self._stem(x)).flatten(0, 1)
+
+    @torch.jit.unused
+    def _fires_in_encoder(self, x: Tensor) -> bool:
+        """Whether the encoder may do the first neuron's work.
+
+        Not where somebody watches one of the two, nor under fx, for which both are leaves.
+        """
+        encoder, neuron = self.encoder, self.lif
+        return (
+            isinstance(x, Tensor)
+            and type(encoder) is GatedAttentionCoding
+            and type(neuron) in self._first_neurons
+            and (encoder.spec, encoder.num_steps) == (neuron.spec, neuron.num_steps)
+            and not (is_watched(encoder) or is_watched(neuron))
+        )
+
+    @torch.jit.unused
+    def _encode_and_fire(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The encoder's output and the first neuron's spikes in one pass, both time-folded."""
+        encoder: Any = self.encoder
+        membrane, spikes = encoder.encode_and_fire(self._stem(x), self._first_neurons[type(self.lif)])
+        return membrane.flatten(0, 1), spikes.flatten(0, 1)
 
     def _rate(self, spikes: Tensor) -> Tensor:
         """Mean over time: ``(T*B, C, H, W)`` -> ``(B, C, H, W)``."""
@@ -218,11 +247,15 @@ class SpikingResNet(nn.Module):
 
     def _forward_spikes(self, x: Tensor) -> Tensor:
         """Spikes of the last stage, time-folded: ``(T*B, C', H', W')``."""
+        if not torch.jit.is_scripting():  # noqa: SIM102 (TorchScript skips the block only where this stands alone)
+            if self._fires_in_encoder(x):
+                return self._run_stages(*self._encode_and_fire(x))
         return self._run_stages(self._encode(x))
 
-    def _run_stages(self, membrane: Tensor) -> Tensor:
-        """Spikes of the last stage from the encoder's output, both time-folded."""
-        spikes = self.lif(membrane)
+    def _run_stages(self, membrane: Tensor, spikes: Tensor | None = None) -> Tensor:
+        """Spikes of the last stage from the encoder's output and, where the first neuron has run, its spikes."""
+        if spikes is None:
+            spikes = self.lif(membrane)
         membrane, spikes, bits = self.layer1(membrane, spikes, None)
         membrane, spikes, bits = self.layer2(membrane, spikes, bits)
         membrane, spikes, bits = self.layer3(membrane, spikes, bits)

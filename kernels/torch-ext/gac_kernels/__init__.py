@@ -6,6 +6,7 @@ from .batch_stats import batch_stats
 from .conv_lif import conv_lif
 from .firing_rate import firing_rate
 from .gac import gac_encode, gated_lif
+from .gac_fire import gac_fire
 from .integer_lif import integer_lif
 from .lif import lif
 from .norm_lif import ResidualNorm, norm_lif
@@ -13,6 +14,7 @@ from .pad_frames import pad_frames
 from .pool_frames import pool_frames
 from .reference import (
     gac_encode_reference,
+    gac_fire_reference,
     gated_lif_reference,
     lif_reference,
     norm_lif_reference,
@@ -32,6 +34,8 @@ __all__ = [
     "firing_rate",
     "gac_encode",
     "gac_encode_reference",
+    "gac_fire",
+    "gac_fire_reference",
     "gated_lif",
     "gated_lif_reference",
     "integer_lif",

@@ -24,7 +24,7 @@ CHUNK = 8  # steps held in registers at once, as in lif.py
 
 
 @triton.jit
-def _gate(m, n):
+def gate_of(m, n):
     """sigmoid(m * n) in two special-function operations: 1 / (1 + e) as rsqrt squared, which spares a division.
 
     The backward kernel is bound by instructions, not memory, from T = 4 in bfloat16 on; a full division is six of them.
@@ -58,7 +58,7 @@ def _gated_fwd_kernel(
             n = tl.load(n_ptr + tl.cast(t, tl.int64) * x_step, mask=inside, other=0.0).to(tl.float32)
         u = DECAY * v + x
         m = tl.load(m_ptr + sample * T + t).to(tl.float32)
-        y = tl.where(u > THRESHOLD, _gate(m, n), 0.0)
+        y = tl.where(u > THRESHOLD, gate_of(m, n), 0.0)
         tl.store(y_ptr + tl.cast(t, tl.int64) * y_step, y.to(y_ptr.dtype.element_ty), mask=inside)
         v = reset(u, THRESHOLD, SOFT)
 
@@ -130,7 +130,7 @@ def _gated_bwd_kernel(
                 t = first + k
                 here = within(inside, t, T, STEPS)
                 m = tl.load(m_ptr + sample * T + t, mask=t < T, other=0.0).to(tl.float32)
-                gate = _gate(m, ns[k])
+                gate = gate_of(m, ns[k])
                 gs = gys[k].to(tl.float32) * gate
                 gz = gs - gs * gate  # at the score m * n, where the neuron fired
                 gz -= gz * keeps[k]
@@ -161,7 +161,7 @@ def _gated_bwd_kernel(
             tl.store(gm_ptr + pid * T + k, tl.sum(gms[STEPS - 1 - k], 0))
 
 
-def _frames_like(x: Tensor, *outer: int) -> Tensor:
+def frames_like(x: Tensor, *outer: int) -> Tensor:
     """Unwritten (*outer, C, H, W): outer axes in order, each (C, H, W) block in the memory order of x's blocks."""
     block = x[(0,) * (x.dim() - 3)] if x.numel() else x.new_empty(x.shape[-3:])
     strides = list(torch.empty_like(block).stride())
@@ -172,7 +172,7 @@ def _frames_like(x: Tensor, *outer: int) -> Tensor:
     return torch.empty_strided((*outer, *block.shape), strides, dtype=x.dtype, device=x.device)
 
 
-def _geometry(x: Tensor, y: Tensor, op: str) -> tuple[tuple[int, ...], dict[str, int], int]:
+def geometry(x: Tensor, y: Tensor, op: str) -> tuple[tuple[int, ...], dict[str, int], int]:
     """Kernel arguments (size, tiles, strides of x and of y), launch parameters and the number of programs."""
     config = launch_config(op, y.shape[0], x.element_size(), x.device)
     if y.shape[0] > CHUNK and "TILES" in config:
@@ -186,10 +186,10 @@ def _geometry(x: Tensor, y: Tensor, op: str) -> tuple[tuple[int, ...], dict[str,
 def _forward_triton(
     x: Tensor, spatial: Tensor, temporal: Tensor, y: Tensor, threshold: float, decay: float, soft_reset: bool
 ) -> None:
-    geometry, config, programs = _geometry(x, y, "gac_fwd")
+    sizes, config, programs = geometry(x, y, "gac_fwd")
     with on_device(x):
         _gated_fwd_kernel[(programs,)](
-            x, spatial, temporal, y, *geometry, T=y.shape[0], STATIC=x.dim() == 4, THRESHOLD=threshold, DECAY=decay,
+            x, spatial, temporal, y, *sizes, T=y.shape[0], STATIC=x.dim() == 4, THRESHOLD=threshold, DECAY=decay,
             SOFT=soft_reset, **config,
         )  # fmt: skip
 
@@ -199,7 +199,7 @@ def _backward_triton(
     grad_temporal: Tensor, threshold: float, decay: float, surrogate: int, width: float, detach_reset: bool,
     soft_reset: bool,
 ) -> None:  # fmt: skip
-    geometry, config, programs = _geometry(x, grad, "gac_bwd")
+    sizes, config, programs = geometry(x, grad, "gac_bwd")
     num_steps, batch = grad.shape[:2]
     chunks = cdiv(num_steps, CHUNK)
     # One partial sum a program and step, added up by torch in a fixed order: no atomics, so the same bits every time.
@@ -207,7 +207,7 @@ def _backward_triton(
     scratch = partial.new_empty(programs * chunks * config["BLOCK"] if chunks > 1 else 0)
     with on_device(x):
         _gated_bwd_kernel[(programs,)](
-            grad, x, spatial, temporal, grad_x, grad_spatial, partial, scratch, *geometry, T=num_steps,
+            grad, x, spatial, temporal, grad_x, grad_spatial, partial, scratch, *sizes, T=num_steps,
             STEPS=min(num_steps, CHUNK), STATIC=x.dim() == 4, THRESHOLD=threshold, DECAY=decay, SURROGATE=surrogate,
             WIDTH=width, DETACH=detach_reset, SOFT=soft_reset, **config,
         )  # fmt: skip
@@ -229,7 +229,7 @@ _lib.define(
 def _gated_lif(x, spatial, temporal, threshold, decay, surrogate, width, detach_reset, soft_reset):
     y = _gated_lif_fake(x, spatial, temporal, threshold, decay, surrogate, width, detach_reset, soft_reset)
     if y.numel():
-        like = _frames_like(x, *x.shape[:-3])
+        like = frames_like(x, *x.shape[:-3])
         run = _forward_triton if resolve_backend(x.device, x.dtype) == "triton" else eager.gated_lif_forward
         run(as_layout(x, like), as_layout(spatial, like), temporal.contiguous(), y, threshold, decay, soft_reset)
     return y
@@ -239,10 +239,10 @@ def _gated_lif(x, spatial, temporal, threshold, decay, surrogate, width, detach_
 def _gated_lif_backward(
     grad, x, spatial, temporal, threshold, decay, surrogate, width, detach_reset, soft_reset
 ):  # fmt: skip
-    grad_x, grad_spatial, grad_temporal = _backward_outputs(x, temporal)
+    grad_x, grad_spatial, grad_temporal = backward_outputs(x, temporal)
     if grad.numel():
         sources = [as_layout(x, grad_x), as_layout(spatial, grad_spatial), temporal.contiguous()]
-        grad = as_layout(grad, _frames_like(x, *grad.shape[:2]))
+        grad = as_layout(grad, frames_like(x, *grad.shape[:2]))
         run = _backward_triton if resolve_backend(x.device, x.dtype) == "triton" else eager.gated_lif_backward
         run(
             grad, *sources, grad_x, grad_spatial, grad_temporal, threshold, decay, surrogate, width, detach_reset,
@@ -253,9 +253,9 @@ def _gated_lif_backward(
     return grad_x, grad_spatial, grad_temporal
 
 
-def _backward_outputs(x: Tensor, temporal: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def backward_outputs(x: Tensor, temporal: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Unwritten gradients at x, spatial and temporal."""
-    like = _frames_like(x, *x.shape[:-3])
+    like = frames_like(x, *x.shape[:-3])
     return like, torch.empty_like(like), torch.empty_like(temporal, memory_format=torch.contiguous_format)
 
 
@@ -263,14 +263,14 @@ def _backward_outputs(x: Tensor, temporal: Tensor) -> tuple[Tensor, Tensor, Tens
 def _gated_lif_fake(x, spatial, temporal, threshold, decay, surrogate, width, detach_reset, soft_reset):
     check_current("x", x, min_dims=4, max_dims=5)
     check_gate(x, spatial, temporal)
-    return _frames_like(x, temporal.shape[1], x.shape[-4])
+    return frames_like(x, temporal.shape[1], x.shape[-4])
 
 
 @torch.library.register_fake("gac_kernels::gated_lif_backward", lib=_lib)
 def _gated_lif_backward_fake(
     grad, x, spatial, temporal, threshold, decay, surrogate, width, detach_reset, soft_reset
 ):  # fmt: skip
-    return _backward_outputs(x, temporal)
+    return backward_outputs(x, temporal)
 
 
 def _setup_context(ctx, inputs, output) -> None:

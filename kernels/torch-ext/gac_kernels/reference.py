@@ -129,6 +129,29 @@ def gac_encode_reference(
     return gated_lif_reference(stem.expand(repeats), spatial.expand(repeats), temporal, spec, smooth)
 
 
+def gac_fire_reference(
+    stem: Tensor, spatial: Tensor, temporal: Tensor, spec: LIFSpec = CIFAR, spikes_dtype: torch.dtype | None = None,
+    smooth: bool = False,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Gated attention coding, then a second neuron with the same spec.
+
+    Args:
+        stem: (B, C, H, W), the same at every step, or (T, B, C, H, W).
+        spatial: Spatial-channel attention before the sigmoid, in the shape of stem.
+        temporal: (B, T), temporal attention before the sigmoid.
+        spec: Dynamics and surrogate of both neurons.
+        spikes_dtype: Dtype of the spikes; stem's if None.
+        smooth: Differentiable twin for numerical gradient checks.
+
+    Returns:
+        Gated spikes and the second neuron's spikes, (T, B, C, H, W) each.
+    """
+    gated = (gac_encode_reference if stem.dim() == 4 else gated_lif_reference)(stem, spatial, temporal, spec, smooth)
+    spikes = lif_reference(gated, spec, smooth=smooth)
+    assert isinstance(spikes, Tensor)  # a pair only where the state is asked for
+    return gated, spikes if spikes_dtype is None else spikes.to(spikes_dtype)
+
+
 def norm_lif_reference(
     x: Tensor,
     mean: Tensor,

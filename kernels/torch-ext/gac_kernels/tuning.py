@@ -19,6 +19,8 @@ DEFAULTS: dict[str, dict[str, int]] = {
     "lif_bwd_mask": {"BLOCK": 1024, "num_warps": 4},
     "gac_fwd": {"BLOCK": 1024, "num_warps": 4},
     "gac_bwd": {"BLOCK": 128, "num_warps": 1, "TILES": 4},
+    "gac_fire_fwd": {"BLOCK": 1024, "num_warps": 4},
+    "gac_fire_bwd": {"BLOCK": 128, "num_warps": 1},
     # REVERSE: each kernel walks against the one before it, convolution > statistics > forward, convolution > reduce >
     # apply, since the L2 cache holds what was touched last. Without statistics in between, forward walks the other way.
     # PER_SM: as many programs as registers allow at once, for one more waits for all the others. _residual: a sum with

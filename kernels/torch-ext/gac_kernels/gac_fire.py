@@ -1,0 +1,296 @@
+"""Gated attention coding and the neuron behind it in one pass: ``gated = gac(x)``, ``spikes = LIF(gated)``.
+
+This is how a network with membrane shortcuts begins. Forward spares a read of the gated frames. Backward spares the
+gradient at them, which would be written, added to the shortcut's and read again: both membranes and the gate are
+recomputed in registers. The ops one after the other give the same answer, and do so without Triton and for more steps
+than registers hold.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import eager
+from ._triton import tl, triton
+from .backend import resolve_backend
+from .checks import check_current, check_gate, check_spec
+from .gac import CHUNK, backward_outputs, frames_like, gate_of, geometry
+from .layout import as_layout, on_device
+from .lif import launch_forward
+from .spec import CIFAR, LIFSpec
+from .surrogate import membrane_grad_by, reset, reset_by
+
+
+@triton.jit
+def _fire_fwd_kernel(
+    x_ptr, n_ptr, m_ptr, y_ptr, s_ptr, size, tiles, x_step, x_sample, y_step, y_sample,
+    T: tl.constexpr, STATIC: tl.constexpr, THRESHOLD: tl.constexpr, DECAY: tl.constexpr, SOFT: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    pid = tl.program_id(0).to(tl.int64)
+    sample = pid // tiles
+    i = (pid % tiles) * BLOCK + tl.arange(0, BLOCK)
+    inside = i < size
+    at_x = sample * x_sample + i
+    at_y = sample * y_sample + i
+    x_step = tl.cast(x_step, tl.int64)
+    y_step = tl.cast(y_step, tl.int64)
+    if STATIC:
+        x = tl.load(x_ptr + at_x, mask=inside, other=0.0).to(tl.float32)
+        n = tl.load(n_ptr + at_x, mask=inside, other=0.0).to(tl.float32)
+    v = tl.zeros((BLOCK,), tl.float32)
+    w = tl.zeros((BLOCK,), tl.float32)  # membrane of the second neuron
+    for t in range(T):
+        if not STATIC:
+            x = tl.load(x_ptr + at_x + t * x_step, mask=inside, other=0.0).to(tl.float32)
+            n = tl.load(n_ptr + at_x + t * x_step, mask=inside, other=0.0).to(tl.float32)
+        u = DECAY * v + x
+        m = tl.load(m_ptr + sample * T + t).to(tl.float32)
+        y = tl.where(u > THRESHOLD, gate_of(m, n), 0.0).to(y_ptr.dtype.element_ty)
+        tl.store(y_ptr + at_y + t * y_step, y, mask=inside)
+        v = reset(u, THRESHOLD, SOFT)
+        z = DECAY * w + y.to(tl.float32)  # of what was stored, so that spikes are those of the two ops to the bit
+        tl.store(s_ptr + at_y + t * y_step, tl.where(z > THRESHOLD, 1.0, 0.0).to(s_ptr.dtype.element_ty), mask=inside)
+        w = reset(z, THRESHOLD, SOFT)
+
+
+@triton.jit
+def _fire_bwd_kernel(
+    gy_ptr, gs_ptr, x_ptr, n_ptr, m_ptr, gx_ptr, gn_ptr, gm_ptr, size, tiles, x_step, x_sample, y_step, y_sample,
+    T: tl.constexpr, STATIC: tl.constexpr, THRESHOLD: tl.constexpr, DECAY: tl.constexpr, SURROGATE: tl.constexpr,
+    WIDTH: tl.constexpr, DETACH: tl.constexpr, SOFT: tl.constexpr, HAS_GY: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    pid = tl.program_id(0).to(tl.int64)
+    sample = pid // tiles
+    i = (pid % tiles) * BLOCK + tl.arange(0, BLOCK)
+    inside = i < size
+    at_x = sample * x_sample + i
+    at_y = sample * y_sample + i
+    x_step = tl.cast(x_step, tl.int64)
+    y_step = tl.cast(y_step, tl.int64)
+    if STATIC:
+        x = tl.load(x_ptr + at_x, mask=inside, other=0.0).to(tl.float32)
+        n = tl.load(n_ptr + at_x, mask=inside, other=0.0).to(tl.float32)
+        gx = tl.zeros((BLOCK,), tl.float32)
+        gn = tl.zeros((BLOCK,), tl.float32)
+    xs = ()
+    ns = ()
+    gys = ()
+    gss = ()
+    for t in tl.static_range(T):
+        gss += (tl.load(gs_ptr + at_y + t * y_step, mask=inside, other=0.0),)
+        if HAS_GY:
+            gys += (tl.load(gy_ptr + at_y + t * y_step, mask=inside, other=0.0),)
+        if STATIC:
+            xs += (x,)
+            ns += (n,)
+        else:
+            xs += (tl.load(x_ptr + at_x + t * x_step, mask=inside, other=0.0).to(tl.float32),)
+            ns += (tl.load(n_ptr + at_x + t * x_step, mask=inside, other=0.0).to(tl.float32),)
+    v = tl.zeros((BLOCK,), tl.float32)
+    w = tl.zeros((BLOCK,), tl.float32)
+    us = ()  # membranes of the first neuron
+    zs = ()  # and of the second
+    gates = ()
+    for t in tl.static_range(T):
+        u = DECAY * v + xs[t]
+        g = gate_of(tl.load(m_ptr + sample * T + t).to(tl.float32), ns[t])
+        z = DECAY * w + tl.where(u > THRESHOLD, g, 0.0).to(gs_ptr.dtype.element_ty).to(tl.float32)
+        us += (u,)
+        zs += (z,)
+        gates += (g,)
+        v = reset_by(u, tl.where(u > THRESHOLD, 0.0, 1.0), THRESHOLD, SOFT)
+        w = reset_by(z, tl.where(z > THRESHOLD, 0.0, 1.0), THRESHOLD, SOFT)
+    gv = tl.zeros((BLOCK,), tl.float32)
+    gw = tl.zeros((BLOCK,), tl.float32)
+    for t in tl.static_range(T - 1, -1, -1):
+        keep_z = tl.where(zs[t] > THRESHOLD, 0.0, 1.0)
+        gy = membrane_grad_by(
+            zs[t], keep_z, gss[t].to(tl.float32), gw, THRESHOLD, SURROGATE, WIDTH, DETACH, SOFT
+        )  # fmt: skip
+        gw = DECAY * gy
+        if HAS_GY:
+            gy += gys[t].to(tl.float32)
+        keep = tl.where(us[t] > THRESHOLD, 0.0, 1.0)
+        through = gy * gates[t]  # at the first neuron's spike
+        score = through - through * gates[t]  # at the score m * n, where the neuron fired
+        score -= score * keep
+        gu = membrane_grad_by(us[t], keep, through, gv, THRESHOLD, SURROGATE, WIDTH, DETACH, SOFT)
+        gv = DECAY * gu
+        tl.store(gm_ptr + pid * T + t, tl.sum(score * ns[t], 0))
+        m = tl.load(m_ptr + sample * T + t).to(tl.float32)  # again: kept, it would take 40 registers more at T = 8
+        if STATIC:
+            gn += score * m
+            gx += gu
+        else:
+            tl.store(gn_ptr + at_x + t * x_step, (score * m).to(gn_ptr.dtype.element_ty), mask=inside)
+            tl.store(gx_ptr + at_x + t * x_step, gu.to(gx_ptr.dtype.element_ty), mask=inside)
+    if STATIC:
+        tl.store(gx_ptr + at_x, gx.to(gx_ptr.dtype.element_ty), mask=inside)
+        tl.store(gn_ptr + at_x, gn.to(gn_ptr.dtype.element_ty), mask=inside)
+
+
+def _forward_triton(
+    stem: Tensor, spatial: Tensor, temporal: Tensor, gated: Tensor, spikes: Tensor, threshold: float, decay: float,
+    soft_reset: bool,
+) -> None:  # fmt: skip
+    sizes, config, programs = geometry(stem, gated, "gac_fire_fwd")
+    with on_device(stem):
+        _fire_fwd_kernel[(programs,)](
+            stem, spatial, temporal, gated, spikes, *sizes, T=gated.shape[0], STATIC=stem.dim() == 4,
+            THRESHOLD=threshold, DECAY=decay, SOFT=soft_reset, **config,
+        )  # fmt: skip
+
+
+def _backward_triton(
+    grad_gated: Tensor | None, grad_spikes: Tensor, stem: Tensor, spatial: Tensor, temporal: Tensor, grad_stem: Tensor,
+    grad_spatial: Tensor, grad_temporal: Tensor, threshold: float, decay: float, surrogate: int, width: float,
+    detach_reset: bool, soft_reset: bool,
+) -> None:  # fmt: skip
+    sizes, config, programs = geometry(stem, grad_spikes, "gac_fire_bwd")
+    num_steps, batch = grad_spikes.shape[:2]
+    # One partial sum a program and step, added up by torch in a fixed order: no atomics, so the same bits every time.
+    partial = torch.empty((batch, programs // batch, num_steps), dtype=torch.float32, device=stem.device)
+    with on_device(stem):
+        _fire_bwd_kernel[(programs,)](
+            grad_gated, grad_spikes, stem, spatial, temporal, grad_stem, grad_spatial, partial, *sizes, T=num_steps,
+            STATIC=stem.dim() == 4, THRESHOLD=threshold, DECAY=decay, SURROGATE=surrogate, WIDTH=width,
+            DETACH=detach_reset, SOFT=soft_reset, HAS_GY=grad_gated is not None, **config,
+        )  # fmt: skip
+    grad_temporal.copy_(partial.sum(1))
+
+
+_lib = torch.library.Library("gac_kernels", "FRAGMENT")
+_lib.define(
+    "gac_fire(Tensor stem, Tensor spatial, Tensor temporal, bool integer, float threshold, float decay, int surrogate, "
+    "float width, bool detach_reset, bool soft_reset) -> (Tensor, Tensor)"
+)
+_lib.define(
+    "gac_fire_backward(Tensor? grad_gated, Tensor grad_spikes, Tensor stem, Tensor spatial, Tensor temporal, "
+    "Tensor? gated, float threshold, float decay, int surrogate, float width, bool detach_reset, bool soft_reset) "
+    "-> (Tensor, Tensor, Tensor)"
+)
+
+
+def _in_one_pass(stem: Tensor, num_steps: int) -> bool:
+    return num_steps <= CHUNK and resolve_backend(stem.device, stem.dtype) == "triton"
+
+
+@torch.library.impl(_lib, "gac_fire", "CompositeExplicitAutograd")
+def _gac_fire(stem, spatial, temporal, integer, threshold, decay, surrogate, width, detach_reset, soft_reset):
+    spec = (threshold, decay, surrogate, width, detach_reset, soft_reset)
+    if _in_one_pass(stem, temporal.shape[1]):
+        gated, spikes = _gac_fire_fake(stem, spatial, temporal, integer, *spec)
+        if gated.numel():
+            like = frames_like(stem, *stem.shape[:-3])
+            sources = as_layout(stem, like), as_layout(spatial, like), temporal.contiguous()
+            _forward_triton(*sources, gated, spikes, threshold, decay, soft_reset)
+        return gated, spikes
+    gated = torch.ops.gac_kernels.gated_lif(stem, spatial, temporal, *spec)
+    spikes = torch.empty_like(gated, dtype=torch.int8 if integer else None)
+    if gated.numel():
+        nothing = gated.new_empty(0, dtype=torch.float32)
+        run = launch_forward if resolve_backend(stem.device, stem.dtype) == "triton" else eager.lif_forward
+        run(gated, None, spikes, nothing, nothing, threshold, decay, width, soft_reset)
+    return gated, spikes
+
+
+@torch.library.impl(_lib, "gac_fire_backward", "CompositeExplicitAutograd")
+def _gac_fire_backward(
+    grad_gated, grad_spikes, stem, spatial, temporal, gated, threshold, decay, surrogate, width, detach_reset,
+    soft_reset,
+):  # fmt: skip
+    spec = (threshold, decay, surrogate, width, detach_reset, soft_reset)
+    if grad_spikes.numel() and _in_one_pass(stem, temporal.shape[1]):
+        grads = backward_outputs(stem, temporal)
+        like = frames_like(stem, *grad_spikes.shape[:2])
+        grad_gated, grad_spikes = (None if g is None else as_layout(g, like) for g in (grad_gated, grad_spikes))
+        sources = as_layout(stem, grads[0]), as_layout(spatial, grads[1]), temporal.contiguous()
+        _backward_triton(grad_gated, grad_spikes, *sources, *grads, *spec)
+        return grads
+    if gated is None:
+        gated = torch.ops.gac_kernels.gated_lif(stem, spatial, temporal, *spec)
+    no_mask = gated.new_empty(0, dtype=torch.uint8)
+    grad, _ = torch.ops.gac_kernels.lif_backward(grad_spikes, None, gated, None, no_mask, gated.stride(), *spec)
+    grad = grad if grad_gated is None else grad.add_(grad_gated)
+    return torch.ops.gac_kernels.gated_lif_backward(grad, stem, spatial, temporal, *spec)
+
+
+@torch.library.register_fake("gac_kernels::gac_fire", lib=_lib)
+def _gac_fire_fake(stem, spatial, temporal, integer, threshold, decay, surrogate, width, detach_reset, soft_reset):
+    check_current("stem", stem, min_dims=4, max_dims=5)
+    check_gate(stem, spatial, temporal)
+    gated = frames_like(stem, temporal.shape[1], stem.shape[-4])
+    return gated, torch.empty_like(gated, dtype=torch.int8 if integer else None)
+
+
+@torch.library.register_fake("gac_kernels::gac_fire_backward", lib=_lib)
+def _gac_fire_backward_fake(
+    grad_gated, grad_spikes, stem, spatial, temporal, gated, threshold, decay, surrogate, width, detach_reset,
+    soft_reset,
+):  # fmt: skip
+    return backward_outputs(stem, temporal)
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    stem, spatial, temporal, _, *ctx.spec_args = inputs
+    ctx.set_materialize_grads(False)
+    gated = None if _in_one_pass(stem, temporal.shape[1]) else output[0]
+    ctx.save_for_backward(stem, spatial, temporal, gated)
+
+
+def _autograd(ctx, grad_gated, grad_spikes):
+    *sources, gated = ctx.saved_tensors
+    if grad_spikes is not None:
+        grads = torch.ops.gac_kernels.gac_fire_backward(grad_gated, grad_spikes, *sources, gated, *ctx.spec_args)
+    elif grad_gated is not None:
+        grads = torch.ops.gac_kernels.gated_lif_backward(grad_gated, *sources, *ctx.spec_args)
+    else:
+        grads = (None, None, None)
+    return *grads, *[None] * 7
+
+
+torch.library.register_autograd("gac_kernels::gac_fire", _autograd, setup_context=_setup_context, lib=_lib)
+
+
+def gac_fire(
+    stem: Tensor, spatial: Tensor, temporal: Tensor, spec: LIFSpec = CIFAR, spikes_dtype: torch.dtype | None = None
+) -> tuple[Tensor, Tensor]:
+    """Gated attention coding and the spikes of a second neuron that integrates it, both with one spec.
+
+    ``gated = gac_encode(stem, ...)`` (`gated_lif` for an input that varies over time) and ``spikes = lif(gated)``, to
+    the bit. On a GPU one kernel does both, up to T = 8, and one kernel the backward pass, whose gradient at ``gated``
+    stays in float32; for larger T, and in plain PyTorch, the two ops run one after the other. Gradients are
+    deterministic. Saved for backward: the three inputs, and ``gated`` where it is not one kernel.
+
+    Args:
+        stem: (B, C, H, W), a static image's frame, or (T, B, C, H, W); float32, float16, bfloat16 or float64; any dense
+            memory format.
+        spatial: Spatial-channel attention before the sigmoid, in stem's shape and dtype.
+        temporal: (B, T), temporal attention before the sigmoid, any floating dtype.
+        spec: Dynamics and surrogate gradient of both neurons.
+        spikes_dtype: torch.int8 for spikes as `integer_lif` gives them, through which no gradient flows; None for
+            stem's dtype.
+
+    Returns:
+        Gated spikes (T, B, C, H, W) in stem's dtype, values in [0, 1), and spikes (T, B, C, H, W), 0 or 1; both in
+        stem's memory format.
+
+    Raises:
+        ValueError: Shapes, dtypes or devices do not fit together, T is 0, spikes_dtype is another, or the forced
+            backend cannot run here.
+
+    Source: Qiu et al., AAAI 2024 (arXiv 2308.06582).
+    """
+    check_spec(spec)
+    check_current("stem", stem, min_dims=4, max_dims=5)
+    check_gate(stem, spatial, temporal)
+    if spikes_dtype not in (None, stem.dtype, torch.int8):
+        raise ValueError(
+            f"expected spikes_dtype None, {stem.dtype} (like stem) or torch.int8, got {spikes_dtype}: leave it out"
+        )
+    return torch.ops.gac_kernels.gac_fire(
+        stem, spatial, temporal, spikes_dtype == torch.int8, spec.threshold, spec.decay, spec.surrogate_id, spec.width,
+        spec.detach_reset, spec.soft_reset,
+    )  # fmt: skip
