@@ -33,7 +33,7 @@ WARPS = (1, 2, 4, 8)
 ELEMENTS_PER_THREAD = (2, 4, 8, 16)
 TILES = (1, 4, 16)
 STAGES = (1, 2, 3)
-PER_SM = (2, 3, 4, 5, 6, 8)
+PER_SM = (2, 3, 4, 5, 8)
 NEURONS = ("lif_fwd", "lif_bwd", "lif_bwd_mask", "gac_fwd", "gac_bwd", "gac_fire_fwd", "gac_fire_bwd")
 NORMS = tuple(op for op in tuning.DEFAULTS if op.startswith(("batch_stats", "norm_lif")) and ":" not in op)
 Call = Callable[[], object]
@@ -112,7 +112,10 @@ def candidates(op: str, elements: Sequence[int]) -> Iterator[dict[str, int]]:
     default = tuning.DEFAULTS[op]
     if op in NORMS:
         choices = itertools.product(
-            (2, 4, 8), (8, 16, 32), STAGES if "STAGES" in default else (0,), PER_SM if "PER_SM" in default else (0,)
+            (2, 4, 8),
+            (8, 16) if "STAGES" in default else (8, 16, 32),
+            STAGES if "STAGES" in default else (0,),
+            PER_SM if "PER_SM" in default else (0,),
         )
         for warps, each, stages, per_sm in choices:
             found = {"TILE": 32 * warps * each, "num_warps": warps, "STAGES": stages, "PER_SM": per_sm}
@@ -141,7 +144,7 @@ def compile_share(work: Sequence[tuple[str, list[Call]]], elements: Sequence[int
 
 def milliseconds(calls: list[Call]) -> float:
     """Time of all calls, each in a CUDA graph: eager launches can take longer than the kernels."""
-    return sum(do_bench_cudagraph(call, rep=15, return_mode="median") for call in calls)
+    return sum(do_bench_cudagraph(call, rep=5, return_mode="median") for call in calls)
 
 
 def search(op: str, calls: list[Call], elements: Sequence[int]) -> tuple[dict[str, int], dict[str, float]]:
