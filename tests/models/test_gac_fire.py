@@ -83,10 +83,10 @@ def test_fused_network_is_the_unfused(spec, shape) -> None:
 
 
 @pytest.mark.parametrize("spec", [CIFAR, IMAGENET], ids=["cifar", "imagenet"])
-def test_fused_kernels_are_the_unfused(spec) -> None:
+def test_fused_kernels_are_the_unfused(spec, device) -> None:
     """The Triton kernels, channels-last; gradients up to rounding in float32."""
-    model = network(torch.float32, spec=spec).to(memory_format=torch.channels_last)
-    x = images(2, 3, 6, 6, dtype=torch.float32).to(memory_format=torch.channels_last)
+    model = network(torch.float32, spec=spec).to(device, memory_format=torch.channels_last)
+    x = images(2, 3, 6, 6, dtype=torch.float32).to(device, memory_format=torch.channels_last)
     with use_backend("triton"):
         assert_same(model, x, rtol=1e-4, atol=1e-5)
 
@@ -94,10 +94,10 @@ def test_fused_kernels_are_the_unfused(spec) -> None:
 @pytest.mark.parametrize("convert", [fuse_for_inference, quantize])
 @pytest.mark.parametrize("backend", ["eager", "triton"])
 @torch.no_grad()
-def test_networks_for_inference(convert: Callable[[nn.Module], nn.Module], backend: str) -> None:
-    model = convert(network(torch.float32).eval())
+def test_networks_for_inference(convert: Callable[[nn.Module], nn.Module], backend: str, device) -> None:
+    model = convert(network(torch.float32).eval()).to(device)
     assert type(model.lif) is (IntegerLIF if convert is quantize else LIF)
-    x = images(2, 3, 8, 8, dtype=torch.float32)
+    x = images(2, 3, 8, 8, dtype=torch.float32).to(device)
     with use_backend(backend):
         with Counter() as counter:
             rates = model.forward_features(x)

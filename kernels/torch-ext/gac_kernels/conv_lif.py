@@ -39,12 +39,13 @@ def _two_passes(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     size = [stride, stride]
     current = torch.ops.aten.convolution(x, weight, None, size, [1, 1], [1, 1], False, [0, 0], 1)
+    current = current.contiguous(memory_format=torch.channels_last)  # as it mostly is already
     variance = torch.full_like(bias, 1.0 - UNIT_EPS)
     spikes, membrane, _ = torch.ops.gac_kernels.norm_lif(
         current, residual, None, None, -bias, variance, None, UNIT_EPS, num_steps, threshold, decay, 0, 1.0, False,
         soft_reset, False, keep_membrane, "",
     )  # fmt: skip
-    return spikes.contiguous(memory_format=torch.channels_last), membrane
+    return spikes, membrane
 
 
 @torch.library.impl(_lib, "conv_lif", "CompositeExplicitAutograd")
