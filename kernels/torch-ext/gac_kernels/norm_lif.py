@@ -7,7 +7,7 @@ own (the shortcut's), and the spikes can be written as bits beside, which is all
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -185,35 +185,60 @@ def _norm_lif_backward_fake(
     return _gradients(x, weight, res_weight, need_residual)
 
 
-def _setup_context(ctx, inputs, output) -> None:
-    x, residual, weight, bias, mean, var, total, *args = inputs
-    *ctx.args, ctx.batch_stats, ctx.keep_membrane, ctx.group = args[:-6]
-    *res_norm, ctx.res_eps, _ = args[-6:]
-    ctx.has_residual, ctx.affine, ctx.normed = residual is not None, weight is not None, res_norm[2] is not None
-    ctx.set_materialize_grads(False)
-    # The stored current stands for the residual too: where it is kept, the residual serves its own norm only.
-    membrane = output[1] if ctx.keep_membrane else None
-    residual = None if ctx.keep_membrane and not ctx.normed else residual
-    ctx.mark_non_differentiable(output[2])
-    ctx.save_for_backward(x, residual, membrane, weight, bias, mean, var, total, *res_norm)
+class _NormLIF(torch.autograd.Function):
+    """The op's autograd. `torch.library.register_autograd` would do, but it takes as long as all of the op's launches.
+
+    It looks up the default of each of the op's 24 arguments anew in its schema, a third of a millisecond a call.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
+        with torch._C._AutoDispatchBelowAutograd():
+            spikes, membrane, bits = torch.ops.gac_kernels.norm_lif(*args)
+        x, residual, weight, bias, mean, var, total, *rest = args
+        *ctx.args, ctx.batch_stats, ctx.keep_membrane, ctx.group = rest[:-6]
+        *res_norm, ctx.res_eps, _ = rest[-6:]
+        ctx.has_residual, ctx.affine, ctx.normed = residual is not None, weight is not None, res_norm[2] is not None
+        ctx.set_materialize_grads(False)
+        # The stored current stands for the residual too: where it is kept, the residual serves its own norm only.
+        residual = None if ctx.keep_membrane and not ctx.normed else residual
+        kept = membrane if ctx.keep_membrane else None
+        ctx.mark_non_differentiable(bits)
+        ctx.save_for_backward(x, residual, kept, weight, bias, mean, var, total, *res_norm)
+        return spikes, membrane, bits
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        grad_spikes, grad_membrane, _ = grads
+        if not ctx.keep_membrane:
+            grad_membrane = None
+        if grad_spikes is None and grad_membrane is None:
+            return (None,) * 24
+        x, residual, membrane, weight, bias, mean, var, total, *res_norm = ctx.saved_tensors
+        gx, ga, gw, gb, grw, grb = torch.ops.gac_kernels.norm_lif_backward(
+            grad_spikes, grad_membrane, x, residual, membrane, weight, bias, mean, var, total, *ctx.args,
+            ctx.batch_stats, ctx.has_residual, ctx.group, *res_norm, ctx.res_eps,
+        )  # fmt: skip
+        of_norm = (gw, gb) if ctx.affine else (None, None)
+        of_residual_norm = (grw, grb) if ctx.affine and ctx.normed else (None, None)
+        return gx, ga if ctx.has_residual else None, *of_norm, *[None] * 14, *of_residual_norm, *[None] * 4
 
 
-def _autograd(ctx, grad_spikes, grad_membrane, _):
-    if not ctx.keep_membrane:
-        grad_membrane = None
-    if grad_spikes is None and grad_membrane is None:
-        return (None,) * 24
-    x, residual, membrane, weight, bias, mean, var, total, *res_norm = ctx.saved_tensors
-    gx, ga, gw, gb, grw, grb = torch.ops.gac_kernels.norm_lif_backward(
-        grad_spikes, grad_membrane, x, residual, membrane, weight, bias, mean, var, total, *ctx.args, ctx.batch_stats,
-        ctx.has_residual, ctx.group, *res_norm, ctx.res_eps,
+@torch.library.impl(_lib, "norm_lif", "Autograd")
+def _norm_lif_autograd(
+    x, residual, weight, bias, mean, var, total, eps, num_steps, threshold, decay, surrogate, width, detach_reset,
+    soft_reset, batch_stats, keep_membrane, group, res_weight=None, res_bias=None, res_mean=None, res_var=None,
+    res_eps=0.0, pack=False,
+):  # fmt: skip
+    args = (
+        x, residual, weight, bias, mean, var, total, eps, num_steps, threshold, decay, surrogate, width, detach_reset,
+        soft_reset, batch_stats, keep_membrane, group, res_weight, res_bias, res_mean, res_var, res_eps, pack,
     )  # fmt: skip
-    of_norm = (gw, gb) if ctx.affine else (None, None)
-    of_residual_norm = (grw, grb) if ctx.affine and ctx.normed else (None, None)
-    return gx, ga if ctx.has_residual else None, *of_norm, *[None] * 14, *of_residual_norm, *[None] * 4
-
-
-torch.library.register_autograd("gac_kernels::norm_lif", _autograd, setup_context=_setup_context, lib=_lib)
+    differentiable = (x, residual, weight, bias, res_weight, res_bias)
+    if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in differentiable):
+        return _NormLIF.apply(*args)
+    with torch._C._AutoDispatchBelowAutograd():
+        return torch.ops.gac_kernels.norm_lif(*args)
 
 
 class ResidualNorm(NamedTuple):
