@@ -6,6 +6,7 @@ channels-last memory the channels of a row lie side by side, in contiguous memor
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 import torch
@@ -105,17 +106,24 @@ def channel_tiles(x: Tensor, num_steps: int, config: dict[str, int]) -> Tiles:
             first) and, where a fixed number of programs shares the tiles, PER_SM (programs a multiprocessor) and STAGES
             (tiles in flight; 1 loads a tile when it is its turn).
     """
-    channels, channels_last = x.shape[1], is_channels_last(x)
+    return _divide(x.shape, is_channels_last(x), num_steps, tuple(config.items()), x.device)
+
+
+@functools.lru_cache(maxsize=4096)  # a training step asks some 70 times, and eagerly it waits for the host
+def _divide(
+    shape: torch.Size, channels_last: bool, num_steps: int, items: tuple[tuple[str, int], ...], device: torch.device
+) -> Tiles:
+    config, channels = dict(items), shape[1]
     block_c = min(config["BLOCK_C"], next_power_of_2(channels)) if channels_last else 1
     block_r = max(1, config["TILE"] // block_c)
-    rows = x.numel() // (num_steps * channels)
+    rows = shape.numel() // (num_steps * channels)
     count, blocks = cdiv(rows, block_r), cdiv(channels, block_c)
     programs = count
     if "PER_SM" in config:
-        programs = max(1, min(count, config["PER_SM"] * _processors(x.device) // blocks))
+        programs = max(1, min(count, config["PER_SM"] * _processors(device) // blocks))
     meta = dict(CHANNELS_LAST=channels_last, REVERSE=bool(config["REVERSE"]), BLOCK_R=block_r, BLOCK_C=block_c)
     meta |= {name: config[name] for name in ("num_warps", "STAGES") if name in config}
-    return Tiles((programs, blocks), rows, channels, x.shape[2] * x.shape[3], count, meta)
+    return Tiles((programs, blocks), rows, channels, shape[2] * shape[3], count, meta)
 
 
 def _processors(device: torch.device) -> int:
