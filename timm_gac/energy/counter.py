@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from gac_kernels import count_spikes
+
 from ..models.integer import SpikeConv
 from .tables import LayerCount
 
@@ -46,7 +48,7 @@ class Counter:
         x = operand.detach().unflatten(0, (operand.shape[0] // batch, batch))
         shape = torch.Size((len(x), *x.shape[2:]))
         if self.nonzero is None or self.real is None:
-            self.nonzero = torch.zeros(shape, dtype=torch.float32, device=x.device)
+            self.nonzero = torch.zeros_like(x[:, 0], dtype=torch.float32)
             self.real = torch.zeros((), dtype=torch.bool, device=x.device)
             made = output[-1] if isinstance(output, tuple) else output  # membrane and spikes: one shape
             macs_at = made.shape[1:-1] if isinstance(self.layer, nn.Linear) else made.shape[2:]
@@ -60,10 +62,8 @@ class Counter:
             # Step by step: temporaries beyond 32 MB come fresh from the system, which costs ten times the sums.
             for total, step in zip(self.nonzero, x, strict=True):
                 self._add_step(total, step, self.real)
-        else:  # without a question to the device, which would have to be waited for
-            ones, distance = _ones(x)
-            self.nonzero += ones.sum(1, dtype=torch.float32)
-            self.real |= distance != 0
+        else:  # in one read, and without a question to the device, which would have to be waited for
+            count_spikes(operand, len(x), self.nonzero, self.real)
         self.rows += batch
 
     @staticmethod

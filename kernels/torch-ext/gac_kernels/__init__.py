@@ -4,6 +4,7 @@ from . import layers as layers
 from .backend import requested_backend, resolve_backend, use_backend
 from .batch_stats import batch_stats
 from .conv_lif import conv_lif
+from .count_spikes import count_spikes
 from .firing_rate import firing_rate
 from .gac import gac_encode, gated_lif
 from .gac_fire import gac_fire
@@ -31,6 +32,7 @@ __all__ = [
     "ResidualNorm",
     "batch_stats",
     "conv_lif",
+    "count_spikes",
     "firing_rate",
     "gac_encode",
     "gac_encode_reference",
