@@ -16,18 +16,16 @@ from .tuning import launch_config
 
 
 @triton.jit
-def _count_spikes_kernel(x_ptr, total_ptr, real_ptr, frame, batch, BLOCK: tl.constexpr):
+def _count_spikes_kernel(x_ptr, total_ptr, real_ptr, frame, batch, STAGES: tl.constexpr, BLOCK: tl.constexpr):
     step = tl.program_id(1).to(tl.int64)
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = i < frame
-    at = x_ptr + step * batch * frame + i
     count = tl.zeros((BLOCK,), tl.float32)
     real = tl.zeros((BLOCK,), tl.int1)
-    for _ in range(batch):
-        x = tl.load(at, mask=inside, other=0).to(tl.float32)
+    for b in tl.range(0, batch, num_stages=STAGES):  # several in flight: there are too few programs to fill the memory
+        x = tl.load(x_ptr + (step * batch + b) * frame + i, mask=inside, other=0).to(tl.float32)
         count += tl.where(x != 0, 1.0, 0.0)
         real |= (x != 0) & (tl.abs(x) != 1.0)
-        at += frame
     to = total_ptr + step * frame + i
     tl.store(to, tl.load(to, mask=inside, other=0.0) + count, mask=inside)
     if tl.max(real.to(tl.int32), 0) > 0:

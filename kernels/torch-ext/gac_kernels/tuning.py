@@ -51,7 +51,7 @@ DEFAULTS: dict[str, dict[str, int]] = {
     "norm_lif_bwd_apply_residual": {"TILE": 2048, "BLOCK_C": 128, "num_warps": 8, "REVERSE": 0},
     "norm_lif_bwd_apply_normed": {"TILE": 2048, "BLOCK_C": 128, "num_warps": 8, "REVERSE": 0},
     "pad_frames": {"BLOCK": 1024, "num_warps": 4},
-    "count_spikes": {"BLOCK": 1024, "num_warps": 4},
+    "count_spikes": {"BLOCK": 1024, "num_warps": 4, "STAGES": 5},
     "firing_rate": {"BLOCK": 1024, "num_warps": 4},
     "pool_frames": {"BLOCK": 4096, "num_warps": 8},
     "unpack_spikes": {"BLOCK": 1024, "num_warps": 4},
