@@ -53,7 +53,7 @@ def assert_layers_exact(network: nn.Module, images: torch.Tensor) -> dict[str, f
             weight = module.kernel
             expected = spike_conv_reference(
                 inputs[0], weight, module.scale, module.bias, module.num_steps, module.spec, stride=module.stride,
-                residual=inputs[1] if len(inputs) > 1 else None,
+                residual=inputs[1] if len(inputs) > 1 else None, grid=module.grid,
             )  # fmt: skip
             assert torch.equal(spikes, expected), f"{name}: {(spikes != expected).sum()} of {spikes.numel()} differ"
             rates[name] = spikes.float().mean().item()
@@ -130,7 +130,7 @@ def test_folder_round_trip(name: str, tmp_path: Path) -> None:
     network, images = quantize(firing(name)), torch.randn(2, 3, 16, 16)
     folder = save_model_folder(network, tmp_path / "int8")
     config = json.loads((folder / "config.json").read_text())
-    assert config["quantization"] == {"scheme": "int8-weights-per-channel", "clip": "mse"}
+    assert config["quantization"] == {"scheme": "int8-weights-per-channel-on-grid", "clip": "mse"}
     stored = load_file(folder / "model.safetensors")
     assert stored["layer2.0.conv2.weight"].dtype == torch.int8
     loaded = load_model(folder)
@@ -148,7 +148,7 @@ def test_damaged_folders(tmp_path: Path) -> None:
     folder = save_model_folder(quantize(firing("test_gac_msresnet")), tmp_path / "int8")
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"quantization": {"scheme": "int4"}}))
-    with pytest.raises(ValueError, match="int8-weights-per-channel"):
+    with pytest.raises(ValueError, match="int8-weights-per-channel-on-grid"):
         load_model(folder)
     (folder / "config.json").write_text(json.dumps(config))
     tensors = load_file(folder / "model.safetensors")

@@ -10,6 +10,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
 from gac_kernels import hopper_conv
+from gac_kernels.reference import grid_shift
 
 
 class _Hopper:
@@ -55,7 +56,7 @@ def compile_variant(stride: int, residual: bool, steps: int) -> None:
     made = hopper_conv.Plan((8, 1, 8), 128, 64, 3, steps, 4)
     hopper_conv.launch(
         made, tensor(64, 16, torch.int8), weight, torch.ones(128), torch.zeros(128), kept if residual else None, 4,
-        stride, 1.0, 0.5, False, out, kept,
+        stride, 1.0, 0.5, False, grid_shift(2.0**-15), out, kept,
     )  # fmt: skip
 
 

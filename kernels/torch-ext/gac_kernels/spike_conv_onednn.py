@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from .eager import fire, in_memory_order, reset
+from .reference import on_grid
 
 # Sums that are computed before the neuron reads them, 4 MiB, so that they are still in the cache: 48 samples of
 # gac_msresnet18_cifar took 0.94 s with it and 1.11 s a whole step at a time (two cores, 32 MiB of L3; least of 5 runs).
@@ -35,7 +36,7 @@ def why_not() -> str:
 
 def forward(
     spikes: Tensor, weight: Tensor, scale: Tensor, bias: Tensor, residual: Tensor | None, num_steps: int, stride: int,
-    threshold: float, decay: float, soft_reset: bool, out: Tensor, membrane: Tensor,
+    threshold: float, decay: float, soft_reset: bool, grid: float, out: Tensor, membrane: Tensor,
 ) -> None:  # fmt: skip
     """Write spikes and, where it has elements, the neuron's input current."""
     packed = _packed(weight, stride)
@@ -48,7 +49,7 @@ def forward(
             rows = slice(t * batch + first, t * batch + min(first + samples, batch))
             current = packed.convolve(spikes[rows]).mul_(scale).add_(bias)
             if residual is not None:
-                current.add_(residual[rows])
+                current.add_(on_grid(residual[rows], grid))
             if membrane.numel():
                 membrane[rows] = current
             u = current if v is None else v.mul_(decay).add_(current)
