@@ -1,8 +1,12 @@
-"""Compile the Hopper kernel without a GPU and print which tensor core instruction each variant has."""
+"""Compile the Hopper kernel without a GPU and print which tensor core instruction each variant has.
+
+It fails where the instructions that round the residual are not there.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import math
 import re
 
 import torch
@@ -38,7 +42,13 @@ class _CompileOnly:
     def __getitem__(self, grid):
         def compile_and_print(*args, **kwargs) -> None:
             compiled = self.kernel.warmup(*args, grid=grid, **kwargs)
-            found = set(re.findall(r"wgmma\.mma_async\S*\.(s8)\.s8", compiled.asm["ptx"]))
+            ptx = compiled.asm["ptx"]
+            found = set(re.findall(r"wgmma\.mma_async\S*\.(s8)\.s8", ptx))
+            # Adding and subtracting 384 rounds to the grid, unless a compiler simplifies it away.
+            tile = math.prod(kwargs[name] for name in ("BH", "NB", "BW", "BN", "STEPS"))
+            elements = tile // (32 * kwargs["num_warps"]) if kwargs["RESIDUAL"] else 0
+            found_adds = len(re.findall(r"(?:add|sub)\S*\.f32\s.*0f[4C]3C00000", ptx))
+            assert found_adds == 2 * elements, f"{found_adds} of {2 * elements} additions that round"
             print(*(f"wgmma.{name}" for name in found))
 
         return compile_and_print
