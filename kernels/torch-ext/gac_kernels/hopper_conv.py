@@ -140,7 +140,7 @@ if not GLUON_ERROR:
         """
         # Loaded here, they occupy no registers while sums are taken.
         channel = n0 + gl.arange(0, BN, layout=gl.SliceLayout(0, SUMS))
-        bias = gl.expand_dims(gl.load(bias_ptr + channel), 0)
+        bias = gl.expand_dims(gl.load(bias_ptr + channel) - SHIFT, 0)
         current = total.to(gl.float32)
         if SCALED:
             current = current * gl.expand_dims(gl.load(scale_ptr + channel), 0)
@@ -151,7 +151,7 @@ if not GLUON_ERROR:
         if RESIDUAL:
             r = flat_y.load(SUMS).to(gl.float32)
             if SHIFT != 0.0:
-                r = (r + SHIFT) - SHIFT  # the nearest multiple of the grid
+                r += SHIFT  # so large that r is rounded to the grid; the bias takes it away again
             current += r
         if KEEP:
             flat_y.store(current.to(y_buffer.dtype))
@@ -336,7 +336,7 @@ def launch(
         threshold: Of the neuron.
         decay: Of the neuron.
         soft_reset: Of the neuron.
-        shift: Added to and subtracted from the residual, which rounds it to a grid, see `grid_shift`; 0 leaves it.
+        shift: Added to the residual, which rounds it to a grid (`grid_shift`), and subtracted from the bias; or 0.
         out: (T*B, C', H', W') in the spikes' dtype.
         membrane: As out, or empty.
     """

@@ -60,7 +60,7 @@ def state_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def grid_shift(grid: float, dtype: torch.dtype = torch.float32) -> float:
-    """What, added and subtracted again, leaves the nearest multiple of ``grid``, ties to even; see `on_grid`."""
+    """What, added to numbers of ``dtype``, leaves no bits finer than ``grid``; taken away again, it makes `on_grid`."""
     return 1.5 * grid / torch.finfo(dtype).eps
 
 

@@ -44,7 +44,7 @@ def _spike_conv_kernel(
     frame_in = tl.cast(frame_in, tl.int64)
     frame_out = tl.cast(frame_out, tl.int64)
     scale = tl.load(scale_ptr + n, mask=in_n, other=0.0)[None, :]
-    bias = tl.load(bias_ptr + n, mask=in_n, other=0.0)[None, :]
+    bias = tl.load(bias_ptr + n, mask=in_n, other=0.0)[None, :] - SHIFT
     out = row.to(tl.int64)[:, None] * N + n[None, :]
     here = exists[:, None] & in_n[None, :]
     v = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
@@ -71,7 +71,7 @@ def _spike_conv_kernel(
         if RESIDUAL:
             r = tl.load(res_ptr + t * frame_out + out, mask=here, other=0.0).to(tl.float32)
             if SHIFT != 0.0:
-                r = (r + SHIFT) - SHIFT  # the nearest multiple of the grid
+                r += SHIFT  # so large that r is rounded to the grid; the bias takes it away again
             current += r
         if KEEP:
             tl.store(y_ptr + t * frame_out + out, current.to(y_ptr.dtype.element_ty), mask=here)
@@ -82,11 +82,10 @@ def _spike_conv_kernel(
 
 def _forward_triton(
     spikes: Tensor, weight: Tensor, scale: Tensor, bias: Tensor, residual: Tensor | None, num_steps: int, stride: int,
-    threshold: float, decay: float, soft_reset: bool, grid: float, out: Tensor, membrane: Tensor,
+    threshold: float, decay: float, soft_reset: bool, shift: float, out: Tensor, membrane: Tensor,
 ) -> None:  # fmt: skip
     shape = Shape.of(spikes, weight, stride, residual is not None)
     config = spike_conv_config("spike_conv_hopper", shape, spikes.device)
-    shift = grid_shift(grid) if residual is not None and residual.is_floating_point() else 0.0
     made = hopper_conv.plan(spikes, out, residual, membrane, num_steps, stride, config)
     if isinstance(made, hopper_conv.Plan):
         hopper_conv.launch(
@@ -145,7 +144,10 @@ def _spike_conv(
         shortcut = None if residual is None else residual.contiguous(memory_format=layout)
         spikes, weight = (tensor.contiguous(memory_format=layout) for tensor in (spikes, weight))
         run = _FORWARD[spike_conv_backend(spikes.device)]
-        run(spikes, weight, scale, bias, shortcut, num_steps, stride, threshold, decay, soft_reset, grid, out, membrane)
+        shift = grid_shift(grid) if residual is not None and residual.is_floating_point() else 0.0
+        run(
+            spikes, weight, scale, bias, shortcut, num_steps, stride, threshold, decay, soft_reset, shift, out, membrane
+        )
     return out, membrane
 
 
@@ -165,11 +167,10 @@ def spike_conv(
     The convolution has padding 1 and is summed exactly; scale, bias, residual and neuron are float32 operations in the
     order written, rounded one by one, so every implementation returns the same bits. Inference only: no gradient.
 
-    Where scale and bias are multiples of a power of two g and, by ``grid=g``, the residual is too, none of these
-    operations rounds, and the spikes are those of exact arithmetic, provided that decay is a power of two, the
-    threshold, if the reset subtracts it, a multiple of ``g * decay**(T-1)``, residuals are below ``2**22 * g``,
-    currents and their parts below ``2**24 * g`` and membranes below ``2**24 * g * decay**(T-1)``. Beyond that float32
-    rounds as always.
+    Where scale and bias are multiples of a power of two g and, by ``grid=g``, the residual is too, nothing else rounds,
+    and the spikes are those of exact arithmetic, provided that decay is a power of two, the threshold, if the reset
+    subtracts it, a multiple of ``g * decay**(T-1)``, residuals and the parts of currents are below ``2**22 * g`` and
+    membranes below ``2**24 * g * decay**(T-1)``. Beyond that float32 rounds, to 24 bits of the larger operand.
 
     Args:
         spikes: (T*B, C, H, W) int8, 0 or 1, row ``t * B + b`` being sample b at step t; channels-last without a copy.
@@ -183,7 +184,7 @@ def spike_conv(
         return_membrane: Return the neuron's input current, in the residual's floating dtype or float32, as well. The
             neuron sees it before it is rounded to that dtype.
         grid: Round a floating-point residual to the nearest multiple of this, ties to even: a power of two from 2**-24
-            to 1; 0 leaves it as it is.
+            to 1, of which scale and bias have to be multiples; 0 leaves it as it is.
 
     Returns:
         Spikes (T*B, C', H', W') int8, channels-last, H' = ceil(H / stride); with ``return_membrane`` the pair
