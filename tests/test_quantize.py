@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -14,15 +15,16 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from gac_kernels import spike_conv_reference, use_backend
+from gac_kernels import CIFAR, IMAGENET, LIFSpec, spike_conv_reference, use_backend
+from gac_kernels.reference import on_grid
 from timm_gac import cli, fuse_for_inference, quantize
 from timm_gac.bench_check import check_integer
 from timm_gac.bench_model import ModelBenchConfig, bench_model
 from timm_gac.evaluate import evaluate
 from timm_gac.hub.folder import load_model, save_model_folder
-from timm_gac.models.integer import IntegerSpikingResNet, SpikeConv
+from timm_gac.models.integer import IntegerSpikingResNet, SpikeConv, current_grid
 from timm_gac.quantize import quantize_weight
-from timm_gac.recording import neuron_layers, spikes_of
+from timm_gac.recording import membrane_of, neuron_layers, spikes_of
 
 MODELS = ("test_gac_msresnet", "msresnet18_cifar", "gac_spiking_resnet18", "spiking_resnet19", "gac_msresnet34")
 
@@ -42,20 +44,45 @@ def layers(network: nn.Module) -> dict[str, SpikeConv]:
     return {name: module for name, module in network.named_modules() if isinstance(module, SpikeConv)}
 
 
+def with_float64_neurons(network: nn.Module) -> nn.Module:
+    """A copy whose spike convolutions compute in float64, between the float parts as they are."""
+    exact = copy.deepcopy(network)
+    for layer in layers(exact).values():
+        layer.double()
+    for module in exact.modules():
+        if isinstance(module, nn.Conv2d):
+            module.register_forward_pre_hook(lambda module, inputs: inputs[0].to(module.weight.dtype))
+    return exact
+
+
+def round_residuals(model: nn.Module, network: nn.Module) -> None:
+    """Give a float network the residuals of the integer network, rounded to its grid."""
+    for name, layer in layers(network).items():
+        if layer.grid:
+            neuron = model.get_submodule(name.replace("conv", "bn"))
+            neuron.register_forward_pre_hook(lambda _, inputs, grid=layer.grid: (inputs[0], on_grid(inputs[1], grid)))
+
+
 @torch.no_grad()
 def assert_layers_exact(network: nn.Module, images: torch.Tensor) -> dict[str, float]:
-    """Every spike convolution returns, on its input in this pass, the spikes of float64; its firing rates."""
+    """Every spike convolution returns, on its input in this pass, the spikes of float64; its firing rates.
+
+    By construction: float32 has its currents without rounding, and holds its membranes.
+    """
     rates = {}
 
     def check(name):
         def hook(module, inputs, output):
             spikes = output[-1] if isinstance(output, tuple) else output
-            weight = module.kernel
-            expected = spike_conv_reference(
-                inputs[0], weight, module.scale, module.bias, module.num_steps, module.spec, stride=module.stride,
-                residual=inputs[1] if len(inputs) > 1 else None,
+            residual = inputs[1] if len(inputs) > 1 else None
+            exact, expected = spike_conv_reference(
+                inputs[0], module.kernel, module.scale, module.bias, module.num_steps, module.spec,
+                stride=module.stride, residual=residual, grid=module.grid, return_membrane=True,
             )  # fmt: skip
             assert torch.equal(spikes, expected), f"{name}: {(spikes != expected).sum()} of {spikes.numel()} differ"
+            assert torch.equal(module.current(inputs[0], residual, module.num_steps).double(), exact), name
+            membrane = membrane_of(exact.unflatten(0, (module.num_steps, -1)), module.spec)
+            assert torch.equal(membrane.float().double(), membrane), name
             rates[name] = spikes.float().mean().item()
 
         return hook
@@ -72,12 +99,39 @@ def test_every_layer_and_the_whole_network_equal_float64(name: str) -> None:
     network, images = quantize(firing(name)), torch.randn(2, 3, 15, 17)
     rates = assert_layers_exact(network, images)
     assert rates and all(0.005 < rate < 0.995 for rate in rates.values()), rates
-    exact = copy.deepcopy(network).double()
     with torch.no_grad():
-        assert torch.equal(network.forward_features(images).double(), exact.forward_features(images.double()).float())
-        torch.testing.assert_close(network(images).double(), exact(images.double()), rtol=1e-5, atol=1e-5)
+        exact = with_float64_neurons(network)
+        assert torch.equal(network.forward_features(images), exact.forward_features(images))
+        assert torch.equal(network(images), exact(images))
         steps = network.forward_steps(images)
         torch.testing.assert_close(steps.mean(1), network(images), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "num_steps"),
+    [("test_gac_msresnet", 4), ("test_gac_msresnet", 6), ("spiking_resnet19", 4), ("msresnet18", 4), ("msresnet18", 2)],
+)
+def test_float_parts_of_any_dtype_leave_the_neurons_exact(name: str, num_steps: int) -> None:
+    network, images = quantize(firing(name, num_steps)), torch.randn(1, 3, 17, 15)
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        rates = assert_layers_exact(network.to(dtype), images.to(dtype))
+        assert len(rates) > 4
+
+
+def test_the_grid_follows_from_neuron_and_steps() -> None:
+    for spec, num_steps, exponent in (
+        (CIFAR, 1, -15), (CIFAR, 4, -15), (CIFAR, 5, -14), (CIFAR, 7, -12), (CIFAR, 16, -12),
+        (IMAGENET, 2, -15), (IMAGENET, 3, -14), (IMAGENET, 4, -12), (IMAGENET, 6, -12),
+        (LIFSpec(decay=1.0), 9, -15), (LIFSpec(decay=0.0), 9, -15), (LIFSpec(decay=0.9), 9, -15),
+    ):  # fmt: skip
+        assert current_grid(spec, num_steps) == 2.0**exponent
+    network = quantize(firing("test_gac_msresnet", 6), clip="max")
+    for layer in layers(network).values():
+        assert not layer.scale.remainder(2.0**-13).any() and not layer.bias.remainder(2.0**-13).any()
+    # What comes from the encoder or a 1x1 shortcut has to be rounded, the membrane of the block before is so already.
+    rounded = {name for name, layer in layers(network).items() if layer.grid}
+    with_shortcut = {f"{name}.conv2" for name, block in network.named_modules() if getattr(block, "downsample", None)}
+    assert rounded == with_shortcut | {"layer1.0.conv2"} and {network.layer1[0].conv2.grid} == {2.0**-13}
 
 
 @pytest.mark.parametrize("name", ["test_gac_msresnet", "spiking_resnet19"])
@@ -94,8 +148,9 @@ def test_interpreted_kernels_give_the_network_of_the_eager_path(name: str, devic
 
 
 @pytest.mark.parametrize("name", ["test_gac_msresnet", "gac_spiking_resnet18"])
-def test_only_the_weights_are_rounded(name: str) -> None:
-    """A float network with the rounded weights computes the same: what is lost is rounding, nothing else."""
+def test_only_the_weights_are_rounded(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A float network with the rounded weights computes the same, where the grid is too fine to matter."""
+    monkeypatch.setattr(sys.modules[quantize.__module__], "current_grid", lambda *_: 2.0**-30)
     model, images = firing(name), torch.randn(2, 3, 16, 16)
     network = quantize(model)
     rounded, parts = copy.deepcopy(model).double(), layers(network)
@@ -114,15 +169,23 @@ def test_only_the_weights_are_rounded(name: str) -> None:
 
 
 def test_weight_rounding() -> None:
-    weight = torch.randn(6, 5, 3, 3, dtype=torch.float64)
+    weight = torch.randn(6, 200, 3, 3, dtype=torch.float64)
     weight[1] = 0.0
-    errors = {}
-    for clip in ("max", "mse"):
-        integers, scale = quantize_weight(weight, clip)
-        assert integers.dtype == torch.int8 and integers.abs().max() == 127 and scale.dtype == torch.float32
-        errors[clip] = (integers * scale.double()[:, None, None, None] - weight).square().sum((1, 2, 3))
-    assert (errors["mse"] <= errors["max"]).all() and errors["mse"][1] == 0
-    assert (errors["max"] <= 45 * (weight.abs().amax((1, 2, 3)) / 254).square()).all()
+    peak = weight.abs().amax((1, 2, 3))
+    for grid in (2.0**-15, 2.0**-8, 2.0):
+        errors = {}
+        for clip in ("max", "mse"):
+            integers, scale = quantize_weight(weight, clip, grid)
+            assert integers.dtype == torch.int8 and scale.dtype == torch.float32
+            assert not scale[peak > 0].remainder(grid).any() and (scale > 0).all()
+            errors[clip] = integers * scale.double()[:, None, None, None] - weight
+        # Nothing is clipped by "max", whose scales are the least that do not clip; "mse" clips where that is better.
+        step = torch.where(peak > 0, (peak / 127 / grid).ceil() * grid, 0.0)
+        assert (errors["max"].abs().amax((1, 2, 3)) <= step * 0.5000001).all()
+        squares = {clip: error.square().sum((1, 2, 3)) for clip, error in errors.items()}
+        assert (squares["mse"] <= squares["max"]).all() and squares["mse"][1] == 0
+        assert (squares["mse"] < squares["max"]).any() or grid == 2.0  # no choice there: the grid is coarser than all
+    assert quantize_weight(weight, "mse", 2.0**-15)[0].abs().max() == 127
 
 
 @pytest.mark.parametrize("name", ["test_gac_msresnet", "gac_spiking_resnet18"])
@@ -130,28 +193,35 @@ def test_folder_round_trip(name: str, tmp_path: Path) -> None:
     network, images = quantize(firing(name)), torch.randn(2, 3, 16, 16)
     folder = save_model_folder(network, tmp_path / "int8")
     config = json.loads((folder / "config.json").read_text())
-    assert config["quantization"] == {"scheme": "int8-weights-per-channel", "clip": "mse"}
+    assert config["quantization"] == {"scheme": "int8-weights-per-channel-on-grid", "clip": "mse"}
     stored = load_file(folder / "model.safetensors")
     assert stored["layer2.0.conv2.weight"].dtype == torch.int8
     loaded = load_model(folder)
     with torch.no_grad():
         assert isinstance(loaded, IntegerSpikingResNet) and loaded.quantization == network.quantization
         assert torch.equal(loaded(images), network(images)) and not loaded.training
+        assert {n: part.grid for n, part in layers(loaded).items()} == {n: p.grid for n, p in layers(network).items()}
         # timm alone, which knows no integer networks, gets a float network with the rounded weights.
-        plain = timm.create_model(f"local-dir:{folder}", pretrained=True).double().eval()
-        expected = copy.deepcopy(network).double().forward_features(images.double())
+        plain = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+        expected = network.forward_features(images)
         assert not isinstance(plain, IntegerSpikingResNet)
-        assert (plain.forward_features(images.double()) - expected).abs().mean() < 1e-2
+        round_residuals(plain, network)
+        assert (plain.forward_features(images) - expected).abs().mean() < 1e-3
 
 
 def test_damaged_folders(tmp_path: Path) -> None:
     folder = save_model_folder(quantize(firing("test_gac_msresnet")), tmp_path / "int8")
     config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | {"quantization": {"scheme": "int4"}}))
-    with pytest.raises(ValueError, match="int8-weights-per-channel"):
-        load_model(folder)
+    for scheme in ("int4", "int8-weights-per-channel"):  # the latter had scales and biases that are on no grid
+        (folder / "config.json").write_text(json.dumps(config | {"quantization": {"scheme": scheme}}))
+        with pytest.raises(ValueError, match=f"int8-weights-per-channel-on-grid.*'{scheme}': quantise anew"):
+            load_model(folder)
     (folder / "config.json").write_text(json.dumps(config))
     tensors = load_file(folder / "model.safetensors")
+    for name in ("layer2.0.conv1.scale", "layer1.0.conv2.bias"):
+        save_file(tensors | {name: tensors[name] + 2.0**-16}, folder / "model.safetensors")
+        with pytest.raises(ValueError, match=rf"{name.rpartition('.')[0]} with scales and biases that are multiples"):
+            load_model(folder)
     del tensors["layer2.0.conv1.scale"]
     save_file(tensors, folder / "model.safetensors")
     with pytest.raises(ValueError, match=r"layer2\.0\.conv1\.scale"):
@@ -170,8 +240,9 @@ def test_dtypes_move_only_what_is_real() -> None:
         assert_layers_exact(half, images.bfloat16())
         with torch.autocast("cpu", torch.bfloat16):
             assert_layers_exact(network, images)
-        back = copy.deepcopy(network).double().float()
-        assert torch.equal(back(images), network(images))
+        exact = copy.deepcopy(network).double()
+        torch.testing.assert_close(exact(images.double()), network(images).double(), rtol=1e-5, atol=1e-5)
+        assert torch.equal(exact.float()(images), network(images))
     features, intermediates = network.forward_intermediates(images)
     torch.testing.assert_close(features, network.forward_features(images))
     assert all(rate.min() >= 0 and rate.max() <= 1 and rate.is_floating_point() for rate in intermediates)

@@ -103,7 +103,8 @@ def check_parts(network: nn.Module, reference: TimeMajorNet, images: Tensor, pre
     return ""
 
 
-# Neurons this near to their threshold, relatively, may fire otherwise in float32 than in float64.
+# Neurons this near to their threshold, relatively, may fire otherwise in float32 than in float64: with so many steps
+# that membranes are no longer exact (`timm_gac.models.integer.current_grid`).
 BAND = 1e-5
 
 
@@ -121,7 +122,7 @@ def check_integer(network: nn.Module, images: Tensor, precision: str) -> str:
             residual = inputs[1] if len(inputs) > 1 else None
             current, expected = spike_conv_reference(
                 inputs[0], module.kernel, module.scale, module.bias, module.num_steps, module.spec,
-                stride=module.stride, residual=residual, return_membrane=True,
+                stride=module.stride, residual=residual, return_membrane=True, grid=module.grid,
             )  # fmt: skip
             membrane, spikes = output if isinstance(output, tuple) else (None, output)
             differ = (spikes != expected).unflatten(0, (module.num_steps, -1)).any(0)

@@ -9,13 +9,14 @@ from torch import Tensor, nn
 
 from .inference import FoldedLIF, fold_batch_norm
 from .models.blocks import MSBlock, SpikingBlock
-from .models.integer import IntegerBlock, IntegerLIF, IntegerSpikingResNet, RealConv, SpikeConv
+from .models.integer import IntegerBlock, IntegerLIF, IntegerSpikingResNet, RealConv, SpikeConv, current_grid
 from .models.network import SpikingResNet
 from .neuron import LIF, BatchNormLIF
 
 __all__ = ["CLIPS", "SCHEME", "quantize"]
 
-SCHEME = "int8-weights-per-channel"
+# Its grid follows from spec and T (`current_grid`); another grid would be another scheme.
+SCHEME = "int8-weights-per-channel-on-grid"
 CLIPS = ("max", "mse")
 _LEVELS = 127
 # Fractions of a channel's largest weight at which "mse" looks for the least squared error.
@@ -28,16 +29,20 @@ def quantize(model: nn.Module, clip: str = "mse") -> IntegerSpikingResNet:
     """A copy of a trained network whose 3x3 convolutions of spikes have int8 weights, for inference.
 
     Batch norms are folded; each output channel gets one scale, symmetric around 0; the weights are rounded to nearest.
-    Nothing else is rounded: spikes are integers already, so the convolutions are exact. Stem, encoder, 1x1 shortcuts
-    and classifier stay as they are, and so does the first convolution of a plain network, whose input is real-valued.
+    Spikes are integers already, so the convolutions are exact. Scales, biases and what encoder and 1x1 shortcuts add to
+    the neurons' currents are rounded to multiples of a power of two, 2**-15 at T=4 and decay 1/2, so that float32
+    computes the neurons behind them exactly too, with the spikes of float64; `timm_gac.models.integer.current_grid`
+    says up to which T.
+    Stem, encoder, 1x1 shortcuts and classifier stay as they are, and so does the first convolution of a plain network,
+    whose input is real-valued.
     ``.to(torch.bfloat16)`` and autocast change those alone; ``.double()`` evaluates the quantised network in float64.
     The convolutions run in Triton on GPUs and as oneDNN's int8 convolutions on x86 CPUs; elsewhere, which is logged, as
     exact float32 ones.
 
     Args:
         model: A network of this package with running statistics; it is left alone.
-        clip: ``max`` scales a channel by its largest weight, ``mse`` by what rounds and clips with the least squared
-            error.
+        clip: ``max`` scales a channel so that its largest weight is not clipped, ``mse`` by what rounds and clips with
+            the least squared error.
 
     Returns:
         The integer network, in eval mode, on the model's device and with its floating dtype.
@@ -96,6 +101,8 @@ def _integer_block(
         downsample = first_of_shortcut
         shift = shift + fold_batch_norm(downsample, block.downsample[1])
     conv2 = _spike_conv(block.conv2, shift, network, clip, keep_membrane=membrane and not last)
+    if first or downsample is not None:  # else the shortcut carries spikes, or the currents of the block before
+        conv2.grid = current_grid(network.spec, network.num_steps)
     return IntegerBlock(conv1, conv2, downsample, membrane)
 
 
@@ -104,19 +111,21 @@ def _spike_conv(conv: nn.Conv2d, shift: Tensor, network: SpikingResNet, clip: st
     if stride > 2:
         raise ValueError(f"expected strides 1 or 2, got {stride}: this network cannot be quantised")
     made = SpikeConv(conv.in_channels, conv.out_channels, stride, network.spec, network.num_steps, keep_membrane)
-    weight, scale = quantize_weight(conv.weight, clip)
+    grid = current_grid(network.spec, network.num_steps)
+    weight, scale = quantize_weight(conv.weight, clip, grid)
     made.weight.copy_(weight.flatten(2).transpose(1, 2))
     made.scale.copy_(scale)
-    made.bias.copy_(shift)
+    made.bias.copy_((shift / grid).round_() * grid)
     return made.to(conv.weight.device)
 
 
-def quantize_weight(weight: Tensor, clip: str) -> tuple[Tensor, Tensor]:
+def quantize_weight(weight: Tensor, clip: str, grid: float) -> tuple[Tensor, Tensor]:
     """Symmetric 8-bit rounding per output channel.
 
     Args:
         weight: (C', C, 3, 3) float64.
         clip: ``max`` or ``mse``, see `quantize`.
+        grid: A power of two, of which scales are multiples.
 
     Returns:
         Integers from -127 to 127, int8 in the shape of ``weight``, and the scale (C',) in float32; their product is
@@ -126,7 +135,7 @@ def quantize_weight(weight: Tensor, clip: str) -> tuple[Tensor, Tensor]:
     best = torch.full_like(peak, float("inf"))
     scale = torch.ones_like(peak, dtype=torch.float32)
     for fraction in _FRACTIONS if clip == "mse" else (1.0,):
-        tried = torch.where(peak > 0, peak * (fraction / _LEVELS), 1.0).float()
+        tried = torch.where(peak > 0, (peak * (fraction / _LEVELS) / grid).ceil() * grid, 1.0).float()
         error = (_round(weight, tried) * tried.double()[:, None, None, None] - weight).square().sum((1, 2, 3))
         better = error < best
         best, scale = torch.where(better, error, best), torch.where(better, tried, scale)

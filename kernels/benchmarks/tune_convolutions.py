@@ -35,6 +35,7 @@ DTYPES = {"int8": torch.int8, "bfloat16": torch.bfloat16, "float16": torch.float
 OPS = {"int8": "spike_conv_hopper", "bfloat16": "conv_lif_hopper", "float16": "conv_lif_hopper"}
 DIFFER = 3e-2  # share of spikes that 16-bit rounding of the convolution's output may turn over
 GAIN = 0.98  # of the time of two passes, above which one pass is not worth its compilation
+GRID = 2.0**-15  # to which residuals of int8 layers are rounded, as behind encoder and 1x1 shortcuts
 COMPILE_BATCH = 16  # divisible by 16, as the batches that matter are: Triton compiles the same program for both
 
 
@@ -113,11 +114,10 @@ class Call:
 
     def __call__(self) -> Tensor | tuple[Tensor, Tensor]:
         """Run it with the launch parameters of the moment."""
-        operands = (self.spikes, self.weight) + ((self.scale,) if self.dtype == torch.int8 else ())
-        return (spike_conv if self.dtype == torch.int8 else conv_lif)(
-            *operands, self.bias, self.num_steps, stride=self.layer.stride, residual=self.residual,
-            return_membrane=self.layer.membrane,
-        )  # fmt: skip
+        rest = {"stride": self.layer.stride, "residual": self.residual, "return_membrane": self.layer.membrane}
+        if self.dtype == torch.int8:
+            return spike_conv(self.spikes, self.weight, self.scale, self.bias, self.num_steps, grid=GRID, **rest)
+        return conv_lif(self.spikes, self.weight, self.bias, self.num_steps, **rest)
 
     def other(self) -> Tensor | tuple[Tensor, Tensor]:
         """Run the other way: plain Triton, or two passes."""

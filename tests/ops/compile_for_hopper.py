@@ -1,8 +1,12 @@
-"""Compile the Hopper kernel without a GPU and print which tensor core instruction each variant has."""
+"""Compile the Hopper kernel without a GPU and print which tensor core instruction each variant has.
+
+It fails where the instructions that round the residual are not there.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import math
 import re
 
 import torch
@@ -10,6 +14,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
 from gac_kernels import hopper_conv
+from gac_kernels.reference import grid_shift
 
 
 class _Hopper:
@@ -37,7 +42,13 @@ class _CompileOnly:
     def __getitem__(self, grid):
         def compile_and_print(*args, **kwargs) -> None:
             compiled = self.kernel.warmup(*args, grid=grid, **kwargs)
-            found = set(re.findall(r"wgmma\.mma_async\S*\.(s8)\.s8", compiled.asm["ptx"]))
+            ptx = compiled.asm["ptx"]
+            found = set(re.findall(r"wgmma\.mma_async\S*\.(s8)\.s8", ptx))
+            # Adding 384 rounds to the grid, unless a compiler brings it together with what takes it away again.
+            tile = math.prod(kwargs[name] for name in ("BH", "NB", "BW", "BN", "STEPS"))
+            elements = tile // (32 * kwargs["num_warps"]) if kwargs["RESIDUAL"] else 0
+            additions = len(re.findall(r"add\S*\.f32\s.*0f43C00000", ptx))
+            assert additions == elements, f"{additions} of {elements} additions that round"
             print(*(f"wgmma.{name}" for name in found))
 
         return compile_and_print
@@ -55,7 +66,7 @@ def compile_variant(stride: int, residual: bool, steps: int) -> None:
     made = hopper_conv.Plan((8, 1, 8), 128, 64, 3, steps, 4)
     hopper_conv.launch(
         made, tensor(64, 16, torch.int8), weight, torch.ones(128), torch.zeros(128), kept if residual else None, 4,
-        stride, 1.0, 0.5, False, out, kept,
+        stride, 1.0, 0.5, False, grid_shift(2.0**-15), out, kept,
     )  # fmt: skip
 
 

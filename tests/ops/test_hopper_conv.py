@@ -13,7 +13,7 @@ import torch
 
 from gac_kernels import CIFAR, IMAGENET, LIFSpec, hopper_conv, spike_conv, spike_conv_reference, tuning
 from gac_kernels.hopper_conv import GLUON_ERROR, Plan, plan, tile_of
-from test_spike_conv import inputs
+from test_spike_conv import GRID, borderline, inputs
 
 ON_HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
 hopper = pytest.mark.skipif(not ON_HOPPER or bool(GLUON_ERROR), reason="needs a Hopper GPU and Triton with Gluon")
@@ -79,11 +79,20 @@ def test_same_bits_as_the_definition(launch, shape, residual, planned, device, p
 
 
 @hopper
+@pytest.mark.parametrize("launch", LAUNCHES.values(), ids=LAUNCHES.keys(), indirect=True)
+def test_neurons_at_their_threshold_fire_as_in_float64(launch, planned, device, poisoned):
+    for shape in ((4, 3, 64, 128, 16, 16, 1), (3, 2, 64, 96, 14, 28, 2)):
+        *tensors, keywords = borderline(shape, device, GRID)
+        exact = spike_conv_reference(*tensors, shape[0], **keywords)
+        assert torch.equal(spike_conv(*tensors, shape[0], **keywords), exact)
+        assert (spike_conv(*tensors, shape[0], **keywords | {"grid": 0.0}) != exact).float().mean() > 0.1
+    assert all(isinstance(made, Plan) for made in planned)
+
+
+@hopper
 def test_spikes_as_residual(planned, device, poisoned):
-    *tensors, keywords = inputs((4, 3, 64, 64, 9, 8, 1), device, torch.int8)
-    assert torch.equal(
-        spike_conv(*tensors, 4, **keywords), spike_conv_reference(*tensors, 4, dtype=torch.float32, **keywords)
-    )
+    *tensors, keywords = inputs((4, 3, 64, 64, 9, 8, 1), device, torch.int8, GRID)
+    assert torch.equal(spike_conv(*tensors, 4, **keywords), spike_conv_reference(*tensors, 4, **keywords))
     assert isinstance(planned[0], Plan)
 
 

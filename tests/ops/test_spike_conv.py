@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from gac_kernels import CIFAR, IMAGENET, LIFSpec, integer_lif, lif, spike_conv, spike_conv_reference, use_backend
+from gac_kernels.reference import on_grid
 from gac_kernels.spike_conv_backend import Shape
 
 # T, B, C, C', H, W, stride: odd sizes, channels that fill no tile, padding on every side, more than one block of each.
@@ -19,6 +20,8 @@ SHAPES = {
     "sixteen steps": (16, 1, 32, 32, 2, 3, 1),
 }
 
+GRID = 2.0**-15
+
 
 @pytest.fixture(params=["eager", "triton", "auto"])  # auto is oneDNN on an x86 CPU
 def backend(request):
@@ -26,20 +29,39 @@ def backend(request):
         yield request.param
 
 
-def inputs(shape, device, residual=None):
+def inputs(shape, device, residual=None, grid=0.0):
     """Spikes, weight, scale, bias and keywords of a call whose currents lie around the threshold."""
     num_steps, batch, channels, out_channels, height, width, stride = shape
     spikes = (torch.rand(num_steps * batch, channels, height, width, device=device) < 0.3).to(torch.int8)
     weight = torch.randint(-127, 128, (out_channels, channels, 3, 3), device=device, dtype=torch.int8)
     scale = (torch.rand(out_channels, device=device) + 0.5) / (127 * (channels * 0.9) ** 0.5)
     bias = torch.randn(out_channels, device=device) * 0.3 + 0.3
-    keywords = {"stride": stride}
+    keywords = {"stride": stride, "grid": grid}
+    if grid:
+        scale, bias = on_grid(scale, grid), on_grid(bias, grid)
     if residual is not None:
         size = (num_steps * batch, out_channels, (height - 1) // stride + 1, (width - 1) // stride + 1)
         values = torch.randn(size, device=device)
         keywords["residual"] = (values > 0).to(residual) if residual == torch.int8 else values.to(residual)
     layout = torch.channels_last
     return spikes.contiguous(memory_format=layout), weight.contiguous(memory_format=layout), scale, bias, keywords
+
+
+def borderline(shape, device, grid):
+    """Operands and keywords of a call whose membranes lie as near to the threshold as the residual can bring them.
+
+    With a grid they lie on the threshold or one step of the grid beside it, and the residual up to half a step off it.
+    """
+    *tensors, keywords = inputs(shape, device, None, grid)
+    currents, _ = spike_conv_reference(*tensors, shape[0], return_membrane=True, **keywords)
+    residuals, v = [], 0.0
+    for current in currents.unflatten(0, (shape[0], -1)):
+        wanted = CIFAR.threshold + grid * torch.randint(-1, 2, current.shape, device=device)
+        added = on_grid(wanted - CIFAR.decay * v - current, grid).float().double()
+        residuals.append(added + grid * (torch.rand_like(added) - 0.5) * 0.9)
+        u = CIFAR.decay * v + current + added
+        v = u * (u <= CIFAR.threshold)
+    return *tensors, keywords | {"residual": torch.cat(residuals).float()}
 
 
 def assert_membrane(membrane, expected, dtype, backend):
@@ -85,6 +107,42 @@ def test_float32_and_float64_agree_on_a_million_neurons(device):
     assert torch.equal(got, spike_conv_reference(*tensors, 4, **keywords))
 
 
+@pytest.mark.parametrize("residual", [None, torch.float32, torch.float16, torch.bfloat16, torch.int8], ids=str)
+def test_on_a_grid_nothing_rounds(backend, residual, device, poisoned):
+    shape = (4, 2, 24, 48, 5, 7, 1)
+    *tensors, keywords = inputs(shape, device, residual, GRID)
+    exact, spikes = spike_conv_reference(*tensors, 4, return_membrane=True, **keywords)
+    membrane, got = spike_conv(*tensors, 4, return_membrane=True, **keywords)
+    assert torch.equal(got, spikes) and 0.02 < spikes.float().mean() < 0.98
+    assert torch.equal(exact.float().double(), exact)
+    assert_membrane(membrane, exact.float(), torch.float32 if residual in (None, torch.int8) else residual, backend)
+
+
+@pytest.mark.parametrize("shape", [(4, 2, 32, 48, 6, 5, 1), (3, 2, 64, 32, 7, 4, 2)], ids=["stride 1", "stride 2"])
+def test_neurons_at_their_threshold_fire_as_in_float64(backend, shape, device, poisoned):
+    for grid in (GRID, 2.0**-12):
+        *tensors, keywords = borderline(shape, device, grid)
+        exact = spike_conv_reference(*tensors, shape[0], **keywords)
+        assert torch.equal(spike_conv(*tensors, shape[0], **keywords), exact)
+        # The rounding decides here: without it many of them fire otherwise.
+        without = spike_conv(*tensors, shape[0], **keywords | {"grid": 0.0})
+        assert (without != exact).float().mean() > 0.1
+    # Elsewhere than on a grid float32 cannot tell on which side of the threshold these neurons are.
+    *tensors, keywords = borderline(shape, device, 0.0)
+    differ = spike_conv(*tensors, shape[0], **keywords) != spike_conv_reference(*tensors, shape[0], **keywords)
+    assert differ.float().mean() > 0.01
+
+
+def test_rounding_to_a_grid(device):
+    for dtype, largest in ((torch.float32, 2**22), (torch.float64, 2**51)):
+        steps = (torch.rand(10_000, dtype=torch.float64, device=device) * 2 - 1) * largest
+        steps = torch.cat((steps, torch.arange(-50, 50, device=device) / 2)).to(dtype)  # ties too, to even
+        assert torch.equal(on_grid(steps * GRID, GRID), steps.round() * GRID)
+    multiples = torch.arange(-(2**20), 2**20, device=device) * GRID
+    for dtype in (torch.bfloat16, torch.float16):  # what is stored in 16 bits stays on the grid
+        assert torch.equal(on_grid(multiples.to(dtype), GRID), multiples.to(dtype).float())
+
+
 def test_largest_sums_are_exact(backend, device):
     spikes = torch.ones(2, 512, 3, 3, dtype=torch.int8, device=device)
     weight = torch.full((32, 512, 3, 3), 127, dtype=torch.int8, device=device)
@@ -110,7 +168,9 @@ def test_registration(device):
     spec = (1.0, 0.5, False)
     *tensors, keywords = inputs((2, 1, 32, 32, 3, 3, 2), device, torch.bfloat16)
     for keep in (True, False):
-        torch.library.opcheck(torch.ops.gac_kernels.spike_conv, (*tensors, keywords["residual"], 2, 2, *spec, keep))
+        arguments = (*tensors, keywords["residual"], 2, 2, *spec, keep)
+        torch.library.opcheck(torch.ops.gac_kernels.spike_conv, arguments)
+        torch.library.opcheck(torch.ops.gac_kernels.spike_conv, (*arguments, GRID))
     torch.library.opcheck(torch.ops.gac_kernels.integer_lif, (torch.randn(4, 3, 2, 2, device=device), 2, *spec))
 
 
@@ -118,7 +178,8 @@ def test_compiles_whole(device):
     *tensors, keywords = inputs((2, 1, 32, 32, 3, 3, 1), device, torch.float32)
 
     def both(residual):
-        return spike_conv(*tensors, 2, residual=residual, return_membrane=True), integer_lif(residual, 2)
+        made = spike_conv(*tensors, 2, residual=residual, return_membrane=True, grid=GRID)
+        return made, integer_lif(residual, 2)
 
     compiled = torch.compile(both, fullgraph=True, backend="aot_eager")(keywords["residual"])
     (membrane, spikes), encoded = both(keywords["residual"])
@@ -155,6 +216,7 @@ def test_errors(device):
         ({"residual": torch.zeros(2, 16, 2, 3, device=device)}, "residual of shape"),
         ({"residual": torch.zeros(2, 16, 3, 3, device=device).double()}, "residual of shape"),
         ({"spec": "cifar"}, "LIFSpec"),
+        *(({"grid": grid}, "power of two") for grid in (0.3, 2.0, -0.5, 2.0**-25, float("nan"))),
     ):
         arguments = {"spikes": spikes, "weight": weight, "scale": scale, "bias": bias, "num_steps": 2} | changed
         with pytest.raises(ValueError, match=message):

@@ -217,6 +217,7 @@ def load_model(folder: Path) -> nn.Module:
             return timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
         network = quantize(timm.create_model(f"local-dir:{folder}", pretrained=False), clip="max")
         network.load_state_dict(load_file(folder / WEIGHTS))
+        network.check_grid()
         network.quantization = config["quantization"]
         return network
     except (SafetensorError, RuntimeError, KeyError, OSError, AttributeError, TypeError, ValueError) as error:

@@ -7,6 +7,7 @@ evaluated in float64, which everything else is compared with.
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -17,7 +18,23 @@ from gac_kernels import LIFSpec, firing_rate, integer_lif, spike_conv, spike_con
 
 from .network import SpikingResNet
 
-__all__ = ["IntegerBlock", "IntegerLIF", "IntegerSpikingResNet", "RealConv", "SpikeConv"]
+__all__ = ["IntegerBlock", "IntegerLIF", "IntegerSpikingResNet", "RealConv", "SpikeConv", "current_grid"]
+
+# Exponents of two. The error of rounding weights to 8 bits, 1 % of them in the trained CIFAR-100 networks, grows by at
+# most 3 % in a layer with scales on the finest grid, by 28 % on the coarsest. Finer, residuals of 128 would not fit.
+_FINEST, _COARSEST = -15, -12
+
+
+def current_grid(spec: LIFSpec, num_steps: int) -> float:
+    """The power of two g whose multiples are all currents of a quantised network, so that float32 adds them exactly.
+
+    After T steps a membrane is a multiple of ``g * decay**(T-1)`` if decay is a power of two, and exact in float32
+    below 2**24 times that. With g from 2**-15 to 2**-12 this is at least 64 up to T=7 for decay 1/2 and T=4 for 1/4.
+    With more steps or another decay membranes that were not reset for long can round as float32 does.
+    """
+    mantissa, exponent = math.frexp(spec.decay)
+    lost = (num_steps - 1) * (1 - exponent) if mantissa == 0.5 else 0
+    return 2.0 ** min(max(lost - 18, _FINEST), _COARSEST)
 
 
 class IntegerLIF(nn.Module):
@@ -61,6 +78,7 @@ class SpikeConv(nn.Module):
     """3x3 convolution of int8 spikes with int8 weights, scale and bias per channel, residual and LIF, in one pass.
 
     Scale and bias are float32 also in a network of a 16-bit dtype; in a float64 network all is computed in float64.
+    They are multiples of `current_grid`, to which residuals are rounded, so that both give the same spikes.
 
     Shape:
         - spikes: ``(T*B, C, H, W)`` int8, residual ``(T*B, C', H', W')``
@@ -78,6 +96,7 @@ class SpikeConv(nn.Module):
         spec: What the neuron computes.
         num_steps: Number of time steps T folded into the first axis.
         keep_membrane: Return the neuron's input current too.
+        grid: What a floating-point residual is rounded to; 0 where it consists of multiples of the grid already.
     """
 
     weight: Tensor
@@ -87,10 +106,12 @@ class SpikeConv(nn.Module):
     kernel_size, padding, dilation, groups = (3, 3), (1, 1), (1, 1), 1
 
     def __init__(
-        self, in_channels: int, out_channels: int, stride: int, spec: LIFSpec, num_steps: int, keep_membrane: bool
-    ) -> None:
+        self, in_channels: int, out_channels: int, stride: int, spec: LIFSpec, num_steps: int, keep_membrane: bool,
+        grid: float = 0.0,
+    ) -> None:  # fmt: skip
         super().__init__()
         self.stride, self.spec, self.num_steps, self.keep_membrane = stride, spec, num_steps, keep_membrane
+        self.grid = grid
         self.in_channels, self.out_channels = in_channels, out_channels
         # Three axes: a memory format, which has meaning for four, leaves it as the kernel reads it.
         self.register_buffer("weight", torch.zeros(out_channels, 9, in_channels, dtype=torch.int8))
@@ -116,7 +137,7 @@ class SpikeConv(nn.Module):
         run: Callable[..., Any] = spike_conv if self.scale.dtype == torch.float32 else spike_conv_reference
         return run(
             spikes, self.kernel, self.scale, self.bias, num_steps, self.spec, stride=self.stride, residual=residual,
-            return_membrane=keep_membrane,
+            return_membrane=keep_membrane, grid=self.grid,
         )  # fmt: skip
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SpikeConv:
@@ -132,7 +153,7 @@ class SpikeConv(nn.Module):
         """Sizes, neuron and what is returned."""
         return (
             f"{self.in_channels}, {self.out_channels}, stride={self.stride}, num_steps={self.num_steps}, {self.spec}, "
-            f"keep_membrane={self.keep_membrane}"
+            f"keep_membrane={self.keep_membrane}, grid={self.grid}"
         )
 
 
@@ -189,6 +210,16 @@ class IntegerSpikingResNet(SpikingResNet):
         network.__dict__.update(copy.deepcopy(model.__dict__))
         network.quantization = quantization
         return network
+
+    def check_grid(self) -> None:
+        """Raise a ValueError unless scales and biases are multiples of the grid that spec and T stand for."""
+        grid = current_grid(self.spec, self.num_steps)
+        for name, layer in self.named_modules():
+            if isinstance(layer, SpikeConv) and torch.cat((layer.scale, layer.bias)).remainder(grid).any():
+                raise ValueError(
+                    f"expected {name} with scales and biases that are multiples of {grid} (T={self.num_steps}), got "
+                    "others: quantise anew with this T"
+                )
 
     def _rate(self, spikes: Tensor) -> Tensor:
         return firing_rate(spikes, self.num_steps, self.conv1.weight.dtype)

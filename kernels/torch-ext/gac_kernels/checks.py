@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -123,9 +125,10 @@ def check_norm(
 
 
 def check_spike_conv(
-    spikes: Tensor, weight: Tensor, scale: Tensor, bias: Tensor, residual: Tensor | None, num_steps: int, stride: int
-) -> None:
-    """Raise unless weight, scale, bias and residual fit the time-folded int8 spikes (T*B, C, H, W)."""
+    spikes: Tensor, weight: Tensor, scale: Tensor, bias: Tensor, residual: Tensor | None, num_steps: int, stride: int,
+    grid: float,
+) -> None:  # fmt: skip
+    """Raise unless weight, scale, bias, residual and grid fit the time-folded int8 spikes (T*B, C, H, W)."""
     for name, tensor in (("spikes", spikes), ("weight", weight)):
         if not isinstance(tensor, Tensor) or tensor.dtype != torch.int8 or tensor.dim() != 4:
             came = f"{tensor.dtype}, {tuple(tensor.shape)}" if isinstance(tensor, Tensor) else type(tensor).__name__
@@ -145,6 +148,10 @@ def check_spike_conv(
         raise ValueError(
             f"expected residual of shape {shape} in float32, float16, bfloat16 or int8, got {tuple(residual.shape)} in "
             f"{residual.dtype}: it is added to the convolution's output"
+        )
+    if grid != 0.0 and not (2.0**-24 <= grid <= 1.0 and math.frexp(grid)[0] == 0.5):
+        raise ValueError(
+            f"expected grid as a power of two from 2**-24 to 1, or 0, got {grid!r}: give one such as 2**-15"
         )
     _check_device(spikes, weight=weight, scale=scale, bias=bias, residual=residual)
 

@@ -64,7 +64,9 @@ def _conv_lif(x, weight, bias, residual, num_steps, stride, threshold, decay, so
             out, membrane = _outputs(x, weight, stride, keep_membrane)
             made = hopper_conv.plan(x, out, residual, membrane, num_steps, stride, config)
             if isinstance(made, hopper_conv.Plan):
-                hopper_conv.launch(made, x, weight, None, bias, residual, num_steps, stride, *neuron, out, membrane)
+                hopper_conv.launch(
+                    made, x, weight, None, bias, residual, num_steps, stride, *neuron, 0.0, out, membrane
+                )
                 return out, membrane
     return _two_passes(x, weight, bias, residual, num_steps, stride, *neuron, keep_membrane)
 

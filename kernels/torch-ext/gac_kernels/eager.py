@@ -18,6 +18,11 @@ def in_memory_order(state: Tensor) -> Tensor:
     return state.as_strided((state.numel(),), (1,), state.storage_offset())
 
 
+def shifted(x: Tensor, shift: float) -> Tensor:
+    """The sum in float32, which rounds x to a grid (`grid_shift`); x itself where ``shift`` is 0."""
+    return x.float().add(shift) if shift else x
+
+
 def fire(u: Tensor, threshold: float) -> Tensor:
     """The spikes of a step, 0 or 1 in the membrane's dtype: a CPU makes bools of them four times as slowly."""
     return torch.gt(u, threshold, out=torch.empty_like(u))

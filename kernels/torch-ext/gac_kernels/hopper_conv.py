@@ -131,8 +131,8 @@ if not GLUON_ERROR:
     @gluon.jit
     def _finish_step(
         total, v, scale_ptr, bias_ptr, SCALED: gl.constexpr, t, b0, h0, w0, n0, s_desc, s_buffer, y_desc, y_buffer,
-        THRESHOLD: gl.constexpr, DECAY: gl.constexpr, SOFT: gl.constexpr, RESIDUAL: gl.constexpr, KEEP: gl.constexpr,
-        BM: gl.constexpr, BN: gl.constexpr, SUMS: gl.constexpr,
+        THRESHOLD: gl.constexpr, DECAY: gl.constexpr, SOFT: gl.constexpr, RESIDUAL: gl.constexpr, SHIFT: gl.constexpr,
+        KEEP: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, SUMS: gl.constexpr,
     ):  # fmt: skip
         """Membrane after step t from its sums; stores start here and are waited for by who needs the buffers.
 
@@ -140,7 +140,7 @@ if not GLUON_ERROR:
         """
         # Loaded here, they occupy no registers while sums are taken.
         channel = n0 + gl.arange(0, BN, layout=gl.SliceLayout(0, SUMS))
-        bias = gl.expand_dims(gl.load(bias_ptr + channel), 0)
+        bias = gl.expand_dims(gl.load(bias_ptr + channel) - SHIFT, 0)
         current = total.to(gl.float32)
         if SCALED:
             current = current * gl.expand_dims(gl.load(scale_ptr + channel), 0)
@@ -149,7 +149,10 @@ if not GLUON_ERROR:
             Y: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BM, BN], y_buffer.dtype)
             flat_y = y_buffer._reinterpret(y_buffer.dtype, [BM, BN], Y)
         if RESIDUAL:
-            current += flat_y.load(SUMS).to(gl.float32)
+            r = flat_y.load(SUMS).to(gl.float32)
+            if SHIFT != 0.0:
+                r += SHIFT  # so large that r is rounded to the grid; the bias takes it away again
+            current += r
         if KEEP:
             flat_y.store(current.to(y_buffer.dtype))
         u = DECAY * v + current
@@ -171,8 +174,8 @@ if not GLUON_ERROR:
     def _conv_lif_kernel(
         x_desc, w_desc, s_desc, r_desc, y_desc, scale_ptr, bias_ptr, B, C, tiles_h, tiles_w, tiles_n,
         T: gl.constexpr, STRIDE: gl.constexpr, CHUNKS: gl.constexpr, STEPS: gl.constexpr,
-        THRESHOLD: gl.constexpr, DECAY: gl.constexpr, SOFT: gl.constexpr, RESIDUAL: gl.constexpr, KEEP: gl.constexpr,
-        BH: gl.constexpr, NB: gl.constexpr, BW: gl.constexpr, BN: gl.constexpr, BK: gl.constexpr,
+        THRESHOLD: gl.constexpr, DECAY: gl.constexpr, SOFT: gl.constexpr, RESIDUAL: gl.constexpr, SHIFT: gl.constexpr,
+        KEEP: gl.constexpr, BH: gl.constexpr, NB: gl.constexpr, BW: gl.constexpr, BN: gl.constexpr, BK: gl.constexpr,
         RING: gl.constexpr, SCALED: gl.constexpr, num_warps: gl.constexpr,
     ):  # fmt: skip
         OPERAND: gl.constexpr = x_desc.dtype
@@ -262,13 +265,13 @@ if not GLUON_ERROR:
                 _barrier()
             v = _finish_step(
                 first, v, scale_ptr, bias_ptr, SCALED, group * STEPS, b0, h0, w0, n0, s_desc, s_buffers.index(0),
-                y_desc, y_buffers.index(0), THRESHOLD, DECAY, SOFT, RESIDUAL, KEEP, BM, BN, SUMS,
+                y_desc, y_buffers.index(0), THRESHOLD, DECAY, SOFT, RESIDUAL, SHIFT, KEEP, BM, BN, SUMS,
             )  # fmt: skip
             if STEPS == 2:
                 v = _finish_step(
                     second, v, scale_ptr, bias_ptr, SCALED, group * STEPS + 1, b0, h0, w0, n0, s_desc,
-                    s_buffers.index(1), y_desc, y_buffers.index(1), THRESHOLD, DECAY, SOFT, RESIDUAL, KEEP, BM, BN,
-                    SUMS,
+                    s_buffers.index(1), y_desc, y_buffers.index(1), THRESHOLD, DECAY, SOFT, RESIDUAL, SHIFT, KEEP, BM,
+                    BN, SUMS,
                 )  # fmt: skip
         tma.store_wait(0)
 
@@ -282,7 +285,8 @@ def _failure(device: torch.device) -> str:
     zeros = torch.zeros(32, device=device)
     made = Plan((8, 1, 8), 32, 32, 2, 1, 4)
     try:
-        launch(made, spikes, weight, zeros, zeros, None, 1, 1, 1.0, 0.5, False, torch.empty_like(spikes), zeros[:0])
+        out = torch.empty_like(spikes)
+        launch(made, spikes, weight, zeros, zeros, None, 1, 1, 1.0, 0.5, False, 0.0, out, zeros[:0])
     except Exception as error:  # whatever the compiler raises: there is another way to compute the same
         first = str(error).partition("\n")[0]
         reason = f"its kernel does not compile with this Triton ({type(error).__name__}: {first})"
@@ -315,7 +319,8 @@ def _pairs_descriptor(tensor: Tensor, block: list[int]) -> Any:
 
 def launch(
     made: Plan, spikes: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor, residual: Tensor | None,
-    num_steps: int, stride: int, threshold: float, decay: float, soft_reset: bool, out: Tensor, membrane: Tensor,
+    num_steps: int, stride: int, threshold: float, decay: float, soft_reset: bool, shift: float, out: Tensor,
+    membrane: Tensor,
 ) -> None:  # fmt: skip
     """Write spikes and, where it has elements, the neuron's input current.
 
@@ -331,6 +336,7 @@ def launch(
         threshold: Of the neuron.
         decay: Of the neuron.
         soft_reset: Of the neuron.
+        shift: Added to the residual, which rounds it to a grid (`grid_shift`), and subtracted from the bias; or 0.
         out: (T*B, C', H', W') in the spikes' dtype.
         membrane: As out, or empty.
     """
@@ -354,7 +360,7 @@ def launch(
             pixels, weights, fired, source, kept, scale, bias, batch, channels, tiles[1], tiles[2],
             tiles_n, T=num_steps, STRIDE=stride, CHUNKS=channels // made.block_k, STEPS=made.steps,
             THRESHOLD=threshold, DECAY=decay, SOFT=soft_reset, RESIDUAL=residual is not None,
-            KEEP=membrane.numel() > 0, BH=rows, NB=images, BW=columns, BN=made.block_n, BK=made.block_k,
-            RING=made.ring, SCALED=scale is not None, num_warps=made.num_warps,
+            SHIFT=shift, KEEP=membrane.numel() > 0, BH=rows, NB=images, BW=columns, BN=made.block_n,
+            BK=made.block_k, RING=made.ring, SCALED=scale is not None, num_warps=made.num_warps,
             enable_fp_fusion=False,  # a fused multiply-add rounds once where every other path rounds twice
         )  # fmt: skip

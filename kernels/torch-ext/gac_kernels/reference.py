@@ -59,6 +59,26 @@ def state_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def grid_shift(grid: float, dtype: torch.dtype = torch.float32) -> float:
+    """What, added to numbers of ``dtype``, leaves no bits finer than ``grid``; taken away again, it makes `on_grid`."""
+    return 1.5 * grid / torch.finfo(dtype).eps
+
+
+def on_grid(x: Tensor, grid: float) -> Tensor:
+    """The nearest multiples of a power of two, ties to even; in at least float32.
+
+    Args:
+        x: Any shape. float32 is rounded so up to 2**22 times the grid, float64 up to 2**51 times; integers, which are
+            multiples already, come back as they are.
+        grid: A power of two up to 1, or 0 for no rounding.
+    """
+    if not grid or not x.is_floating_point():
+        return x
+    x = x.to(torch.promote_types(x.dtype, torch.float32))
+    shift = grid_shift(grid, x.dtype)
+    return (x + shift).sub_(shift)
+
+
 def lif_reference(
     x: Tensor, spec: LIFSpec = CIFAR, state: Tensor | None = None, return_state: bool = False, smooth: bool = False
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -190,7 +210,7 @@ def norm_lif_reference(
 
 def spike_conv_reference(
     spikes: Tensor, weight: Tensor, scale: Tensor, bias: Tensor, num_steps: int, spec: LIFSpec = CIFAR, *,
-    stride: int = 1, residual: Tensor | None = None, return_membrane: bool = False,
+    stride: int = 1, residual: Tensor | None = None, return_membrane: bool = False, grid: float = 0.0,
     dtype: torch.dtype = torch.float64,
 ) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
     """Convolution, scale, bias, residual and multi-step LIF, one after the other; arguments as in `spike_conv`.
@@ -202,7 +222,7 @@ def spike_conv_reference(
     sums = F.conv2d(spikes.double(), weight.double(), None, stride, 1).to(dtype)
     current = sums * scale.to(dtype)[:, None, None] + bias.to(dtype)[:, None, None]
     if residual is not None:
-        current = current + residual.to(dtype)
+        current = current + on_grid(residual.to(dtype), grid)
     fired = lif_reference(current.unflatten(0, (num_steps, -1)), spec)
     assert isinstance(fired, Tensor)  # a pair only where the state is asked for
     spikes = fired.flatten(0, 1).to(torch.int8)

@@ -15,6 +15,7 @@ from . import hopper_conv, spike_conv_eager, spike_conv_onednn
 from ._triton import cdiv, next_power_of_2, tl, triton
 from .checks import check_spec, check_spike_conv
 from .layout import on_device
+from .reference import grid_shift
 from .spec import CIFAR, LIFSpec
 from .spike_conv_backend import Shape, spike_conv_backend, spike_conv_config
 from .surrogate import reset
@@ -26,7 +27,7 @@ _logger = logging.getLogger(__name__)
 def _spike_conv_kernel(
     x_ptr, w_ptr, scale_ptr, bias_ptr, res_ptr, s_ptr, y_ptr, rows, H, W, OH, OW, C, N, frame_in, frame_out,
     T: tl.constexpr, STRIDE: tl.constexpr, THRESHOLD: tl.constexpr, DECAY: tl.constexpr, SOFT: tl.constexpr,
-    RESIDUAL: tl.constexpr, KEEP: tl.constexpr, WHOLE_K: tl.constexpr, WHOLE_N: tl.constexpr,
+    RESIDUAL: tl.constexpr, SHIFT: tl.constexpr, KEEP: tl.constexpr, WHOLE_K: tl.constexpr, WHOLE_N: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     # Neighbouring programs share pixels and differ in channels: the second finds the pixels in the L2 cache.
@@ -43,7 +44,7 @@ def _spike_conv_kernel(
     frame_in = tl.cast(frame_in, tl.int64)
     frame_out = tl.cast(frame_out, tl.int64)
     scale = tl.load(scale_ptr + n, mask=in_n, other=0.0)[None, :]
-    bias = tl.load(bias_ptr + n, mask=in_n, other=0.0)[None, :]
+    bias = tl.load(bias_ptr + n, mask=in_n, other=0.0)[None, :] - SHIFT
     out = row.to(tl.int64)[:, None] * N + n[None, :]
     here = exists[:, None] & in_n[None, :]
     v = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
@@ -68,7 +69,10 @@ def _spike_conv_kernel(
             acc = tl.dot(a, b, acc, out_dtype=tl.int32)
         current = acc.to(tl.float32) * scale + bias
         if RESIDUAL:
-            current += tl.load(res_ptr + t * frame_out + out, mask=here, other=0.0).to(tl.float32)
+            r = tl.load(res_ptr + t * frame_out + out, mask=here, other=0.0).to(tl.float32)
+            if SHIFT != 0.0:
+                r += SHIFT  # so large that r is rounded to the grid; the bias takes it away again
+            current += r
         if KEEP:
             tl.store(y_ptr + t * frame_out + out, current.to(y_ptr.dtype.element_ty), mask=here)
         u = DECAY * v + current
@@ -78,15 +82,16 @@ def _spike_conv_kernel(
 
 def _forward_triton(
     spikes: Tensor, weight: Tensor, scale: Tensor, bias: Tensor, residual: Tensor | None, num_steps: int, stride: int,
-    threshold: float, decay: float, soft_reset: bool, out: Tensor, membrane: Tensor,
+    threshold: float, decay: float, soft_reset: bool, shift: float, out: Tensor, membrane: Tensor,
 ) -> None:  # fmt: skip
     shape = Shape.of(spikes, weight, stride, residual is not None)
     config = spike_conv_config("spike_conv_hopper", shape, spikes.device)
     made = hopper_conv.plan(spikes, out, residual, membrane, num_steps, stride, config)
     if isinstance(made, hopper_conv.Plan):
         hopper_conv.launch(
-            made, spikes, weight, scale, bias, residual, num_steps, stride, threshold, decay, soft_reset, out, membrane
-        )
+            made, spikes, weight, scale, bias, residual, num_steps, stride, threshold, decay, soft_reset, shift, out,
+            membrane,
+        )  # fmt: skip
         return
     _logger.debug("spike_conv of %s runs in plain Triton: %s", shape, made)
     channels, height, width = spikes.shape[1:]
@@ -101,7 +106,7 @@ def _forward_triton(
             spikes, weight, scale, bias, residual, out, membrane, rows, height, width, out_height, out_width, channels,
             out_channels, spikes.numel() // num_steps, out.numel() // num_steps,
             T=num_steps, STRIDE=stride, THRESHOLD=threshold, DECAY=decay, SOFT=soft_reset,
-            RESIDUAL=residual is not None, KEEP=membrane.numel() > 0, WHOLE_K=channels % block_k == 0,
+            RESIDUAL=residual is not None, SHIFT=shift, KEEP=membrane.numel() > 0, WHOLE_K=channels % block_k == 0,
             WHOLE_N=out_channels % block_n == 0, BLOCK_N=block_n, BLOCK_K=block_k,
             enable_fp_fusion=False,  # a fused multiply-add rounds once where every other path rounds twice
             **config,
@@ -113,7 +118,7 @@ _FORWARD = {"eager": spike_conv_eager.forward, "onednn": spike_conv_onednn.forwa
 _lib = torch.library.Library("gac_kernels", "FRAGMENT")
 _lib.define(
     "spike_conv(Tensor spikes, Tensor weight, Tensor scale, Tensor bias, Tensor? residual, int num_steps, int stride, "
-    "float threshold, float decay, bool soft_reset, bool keep_membrane) -> (Tensor, Tensor)"
+    "float threshold, float decay, bool soft_reset, bool keep_membrane, float grid=0.0) -> (Tensor, Tensor)"
 )
 
 
@@ -129,33 +134,43 @@ def _outputs(
 
 
 @torch.library.impl(_lib, "spike_conv", "CompositeExplicitAutograd")
-def _spike_conv(spikes, weight, scale, bias, residual, num_steps, stride, threshold, decay, soft_reset, keep_membrane):
-    check_spike_conv(spikes, weight, scale, bias, residual, num_steps, stride)
+def _spike_conv(
+    spikes, weight, scale, bias, residual, num_steps, stride, threshold, decay, soft_reset, keep_membrane, grid=0.0
+):
+    check_spike_conv(spikes, weight, scale, bias, residual, num_steps, stride, grid)
     out, membrane = _outputs(spikes, weight, residual, stride, keep_membrane)
     if out.numel():
         layout = torch.channels_last
         shortcut = None if residual is None else residual.contiguous(memory_format=layout)
         spikes, weight = (tensor.contiguous(memory_format=layout) for tensor in (spikes, weight))
         run = _FORWARD[spike_conv_backend(spikes.device)]
-        run(spikes, weight, scale, bias, shortcut, num_steps, stride, threshold, decay, soft_reset, out, membrane)
+        shift = grid_shift(grid) if residual is not None and residual.is_floating_point() else 0.0
+        run(
+            spikes, weight, scale, bias, shortcut, num_steps, stride, threshold, decay, soft_reset, shift, out, membrane
+        )
     return out, membrane
 
 
 @torch.library.register_fake("gac_kernels::spike_conv", lib=_lib)
 def _spike_conv_fake(
-    spikes, weight, scale, bias, residual, num_steps, stride, threshold, decay, soft_reset, keep_membrane
+    spikes, weight, scale, bias, residual, num_steps, stride, threshold, decay, soft_reset, keep_membrane, grid=0.0
 ):
     return _outputs(spikes, weight, residual, stride, keep_membrane)
 
 
 def spike_conv(
     spikes: Tensor, weight: Tensor, scale: Tensor, bias: Tensor, num_steps: int, spec: LIFSpec = CIFAR, *,
-    stride: int = 1, residual: Tensor | None = None, return_membrane: bool = False,
+    stride: int = 1, residual: Tensor | None = None, return_membrane: bool = False, grid: float = 0.0,
 ) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
     """``lif(conv3x3(spikes, weight) * scale + bias + residual)`` over T steps, with integer arithmetic inside.
 
     The convolution has padding 1 and is summed exactly; scale, bias, residual and neuron are float32 operations in the
     order written, rounded one by one, so every implementation returns the same bits. Inference only: no gradient.
+
+    Where scale and bias are multiples of a power of two g and, by ``grid=g``, the residual is too, nothing else rounds,
+    and the spikes are those of exact arithmetic, provided that decay is a power of two, the threshold, if the reset
+    subtracts it, a multiple of ``g * decay**(T-1)``, residuals and the parts of currents are below ``2**22 * g`` and
+    membranes below ``2**24 * g * decay**(T-1)``. Beyond that float32 rounds, to 24 bits of the larger operand.
 
     Args:
         spikes: (T*B, C, H, W) int8, 0 or 1, row ``t * B + b`` being sample b at step t; channels-last without a copy.
@@ -168,19 +183,21 @@ def spike_conv(
         residual: (T*B, C', H', W'), added to the neuron's input current: a floating dtype, or int8.
         return_membrane: Return the neuron's input current, in the residual's floating dtype or float32, as well. The
             neuron sees it before it is rounded to that dtype.
+        grid: Round a floating-point residual to the nearest multiple of this, ties to even: a power of two from 2**-24
+            to 1, of which scale and bias have to be multiples; 0 leaves it as it is.
 
     Returns:
         Spikes (T*B, C', H', W') int8, channels-last, H' = ceil(H / stride); with ``return_membrane`` the pair
         (current, spikes).
 
     Raises:
-        ValueError: A tensor has the wrong shape, dtype or device, T does not divide the first axis, or C is above
-            14,563, where sums of int8 weights may leave the integers that float32 holds.
+        ValueError: A tensor has the wrong shape, dtype or device, T does not divide the first axis, ``grid`` is no such
+            power of two, or C is above 14,563, where sums of int8 weights may leave the integers that float32 holds.
     """
     check_spec(spec)
-    check_spike_conv(spikes, weight, scale, bias, residual, num_steps, stride)
+    check_spike_conv(spikes, weight, scale, bias, residual, num_steps, stride, grid)
     out, membrane = torch.ops.gac_kernels.spike_conv(
         spikes, weight, scale, bias, residual, num_steps, stride, spec.threshold, spec.decay, spec.soft_reset,
-        return_membrane,
+        return_membrane, grid,
     )  # fmt: skip
     return (membrane, out) if return_membrane else out

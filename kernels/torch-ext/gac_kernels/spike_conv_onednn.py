@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from .eager import fire, in_memory_order, reset
+from .eager import fire, in_memory_order, reset, shifted
 
 # Sums that are computed before the neuron reads them, 4 MiB, so that they are still in the cache: 48 samples of
 # gac_msresnet18_cifar took 0.94 s with it and 1.11 s a whole step at a time (two cores, 32 MiB of L3; least of 5 runs).
@@ -35,11 +35,11 @@ def why_not() -> str:
 
 def forward(
     spikes: Tensor, weight: Tensor, scale: Tensor, bias: Tensor, residual: Tensor | None, num_steps: int, stride: int,
-    threshold: float, decay: float, soft_reset: bool, out: Tensor, membrane: Tensor,
+    threshold: float, decay: float, soft_reset: bool, shift: float, out: Tensor, membrane: Tensor,
 ) -> None:  # fmt: skip
     """Write spikes and, where it has elements, the neuron's input current."""
     packed = _packed(weight, stride)
-    scale, bias = scale[:, None, None], bias[:, None, None]
+    scale, bias = scale[:, None, None], bias.sub(shift)[:, None, None]
     batch = spikes.shape[0] // num_steps
     samples = max(1, _SUMS // out[0].numel())
     for first in range(0, batch, samples):
@@ -48,7 +48,7 @@ def forward(
             rows = slice(t * batch + first, t * batch + min(first + samples, batch))
             current = packed.convolve(spikes[rows]).mul_(scale).add_(bias)
             if residual is not None:
-                current.add_(residual[rows])
+                current.add_(shifted(residual[rows], shift))
             if membrane.numel():
                 membrane[rows] = current
             u = current if v is None else v.mul_(decay).add_(current)
