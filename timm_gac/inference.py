@@ -139,7 +139,12 @@ def _convolve_and_fire(conv: Any, neuron: Any, x: Tensor, shortcut: Callable[[],
         or conv.stride not in ((1, 1), (2, 2))
     ):
         current = conv(x)
-        return neuron(current) if shortcut is None else neuron(current, shortcut())
+        if shortcut is None:
+            return neuron(current)
+        beside = shortcut()
+        if gradients or watched or shift_in_neuron(x) or beside.dtype != current.dtype:
+            return neuron(current, beside)
+        return neuron(current.add_(beside))  # in memory that is there: fresh memory costs a CPU more than the sum
     dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else conv.weight.dtype
     x, weight = x.to(dtype), conv.weight.to(dtype)
     residual = None if shortcut is None else shortcut().to(dtype)

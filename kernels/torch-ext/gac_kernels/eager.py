@@ -12,6 +12,9 @@ from torch import Tensor
 from .reference import state_dtype, surrogate_derivative
 from .spec import SURROGATES
 
+# Neurons whose membranes and spikes stay in a core's cache from step to step.
+_CACHED = 2**17
+
 
 def in_memory_order(state: Tensor) -> Tensor:
     """The elements of a dense tensor as a vector, in the order in which they lie in memory."""
@@ -28,12 +31,12 @@ def fire(u: Tensor, threshold: float) -> Tensor:
     return torch.gt(u, threshold, out=torch.empty_like(u))
 
 
-def reset(u: Tensor, fired: Tensor, threshold: float, soft_reset: bool) -> Tensor:
-    """The membrane after the reset, in the memory of the one before it; uses up ``fired``, which `fire` returned."""
+def reset(u: Tensor, fired: Tensor, threshold: float, soft_reset: bool, scratch: Tensor) -> Tensor:
+    """The membrane after the reset, in the memory of the one before it; ``scratch``, maybe ``fired``, is used up."""
     if soft_reset:
         return u.sub_(fired, alpha=threshold)
     # u where -fired > -0.5, else 0: ten times as fast on a CPU as filling by a mask, and exact for infinities too.
-    return torch.ops.aten.threshold_backward.grad_input(u, fired.neg_(), -0.5, grad_input=u)
+    return torch.ops.aten.threshold_backward.grad_input(u, torch.neg(fired, out=scratch), -0.5, grad_input=u)
 
 
 def lif_forward(
@@ -41,16 +44,36 @@ def lif_forward(
     width: float, soft_reset: bool,
 ) -> None:  # fmt: skip
     """Write spikes and, where they have elements, the last membrane and the bit mask."""
-    v = torch.zeros_like(x[0], dtype=state_dtype(x.dtype)) if state is None else state.clone()
+    rows = x.shape[1] if x.dim() > 1 else 1
+    block = rows
+    if x.device.type == "cpu" and x.dim() > 1 and not mask.numel():
+        block = max(1, _CACHED // x[0, 0].numel())
+    for first in range(0, rows, block):
+        part = (slice(None), slice(first, first + block)) if block < rows else (slice(None),)
+        _lif_forward(
+            x[part], None if state is None else state[part[1:]], spikes[part], last[part[1:]] if last.numel() else last,
+            mask, threshold, decay, width, soft_reset,
+        )  # fmt: skip
+
+
+def _lif_forward(
+    x: Tensor, state: Tensor | None, spikes: Tensor, last: Tensor, mask: Tensor, threshold: float, decay: float,
+    width: float, soft_reset: bool,
+) -> None:  # fmt: skip
+    v = torch.empty_like(x[0], dtype=state_dtype(x.dtype)).copy_(x[0] if state is None else state)
+    scratch = torch.empty_like(v)
     bits = torch.zeros_like(v, dtype=torch.int64) if mask.numel() else None
     for t, current in enumerate(x):
-        u = v.mul_(decay).add_(current)
-        fired = fire(u, threshold)
-        spikes[t] = fired
+        u = v if t == 0 and state is None else v.mul_(decay).add_(current)
+        # A CPU makes bools of them four times as slowly.
+        fired = torch.gt(u, threshold, out=spikes[t] if spikes.dtype == u.dtype else scratch)
+        if fired is scratch:
+            spikes[t] = fired
         if bits is not None:
             near = (u - threshold).abs() < width
             bits |= (fired.long() + 2 * near.long()) << (2 * t)
-        v = reset(u, fired, threshold, soft_reset)
+        if t + 1 < len(x) or last.numel():
+            v = reset(u, fired, threshold, soft_reset, scratch)
     if bits is not None:
         mask.copy_(in_memory_order(bits))
     if last.numel():
@@ -107,7 +130,7 @@ def gated_lif_forward(
         fired = fire(u, threshold)
         gate = torch.sigmoid(temporal[:, t, None, None, None].to(dtype) * scores.to(dtype))
         y[t] = gate.mul_(fired)
-        v = reset(u, fired, threshold, soft_reset)
+        v = reset(u, fired, threshold, soft_reset, fired)
 
 
 def gated_lif_backward(

@@ -185,6 +185,9 @@ def _norm_lif_backward_fake(
     return _gradients(x, weight, res_weight, need_residual)
 
 
+_OP = torch.ops.gac_kernels.norm_lif.default
+
+
 class _NormLIF(torch.autograd.Function):
     """The op's autograd. `torch.library.register_autograd` would do, but it takes as long as all of the op's launches.
 
@@ -194,7 +197,7 @@ class _NormLIF(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
         with torch._C._AutoDispatchBelowAutograd():
-            spikes, membrane, bits = torch.ops.gac_kernels.norm_lif(*args)
+            spikes, membrane, bits = _OP(*args)
         x, residual, weight, bias, mean, var, total, *rest = args
         *ctx.args, ctx.batch_stats, ctx.keep_membrane, ctx.group = rest[:-6]
         *res_norm, ctx.res_eps, _ = rest[-6:]
@@ -238,7 +241,7 @@ def _norm_lif_autograd(
     if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in differentiable):
         return _NormLIF.apply(*args)
     with torch._C._AutoDispatchBelowAutograd():
-        return torch.ops.gac_kernels.norm_lif(*args)
+        return _OP(*args)
 
 
 class ResidualNorm(NamedTuple):

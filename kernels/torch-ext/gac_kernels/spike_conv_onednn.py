@@ -54,7 +54,7 @@ def forward(
             u = current if v is None else v.mul_(decay).add_(current)
             fired = fire(u, threshold)
             out[rows] = fired
-            v = reset(u, fired, threshold, soft_reset)
+            v = reset(u, fired, threshold, soft_reset, fired)
 
 
 class _Packed(NamedTuple):
