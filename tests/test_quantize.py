@@ -161,7 +161,7 @@ def test_only_the_weights_are_rounded(name: str, monkeypatch: pytest.MonkeyPatch
             exact = (part.weight.double() * part.scale[:, None, None]).unflatten(1, (3, 3)).permute(0, 3, 1, 2)
             step = part.scale.double()[:, None, None, None]
             clipped = (exact.abs() >= 127 * step * 0.999).double()
-            assert (((float_weight - exact).abs() / step) * (1 - clipped) <= 0.5001).all(), layer
+            assert (((float_weight - exact).abs() / step) * (1 - clipped) <= 1.5001).all(), layer
             float_weight.copy_(exact)
         expected = rounded.forward_features(images.double())
         got = copy.deepcopy(network).double().forward_features(images.double())
@@ -181,11 +181,30 @@ def test_weight_rounding() -> None:
             errors[clip] = integers * scale.double()[:, None, None, None] - weight
         # Nothing is clipped by "max", whose scales are the least that do not clip; "mse" clips where that is better.
         step = torch.where(peak > 0, (peak / 127 / grid).ceil() * grid, 0.0)
-        assert (errors["max"].abs().amax((1, 2, 3)) <= step * 0.5000001).all()
+        assert (errors["max"].abs().amax((1, 2, 3)) <= step * 1.0000001).all()
         squares = {clip: error.square().sum((1, 2, 3)) for clip, error in errors.items()}
-        assert (squares["mse"] <= squares["max"]).all() and squares["mse"][1] == 0
-        assert (squares["mse"] < squares["max"]).any() or grid == 2.0  # no choice there: the grid is coarser than all
+        assert squares["mse"][1] == 0 and (squares["mse"] <= squares["max"] * 1.01).all()
+        assert squares["mse"].sum() < squares["max"].sum() or grid == 2.0  # no choice there: coarser than all weights
+        # Errors cancel over an output channel and, up to the few moved for that, within each window.
+        assert (errors["max"].sum((1, 2, 3)).abs() <= step * 0.51).all()
+        windows = errors["max"].sum((2, 3)).abs() / step.clamp(min=1e-12)[:, None]
+        assert windows.max() <= 2.51 and (windows <= 0.51).double().mean() > 0.9
     assert quantize_weight(weight, "mse", 2.0**-15)[0].abs().max() == 127
+
+
+def test_rounding_errors_cancel_on_spikes_and_keep_zeros() -> None:
+    """Against rounding to nearest: less error of the convolution of spikes that come in patches, zeros stay zeros."""
+    weight = torch.randn(24, 32, 3, 3, dtype=torch.float64)
+    weight[:, ::4] = 0.0
+    integers, scale = quantize_weight(weight, "mse", 2.0**-15)
+    step = scale.double()[:, None, None, None]
+    nearest = (weight / step).round().clamp(-127, 127)
+    assert not integers[:, ::4].any() and not torch.equal(integers.double(), nearest)
+    patches = torch.nn.functional.avg_pool2d(torch.rand(8, 32, 20, 20, dtype=torch.float64), 5, 1)
+    spikes = (patches > 0.52).double()
+    assert 0.1 < spikes.mean() < 0.6
+    errors = [torch.nn.functional.conv2d(spikes, q * step - weight).square().mean() for q in (integers, nearest)]
+    assert errors[0] < 0.7 * errors[1]
 
 
 @pytest.mark.parametrize("name", ["test_gac_msresnet", "gac_spiking_resnet18"])

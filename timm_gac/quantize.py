@@ -28,7 +28,8 @@ _STAGES = ("layer1", "layer2", "layer3", "layer4")
 def quantize(model: nn.Module, clip: str = "mse") -> IntegerSpikingResNet:
     """A copy of a trained network whose 3x3 convolutions of spikes have int8 weights, for inference.
 
-    Batch norms are folded; each output channel gets one scale, symmetric around 0; the weights are rounded to nearest.
+    Batch norms are folded; each output channel gets one scale, symmetric around 0; the weights are rounded so that
+    their errors cancel within each window and each output channel (`quantize_weight`), which needs no data.
     Spikes are integers already, so the convolutions are exact. Scales, biases and what encoder and 1x1 shortcuts add to
     the neurons' currents are rounded to multiples of a power of two, 2**-15 at T=4 and decay 1/2, so that float32
     computes the neurons behind them exactly too, with the spikes of float64; `timm_gac.models.integer.current_grid`
@@ -120,7 +121,12 @@ def _spike_conv(conv: nn.Conv2d, shift: Tensor, network: SpikingResNet, clip: st
 
 
 def quantize_weight(weight: Tensor, clip: str, grid: float) -> tuple[Tensor, Tensor]:
-    """Symmetric 8-bit rounding per output channel.
+    """Symmetric 8-bit rounding per output channel, whose errors cancel.
+
+    A spike is 0 or 1 and a feature map fires in patches, so an error counts by its sum over the window and, since all
+    maps fire, by its sum over all input channels; what is left of them acts as a shift of the threshold. Rounding to
+    nearest leaves these sums to chance. Here as few integers as suffice, those nearest to a tie, go to the other side
+    until the errors of each window and then of each output channel add up to at most about half a unit.
 
     Args:
         weight: (C', C, 3, 3) float64.
@@ -139,7 +145,23 @@ def quantize_weight(weight: Tensor, clip: str, grid: float) -> tuple[Tensor, Ten
         error = (_round(weight, tried) * tried.double()[:, None, None, None] - weight).square().sum((1, 2, 3))
         better = error < best
         best, scale = torch.where(better, error, best), torch.where(better, tried, scale)
-    return _round(weight, scale).to(torch.int8), scale
+    exact, rounded = weight / scale.double()[:, None, None, None], _round(weight, scale)
+    for first in (2, 1):  # each window, then each output channel
+        rounded = _balance(exact.flatten(first), rounded.flatten(first)).view_as(weight)
+    return rounded.to(torch.int8), scale
+
+
+def _balance(exact: Tensor, rounded: Tensor) -> Tensor:
+    """Integers of which some have gone to the other side of ``exact``, so that errors cancel along the last axis.
+
+    Weights that are 0 stay so.
+    """
+    error = exact - rounded
+    total = error.sum(-1, keepdim=True)
+    side = total.sign()
+    free = (exact != 0) & ((rounded + side).abs() <= _LEVELS)
+    rank = torch.where(free, error * side, -torch.inf).sort(stable=True, descending=True).indices.argsort(-1)
+    return rounded + side * (free & (rank < total.abs().round()))
 
 
 def _round(weight: Tensor, scale: Tensor) -> Tensor:
