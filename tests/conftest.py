@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 
 import torch
 
@@ -33,3 +34,12 @@ def poisoned():
     torch.utils.deterministic.fill_uninitialized_memory = True
     yield
     torch.use_deterministic_algorithms(before)
+
+
+@pytest.fixture(params=["eager", "triton"])
+def backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Each implementation of the ops in turn."""
+    from gac_kernels import use_backend
+
+    with use_backend(request.param):
+        yield request.param

@@ -49,3 +49,10 @@ def assert_matches(
     pairs = zip(torch.autograd.grad(out, mine, grads), torch.autograd.grad(ref, theirs, grads), strict=True)
     for i, (a, b) in enumerate(pairs):
         assert_close(f"gradient {i}", a, b)
+
+
+def gate_inputs(shape, num_steps, dtype, device, static=True, scale=1.5):
+    """Current, spatial scores and temporal scores; by ``scale`` the current is large enough to fire."""
+    shape = shape if static else (num_steps, *shape)
+    current, spatial = (torch.randn(shape, device=device).mul_(scale).to(dtype) for _ in range(2))
+    return [current, spatial, torch.randn(shape[-4], num_steps, device=device).to(dtype)]

@@ -5,16 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from gac_kernels import count_spikes, use_backend
+from gac_kernels import count_spikes
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.int8]
 LAYOUTS = [torch.contiguous_format, torch.channels_last]
-
-
-@pytest.fixture(params=["eager", "triton"])
-def backend(request):
-    with use_backend(request.param):
-        yield request.param
 
 
 def fresh(x, num_steps):

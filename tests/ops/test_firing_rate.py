@@ -6,16 +6,10 @@ import pytest
 import torch
 
 from compare import assert_close
-from gac_kernels import firing_rate, use_backend
+from gac_kernels import firing_rate
 
 LAYOUTS = [torch.contiguous_format, torch.channels_last]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.int8]
-
-
-@pytest.fixture(params=["eager", "triton"])
-def backend(request):
-    with use_backend(request.param):
-        yield request.param
 
 
 def spikes_of(shape, dtype, layout, device):

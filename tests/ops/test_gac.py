@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from compare import assert_close, assert_matches
+from compare import assert_close, assert_matches, gate_inputs
 from gac_kernels import (
     CIFAR,
     IMAGENET,
@@ -15,7 +15,6 @@ from gac_kernels import (
     gated_lif,
     gated_lif_reference,
     lif_reference,
-    use_backend,
 )
 
 DIALECTS = {"cifar": CIFAR, "imagenet": IMAGENET}
@@ -25,19 +24,6 @@ SPECS = {
     "soft-detached-atan": LIFSpec(reset="soft", detach_reset=True, surrogate="atan"),
     "sigmoid": LIFSpec(surrogate="sigmoid"),
 }
-
-
-@pytest.fixture(params=["eager", "triton"])
-def backend(request):
-    with use_backend(request.param):
-        yield request.param
-
-
-def inputs(shape, num_steps, dtype, device, static=True):
-    """Current, spatial scores and temporal scores; the current is large enough to fire."""
-    shape = shape if static else (num_steps, *shape)
-    current, spatial = (torch.randn(shape, device=device).mul_(1.5).to(dtype) for _ in range(2))
-    return [current, spatial, torch.randn(shape[-4], num_steps, device=device).to(dtype)]
 
 
 def test_reference_is_its_formula():
@@ -51,7 +37,7 @@ def test_reference_is_its_formula():
 
 @pytest.mark.parametrize("static", [True, False], ids=["static", "varying"])
 def test_smooth_twin_passes_gradcheck(static):
-    args = [x.double().requires_grad_() for x in inputs((2, 2, 1, 2), 3, torch.float64, "cpu", static)]
+    args = [x.double().requires_grad_() for x in gate_inputs((2, 2, 1, 2), 3, torch.float64, "cpu", static)]
     reference = gac_encode_reference if static else gated_lif_reference
     assert torch.autograd.gradcheck(lambda *a: reference(*a, CIFAR, smooth=True), args, atol=1e-6)
 
@@ -60,7 +46,7 @@ def test_smooth_twin_passes_gradcheck(static):
 @pytest.mark.parametrize("num_steps", [1, 4, 6, 11])
 @pytest.mark.parametrize("spec", DIALECTS.values(), ids=DIALECTS.keys())
 def test_encode_matches_reference(backend, spec, num_steps, dtype, device, poisoned):
-    args = inputs((3, 5, 7, 9), num_steps, dtype, device)
+    args = gate_inputs((3, 5, 7, 9), num_steps, dtype, device)
     assert_matches(lambda *a: gac_encode(*a, spec), lambda *a: gac_encode_reference(*a, spec), args)
 
 
@@ -69,12 +55,12 @@ def test_encode_matches_reference(backend, spec, num_steps, dtype, device, poiso
 @pytest.mark.parametrize("num_steps", [3, 10])
 def test_every_spec(backend, spec, static, num_steps, device, poisoned):
     op, reference = (gac_encode, gac_encode_reference) if static else (gated_lif, gated_lif_reference)
-    args = inputs((2, 3, 5, 4), num_steps, torch.float32, device, static)
+    args = gate_inputs((2, 3, 5, 4), num_steps, torch.float32, device, static)
     assert_matches(lambda *a: op(*a, spec), lambda *a: reference(*a, spec), args)
 
 
 def test_float64(device):
-    args = inputs((2, 3, 5, 4), 4, torch.float64, device)
+    args = gate_inputs((2, 3, 5, 4), 4, torch.float64, device)
     assert_matches(gac_encode, gac_encode_reference, [a.double() for a in args])
 
 
@@ -89,7 +75,7 @@ LAYOUTS = {
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_layouts(backend, layout, device, poisoned):
     """Layouts may differ between the inputs and the incoming gradient; the output keeps channels-last."""
-    stem, spatial, temporal = inputs((3, 4, 5, 6), 4, torch.float32, device)
+    stem, spatial, temporal = gate_inputs((3, 4, 5, 6), 4, torch.float32, device)
     args = [LAYOUTS[layout](stem), spatial, temporal.t().contiguous().t()]
     assert_matches(gac_encode, lambda *a: gac_encode_reference(*a), args)
     y = gac_encode(*args)
@@ -104,7 +90,7 @@ def test_layouts(backend, layout, device, poisoned):
 
 
 def test_gradients_are_deterministic(backend, device):
-    args = [a.requires_grad_() for a in inputs((2, 8, 16, 16), 4, torch.float32, device)]
+    args = [a.requires_grad_() for a in gate_inputs((2, 8, 16, 16), 4, torch.float32, device)]
     grad = torch.randn(4, 2, 8, 16, 16, device=device)
     first, second = (torch.autograd.grad(gac_encode(*args), args, grad) for _ in range(2))
     for a, b in zip(first, second, strict=True):
@@ -112,14 +98,14 @@ def test_gradients_are_deterministic(backend, device):
 
 
 def test_fires_exactly_where_the_neuron_fires(backend, device):
-    stem, spatial, temporal = inputs((2, 3, 8, 8), 6, torch.float32, device)
+    stem, spatial, temporal = gate_inputs((2, 3, 8, 8), 6, torch.float32, device)
     spikes = lif_reference(stem.expand(6, *stem.shape))
     assert torch.equal(gac_encode(stem, spatial, temporal) > 0, spikes > 0)
 
 
 @pytest.mark.parametrize("shape", [(0, 3, 4, 4), (2, 3, 0, 4)])
 def test_zero_size(backend, shape, device):
-    args = [a.requires_grad_() for a in inputs(shape, 4, torch.float32, device)]
+    args = [a.requires_grad_() for a in gate_inputs(shape, 4, torch.float32, device)]
     y = gac_encode(*args)
     y.sum().backward()
     assert y.shape == (4, *shape) and all(a.grad.shape == a.shape for a in args)
@@ -152,13 +138,13 @@ def test_varying_input_needs_matching_steps():
 @pytest.mark.parametrize("static", [True, False], ids=["static", "varying"])
 def test_opcheck(backend, static, device):
     for spec in DIALECTS.values():
-        args = [a.requires_grad_() for a in inputs((2, 3, 4, 5), 3, torch.float32, device, static)]
+        args = [a.requires_grad_() for a in gate_inputs((2, 3, 4, 5), 3, torch.float32, device, static)]
         scalars = (spec.threshold, spec.decay, spec.surrogate_id, spec.width, spec.detach_reset, spec.soft_reset)
         torch.library.opcheck(torch.ops.gac_kernels.gated_lif.default, (*args, *scalars))
 
 
 def test_compiles_in_one_graph(device):
-    args = [a.requires_grad_() for a in inputs((2, 3, 4, 5), 3, torch.float32, device)]
+    args = [a.requires_grad_() for a in gate_inputs((2, 3, 4, 5), 3, torch.float32, device)]
 
     def step(stem, spatial, temporal):
         return (gac_encode(stem * 1.5, spatial, temporal) * stem).sum()

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 
-from compare import assert_close, assert_matches, twins
+from compare import assert_close, assert_matches, gate_inputs, twins
 from gac_kernels import (
     CIFAR,
     IMAGENET,
@@ -24,17 +26,7 @@ DIALECTS = {"cifar": CIFAR, "imagenet": IMAGENET}
 SPECS = {**DIALECTS, "soft": LIFSpec(threshold=0.6, reset="soft"), "sigmoid": LIFSpec(surrogate="sigmoid")}
 
 
-@pytest.fixture(params=["eager", "triton"])
-def backend(request):
-    with use_backend(request.param):
-        yield request.param
-
-
-def inputs(shape, num_steps, dtype, device, static=True):
-    """Current, spatial scores and temporal scores, large enough for both neurons to fire."""
-    shape = shape if static else (num_steps, *shape)
-    current, spatial = (torch.randn(shape, device=device).mul_(2.0).to(dtype) for _ in range(2))
-    return [current, spatial, torch.randn(shape[-4], num_steps, device=device).to(dtype)]
+inputs = functools.partial(gate_inputs, scale=2.0)  # both neurons fire
 
 
 def composed(stem, spatial, temporal, spec=CIFAR):

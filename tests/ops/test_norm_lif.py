@@ -15,12 +15,6 @@ FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channel
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1.5e-2}
 
 
-@pytest.fixture(params=["eager", "triton"])
-def backend(request):
-    with use_backend(request.param):
-        yield request.param
-
-
 class Case:
     """Inputs of a norm_lif call; ``grads(f)`` gives outputs and gradients of it."""
 

@@ -6,15 +6,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from gac_kernels import pad_frames, use_backend
+from gac_kernels import pad_frames
 
 LAYOUTS = [torch.contiguous_format, torch.channels_last]
-
-
-@pytest.fixture(params=["eager", "triton"])
-def backend(request):
-    with use_backend(request.param):
-        yield request.param
 
 
 def expected(x, before, after, rectify):

@@ -15,12 +15,6 @@ DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 BLOCK = DEFAULTS["pool_frames"]["BLOCK"]
 
 
-@pytest.fixture(params=["eager", "triton"])
-def backend(request):
-    with use_backend(request.param):
-        yield request.param
-
-
 def expected(x):
     return x.mean((1, 2, 3)), x.amax((1, 2, 3))
 

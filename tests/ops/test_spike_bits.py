@@ -17,16 +17,9 @@ from gac_kernels import (
     pack_spikes,
     packed_conv2d,
     unpack_spikes,
-    use_backend,
 )
 
 FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
-
-
-@pytest.fixture(params=["eager", "triton"])
-def backend(request):
-    with use_backend(request.param):
-        yield request.param
 
 
 def spikes_of(num_steps: int, device, dtype=torch.float32, memory_format=torch.channels_last) -> Tensor:
