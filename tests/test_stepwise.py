@@ -46,10 +46,12 @@ def test_steps_are_those_of_the_whole_pass(name, change, encoder, monkeypatch):
     with torch.no_grad():
         whole = model.forward_steps(images)
     assert torch.unique(whole[:, 1:] - whole[:, :-1]).numel() > 1  # what neurons carry over matters
-    sures = torch.cat([early_exit(whole[:, :t], 1.0).confidence for t in range(1, 5)]).sort().values
-    middle = sures[len(sures) // 3 : 2 * len(sures) // 3]
-    widest = middle.diff().argmax()  # a confidence that no rounding takes to the other side
-    some = middle[widest : widest + 2].mean().item()
+    sures = torch.stack([early_exit(whole[:, :t], 1.0).confidence for t in range(1, 5)])
+    # Some leave at once and some do not, and no rounding takes a confidence to the other side.
+    least, most = sures[0].aminmax()
+    between = sures[(sures >= least) & (sures <= most)].sort().values
+    widest = between.diff().argmax()
+    some = between[widest : widest + 2].mean().item()
     expected = early_exit(whole, some)
     rows = forward_until_sure(model, images, some)
     assert [len(row) for row in rows] == expected.steps.tolist() and len(set(map(len, rows))) > 1
