@@ -14,6 +14,7 @@ import torch
 from gac_kernels import CIFAR
 from timm_gac import cli, fuse_for_inference
 from timm_gac.inspect import inspect_network, write_inspection
+from timm_gac.inspect.command import InspectConfig, run_inspect
 from timm_gac.inspect.record import BINS, HIGH, LOW
 from timm_gac.recording import current_of, membrane_of, neuron_layers, spikes_of
 from timm_gac.sources import calibrate
@@ -134,6 +135,15 @@ def test_command_reads_a_picture(tmp_path: Path, capsys):
     assert "random (seed 0), batch-norm statistics of these images" in (tmp_path / "page" / "index.html").read_text()
     assert cli.main(arguments) == 2 and "--overwrite" in capsys.readouterr().err
     assert cli.main([*arguments[:2], str(tmp_path / "b.png"), "--out", str(tmp_path / "c")]) == 2
+
+
+def test_classes_have_the_names_of_the_published_weights(tmp_path: Path):
+    from PIL import Image
+
+    pytest.importorskip("matplotlib", reason="draws with matplotlib")
+    Image.fromarray((torch.rand(32, 32, 3) * 255).to(torch.uint8).numpy()).save(tmp_path / "a.png")
+    seen = run_inspect("gac_msresnet18_cifar.cifar100", str(tmp_path / "a.png"), InspectConfig(out=tmp_path / "page"))
+    assert seen.label_names[:2] == ("apple", "aquarium_fish") and len(seen.label_names) == 100
 
 
 def test_errors_say_what_to_do():

@@ -8,7 +8,7 @@ from typing import Literal
 
 from rich.console import Console
 
-from ..sources import calibrate, open_images, open_network
+from ..sources import calibrate, label_names, open_images, open_network
 from .page import write_inspection
 from .record import Inspection, inspect_network
 
@@ -69,7 +69,7 @@ def run_inspect(model: str, image: str, config: InspectConfig, console: Console 
     if weights.startswith("random"):
         calibrate(network, batches)
         weights += ", batch-norm statistics of these images"
-    inspection = inspect_network(network, batches, weights)
+    inspection = inspect_network(network, batches, weights, label_names(network, model))
     console = console or Console()
     for file in write_inspection(inspection, config.out):
         console.print(f"wrote {file}", highlight=False, soft_wrap=True)

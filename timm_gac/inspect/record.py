@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -182,13 +182,16 @@ class _Recorder:
 
 
 @torch.no_grad()
-def inspect_network(model: Any, batches: Iterable[Tensor], weights: str = "") -> Inspection:
+def inspect_network(
+    model: Any, batches: Iterable[Tensor], weights: str = "", label_names: Sequence[str] = ()
+) -> Inspection:
     """Run a network on images and record what happens in it.
 
     Args:
         model: A network of this package with ``forward_steps``, in eval mode; batch norms folded or not.
         batches: Images ``(B, C, H, W)`` or frames ``(B, T, C, H, W)`` of one size; the very first is drawn.
         weights: Where the weights are from, to be kept with the record.
+        label_names: Names of the classes, in order; where left out, those of the model's configuration.
 
     Raises:
         ValueError: The model has no per-step logits, is in training mode, or there are no images.
@@ -212,7 +215,7 @@ def inspect_network(model: Any, batches: Iterable[Tensor], weights: str = "") ->
     if "temporal" in kept:
         gate = (kept["temporal"][:, None, None, None] * kept["spatial"]).sigmoid().mean(1)
     config = model.pretrained_cfg or {}
-    names = tuple(config.get("label_names") or ())
+    names = tuple(label_names or config.get("label_names") or ())
     return Inspection(
         model=config.get("architecture") or type(model).__name__,
         weights=weights,
