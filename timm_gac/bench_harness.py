@@ -198,19 +198,22 @@ def check_csv(path: Path, columns: Sequence[str]) -> None:
         raise ValueError(f"expected {path} to have the columns {list(columns)}, got {header}: choose another file")
 
 
-def append_csv(path: Path, columns: Sequence[str], rows: Iterable[Row]) -> None:
+def append_csv(path: Path, columns: Sequence[str], rows: Iterable[Row], keep: int | None = None) -> None:
     """Append rows to a CSV file, with a header if it is new. What the file holds already stays as it is.
 
     Args:
         path: The file; its folder is made where missing.
         columns: The header, in order.
         rows: One mapping from column to value each; floats keep six digits, None leaves its cell empty.
+        keep: The file's size in bytes before this run, whose earlier rows, behind that, are written anew.
 
     Raises:
         ValueError: The file exists with another header.
     """
     check_csv(path, columns)
     path.parent.mkdir(parents=True, exist_ok=True)
+    if keep is not None and path.exists():
+        os.truncate(path, keep)
     with path.open("a", newline="") as file:
         writer = csv.DictWriter(file, columns, lineterminator="\n")
         if file.tell() == 0:

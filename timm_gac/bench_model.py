@@ -175,6 +175,14 @@ def bench_model(config: ModelBenchConfig) -> tuple[list[Row], list[Row]]:
     deadline = time.perf_counter() + (config.time_budget_s or math.inf)
     rows: list[Row] = []
     profiles: list[Row] = []
+    before = config.csv.stat().st_size if config.csv and config.csv.exists() else 0
+
+    def keep() -> list[Row]:  # all rows each time: the floor that others are held against may come after them
+        finished = [_finish(row, rows) | origin for row in rows]
+        if config.csv:
+            append_csv(config.csv, COLUMNS, finished, before)
+        return finished
+
     with exit_on_sigterm():
         try:
             for case in config.cases():
@@ -186,13 +194,12 @@ def bench_model(config: ModelBenchConfig) -> tuple[list[Row], list[Row]]:
                         _logger.warning("time budget spent: no %s %s", provider, case)
                         continue
                     rows.append(_bench_provider(session, provider, min(remaining, config.provider_limit_s or math.inf)))
+                    keep()  # a rival that never comes back from its compilation takes no rows along
                 if config.profile and deadline > time.perf_counter():
                     profiles.append(asdict(case) | session.profile() | origin)
                 del session
         finally:  # what has been measured is kept, also where the run is cut
-            rows = [_finish(row, rows) | origin for row in rows]
-            if config.csv:
-                append_csv(config.csv, COLUMNS, rows)
+            rows = keep()
             if profile_path:
                 append_json(profile_path, profiles)
     if config.png:
