@@ -364,6 +364,22 @@ def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert bench_session.CHECK_BATCH > 1
 
 
+def test_rows_of_two_runs_into_one_file_are_all_kept(tmp_path: Path) -> None:
+    """One run rewrites its own rows, whose floor is known later, and nobody else's."""
+    path, row = tmp_path / "rows.csv", dict.fromkeys(bench_model.COLUMNS)
+    path.write_text(",".join(bench_model.COLUMNS) + "\n")
+    ours, other = bench_model._GrowingTable(path), row | {"provider": "other"}
+    rows = [row | {"provider": "a"}]
+    ours.write(rows)
+    rows = [rows[0] | {"floor_fraction": 0.5}, row | {"provider": "b"}]
+    ours.write(rows)
+    bench_model.append_csv(path, bench_model.COLUMNS, [other])
+    ours.write([*rows, row | {"provider": "c"}])
+    with path.open(newline="") as stream:
+        found = list(csv.DictReader(stream))
+    assert [line["provider"] for line in found] == ["a", "b", "other", "c"] and found[0]["floor_fraction"] == "0.5"
+
+
 def test_a_run_that_is_cut_keeps_what_it_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def cut(session, provider, limit_s, run=bench_model._bench_provider):
         if provider == "spikingjelly":

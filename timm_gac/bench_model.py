@@ -175,12 +175,12 @@ def bench_model(config: ModelBenchConfig) -> tuple[list[Row], list[Row]]:
     deadline = time.perf_counter() + (config.time_budget_s or math.inf)
     rows: list[Row] = []
     profiles: list[Row] = []
-    before = config.csv.stat().st_size if config.csv and config.csv.exists() else 0
+    table = _GrowingTable(config.csv) if config.csv else None
 
-    def keep() -> list[Row]:  # all rows each time: the floor that others are held against may come after them
+    def keep() -> list[Row]:
         finished = [_finish(row, rows) | origin for row in rows]
-        if config.csv:
-            append_csv(config.csv, COLUMNS, finished, before)
+        if table:
+            table.write(finished)
         return finished
 
     with exit_on_sigterm():
@@ -205,6 +205,24 @@ def bench_model(config: ModelBenchConfig) -> tuple[list[Row], list[Row]]:
     if config.png:
         write_chart(rows, config.png)
     return rows, profiles
+
+
+class _GrowingTable:
+    """A run's rows at the end of a CSV file, written anew with every row: a floor that comes later completes others."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.first, self.rows = path, 0, 0
+        self.begin = self.end = self._size()
+
+    def write(self, rows: Sequence[Row]) -> None:
+        """Write all rows so far; behind what somebody else has appended meanwhile, only those that are new."""
+        if self._size() != self.end:
+            self.begin, self.first = self._size(), self.rows
+        append_csv(self.path, COLUMNS, rows[self.first :], self.begin)
+        self.rows, self.end = len(rows), self._size()
+
+    def _size(self) -> int:
+        return self.path.stat().st_size if self.path.exists() else 0
 
 
 def _bench_provider(session: Session, provider: str, limit_s: float) -> Row:

@@ -150,10 +150,13 @@ def milliseconds(calls: list[Call]) -> float:
 def search(op: str, calls: list[Call], elements: Sequence[int]) -> tuple[dict[str, int], dict[str, float]]:
     """Best launch parameters of ``op`` and the time of every candidate, in milliseconds."""
     default, times = tuning.DEFAULTS[op], {}
+    # Defaults of some T alone, which would win over every candidate.
+    of_steps = {key: tuning.DEFAULTS.pop(key) for key in list(tuning.DEFAULTS) if key.startswith(f"{op}:")}
     for config in candidates(op, elements):
         use(op, config)
         with contextlib.suppress(OutOfResources):
             times[json.dumps(config)] = milliseconds(calls)
+    tuning.DEFAULTS.update(of_steps)
     use(op, default)
     return json.loads(min(times, key=times.__getitem__)), times
 

@@ -122,10 +122,12 @@ def _check(
                 f"expected {name} of shape ({x.shape[1]},) on {x.device}, got {tuple(running.shape)} on "
                 f"{running.device}: one value a channel, where x is"
             )
-    if num_batches is not None and (num_batches.dtype != torch.int64 or num_batches.numel() != 1):
+    if num_batches is not None and (
+        num_batches.dtype != torch.int64 or num_batches.numel() != 1 or num_batches.device != x.device
+    ):
         raise ValueError(
-            f"expected num_batches as one int64 value, got {num_batches.dtype} of shape {tuple(num_batches.shape)}: "
-            "give a batch norm's num_batches_tracked"
+            f"expected num_batches as one int64 value on {x.device}, got {num_batches.dtype} of shape "
+            f"{tuple(num_batches.shape)} on {num_batches.device}: give a batch norm's num_batches_tracked, where x is"
         )
 
 
@@ -166,6 +168,6 @@ def batch_stats(
 
     Raises:
         ValueError: x is no floating (N, C, H, W) tensor, or has fewer than two values a channel; only one of the
-            running statistics was given, or one of another shape or device; or num_batches is no single int64 value.
+            running statistics was given, or one of another shape or device; or num_batches is no int64 value there.
     """
     return torch.ops.gac_kernels.batch_stats(x.detach(), running_mean, running_var, momentum, num_batches)

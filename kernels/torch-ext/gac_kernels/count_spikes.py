@@ -65,15 +65,16 @@ def _check(x: Tensor, num_steps: int, total: Tensor, real: Tensor) -> None:
             f"expected total as float32 of shape {(num_steps, *x.shape[1:])}, got {total.dtype} of shape "
             f"{tuple(total.shape)}: one count a step and neuron"
         )
-    if not torch.empty_like(total).stride() == total.stride() or (
-        num_steps > 1 and total.stride(0) != total[0].numel()
-    ):
+    span = 1 + sum((size - 1) * stride for size, stride in zip(total.shape, total.stride(), strict=True))
+    if total.numel() and (span != total.numel() or (num_steps > 1 and total.stride(0) != total[0].numel())):
         raise ValueError(f"expected total dense, one step after another, got strides {total.stride()}: use torch.zeros")
     if real.dtype != torch.bool or real.numel() != 1:
         raise ValueError(
             f"expected real as one bool, got {real.dtype} of shape {tuple(real.shape)}: use torch.zeros((), "
             "dtype=torch.bool)"
         )
+    if total.device != x.device or real.device != x.device:
+        raise ValueError(f"expected total and real on {x.device}, got {total.device} and {real.device}: move them")
 
 
 @torch.library.impl(_lib, "count_spikes", "CompositeExplicitAutograd")
@@ -100,7 +101,7 @@ def count_spikes(x: Tensor, num_steps: int, total: Tensor, real: Tensor) -> None
         real: One bool, set in place where a value of x is none of 0, 1 and -1.
 
     Raises:
-        ValueError: A shape, dtype or memory layout is another, or T does not divide the first axis.
+        ValueError: A shape, dtype, device or memory layout is another, or T does not divide the first axis.
     """
     _check(x, num_steps, total, real)
     torch.ops.gac_kernels.count_spikes(x.detach(), num_steps, total, real)

@@ -21,35 +21,6 @@ DEFAULTS: dict[str, dict[str, int]] = {
     "gac_bwd": {"BLOCK": 128, "num_warps": 1, "TILES": 4},
     "gac_fire_fwd": {"BLOCK": 1024, "num_warps": 4},
     "gac_fire_bwd": {"BLOCK": 128, "num_warps": 1},
-    # REVERSE: each kernel walks against the one before it, convolution > statistics > forward, convolution > reduce >
-    # apply, since the L2 cache holds what was touched last. Without statistics in between, forward walks the other way.
-    # PER_SM: as many programs as registers allow at once, for one more waits for all the others. _residual: a sum with
-    # a shortcut, whose membrane is kept; _normed: with a shortcut that has a norm of its own.
-    "batch_stats": {"TILE": 4096, "BLOCK_C": 128, "num_warps": 8, "PER_SM": 4, "STAGES": 1, "REVERSE": 1},
-    "norm_lif_fwd": {"TILE": 4096, "BLOCK_C": 128, "num_warps": 8, "REVERSE": 0},
-    "norm_lif_fwd_residual": {"TILE": 4096, "BLOCK_C": 128, "num_warps": 8, "REVERSE": 0},
-    "norm_lif_fwd_normed": {"TILE": 4096, "BLOCK_C": 128, "num_warps": 8, "REVERSE": 0},
-    "norm_lif_fwd_eval": {"TILE": 4096, "BLOCK_C": 128, "num_warps": 8, "REVERSE": 1},
-    "norm_lif_bwd_reduce": {"TILE": 1024, "BLOCK_C": 128, "num_warps": 4, "PER_SM": 4, "STAGES": 1, "REVERSE": 1},
-    "norm_lif_bwd_reduce_residual": {
-        "TILE": 1024,
-        "BLOCK_C": 128,
-        "num_warps": 4,
-        "PER_SM": 3,
-        "STAGES": 1,
-        "REVERSE": 1,
-    },
-    "norm_lif_bwd_reduce_normed": {
-        "TILE": 1024,
-        "BLOCK_C": 128,
-        "num_warps": 4,
-        "PER_SM": 3,
-        "STAGES": 1,
-        "REVERSE": 1,
-    },
-    "norm_lif_bwd_apply": {"TILE": 2048, "BLOCK_C": 128, "num_warps": 8, "REVERSE": 0},
-    "norm_lif_bwd_apply_residual": {"TILE": 2048, "BLOCK_C": 128, "num_warps": 8, "REVERSE": 0},
-    "norm_lif_bwd_apply_normed": {"TILE": 2048, "BLOCK_C": 128, "num_warps": 8, "REVERSE": 0},
     "pad_frames": {"BLOCK": 1024, "num_warps": 4},
     "count_spikes": {"BLOCK": 1024, "num_warps": 4, "STAGES": 5},
     "firing_rate": {"BLOCK": 1024, "num_warps": 4},
@@ -59,12 +30,23 @@ DEFAULTS: dict[str, dict[str, int]] = {
     "conv_lif_hopper": {"BLOCK_M": 64, "BLOCK_N": 128, "RING": 3, "STEPS": 1, "num_warps": 4, "ONE_PASS": 0},
     "spike_conv_hopper": {"BLOCK_M": 64, "BLOCK_N": 128, "RING": 4, "STEPS": 1, "num_warps": 4},
 }
-# What more steps in registers leave room for; a key with T wins over the one without.
+# REVERSE: each kernel walks against the one before it, convolution > statistics > forward, convolution > reduce >
+# apply, since the L2 cache holds what was touched last. Without statistics in between, forward walks the other way.
+# PER_SM: as many programs as registers allow at once, for one more waits for all the others; a key with T wins.
 DEFAULTS |= {
-    f"norm_lif_bwd_reduce{kind}:{steps}": {"PER_SM": 2 if steps > 6 or kind == "_normed" else 3}
-    for kind in ("", "_residual", "_normed")
-    for steps in range(5, 9)
+    "batch_stats": {"TILE": 4096, "BLOCK_C": 128, "num_warps": 8, "PER_SM": 4, "STAGES": 1, "REVERSE": 1},
+    "norm_lif_fwd_eval": {"TILE": 4096, "BLOCK_C": 128, "num_warps": 8, "REVERSE": 1},
 }
+# A sum with a shortcut, whose membrane is kept, and with a shortcut that has a norm of its own, take more registers.
+for _kind, _per_sm in {"": 4, "_residual": 3, "_normed": 3}.items():
+    _reduce = {"TILE": 1024, "BLOCK_C": 128, "num_warps": 4, "PER_SM": _per_sm, "STAGES": 1, "REVERSE": 1}
+    DEFAULTS |= {
+        f"norm_lif_fwd{_kind}": {"TILE": 4096, "BLOCK_C": 128, "num_warps": 8, "REVERSE": 0},
+        f"norm_lif_bwd_reduce{_kind}": _reduce,
+        f"norm_lif_bwd_apply{_kind}": {"TILE": 2048, "BLOCK_C": 128, "num_warps": 8, "REVERSE": 0},
+    }
+    for _steps in range(5, 9):
+        DEFAULTS[f"norm_lif_bwd_reduce{_kind}:{_steps}"] = {"PER_SM": 2 if _steps > 6 or _kind == "_normed" else 3}
 
 
 @functools.cache
