@@ -1,17 +1,38 @@
-"""Convolutions of spikes that can keep the spikes' bits alone for their backward pass.
+"""Convolutions that can leave their weight gradients to a second stream, and of spikes that can keep their bits alone.
 
 No ``from __future__ import annotations`` here: TorchScript reads the class annotations as types, not as strings.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
+from . import weight_gradients
 from .neuron import check_num_steps
 
-__all__ = ["SpikeConv2d"]
+__all__ = ["Conv2d", "SpikeConv2d"]
 
 
-class SpikeConv2d(nn.Conv2d):
+class Conv2d(nn.Conv2d):
+    """``nn.Conv2d`` whose weight gradient can be computed on a second stream: see `weight_gradients`."""
+
+    prepared_weight: Any = None  # set by `weight_gradients.prepared` for the time of a forward pass
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The convolution of x."""
+        if not torch.jit.is_scripting():  # noqa: SIM102 (TorchScript skips the block only where this stands alone)
+            if self.prepared_weight is not None:
+                return self._beside_norms(x, None, 1)
+        return self._conv_forward(x, self.weight, self.bias)
+
+    @torch.jit.unused
+    def _beside_norms(self, x: Tensor, bits: Tensor | None, num_steps: int) -> Tensor:
+        geometry: Any = (self.stride, self.padding, self.dilation, self.groups)
+        return weight_gradients.convolve(x, self.prepared_weight, bits, num_steps, geometry)
+
+
+class SpikeConv2d(Conv2d):
     """A convolution of time-folded spikes without bias, which can keep their bits alone for its backward pass.
 
     Everything else, parameters and state_dict too, is ``nn.Conv2d``'s.
@@ -46,7 +67,9 @@ class SpikeConv2d(nn.Conv2d):
 
     def forward(self, x: Tensor, bits: Tensor | None = None) -> Tensor:
         """The convolution of x; with ``bits``, which `pack_spikes` makes of x, x itself is not kept."""
-        if not torch.jit.is_scripting():  # noqa: SIM102 (TorchScript skips the block only where this stands alone)
+        if not torch.jit.is_scripting():
+            if self.prepared_weight is not None:
+                return self._beside_norms(x, bits, self.num_steps)
             if bits is not None:
                 return self._packed(x, bits)
         return self._conv_forward(x, self.weight, self.bias)

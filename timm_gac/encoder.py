@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from gac_kernels import CIFAR, LIFSpec, gac_encode, gac_fire, gated_lif
 
+from .convolution import Conv2d
 from .neuron import check_num_steps
 
 __all__ = ["DirectCoding", "GatedAttentionCoding", "SpatialChannelAttention", "TemporalAttention"]
@@ -73,8 +74,8 @@ class SpatialChannelAttention(nn.Module):
         self, channels: int, device: torch.device | str | None = None, dtype: torch.dtype | None = None
     ) -> None:
         super().__init__()
-        self.conv_a = nn.Conv2d(channels, channels, 4, bias=False, device=device, dtype=dtype)
-        self.conv_b = nn.Conv2d(channels, channels, 4, bias=False, device=device, dtype=dtype)
+        self.conv_a = Conv2d(channels, channels, 4, bias=False, device=device, dtype=dtype)
+        self.conv_b = Conv2d(channels, channels, 4, bias=False, device=device, dtype=dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         """Scores in the shape of ``x``."""

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor
+
+from .weight_gradients import beside_norms
 
 __all__ = ["GraphedStep"]
 
@@ -117,9 +119,13 @@ class GraphedStep(Generic[T]):
         current = torch.cuda.current_stream(device)
         self._stream.wait_stream(current)
         with torch.cuda.stream(self._stream):
-            result = self._step(*tensors)
+            result = self._run_step(tensors)
         current.wait_stream(self._stream)
         return result
+
+    def _run_step(self, tensors: Sequence[Tensor]) -> T:
+        with beside_norms():
+            return self._step(*tensors)
 
     def _capture(self, tensors: tuple[Tensor, ...]) -> torch.cuda.CUDAGraph:
         if torch.is_autocast_enabled("cuda") and torch.is_autocast_cache_enabled():
@@ -133,7 +139,7 @@ class GraphedStep(Generic[T]):
             current = torch.cuda.current_stream()
             try:
                 with torch.cuda.graph(graph, stream=self._stream):
-                    self._result = self._step(*self._inputs)
+                    self._result = self._run_step(self._inputs)
             finally:
                 torch.cuda.set_stream(current)  # older PyTorch leaves the stream of a failed capture current
         self._graph = graph

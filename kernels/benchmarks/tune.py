@@ -32,9 +32,10 @@ BATCH = 128
 WARPS = (1, 2, 4, 8)
 ELEMENTS_PER_THREAD = (2, 4, 8, 16)
 TILES = (1, 4, 16)
-STAGES = (1, 2, 3)
-PER_SM = (2, 3, 4, 5, 8)
+STAGES = (1, 2, 3, 4)
+PER_SM = (2, 3, 4, 5, 8, 16)
 NEURONS = ("lif_fwd", "lif_bwd", "lif_bwd_mask", "gac_fwd", "gac_bwd", "gac_fire_fwd", "gac_fire_bwd")
+WITHOUT_STEPS = ("batch_stats",)  # kernels that know no T: searched at T = 4
 NORMS = tuple(op for op in tuning.DEFAULTS if op.startswith(("batch_stats", "norm_lif")) and ":" not in op)
 Call = Callable[[], object]
 
@@ -112,7 +113,7 @@ def candidates(op: str, elements: Sequence[int]) -> Iterator[dict[str, int]]:
     default = tuning.DEFAULTS[op]
     if op in NORMS:
         choices = itertools.product(
-            (2, 4, 8),
+            WARPS,
             (8, 16) if "STAGES" in default else (8, 16, 32),
             STAGES if "STAGES" in default else (0,),
             PER_SM if "PER_SM" in default else (0,),
@@ -188,9 +189,11 @@ def main() -> None:
         for op, runs in work:
             best, times = search(op, runs, args.elements)
             default = milliseconds(runs)
-            found.setdefault(op, {})[f"{dtype.itemsize}:{num_steps}"] = best
-            if num_steps == 4 and op in NEURONS:  # of the norms' kernels each T needs its own registers
-                found[op][str(dtype.itemsize)] = best
+            of_size = found.setdefault(op, {})
+            if op not in WITHOUT_STEPS:
+                of_size[f"{dtype.itemsize}:{num_steps}"] = best
+            if num_steps == 4 and op in (*NEURONS, *WITHOUT_STEPS):  # other norm kernels need other registers at each T
+                of_size[str(dtype.itemsize)] = best
             print(f"{op} {dtype} T={num_steps}: {min(times.values()):.4f} ms with {best}, default {default:.4f} ms")
             print({config: round(time, 4) for config, time in sorted(times.items(), key=lambda pair: pair[1])[:12]})
         del calls, work

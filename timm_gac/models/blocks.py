@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from gac_kernels import CIFAR, LIFSpec
 
-from ..convolution import SpikeConv2d
+from ..convolution import Conv2d, SpikeConv2d
 from ..neuron import BatchNormLIF, MembraneBatchNormLIF
 
 __all__ = ["MSBlock", "SpikingBlock", "Stage"]
@@ -57,7 +57,7 @@ class _Block(nn.Module):
         self.downsample: nn.Sequential | None = None
         if stride != 1 or in_chs != out_chs:
             self.downsample = nn.Sequential(
-                nn.Conv2d(in_chs, out_chs, 1, stride=stride, bias=False, **dd), nn.BatchNorm2d(out_chs, **dd)
+                Conv2d(in_chs, out_chs, 1, stride=stride, bias=False, **dd), nn.BatchNorm2d(out_chs, **dd)
             )
         self.pack_hidden = self.pack_output = False  # see SpikingResNet.set_spike_packing
 

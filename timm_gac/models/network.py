@@ -6,6 +6,7 @@ Source: Qiu et al., "Gated Attention Coding for Training High-performance and Ef
 2024 (arXiv 2308.06582). No ``from __future__ import annotations`` here: TorchScript reads annotations as types.
 """
 
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -16,6 +17,8 @@ from torch import Tensor, nn
 
 from gac_kernels import IMAGENET, LIFSpec
 
+from .. import weight_gradients
+from ..convolution import Conv2d
 from ..encoder import DirectCoding, GatedAttentionCoding
 from ..neuron import LIF, BatchNormLIF, check_num_steps, is_watched
 from .blocks import MSBlock, SpikingBlock, Stage
@@ -125,7 +128,7 @@ class SpikingResNet(nn.Module):
         self.scaled_init = scaled_init
 
         stride = 2 if stem_kernel > 3 else 1
-        self.conv1 = nn.Conv2d(in_chans, stem_width, stem_kernel, stride, stem_kernel // 2, bias=False, **dd)
+        self.conv1 = Conv2d(in_chans, stem_width, stem_kernel, stride, stem_kernel // 2, bias=False, **dd)
         self.bn1 = nn.BatchNorm2d(stem_width, **dd)
         gated = encoder == "gac"
         self.encoder = GatedAttentionCoding(stem_width, num_steps, spec, **dd) if gated else DirectCoding(num_steps)
@@ -247,10 +250,17 @@ class SpikingResNet(nn.Module):
 
     def _forward_spikes(self, x: Tensor) -> Tensor:
         """Spikes of the last stage, time-folded: ``(T*B, C', H', W')``."""
-        if not torch.jit.is_scripting():  # noqa: SIM102 (TorchScript skips the block only where this stands alone)
+        if not torch.jit.is_scripting():
+            return self._forward_spikes_eagerly(x)
+        return self._run_stages(self._encode(x))
+
+    @torch.jit.unused
+    def _forward_spikes_eagerly(self, x: Tensor) -> Tensor:
+        beside = weight_gradients.wanted(self)
+        with weight_gradients.prepared(self, Conv2d, x) if beside else nullcontext():
             if self._fires_in_encoder(x):
                 return self._run_stages(*self._encode_and_fire(x))
-        return self._run_stages(self._encode(x))
+            return self._run_stages(self._encode(x))
 
     def _run_stages(self, membrane: Tensor, spikes: Tensor | None = None) -> Tensor:
         """Spikes of the last stage from the encoder's output and, where the first neuron has run, its spikes."""

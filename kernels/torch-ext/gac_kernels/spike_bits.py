@@ -150,7 +150,8 @@ torch.library.register_fake("gac_kernels::packed_conv2d", _convolve, lib=_lib)
 def _packed_conv2d_backward(
     grad, bits, weight, num_steps, stride, padding, dilation, groups, need_input, need_weight
 ):  # fmt: skip
-    spikes = _unpacked(dense(bits), num_steps, grad.dtype)
+    # The gradient at the input asks for the spikes' shape and layout alone.
+    spikes = (_unpacked if need_weight else _unpack_spikes_fake)(dense(bits), num_steps, grad.dtype)
     gx, gw, _ = torch.ops.aten.convolution_backward(
         grad, spikes, weight, None, stride, padding, dilation, False, [0, 0], groups, [need_input, need_weight, False]
     )

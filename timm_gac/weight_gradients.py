@@ -1,0 +1,215 @@
+"""Weight gradients of a network's convolutions beside its batch norms, on a second stream.
+
+A convolution's gradient at its weight is arithmetic that nothing waits for until the optimiser; the backward passes of
+the batch norms move memory. Side by side they take less time than one after the other. For that the network casts the
+weights of all its convolutions for autocast at the start of its forward pass, in one kernel: the gradients of these
+casts are then the last thing that the backward pass asks for, also in one kernel.
+
+A step opts in by `beside_norms`, as `GraphedStep` does for the steps that it runs: in a graph the second stream costs
+the host nothing. Without autocast, under torch.compile and with gradient checkpointing nothing changes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+__all__ = ["PendingGradients", "Prepared", "beside_norms", "convolve", "prepared", "wanted"]
+
+Geometry = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], int]  # stride, padding, dilation, groups
+Prepared = tuple[Tensor, "PendingGradients", int]  # weight in autocast's dtype, where its gradient goes, its number
+
+_WANTED: ContextVar[bool] = ContextVar("timm_gac_weight_gradients_beside_norms", default=False)
+_STREAMS: dict[torch.device, torch.cuda.Stream] = {}
+
+
+@contextmanager
+def beside_norms() -> Iterator[None]:
+    """Forward passes within leave their weight gradients to a second stream; values and their order do not change."""
+    token = _WANTED.set(True)
+    try:
+        yield
+    finally:
+        _WANTED.reset(token)
+
+
+class PendingGradients:
+    """Weight gradients of one forward pass, each on its way on the second stream.
+
+    Args:
+        device: Where they are computed; on a CPU at once.
+        count: How many weights there are.
+    """
+
+    def __init__(self, device: torch.device, count: int) -> None:
+        self.gradients: list[Tensor | None] = [None] * count
+        self._stream = _second_stream(device)
+        self._event: torch.cuda.Event | None = None
+        self._running: Callable[[], Tensor] | None = None  # holds its tensors, which their own stream may not reuse yet
+        self._ends_with_backward = False
+
+    def start(self, index: int, compute: Callable[[], Tensor]) -> None:
+        """Add what ``compute`` returns to the gradient of weight number ``index``, after all work queued so far."""
+        if self._stream is None:
+            self._add(index, compute())
+            return
+        self.join()
+        self._stream.wait_stream(torch.cuda.current_stream(self._stream.device))
+        with torch.cuda.stream(self._stream):
+            self._add(index, compute())
+            self._event = self._stream.record_event()
+        self._running = compute
+        if not self._ends_with_backward:  # also a backward pass that asks for no weight has to wait
+            self._ends_with_backward = True
+            torch.autograd.Variable._execution_engine.queue_callback(self._end)
+
+    def join(self) -> None:
+        """Make the current stream wait for the second one."""
+        if self._event is not None:
+            self._event.wait()
+        self._event = self._running = None
+
+    def take(self) -> list[Tensor | None]:
+        """All gradients, for the current stream; they are gone from here then."""
+        self.join()
+        taken, self.gradients = self.gradients, [None] * len(self.gradients)
+        return taken
+
+    def _add(self, index: int, gradient: Tensor) -> None:
+        before = self.gradients[index]
+        self.gradients[index] = gradient if before is None else before + gradient
+
+    def _end(self) -> None:
+        self._ends_with_backward = False
+        self.join()
+
+
+def _second_stream(device: torch.device) -> torch.cuda.Stream | None:
+    if device.type != "cuda":
+        return None
+    if device not in _STREAMS:
+        _STREAMS[device] = torch.cuda.Stream(device)
+    return _STREAMS[device]
+
+
+def wanted(network: nn.Module) -> bool:
+    """Whether `prepared` is to be used around a forward pass of ``network`` that happens now."""
+    if torch.compiler.is_compiling() or not _WANTED.get() or not torch.is_grad_enabled():
+        return False
+    return not any(getattr(module, "grad_checkpointing", False) for module in network.modules())
+
+
+@contextmanager
+def prepared(network: nn.Module, kind: type[nn.Module], x: Tensor) -> Iterator[None]:
+    """Give the convolutions of a network their weights in autocast's dtype for one forward pass.
+
+    Args:
+        network: Whose forward pass it is.
+        kind: Class of these convolutions; ``prepared_weight`` is set on each that has no bias and learns.
+        x: Input of the pass.
+    """
+    dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else None
+    found: list[Any] = [module for module in network.modules() if isinstance(module, kind) and _learns(module, dtype)]
+    if not found:
+        yield
+        return
+    pending = PendingGradients(x.device, len(found))
+    weights = _Cast.apply(pending, dtype, *[module.weight for module in found])
+    for index, (module, weight) in enumerate(zip(found, weights, strict=True)):
+        module.prepared_weight = (weight, pending, index)
+    try:
+        yield
+    finally:
+        for module in found:
+            del module.prepared_weight
+
+
+def _learns(module: Any, dtype: torch.dtype | None) -> bool:
+    """Whether autocast would cast its weight, an ordinary tensor (not one divided among processes) that learns."""
+    weight = module.weight
+    ordinary = type(weight) is nn.Parameter and module.bias is None
+    return dtype is not None and ordinary and weight.requires_grad and weight.dtype not in (dtype, torch.float64)
+
+
+class _Cast(torch.autograd.Function):
+    """All weights to a dtype at once; backward waits for their gradients, which come by way of `PendingGradients`."""
+
+    @staticmethod
+    def forward(ctx: Any, pending: PendingGradients, dtype: torch.dtype, *weights: Tensor) -> tuple[Tensor, ...]:
+        ctx.set_materialize_grads(False)
+        ctx.pending, ctx.dtypes = pending, [weight.dtype for weight in weights]
+        return tuple(_cast_all(weights, [dtype] * len(weights)))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+        gradients = ctx.pending.take()
+        there = [index for index, gradient in enumerate(gradients) if gradient is not None]
+        cast = _cast_all([gradients[index] for index in there], [ctx.dtypes[index] for index in there])
+        for index, gradient in zip(there, cast, strict=True):
+            gradients[index] = gradient
+        return None, None, *gradients
+
+
+def _cast_all(tensors: Any, dtypes: list[torch.dtype]) -> list[Tensor]:
+    made = [torch.empty_like(tensor, dtype=dtype) for tensor, dtype in zip(tensors, dtypes, strict=True)]
+    if made:
+        torch._foreach_copy_(made, list(tensors))
+    return made
+
+
+class _Convolution(torch.autograd.Function):
+    """A convolution, as `torch.nn.functional.conv2d`, whose weight gradient goes to `PendingGradients`."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bits: Tensor | None, pending: PendingGradients, index: int,
+        num_steps: int, geometry: Geometry,
+    ) -> Tensor:  # fmt: skip
+        stride, padding, dilation, groups = geometry
+        ctx.save_for_backward(x if bits is None else bits, weight)
+        ctx.packed, ctx.pending, ctx.index, ctx.num_steps, ctx.geometry = (
+            bits is not None, pending, index, num_steps, geometry
+        )  # fmt: skip
+        return torch.ops.aten.convolution(x, weight, None, stride, padding, dilation, False, [0, 0], groups)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        kept, weight = ctx.saved_tensors
+        stride, padding, dilation, groups = ctx.geometry
+
+        def gradients(of_input: bool, of_weight: bool) -> Any:
+            if ctx.packed:
+                return torch.ops.gac_kernels.packed_conv2d_backward(
+                    grad, kept, weight, ctx.num_steps, stride, padding, dilation, groups, of_input, of_weight
+                )
+            return torch.ops.aten.convolution_backward(
+                grad, kept, weight, None, stride, padding, dilation, False, [0, 0], groups,
+                [of_input, of_weight, False],
+            )  # fmt: skip
+
+        ctx.pending.join()  # what the one before still holds would only make the peak of memory higher
+        at_input = gradients(True, False)[0] if ctx.needs_input_grad[0] else None
+        ctx.pending.start(ctx.index, lambda: gradients(False, True)[1])
+        return at_input, *[None] * 6
+
+
+def convolve(x: Tensor, prepared_weight: Prepared, bits: Tensor | None, num_steps: int, geometry: Geometry) -> Tensor:
+    """Convolution with a weight that `prepared` has set.
+
+    Args:
+        x: (N, C, H, W), cast to the weight's dtype.
+        prepared_weight: What `prepared` has set.
+        bits: x as bits, which are kept instead of it, or None.
+        num_steps: T.
+        geometry: Stride, padding, dilation and groups.
+    """
+    weight, pending, index = prepared_weight
+    return _Convolution.apply(x.to(weight.dtype), weight, bits, pending, index, num_steps, geometry)
