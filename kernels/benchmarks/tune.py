@@ -1,42 +1,31 @@
-"""Search launch parameters of the memory-bound kernels on this machine's GPU, for each element size and T.
+"""Search launch parameters of neuron and encoder on this machine's GPU, for each element size and T.
 
     python kernels/benchmarks/tune.py --update
-    python kernels/benchmarks/tune.py --ops batch_stats norm_lif_fwd --dtypes bfloat16 --steps 4
+    python kernels/benchmarks/tune.py --ops lif_fwd lif_bwd --dtypes bfloat16 --steps 4
 
-Neuron and encoder are searched at one size that fills the GPU, the batch-norm kernels at the three layer shapes of
-gac_msresnet18_cifar at batch 128, by the sum of their times; a backward kernel is timed with the other one of its pass,
-for each finds in the L2 cache what the one before has left there. --update writes the best into the JSON file of this
-GPU that `gac_kernels.tuning` reads; without it they are only printed. A person runs this once a device and reviews the
-result; nothing searches at run time. `tune_convolutions.py` searches the convolutions.
+They are searched at one size that fills the GPU. --update writes the best into the JSON file of this GPU that
+`gac_kernels.tuning` reads; without it they are only printed. A person runs this once a device and reviews the result;
+nothing searches at run time. `tune_network.py` searches the batch-norm kernels, `tune_convolutions.py` convolutions.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import itertools
 import json
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
-from torch import Tensor
-from triton.runtime.errors import OutOfResources
 from triton.testing import do_bench_cudagraph
 from tuned import compile_in_processes, start_from_defaults, update, use
 
-from gac_kernels import CIFAR, IMAGENET, LIFSpec, batch_stats, tuning
+from gac_kernels import CIFAR, IMAGENET, LIFSpec, tuning
 
 NEURON_STEPS = 2**27
-LAYERS = ((128, 32), (256, 16), (512, 8))  # channels, pixels a side
-BATCH = 128
 WARPS = (1, 2, 4, 8)
 ELEMENTS_PER_THREAD = (2, 4, 8, 16)
 TILES = (1, 4, 16)
-STAGES = (1, 2, 3, 4)
-PER_SM = (2, 3, 4, 5, 8, 16)
 NEURONS = ("lif_fwd", "lif_bwd", "lif_bwd_mask", "gac_fwd", "gac_bwd", "gac_fire_fwd", "gac_fire_bwd")
-WITHOUT_STEPS = ("batch_stats",)  # kernels that know no T: searched at T = 4
-NORMS = tuple(op for op in tuning.DEFAULTS if op.startswith(("batch_stats", "norm_lif")) and ":" not in op)
 Call = Callable[[], object]
 
 
@@ -73,55 +62,9 @@ def neuron_calls(num_steps: int, dtype: torch.dtype) -> dict[str, list[Call]]:
     }
 
 
-def norm_calls(num_steps: int, dtype: torch.dtype) -> dict[str, list[Call]]:
-    """For each batch-norm kernel one call a layer shape of a pass that contains it."""
-    layers = [_layer(channels, side, num_steps, dtype) for channels, side in LAYERS]
-    return {op: [calls[op] for calls in layers] for op in NORMS}
-
-
-def _layer(channels: int, side: int, num_steps: int, dtype: torch.dtype) -> dict[str, Call]:
-    def tensor() -> Tensor:
-        shape = (num_steps * BATCH, channels, side, side)
-        made = torch.empty(shape, device="cuda", dtype=dtype, memory_format=torch.channels_last)
-        return made.normal_()
-
-    ops, neuron = torch.ops.gac_kernels, scalars(CIFAR)
-    x, residual, grad_spikes, grad_membrane = (tensor() for _ in range(4))
-    weight, bias = torch.ones(channels, device="cuda"), torch.zeros(channels, device="cuda")
-    norm = (weight, bias, *batch_stats(x), None, 1e-5, num_steps, *neuron)
-    membrane = ops.norm_lif(x, residual, *norm, True, True, "")[1]
-
-    def forward(kind: str, batch: bool = True) -> Call:
-        of_residual = (*norm[:4], 1e-5) if kind == "_normed" else ()
-        return lambda: ops.norm_lif(x, residual if kind else None, *norm, batch, bool(kind), "", *of_residual)
-
-    def backward(kind: str) -> Call:
-        grads = (grad_spikes, grad_membrane if kind else None, x, residual if kind == "_normed" else None)
-        of_residual = (*norm[:4], 1e-5) if kind == "_normed" else ()
-        kept = membrane if kind else None
-        return lambda: ops.norm_lif_backward(*grads, kept, *norm, True, bool(kind), "", *of_residual)
-
-    calls = {"batch_stats": lambda: batch_stats(x), "norm_lif_fwd_eval": forward("", batch=False)}
-    for kind in ("", "_residual", "_normed"):
-        calls[f"norm_lif_fwd{kind}"] = forward(kind)
-        calls[f"norm_lif_bwd_reduce{kind}"] = calls[f"norm_lif_bwd_apply{kind}"] = backward(kind)
-    return calls
-
-
 def candidates(op: str, elements: Sequence[int]) -> Iterator[dict[str, int]]:
     """Launch parameters of ``op`` to try."""
     default = tuning.DEFAULTS[op]
-    if op in NORMS:
-        choices = itertools.product(
-            WARPS,
-            (8, 16) if "STAGES" in default else (8, 16, 32),
-            STAGES if "STAGES" in default else (0,),
-            PER_SM if "PER_SM" in default else (0,),
-        )
-        for warps, each, stages, per_sm in choices:
-            found = {"TILE": 32 * warps * each, "num_warps": warps, "STAGES": stages, "PER_SM": per_sm}
-            yield default | {name: value for name, value in found.items() if name in default}
-        return
     for warps, each in itertools.product(WARPS, elements):
         if warps * each < 4 or ("TILES" in default and (warps > 4 or each > 8)):
             continue
@@ -133,12 +76,10 @@ def compile_share(work: Sequence[tuple[str, list[Call]]], elements: Sequence[int
     """Compile every ``jobs``-th program, from number ``share``."""
     for op, calls in work:
         default, programs = tuning.DEFAULTS[op], list(candidates(op, elements))
-        programs = [config for config in programs if config.get("PER_SM", PER_SM[0]) == PER_SM[0]]  # else the same
         for config in programs[share::jobs]:
             use(op, config)
-            with contextlib.suppress(OutOfResources):  # more shared memory than there is
-                for call in calls:
-                    call()
+            for call in calls:
+                call()
         use(op, default)
     torch.cuda.synchronize()
 
@@ -151,13 +92,9 @@ def milliseconds(calls: list[Call]) -> float:
 def search(op: str, calls: list[Call], elements: Sequence[int]) -> tuple[dict[str, int], dict[str, float]]:
     """Best launch parameters of ``op`` and the time of every candidate, in milliseconds."""
     default, times = tuning.DEFAULTS[op], {}
-    # Defaults of some T alone, which would win over every candidate.
-    of_steps = {key: tuning.DEFAULTS.pop(key) for key in list(tuning.DEFAULTS) if key.startswith(f"{op}:")}
     for config in candidates(op, elements):
         use(op, config)
-        with contextlib.suppress(OutOfResources):
-            times[json.dumps(config)] = milliseconds(calls)
-    tuning.DEFAULTS.update(of_steps)
+        times[json.dumps(config)] = milliseconds(calls)
     use(op, default)
     return json.loads(min(times, key=times.__getitem__)), times
 
@@ -167,7 +104,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--update", action="store_true", help="write the best into this GPU's JSON file")
     parser.add_argument("--steps", type=int, nargs="+", default=[2, 4, 6, 8], help="T to search")
-    parser.add_argument("--ops", nargs="+", default=NEURONS + NORMS, choices=NEURONS + NORMS, help="kernels to search")
+    parser.add_argument("--ops", nargs="+", default=NEURONS, choices=NEURONS, help="kernels to search")
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"], help="dtypes to search")
     parser.add_argument("--elements", type=int, nargs="+", default=ELEMENTS_PER_THREAD, help="elements a thread to try")
     parser.add_argument("--jobs", type=int, default=8, help="processes that compile")
@@ -178,10 +115,7 @@ def main() -> None:
         compile_in_processes(args.jobs)
     found: dict[str, dict[str, dict[str, int]]] = {}
     for dtype, num_steps in itertools.product((getattr(torch, name) for name in args.dtypes), args.steps):
-        calls: dict[str, list[Call]] = {}
-        for kinds, make in ((NEURONS, neuron_calls), (NORMS, norm_calls)):
-            if set(kinds) & set(args.ops):
-                calls |= make(num_steps, dtype)
+        calls = neuron_calls(num_steps, dtype)
         work = [(op, calls[op]) for op in args.ops]
         if args.share is not None:
             compile_share(work, args.elements, args.share, args.jobs)
@@ -189,11 +123,9 @@ def main() -> None:
         for op, runs in work:
             best, times = search(op, runs, args.elements)
             default = milliseconds(runs)
-            of_size = found.setdefault(op, {})
-            if op not in WITHOUT_STEPS:
-                of_size[f"{dtype.itemsize}:{num_steps}"] = best
-            if num_steps == 4 and op in (*NEURONS, *WITHOUT_STEPS):  # other norm kernels need other registers at each T
-                of_size[str(dtype.itemsize)] = best
+            found.setdefault(op, {})[f"{dtype.itemsize}:{num_steps}"] = best
+            if num_steps == 4:
+                found[op][str(dtype.itemsize)] = best
             print(f"{op} {dtype} T={num_steps}: {min(times.values()):.4f} ms with {best}, default {default:.4f} ms")
             print({config: round(time, 4) for config, time in sorted(times.items(), key=lambda pair: pair[1])[:12]})
         del calls, work

@@ -1,0 +1,166 @@
+"""Search launch parameters of the batch-norm kernels where they run: between the convolutions of a training step.
+
+    python kernels/benchmarks/tune_network.py gac_msresnet18_cifar --steps 2 4 6 8 --update
+
+What such a kernel takes depends on what the kernel before has left in the L2 cache, so each candidate is timed within a
+whole step in a CUDA graph, by the profiler; of each kernel separately for its kinds (plain, with a residual, with a
+residual that has a norm of its own). --update writes the best into the JSON file of this GPU that `gac_kernels.tuning`
+reads; without it they are only printed. `tune.py` searches neuron and encoder, `tune_convolutions.py` convolutions.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import gc
+import importlib
+import json
+import statistics
+from collections.abc import Callable, Iterable, Iterator
+from unittest import mock
+
+import timm
+import torch
+from torch.profiler import ProfilerActivity, profile
+from triton.runtime.errors import OutOfResources
+from tuned import start_from_defaults, update, use
+
+import timm_gac  # noqa: F401 (registers the models)
+from gac_kernels import tuning
+from timm_gac import graphs
+from timm_gac.bench_steps import make_step
+
+# Kernel in a profile, and the op whose launch parameters it takes.
+KERNELS = {
+    "_batch_stats_kernel": "batch_stats",
+    "forward_kernel": "norm_lif_fwd",
+    "reduce_kernel": "norm_lif_bwd_reduce",
+    "apply_kernel": "norm_lif_bwd_apply",
+}
+WITHOUT_STEPS = ("batch_stats",)  # knows no T: searched at the first one
+KINDS = ("", "_residual", "_normed")
+TILES = ((256, 1), (512, 2), (512, 4), (1024, 4), (2048, 4), (2048, 8))  # elements and warps
+SHARED_TILES = ((256, 1, 4, 3), (256, 1, 8, 2), (512, 2, 2, 3), (512, 2, 4, 3), (1024, 4, 3, 1), (1024, 4, 2, 1))
+STATISTICS = ((512, 1, 16, 4), (1024, 1, 8, 3), (1024, 2, 8, 3), (4096, 8, 4, 1))  # and programs, tiles in flight
+REPLAYS = 6
+Config = dict[str, int]
+
+
+def candidates(family: str) -> Iterator[Config]:
+    """Launch parameters to try for an op of one of its kinds."""
+    names = ("TILE", "num_warps", "PER_SM", "STAGES")
+    shapes: tuple[tuple[int, ...], ...] = TILES
+    if family == "batch_stats":
+        shapes = STATISTICS
+    elif family == "norm_lif_bwd_reduce":
+        shapes = SHARED_TILES
+    for shape in shapes:
+        yield dict(zip(names, shape, strict=False))
+
+
+def members(family: str) -> list[str]:
+    """The ops of a family: one a kind."""
+    return [family + kind for kind in KINDS if family + kind in tuning.DEFAULTS]
+
+
+@contextlib.contextmanager
+def noted(into: list[str]) -> Iterator[None]:
+    """Note the op of every launch, in order."""
+    ask: Callable[..., Config] = tuning.launch_config
+
+    def note(op: str, *args: object) -> Config:
+        into.append(op)
+        return ask(op, *args)
+
+    with contextlib.ExitStack() as stack:
+        for name in ("batch_stats", "norm_lif"):
+            module = importlib.import_module(f"gac_kernels.{name}")  # the package's attribute is the function
+            stack.enter_context(mock.patch.object(module, "launch_config", note))
+        yield
+
+
+def milliseconds(args: argparse.Namespace, num_steps: int) -> dict[str, float]:
+    """Time of each op in a training step, and under "step" of all together."""
+    torch.manual_seed(0)
+    network = timm.create_model(args.model, num_steps=num_steps).cuda().to(memory_format=torch.channels_last)
+    size = args.image_size or timm.get_pretrained_cfg_value(args.model, "input_size")[-1]
+    images = torch.randn(args.batch, 3, size, size, device="cuda").contiguous(memory_format=torch.channels_last)
+    labels = torch.randint(network.num_classes, (args.batch,), device="cuda")
+    launched: list[str] = []
+    step = make_step(network, "train", args.dtype, images.device, compiled=False)
+    with mock.patch.object(graphs, "beside_norms", contextlib.nullcontext):  # one kernel after the other
+        run = graphs.GraphedStep(step, warmup=2)
+        run(images, labels)
+        with noted(launched):
+            run(images, labels)
+        for _ in range(6):
+            run(images, labels)
+    with profile(activities=[ProfilerActivity.CUDA]) as profiled:
+        for _ in range(REPLAYS):
+            run(images, labels)
+        torch.cuda.synchronize()
+    events = sorted((event for event in profiled.events() if event.name in KERNELS), key=lambda e: e.time_range.start)
+    times: dict[str, float] = {}
+    for kernel, family in KERNELS.items():
+        ops = [op for op in launched if op.startswith(family)]
+        taken = [event.device_time / 1e3 for event in events if event.name == kernel]
+        for index, op in enumerate(ops):
+            times[op] = times.get(op, 0.0) + statistics.median(taken[index :: len(ops)])
+    times["step"] = sum(times.values())
+    run.release()
+    return times
+
+
+def search(args: argparse.Namespace, num_steps: int, families: Iterable[str]) -> dict[str, Config]:
+    """Best launch parameters of every op of some families that the network launches."""
+    best: dict[str, Config] = {}
+    for family in families:
+        results: list[tuple[dict[str, Config], dict[str, float]]] = []
+        before = {op: tuning.DEFAULTS[op] for op in members(family)}
+        for config in ({}, *candidates(family)):
+            tried = {op: default | config for op, default in before.items()}
+            for op, value in tried.items():
+                use(op, value)
+            gc.collect()
+            with contextlib.suppress(OutOfResources):  # more shared memory than there is
+                results.append((tried, milliseconds(args, num_steps)))
+                shown = {op: round(time, 3) for op, time in results[-1][1].items() if op in (*before, "step")}
+                print(f"T={num_steps} {family} {config or 'default'}: {shown}", flush=True)
+        for op in before:
+            timed = [(times[op], tried[op]) for tried, times in results if op in times]
+            if timed:
+                best[op] = min(timed, key=lambda pair: pair[0])[1]
+            use(op, best.get(op, before[op]))
+    return best
+
+
+def main() -> None:
+    """Search for every T, print the JSON, and update the file where asked."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", help="registered model")
+    parser.add_argument("--image-size", type=int, default=0, help="pixels a side; 0 is the model's own")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="bfloat16", help="of autocast")
+    parser.add_argument("--batch", type=int, default=128, help="images")
+    parser.add_argument("--steps", type=int, nargs="+", default=[4], help="T to search")
+    parser.add_argument("--update", action="store_true", help="write the best into this GPU's JSON file")
+    args = parser.parse_args()
+    torch.backends.cudnn.benchmark = True
+    start_from_defaults()
+    defaults = {op: config for op, config in tuning.DEFAULTS.items() if ":" not in op}
+    size, found = getattr(torch, args.dtype).itemsize, dict[str, dict[str, Config]]()
+    families = list(KERNELS.values())
+    for num_steps in args.steps:
+        tuning.DEFAULTS.clear()  # without those of some T alone, which would win over every candidate
+        tuning.DEFAULTS.update(
+            defaults | {op: of_size[str(size)] for op, of_size in found.items() if str(size) in of_size}
+        )
+        for op, config in search(args, num_steps, families).items():
+            found.setdefault(op, {})[str(size) if op in WITHOUT_STEPS else f"{size}:{num_steps}"] = config
+        families = [family for family in families if family not in WITHOUT_STEPS]
+        if args.update:
+            print(f"written to {update(found)}", flush=True)
+    print(json.dumps(found, indent=2, sort_keys=True))
+
+
+if __name__ == "__main__":
+    main()
