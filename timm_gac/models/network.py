@@ -17,10 +17,10 @@ from torch import Tensor, nn
 
 from gac_kernels import IMAGENET, LIFSpec
 
-from .. import weight_gradients
 from ..convolution import Conv2d
 from ..encoder import DirectCoding, GatedAttentionCoding
 from ..neuron import LIF, BatchNormLIF, check_num_steps, is_watched
+from ..weight_gradients import prepared, wanted
 from .blocks import MSBlock, SpikingBlock, Stage
 from .checkpoint import checkpoint_filter_fn as checkpoint_filter_fn  # timm expects it beside the model's class
 
@@ -256,8 +256,7 @@ class SpikingResNet(nn.Module):
 
     @torch.jit.unused
     def _forward_spikes_eagerly(self, x: Tensor) -> Tensor:
-        beside = weight_gradients.wanted(self)
-        with weight_gradients.prepared(self, Conv2d, x) if beside else nullcontext():
+        with prepared(self, Conv2d, x) if wanted(self) else nullcontext():
             if self._fires_in_encoder(x):
                 return self._run_stages(*self._encode_and_fire(x))
             return self._run_stages(self._encode(x))
