@@ -36,7 +36,7 @@ OPS = {"int8": "spike_conv_hopper", "bfloat16": "conv_lif_hopper", "float16": "c
 DIFFER = 3e-2  # share of spikes that 16-bit rounding of the convolution's output may turn over
 GAIN = 0.98  # of the time of two passes, above which one pass is not worth its compilation
 GRID = 2.0**-15  # to which residuals of int8 layers are rounded, as behind encoder and 1x1 shortcuts
-COMPILE_BATCH = 16  # divisible by 16, as the batches that matter are: Triton compiles the same program for both
+COMPILE_BATCH = 128  # fills the GPU and is divisible by 16, as --batch: Triton compiles the same program for both
 
 
 class Layer(NamedTuple):
@@ -169,6 +169,8 @@ def search(call: Call, op: str) -> tuple[dict[str, int], dict[str, float], float
         if not call.agrees(call(), expected):
             raise SystemExit(f"expected what the other way gives for {call.layer}, got something else with {config}")
         times[json.dumps(config)] = do_bench_cudagraph(call, rep=12, return_mode="median")
+    if not times:
+        raise SystemExit(f"expected a batch that fills the GPU with whole tiles of {call.layer}: give a larger --batch")
     best = json.loads(min(times, key=times.__getitem__))
     other = do_bench_cudagraph(call.other, rep=12, return_mode="median")
     if call.dtype == torch.int8:

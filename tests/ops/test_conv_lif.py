@@ -56,9 +56,19 @@ def test_two_passes(shape, dtype, residual, device, poisoned):
 
 
 @pytest.fixture
-def one_pass(request, monkeypatch):
+def one_pass(request, monkeypatch, filled):
     """The calls of the Hopper kernel, which takes every layer with these warps, steps and stages."""
-    warps, steps, ring = request.param
+    yield from take_every_layer(monkeypatch, *request.param)
+
+
+@pytest.fixture
+def one_pass_everywhere(monkeypatch, device):
+    """The same without the pretence that every call fills the GPU."""
+    hopper_conv._failure(torch.empty(0, device=device).device)
+    yield from take_every_layer(monkeypatch, 4, 1, 3)
+
+
+def take_every_layer(monkeypatch, warps, steps, ring):
     config = {"BLOCK_M": 16 * warps, "BLOCK_N": 128, "RING": ring, "STEPS": steps, "num_warps": warps, "ONE_PASS": 1}
     monkeypatch.setattr(tuning, "_device_configs", lambda _: {})
     monkeypatch.setitem(tuning.DEFAULTS, "conv_lif_hopper", config)
@@ -85,6 +95,16 @@ def test_one_pass(one_pass, shape, dtype, residual, device, poisoned):
     spec = IMAGENET if shape[0] == 3 else LIFSpec(reset="soft", decay=0.9) if shape[0] == 5 else CIFAR
     compare(shape, device, dtype, residual, spec, ONE_PASS_DIFFER)
     assert len(one_pass) == 2
+
+
+@hopper
+def test_batches_too_small_for_one_pass_take_two(one_pass_everywhere, monkeypatch, device):
+    x, weight, bias, keywords = inputs((4, 1, 128, 128, 16, 16, 1), device, torch.bfloat16, False)
+    conv_lif(x, weight, bias, 4, **keywords)
+    assert not one_pass_everywhere
+    monkeypatch.setattr(hopper_conv, "multiprocessors", lambda _: 1)
+    conv_lif(x, weight, bias, 4, **keywords)
+    assert len(one_pass_everywhere) == 1
 
 
 def test_registration_and_no_elements(device):

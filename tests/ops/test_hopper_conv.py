@@ -13,6 +13,7 @@ import torch
 
 from gac_kernels import CIFAR, IMAGENET, LIFSpec, hopper_conv, spike_conv, spike_conv_reference, tuning
 from gac_kernels.hopper_conv import GLUON_ERROR, Plan, plan, tile_of
+from gac_kernels.hopper_tiles import one_pass_fills, spread
 from test_spike_conv import GRID, borderline, inputs
 
 ON_HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
@@ -39,7 +40,7 @@ LAUNCHES = {
 
 
 @pytest.fixture
-def launch(request, monkeypatch):
+def launch(request, monkeypatch, filled):
     monkeypatch.setattr(tuning, "_device_configs", lambda _: {})
     monkeypatch.setitem(tuning.DEFAULTS, "spike_conv_hopper", request.param)
     tuning.shape_config.cache_clear()
@@ -90,6 +91,17 @@ def test_neurons_at_their_threshold_fire_as_in_float64(launch, planned, device, 
 
 
 @hopper
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
+def test_small_batches_are_spread_and_give_the_same_bits(shape, planned, device, poisoned):
+    *tensors, keywords = inputs(shape, device, torch.bfloat16)
+    expected = spike_conv_reference(*tensors, shape[0], dtype=torch.float32, **keywords)
+    assert torch.equal(spike_conv(*tensors, shape[0], **keywords), expected)
+    frames = (shape[1], shape[3], (shape[4] - 1) // shape[6] + 1, (shape[5] - 1) // shape[6] + 1)
+    processors = torch.cuda.get_device_properties(0).multi_processor_count
+    assert (planned[0].pixels, planned[0].block_n) == (64, 32) or 2 * planned[0].programs(*frames) > processors
+
+
+@hopper
 def test_spikes_as_residual(planned, device, poisoned):
     *tensors, keywords = inputs((4, 3, 64, 64, 9, 8, 1), device, torch.int8, GRID)
     assert torch.equal(spike_conv(*tensors, 4, **keywords), spike_conv_reference(*tensors, 4, **keywords))
@@ -117,6 +129,31 @@ def test_every_tile_is_whole_and_begins_where_copies_may(pixels):
         for width in range(1, 34):
             rows, images, columns = tile_of(pixels, 3, height, width)
             assert rows * images * columns == pixels and images * columns >= 8
+
+
+def test_tiles_shrink_until_half_of_the_gpu_has_work():
+    made = Plan((8, 2, 8), 128, 128, 4, 2, 8)
+    assert made.programs(512, 512, 8, 8) == 256 * 4
+    assert spread(made, 512, 512, 8, 8, 132) == made
+    fewer = spread(made, 16, 512, 8, 8, 132)  # 8 x 4 programs, 16 x 4 of 64 pixels, 16 x 8 of 64 channels
+    assert fewer == made._replace(tile=(8, 1, 8), block_n=64, num_warps=4) and fewer.programs(16, 512, 8, 8) == 128
+    least = spread(made, 1, 64, 8, 8, 132)
+    assert (least.pixels, least.block_n, least.num_warps) == (64, 32, 4) and least.programs(1, 64, 8, 8) == 2
+
+
+@pytest.mark.parametrize(
+    ("batch", "channels", "side", "num_steps", "expected"),
+    [
+        (512, 512, 8, 4, True),
+        (16, 128, 32, 4, True),  # 128 tiles on 132 processors
+        (16, 256, 16, 4, False),  # 64 tiles: half of the processors four times, or all of them twice
+        (1, 128, 32, 4, False),
+        (1, 128, 32, 1, True),
+        (17, 128, 32, 4, False),  # 136 tiles: a second wave for four of them
+    ],
+)
+def test_one_pass_where_it_fills_the_gpu(batch, channels, side, num_steps, expected):
+    assert one_pass_fills(batch, channels, side, side, num_steps, 132) == expected
 
 
 def test_says_why_it_stays_away():

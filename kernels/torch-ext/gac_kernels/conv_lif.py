@@ -2,7 +2,8 @@
 
 Layer by layer, the tuned launch parameters say where one kernel beats cuDNN's convolution followed by `norm_lif`: in
 one pass the convolution's output never reaches memory, but cuDNN's tensor core loop is better. Where they say nothing,
-the two passes run.
+the two passes run, and also where the batch is so small that one pass, whose programs take one time step after the
+other, would leave the GPU idle.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from torch import Tensor
 from . import hopper_conv
 from .backend import resolve_backend
 from .checks import check_conv_lif, check_spec
+from .hopper_tiles import one_pass_fills
 from .spec import CIFAR, LIFSpec
 from .spike_conv_backend import Shape, spike_conv_config
 
@@ -60,7 +62,8 @@ def _conv_lif(x, weight, bias, residual, num_steps, stride, threshold, decay, so
     if resolve_backend(x.device, x.dtype) == "triton" and x.element_size() == 2:
         shape = Shape.of(x, weight, stride, residual is not None)
         config = spike_conv_config("conv_lif_hopper", shape, x.device)
-        if config["ONE_PASS"]:
+        frames = (len(x) // num_steps, shape.out_channels, shape.height, shape.width)
+        if config["ONE_PASS"] and one_pass_fills(*frames, num_steps, hopper_conv.multiprocessors(x.device)):
             out, membrane = _outputs(x, weight, stride, keep_membrane)
             made = hopper_conv.plan(x, out, residual, membrane, num_steps, stride, config)
             if isinstance(made, hopper_conv.Plan):

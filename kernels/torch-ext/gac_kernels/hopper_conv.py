@@ -15,14 +15,14 @@ from __future__ import annotations
 
 import functools
 import logging
-import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .hopper_tiles import Plan, tile_of
+from .hopper_tiles import Plan, spread, tile_of
 from .layout import on_device
+from .tiles import multiprocessors
 
 _logger = logging.getLogger(__name__)
 
@@ -82,10 +82,9 @@ def plan(
         return "a tensor does not begin at a multiple of 16 bytes"
     if residual is not None and membrane.numel() and residual.dtype != membrane.dtype:
         return "residual and membrane have different dtypes"
-    size = spikes.element_size()
+    size, batch = spikes.element_size(), spikes.shape[0] // num_steps
     block_k = next(n for n in (128 // size, 64 // size, 32 // size) if channels % n == 0)
     block_n = next(n for n in (128, 64, 32) if n <= config["BLOCK_N"] and out_channels % n == 0)
-    batch = spikes.shape[0] // num_steps
     kept = residual if residual is not None else membrane if membrane.numel() else None
     made = Plan(
         tile_of(config["BLOCK_M"], batch, out_height, out_width), block_n, block_k, config["RING"],
@@ -93,7 +92,7 @@ def plan(
     )  # fmt: skip
     if made.shared_bytes(size, 0 if kept is None else kept.element_size()) > _SHARED_MEMORY:
         made = made._replace(tile=tile_of(64, batch, out_height, out_width), ring=3, steps=1, num_warps=4)
-    return made
+    return spread(made, batch, out_channels, out_height, out_width, multiprocessors(spikes.device))
 
 
 if not GLUON_ERROR:
@@ -343,8 +342,7 @@ def launch(
     channels, (out_channels, height, width) = spikes.shape[1], out.shape[1:]
     rows, images, columns = made.tile
     batch = out.shape[0] // num_steps
-    tiles = [math.ceil(size / part) for size, part in zip((batch, height, width), (images, rows, columns), strict=True)]
-    tiles_n = out_channels // made.block_n
+    _, tiles_h, tiles_w = made.tiles(batch, height, width)
     outer = [rows, 1, images, columns, made.block_n]
     taken = [*outer[:-1], made.block_k]
     pixels = _steps_descriptor(spikes, num_steps, taken) if stride == 1 else _pairs_descriptor(spikes, taken)
@@ -356,9 +354,9 @@ def launch(
     if membrane.numel():
         kept = _steps_descriptor(membrane, num_steps, outer)
     with on_device(spikes):
-        _conv_lif_kernel[(math.prod(tiles) * tiles_n,)](
-            pixels, weights, fired, source, kept, scale, bias, batch, channels, tiles[1], tiles[2],
-            tiles_n, T=num_steps, STRIDE=stride, CHUNKS=channels // made.block_k, STEPS=made.steps,
+        _conv_lif_kernel[(made.programs(batch, out_channels, height, width),)](
+            pixels, weights, fired, source, kept, scale, bias, batch, channels, tiles_h, tiles_w,
+            out_channels // made.block_n, T=num_steps, STRIDE=stride, CHUNKS=channels // made.block_k, STEPS=made.steps,
             THRESHOLD=threshold, DECAY=decay, SOFT=soft_reset, RESIDUAL=residual is not None,
             SHIFT=shift, KEEP=membrane.numel() > 0, BH=rows, NB=images, BW=columns, BN=made.block_n,
             BK=made.block_k, RING=made.ring, SCALED=scale is not None, num_warps=made.num_warps,

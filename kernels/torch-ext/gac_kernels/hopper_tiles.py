@@ -6,6 +6,9 @@ import functools
 import math
 from typing import NamedTuple
 
+# What a group of four warps multiplies, and the least channels of a tensor copy that the kernel stores.
+_LEAST_PIXELS, _LEAST_CHANNELS = 64, 32
+
 
 class Plan(NamedTuple):
     """How a call is divided among programs.
@@ -30,6 +33,15 @@ class Plan(NamedTuple):
     def pixels(self) -> int:
         """Output pixels of a program at one time step."""
         return math.prod(self.tile)
+
+    def tiles(self, batch: int, height: int, width: int) -> tuple[int, int, int]:
+        """Tiles along images, rows and columns of an output of so many."""
+        rows, images, columns = self.tile
+        return math.ceil(batch / images), math.ceil(height / rows), math.ceil(width / columns)
+
+    def programs(self, batch: int, channels: int, height: int, width: int) -> int:
+        """Programs of an output (T*batch, channels, height, width): each takes all T steps of its tile."""
+        return math.prod(self.tiles(batch, height, width)) * (channels // self.block_n)
 
     def shared_bytes(self, operands: int, values: int) -> int:
         """Shared memory of a program.
@@ -64,3 +76,41 @@ def tile_of(pixels: int, batch: int, height: int, width: int) -> tuple[int, int,
     ]
     # A row of a tile begins at a multiple of the swizzle's period, eight pixels.
     return min((tile for tile in tiles if tile[1] * tile[2] >= 8), key=cost)
+
+
+def spread(made: Plan, batch: int, channels: int, height: int, width: int, processors: int) -> Plan:
+    """The plan, in smaller tiles where its programs would leave half of the GPU's multiprocessors idle, or more.
+
+    Args:
+        made: The plan of a call that fills the GPU.
+        batch: Images of a time step.
+        channels: Of the output.
+        height: Rows of the output.
+        width: Columns of the output.
+        processors: Multiprocessors of the GPU.
+    """
+    while 2 * made.programs(batch, channels, height, width) <= processors:
+        if made.pixels > _LEAST_PIXELS:
+            made = made._replace(tile=tile_of(_LEAST_PIXELS, batch, height, width), num_warps=_LEAST_PIXELS // 16)
+        elif made.block_n > _LEAST_CHANNELS:
+            made = made._replace(block_n=made.block_n // 2)
+        else:
+            break
+    return made
+
+
+def one_pass_fills(batch: int, channels: int, height: int, width: int, num_steps: int, processors: int) -> bool:
+    """Whether programs that each take all time steps keep the GPU nearly as busy as those that take one step each.
+
+    Counted in whole waves of 128x128 tiles; a quarter more is what the second pass over memory would take.
+
+    Args:
+        batch: Images of a time step.
+        channels: Of the output.
+        height: Rows of the output.
+        width: Columns of the output.
+        num_steps: T.
+        processors: Multiprocessors of the GPU.
+    """
+    tiles = math.ceil(batch * height * width / 128) * math.ceil(channels / 128)
+    return num_steps * math.ceil(tiles / processors) <= 1.25 * math.ceil(num_steps * tiles / processors)

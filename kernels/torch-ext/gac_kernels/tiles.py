@@ -120,13 +120,14 @@ def _divide(
     count, blocks = cdiv(rows, block_r), cdiv(channels, block_c)
     programs = count
     if "PER_SM" in config:
-        programs = max(1, min(count, config["PER_SM"] * _processors(device) // blocks))
+        programs = max(1, min(count, config["PER_SM"] * multiprocessors(device) // blocks))
     meta = dict(CHANNELS_LAST=channels_last, REVERSE=bool(config["REVERSE"]), BLOCK_R=block_r, BLOCK_C=block_c)
     meta |= {name: config[name] for name in ("num_warps", "STAGES") if name in config}
     return Tiles((programs, blocks), rows, channels, shape[2] * shape[3], count, meta)
 
 
-def _processors(device: torch.device) -> int:
+def multiprocessors(device: torch.device) -> int:
+    """Multiprocessors of a GPU; two elsewhere."""
     if device.type != "cuda":
         return _INTERPRETED_PROCESSORS
     properties: Any = torch.cuda.get_device_properties(device)
