@@ -69,7 +69,8 @@ def throughput_chart(
     Args:
         path: The PNG file.
         bars: Panel title to provider to images a second; drawn from fast to slow.
-        curves: Panel title to provider to number of time steps T to milliseconds per time step; below where not empty.
+        curves: Panel title to provider to number of time steps T to milliseconds per time step; drawn below the panels
+            that have some.
         title: Printed above the panels.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -106,6 +107,9 @@ def throughput_chart(
 
 def _draw_curves(axis: Any, curves: dict[str, dict[int, float]]) -> None:
     """What one time step of the batch costs, against T: flat where the cost is proportional to T."""
+    if not curves:
+        axis.set_visible(False)
+        return
     for provider, points in curves.items():
         ordered = sorted(points.items())
         style = {"linestyle": "--" if "+graph" in provider else "-", "marker": "o", "markersize": 3}
