@@ -27,8 +27,8 @@ class GraphedStep(Generic[T]):
     - gradients must be cleared within the step (``zero_grad(set_to_none=True)`` before the backward pass), and
       ``torch.autocast`` entered within it, so that weights are cast anew in every replay.
 
-    Networks of this package compute the weight gradients of their convolutions on a second stream in such a step, since in
-    a graph that costs the host nothing: see `timm_gac.weight_gradients`.
+    Networks of this package compute the weight gradients of their convolutions on a second stream in such a step, which
+    costs the host nothing in a graph: see `timm_gac.weight_gradients`.
 
     Args:
         step: Takes CUDA tensors; its result (a tensor, or any structure of them) is what a call returns.
