@@ -56,6 +56,9 @@ class PendingGradients:
 
     def start(self, index: int, compute: Callable[[], Tensor]) -> None:
         """Add what ``compute`` returns to the gradient of weight number ``index``, after all work queued so far."""
+        if not self._ends_with_backward:
+            self._ends_with_backward = True
+            torch.autograd.Variable._execution_engine.queue_callback(self._end)
         if self._stream is None:
             self._add(index, compute())
             return
@@ -65,18 +68,15 @@ class PendingGradients:
             self._add(index, compute())
             self._event = self._stream.record_event()
         self._running = compute
-        if not self._ends_with_backward:  # also a backward pass that asks for no weight has to wait
-            self._ends_with_backward = True
-            torch.autograd.Variable._execution_engine.queue_callback(self._end)
 
     def join(self) -> None:
         """Make the current stream wait for the second one."""
-        if self._event is not None:
-            self._event.wait()
+        if self._stream is not None and self._event is not None:
+            torch.cuda.current_stream(self._stream.device).wait_event(self._event)
         self._event = self._running = None
 
     def take(self) -> list[Tensor | None]:
-        """All gradients, for the current stream; they are gone from here then."""
+        """All gradients, for the current stream; none is left here."""
         self.join()
         taken, self.gradients = self.gradients, [None] * len(self.gradients)
         return taken
@@ -86,8 +86,9 @@ class PendingGradients:
         self.gradients[index] = gradient if before is None else before + gradient
 
     def _end(self) -> None:
+        """End a backward pass, which may have asked for no weight: the next one begins with nothing."""
         self._ends_with_backward = False
-        self.join()
+        self.take()
 
 
 def _second_stream(device: torch.device) -> torch.cuda.Stream | None:
