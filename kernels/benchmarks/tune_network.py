@@ -104,6 +104,10 @@ def milliseconds(args: argparse.Namespace, num_steps: int) -> dict[str, float]:
     for kernel, family in KERNELS.items():
         ops = [op for op in launched if op.startswith(family)]
         taken = [event.device_time / 1e3 for event in events if event.name == kernel]
+        if len(taken) != REPLAYS * len(ops):
+            raise SystemExit(
+                f"expected {REPLAYS * len(ops)} launches of {kernel} in the profile, got {len(taken)}: again"
+            )
         for index, op in enumerate(ops):
             times[op] = times.get(op, 0.0) + statistics.median(taken[index :: len(ops)])
     times["step"] = sum(times.values())

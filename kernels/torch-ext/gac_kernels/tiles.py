@@ -126,6 +126,7 @@ def _divide(
     return Tiles((programs, blocks), rows, channels, shape[2] * shape[3], count, meta)
 
 
+@functools.cache
 def multiprocessors(device: torch.device) -> int:
     """Multiprocessors of a GPU; two elsewhere."""
     if device.type != "cuda":
