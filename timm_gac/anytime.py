@@ -217,6 +217,6 @@ def write_anytime_chart(reports: Sequence[AnytimeReport], file: Path, convention
     axis.set(xlabel=f"mJ per image ({convention}, {reports[0].energy.costs.name})", ylabel="top-1 (%)")
     axis.grid(alpha=0.3)
     axis.spines[["top", "right"]].set_visible(False)
-    axis.legend(frameon=False, fontsize=9, loc="lower right")
+    figure.legend(frameon=False, fontsize=9, loc="outside lower center", ncols=2)  # where it hides no point
     axis.set_title(f"Answers at any time, {reports[0].energy.images:,} images", loc="left", fontsize=12)
     figure.savefig(file)
