@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .reference import state_dtype
+from .shortcut import shortcut_stride
 from .spec import LIFSpec
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -126,9 +127,9 @@ def check_norm(
 
 def check_spike_conv(
     spikes: Tensor, weight: Tensor, scale: Tensor, bias: Tensor, residual: Tensor | None, num_steps: int, stride: int,
-    grid: float,
+    grid: float, shortcut: Tensor | None,
 ) -> None:  # fmt: skip
-    """Raise unless weight, scale, bias, residual and grid fit the time-folded int8 spikes (T*B, C, H, W)."""
+    """Raise unless weights, scale, bias, residual and grid fit the time-folded int8 spikes (T*B, C, H, W)."""
     for name, tensor in (("spikes", spikes), ("weight", weight)):
         if not isinstance(tensor, Tensor) or tensor.dtype != torch.int8 or tensor.dim() != 4:
             came = f"{tensor.dtype}, {tuple(tensor.shape)}" if isinstance(tensor, Tensor) else type(tensor).__name__
@@ -144,7 +145,9 @@ def check_spike_conv(
                 "value an output channel"
             )
     shape = _conv3x3_shape(spikes, weight, stride)
-    if residual is not None and (tuple(residual.shape) != shape or residual.dtype not in (*DTYPES[:3], torch.int8)):
+    if shortcut is not None:
+        _check_shortcut(residual, shortcut, shape)
+    elif residual is not None and (tuple(residual.shape) != shape or residual.dtype not in (*DTYPES[:3], torch.int8)):
         raise ValueError(
             f"expected residual of shape {shape} in float32, float16, bfloat16 or int8, got {tuple(residual.shape)} in "
             f"{residual.dtype}: it is added to the convolution's output"
@@ -153,13 +156,14 @@ def check_spike_conv(
         raise ValueError(
             f"expected grid as a power of two from 2**-24 to 1, or 0, got {grid!r}: give one such as 2**-15"
         )
-    _check_device(spikes, weight=weight, scale=scale, bias=bias, residual=residual)
+    _check_device(spikes, weight=weight, scale=scale, bias=bias, residual=residual, shortcut=shortcut)
 
 
 def check_conv_lif(
-    x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, num_steps: int, stride: int
-) -> None:
-    """Raise unless weight, bias and residual fit the time-folded input (T*B, C, H, W)."""
+    x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, num_steps: int, stride: int,
+    shortcut: Tensor | None,
+) -> None:  # fmt: skip
+    """Raise unless weights, bias and residual fit the time-folded input (T*B, C, H, W)."""
     check_current("x", x, min_dims=4, max_dims=4)
     _check_conv3x3("x", x, weight, num_steps, stride)
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
@@ -169,13 +173,36 @@ def check_conv_lif(
             "value an output channel"
         )
     shape = _conv3x3_shape(x, weight, stride)
+    if shortcut is not None:
+        _check_shortcut(residual, shortcut, shape)
+        assert residual is not None
+        shape = tuple(residual.shape)
     for name, tensor, size in (("weight", weight, weight.shape), ("residual", residual, shape)):
         if tensor is not None and (tuple(tensor.shape) != tuple(size) or tensor.dtype != x.dtype):
             raise ValueError(
                 f"expected {name} of shape {tuple(size)} in {x.dtype} like x, got {tuple(tensor.shape)} in "
                 f"{tensor.dtype}: bring it to x's with .to(x.dtype)"
             )
-    _check_device(x, weight=weight, bias=bias, residual=residual)
+    _check_device(x, weight=weight, bias=bias, residual=residual, shortcut=shortcut)
+
+
+def _check_shortcut(residual: Tensor | None, shortcut: Tensor, shape: tuple[int, ...]) -> None:
+    if residual is None or residual.dim() != 4 or residual.dtype not in DTYPES or residual.dtype != shortcut.dtype:
+        came = "none" if residual is None else f"{tuple(residual.shape)} in {residual.dtype}"
+        raise ValueError(
+            f"expected a residual with 4 axes in the shortcut's {shortcut.dtype}, a floating dtype, got {came}: give "
+            "what the shortcut convolves"
+        )
+    if tuple(shortcut.shape) != (shape[1], residual.shape[1], 1, 1):
+        raise ValueError(
+            f"expected shortcut of shape {(shape[1], residual.shape[1], 1, 1)}, got {tuple(shortcut.shape)}: give a "
+            "1x1 convolution's weight"
+        )
+    if residual.shape[0] != shape[0] or not shortcut_stride(tuple(residual.shape[2:]), shape[2:]):
+        raise ValueError(
+            f"expected a residual of {shape[0]} frames that a stride of 1 or 2 brings to {shape[2:]}, got "
+            f"{tuple(residual.shape)}: give the block's input"
+        )
 
 
 def _check_conv3x3(name: str, x: Tensor, weight: Tensor, num_steps: int, stride: int) -> None:

@@ -15,6 +15,7 @@ from . import hopper_conv
 from .backend import resolve_backend
 from .checks import check_conv_lif, check_spec
 from .hopper_tiles import one_pass_fills
+from .shortcut import convolve_shortcut
 from .spec import CIFAR, LIFSpec
 from .spike_conv_backend import Shape, spike_conv_config
 
@@ -24,7 +25,7 @@ UNIT_EPS = 2.0**-10
 _lib = torch.library.Library("gac_kernels", "FRAGMENT")
 _lib.define(
     "conv_lif(Tensor x, Tensor weight, Tensor bias, Tensor? residual, int num_steps, int stride, float threshold, "
-    "float decay, bool soft_reset, bool keep_membrane) -> (Tensor, Tensor)"
+    "float decay, bool soft_reset, bool keep_membrane, Tensor? shortcut=None) -> (Tensor, Tensor)"
 )
 
 
@@ -51,37 +52,47 @@ def _two_passes(
 
 
 @torch.library.impl(_lib, "conv_lif", "CompositeExplicitAutograd")
-def _conv_lif(x, weight, bias, residual, num_steps, stride, threshold, decay, soft_reset, keep_membrane):
-    check_conv_lif(x, weight, bias, residual, num_steps, stride)
+def _conv_lif(
+    x, weight, bias, residual, num_steps, stride, threshold, decay, soft_reset, keep_membrane, shortcut=None
+):
+    check_conv_lif(x, weight, bias, residual, num_steps, stride, shortcut)
     if not x.numel() or not weight.numel():
         return _outputs(x, weight, stride, keep_membrane)
     layout = torch.channels_last
     x, weight = (tensor.contiguous(memory_format=layout) for tensor in (x, weight))
     residual = None if residual is None else residual.contiguous(memory_format=layout)
     neuron = (threshold, decay, soft_reset)
+    shape = Shape.of(x, weight, stride, residual is not None)
+    size = (shape.height, shape.width)
     if resolve_backend(x.device, x.dtype) == "triton" and x.element_size() == 2:
-        shape = Shape.of(x, weight, stride, residual is not None)
         config = spike_conv_config("conv_lif_hopper", shape, x.device)
         frames = (len(x) // num_steps, shape.out_channels, shape.height, shape.width)
         if config["ONE_PASS"] and one_pass_fills(*frames, num_steps, hopper_conv.multiprocessors(x.device)):
             out, membrane = _outputs(x, weight, stride, keep_membrane)
-            made = hopper_conv.plan(x, out, residual, membrane, num_steps, stride, config)
+            made = hopper_conv.plan(x, out, residual, shortcut, membrane, num_steps, stride, config)
+            if shortcut is not None and not isinstance(made, hopper_conv.Plan):
+                residual, shortcut = convolve_shortcut(residual, shortcut, size), None
+                made = hopper_conv.plan(x, out, residual, None, membrane, num_steps, stride, config)
             if isinstance(made, hopper_conv.Plan):
                 hopper_conv.launch(
-                    made, x, weight, None, bias, residual, num_steps, stride, *neuron, 0.0, out, membrane
+                    made, x, weight, None, bias, residual, shortcut, num_steps, stride, *neuron, 0.0, out, membrane
                 )
                 return out, membrane
+    if shortcut is not None:
+        residual = convolve_shortcut(residual, shortcut, size)
     return _two_passes(x, weight, bias, residual, num_steps, stride, *neuron, keep_membrane)
 
 
 @torch.library.register_fake("gac_kernels::conv_lif", lib=_lib)
-def _conv_lif_fake(x, weight, bias, residual, num_steps, stride, threshold, decay, soft_reset, keep_membrane):
+def _conv_lif_fake(
+    x, weight, bias, residual, num_steps, stride, threshold, decay, soft_reset, keep_membrane, shortcut=None
+):
     return _outputs(x, weight, stride, keep_membrane)
 
 
 def conv_lif(
     x: Tensor, weight: Tensor, bias: Tensor, num_steps: int, spec: LIFSpec = CIFAR, *, stride: int = 1,
-    residual: Tensor | None = None, return_membrane: bool = False,
+    residual: Tensor | None = None, return_membrane: bool = False, shortcut: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
     """``lif(conv3x3(x, weight) + bias + residual)`` over T steps, for inference: no gradient.
 
@@ -95,6 +106,8 @@ def conv_lif(
         residual: (T*B, C', H', W') in x's dtype, added to the neuron's input current.
         return_membrane: Return the neuron's input current too. One pass fires before it rounds the current to x's
             dtype, two passes round the convolution's output and, where it is returned, the current first.
+        shortcut: (C', C'', 1, 1) in x's dtype: the residual is then (T*B, C'', H'', W''), and what is added is its
+            convolution with this weight and a stride of 1 or 2.
 
     Returns:
         Spikes (T*B, C', H', W') in x's dtype, channels-last, H' = ceil(H / stride); with ``return_membrane`` the pair
@@ -104,8 +117,9 @@ def conv_lif(
         ValueError: A tensor has the wrong shape, dtype or device, or T does not divide the first axis.
     """
     check_spec(spec)
-    check_conv_lif(x, weight, bias, residual, num_steps, stride)
+    check_conv_lif(x, weight, bias, residual, num_steps, stride, shortcut)
     out, membrane = torch.ops.gac_kernels.conv_lif(
-        x, weight, bias, residual, num_steps, stride, spec.threshold, spec.decay, spec.soft_reset, return_membrane
-    )
+        x, weight, bias, residual, num_steps, stride, spec.threshold, spec.decay, spec.soft_reset, return_membrane,
+        shortcut,
+    )  # fmt: skip
     return (membrane, out) if return_membrane else out

@@ -7,19 +7,65 @@ import math
 from typing import NamedTuple
 
 # What a group of four warps multiplies, and the least channels of a tensor copy that the kernel stores.
-_LEAST_PIXELS, _LEAST_CHANNELS = 64, 32
+TILE_PIXELS, _LEAST_CHANNELS = 64, 32
+SHARED_MEMORY = 227 * 1024  # bytes that a Hopper program can have
+_LEAST_RING = 3  # copies of weights of which one arrives while another is used
+
+
+class Call(NamedTuple):
+    """What of a call its division depends on.
+
+    Attributes:
+        batch: Images of a time step.
+        channels: C.
+        out_channels: C'.
+        height: Rows of the output.
+        width: Columns of the output.
+        num_steps: T.
+        stride: 1 or 2.
+        operand_bytes: Of an element of spikes and weights.
+        value_bytes: Of an element of the residual or of the membrane that is kept, 0 without.
+        side_channels: Input channels of a 1x1 shortcut, 0 without.
+    """
+
+    batch: int
+    channels: int
+    out_channels: int
+    height: int
+    width: int
+    num_steps: int
+    stride: int
+    operand_bytes: int
+    value_bytes: int
+    side_channels: int = 0
+
+    @property
+    def frames(self) -> tuple[int, int, int, int]:
+        """Images, channels, rows and columns of an output of one step."""
+        return self.batch, self.out_channels, self.height, self.width
+
+    @property
+    def block_k(self) -> int:
+        """Input channels of a copy: 128, 64 or 32 bytes."""
+        return next(size // self.operand_bytes for size in (128, 64, 32) if self.channels * self.operand_bytes % size == 0)
+
+    @property
+    def block_n(self) -> int:
+        """Output channels of a program."""
+        return next(n for n in (128, 64, 32) if self.out_channels % n == 0)
 
 
 class Plan(NamedTuple):
     """How a call is divided among programs.
 
     Attributes:
-        tile: Rows, images and columns of a program's output pixels, powers of two.
+        tile: Rows, images and columns of a tile of 64 output pixels, powers of two.
         block_n: Output channels of a program.
         block_k: Input channels of a copy, 32, 64 or 128 bytes.
-        ring: Stages that are in flight.
-        steps: Time steps that share a weight tile, 1 or 2.
-        num_warps: Of a program, 4 or 8.
+        ring: Copies that are in flight: of weights, and where a program has one tile, of their pixels.
+        steps: Time steps that share a copy of weights, 1 or 2.
+        halos: Copies of pixels in flight, with the rows around them, where a program has two tiles at a time
+            (`hopper_pair`); 0 where it has one (`hopper_ring`).
     """
 
     tile: tuple[int, int, int]
@@ -27,12 +73,7 @@ class Plan(NamedTuple):
     block_k: int
     ring: int
     steps: int
-    num_warps: int
-
-    @property
-    def pixels(self) -> int:
-        """Output pixels of a program at one time step."""
-        return math.prod(self.tile)
+    halos: int = 0
 
     def tiles(self, batch: int, height: int, width: int) -> tuple[int, int, int]:
         """Tiles along images, rows and columns of an output of so many."""
@@ -40,18 +81,43 @@ class Plan(NamedTuple):
         return math.ceil(batch / images), math.ceil(height / rows), math.ceil(width / columns)
 
     def programs(self, batch: int, channels: int, height: int, width: int) -> int:
-        """Programs of an output (T*batch, channels, height, width): each takes all T steps of its tile."""
-        return math.prod(self.tiles(batch, height, width)) * (channels // self.block_n)
+        """Programs, or turns of them, of an output (T*batch, channels, height, width)."""
+        tiles = math.prod(self.tiles(batch, height, width))
+        return math.ceil(tiles / 2 if self.halos else tiles) * (channels // self.block_n)
 
-    def shared_bytes(self, operands: int, values: int) -> int:
-        """Shared memory of a program.
 
-        Args:
-            operands: Bytes an element of spikes and weights.
-            values: Bytes an element of residual or membrane, 0 without.
-        """
-        stage = (self.steps * self.pixels + self.block_n) * self.block_k * operands
-        return self.ring * stage + self.steps * self.pixels * self.block_n * (operands + values) + 1024
+def pair_plan(call: Call, halos: int, steps: int) -> Plan | None:
+    """The division among programs with two tiles at a time; None if their shared memory does not suffice.
+
+    Args:
+        call: The call.
+        halos: Copies of pixels in flight of each of the two, at least 2.
+        steps: Time steps that share a copy of weights, 1 or 2.
+    """
+    tile = tile_of(TILE_PIXELS, call.batch, call.height, call.width)
+    rows, images, columns = tile
+    lines = rows + 2 if call.stride == 1 else 2 * rows + 1
+    depth = call.block_k * call.operand_bytes
+    stored = 2 * steps * TILE_PIXELS * call.block_n * (call.operand_bytes + call.value_bytes)
+    pixels = 2 * halos * steps * lines * images * columns * depth
+    ring = (SHARED_MEMORY - 1024 - stored - pixels) // (call.block_n * depth)
+    if ring < _LEAST_RING:
+        return None
+    taps = (9 * call.channels + 2 * call.side_channels // call.operand_bytes) // call.block_k
+    return Plan(tile, call.block_n, call.block_k, min(ring, taps), steps, halos)
+
+
+def ring_plan(call: Call, processors: int) -> Plan:
+    """The division among programs with one tile, of fewer channels where half of the GPU would be left without work.
+
+    Args:
+        call: The call.
+        processors: Multiprocessors of the GPU.
+    """
+    made = Plan(tile_of(TILE_PIXELS, call.batch, call.height, call.width), call.block_n, call.block_k, 4, 1)
+    while made.block_n > _LEAST_CHANNELS and 2 * made.programs(*call.frames) <= processors:
+        made = made._replace(block_n=made.block_n // 2)
+    return made
 
 
 @functools.cache
@@ -76,27 +142,6 @@ def tile_of(pixels: int, batch: int, height: int, width: int) -> tuple[int, int,
     ]
     # A row of a tile begins at a multiple of the swizzle's period, eight pixels.
     return min((tile for tile in tiles if tile[1] * tile[2] >= 8), key=cost)
-
-
-def spread(made: Plan, batch: int, channels: int, height: int, width: int, processors: int) -> Plan:
-    """The plan, in smaller tiles where its programs would leave half of the GPU's multiprocessors idle, or more.
-
-    Args:
-        made: The plan of a call that fills the GPU.
-        batch: Images of a time step.
-        channels: Of the output.
-        height: Rows of the output.
-        width: Columns of the output.
-        processors: Multiprocessors of the GPU.
-    """
-    while 2 * made.programs(batch, channels, height, width) <= processors:
-        if made.pixels > _LEAST_PIXELS:
-            made = made._replace(tile=tile_of(_LEAST_PIXELS, batch, height, width), num_warps=_LEAST_PIXELS // 16)
-        elif made.block_n > _LEAST_CHANNELS:
-            made = made._replace(block_n=made.block_n // 2)
-        else:
-            break
-    return made
 
 
 def one_pass_fills(batch: int, channels: int, height: int, width: int, num_steps: int, processors: int) -> bool:

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .shortcut import shortcut_stride
 from .spec import CIFAR, LIFSpec
 
 
@@ -211,16 +212,19 @@ def norm_lif_reference(
 def spike_conv_reference(
     spikes: Tensor, weight: Tensor, scale: Tensor, bias: Tensor, num_steps: int, spec: LIFSpec = CIFAR, *,
     stride: int = 1, residual: Tensor | None = None, return_membrane: bool = False, grid: float = 0.0,
-    dtype: torch.dtype = torch.float64,
+    shortcut: Tensor | None = None, dtype: torch.dtype = torch.float64,
 ) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
     """Convolution, scale, bias, residual and multi-step LIF, one after the other; arguments as in `spike_conv`.
 
     The convolution is summed in float64, which holds its integers exactly; all that follows is computed in ``dtype``:
     float64 for the network as mathematics has it, float32 for the bits that `spike_conv` returns. The current that is
-    returned is in ``dtype``.
+    returned is in ``dtype``. A shortcut's convolution is summed in float64 too, then rounded to its dtype.
     """
     sums = F.conv2d(spikes.double(), weight.double(), None, stride, 1).to(dtype)
     current = sums * scale.to(dtype)[:, None, None] + bias.to(dtype)[:, None, None]
+    if residual is not None and shortcut is not None:
+        side_stride = shortcut_stride(tuple(residual.shape[2:]), tuple(sums.shape[2:]))
+        residual = F.conv2d(residual.double(), shortcut.double(), None, side_stride).to(shortcut.dtype)
     if residual is not None:
         current = current + on_grid(residual.to(dtype), grid)
     fired = lif_reference(current.unflatten(0, (num_steps, -1)), spec)

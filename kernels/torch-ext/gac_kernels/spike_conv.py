@@ -16,6 +16,7 @@ from ._triton import cdiv, next_power_of_2, tl, triton
 from .checks import check_spec, check_spike_conv
 from .layout import on_device
 from .reference import grid_shift
+from .shortcut import convolve_shortcut
 from .spec import CIFAR, LIFSpec
 from .spike_conv_backend import Shape, spike_conv_backend, spike_conv_config
 from .surrogate import reset
@@ -83,14 +84,18 @@ def _spike_conv_kernel(
 def _forward_triton(
     spikes: Tensor, weight: Tensor, scale: Tensor, bias: Tensor, residual: Tensor | None, num_steps: int, stride: int,
     threshold: float, decay: float, soft_reset: bool, shift: float, out: Tensor, membrane: Tensor,
+    shortcut: Tensor | None = None,
 ) -> None:  # fmt: skip
     shape = Shape.of(spikes, weight, stride, residual is not None)
     config = spike_conv_config("spike_conv_hopper", shape, spikes.device)
-    made = hopper_conv.plan(spikes, out, residual, membrane, num_steps, stride, config)
+    made = hopper_conv.plan(spikes, out, residual, shortcut, membrane, num_steps, stride, config)
+    if shortcut is not None and not isinstance(made, hopper_conv.Plan):
+        residual, shortcut = convolve_shortcut(residual, shortcut, tuple(out.shape[2:])), None
+        made = hopper_conv.plan(spikes, out, residual, None, membrane, num_steps, stride, config)
     if isinstance(made, hopper_conv.Plan):
         hopper_conv.launch(
-            made, spikes, weight, scale, bias, residual, num_steps, stride, threshold, decay, soft_reset, shift, out,
-            membrane,
+            made, spikes, weight, scale, bias, residual, shortcut, num_steps, stride, threshold, decay, soft_reset,
+            shift, out, membrane,
         )  # fmt: skip
         return
     _logger.debug("spike_conv of %s runs in plain Triton: %s", shape, made)
@@ -118,7 +123,8 @@ _FORWARD = {"eager": spike_conv_eager.forward, "onednn": spike_conv_onednn.forwa
 _lib = torch.library.Library("gac_kernels", "FRAGMENT")
 _lib.define(
     "spike_conv(Tensor spikes, Tensor weight, Tensor scale, Tensor bias, Tensor? residual, int num_steps, int stride, "
-    "float threshold, float decay, bool soft_reset, bool keep_membrane, float grid=0.0) -> (Tensor, Tensor)"
+    "float threshold, float decay, bool soft_reset, bool keep_membrane, float grid=0.0, Tensor? shortcut=None) "
+    "-> (Tensor, Tensor)"
 )
 
 
@@ -135,32 +141,41 @@ def _outputs(
 
 @torch.library.impl(_lib, "spike_conv", "CompositeExplicitAutograd")
 def _spike_conv(
-    spikes, weight, scale, bias, residual, num_steps, stride, threshold, decay, soft_reset, keep_membrane, grid=0.0
-):
-    check_spike_conv(spikes, weight, scale, bias, residual, num_steps, stride, grid)
+    spikes, weight, scale, bias, residual, num_steps, stride, threshold, decay, soft_reset, keep_membrane, grid=0.0,
+    shortcut=None,
+):  # fmt: skip
+    check_spike_conv(spikes, weight, scale, bias, residual, num_steps, stride, grid, shortcut)
     out, membrane = _outputs(spikes, weight, residual, stride, keep_membrane)
     if out.numel():
         layout = torch.channels_last
-        shortcut = None if residual is None else residual.contiguous(memory_format=layout)
         spikes, weight = (tensor.contiguous(memory_format=layout) for tensor in (spikes, weight))
-        run = _FORWARD[spike_conv_backend(spikes.device)]
+        residual = None if residual is None else residual.contiguous(memory_format=layout)
+        backend = spike_conv_backend(spikes.device)
+        beside = {}
+        if shortcut is not None and backend == "triton":
+            beside = {"shortcut": shortcut.contiguous()}
+        elif shortcut is not None:
+            residual = convolve_shortcut(residual, shortcut, tuple(out.shape[2:]))
         shift = grid_shift(grid) if residual is not None and residual.is_floating_point() else 0.0
-        run(
-            spikes, weight, scale, bias, shortcut, num_steps, stride, threshold, decay, soft_reset, shift, out, membrane
-        )
+        _FORWARD[backend](
+            spikes, weight, scale, bias, residual, num_steps, stride, threshold, decay, soft_reset, shift, out,
+            membrane, **beside,
+        )  # fmt: skip
     return out, membrane
 
 
 @torch.library.register_fake("gac_kernels::spike_conv", lib=_lib)
 def _spike_conv_fake(
-    spikes, weight, scale, bias, residual, num_steps, stride, threshold, decay, soft_reset, keep_membrane, grid=0.0
-):
+    spikes, weight, scale, bias, residual, num_steps, stride, threshold, decay, soft_reset, keep_membrane, grid=0.0,
+    shortcut=None,
+):  # fmt: skip
     return _outputs(spikes, weight, residual, stride, keep_membrane)
 
 
 def spike_conv(
     spikes: Tensor, weight: Tensor, scale: Tensor, bias: Tensor, num_steps: int, spec: LIFSpec = CIFAR, *,
     stride: int = 1, residual: Tensor | None = None, return_membrane: bool = False, grid: float = 0.0,
+    shortcut: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
     """``lif(conv3x3(spikes, weight) * scale + bias + residual)`` over T steps, with integer arithmetic inside.
 
@@ -185,6 +200,9 @@ def spike_conv(
             neuron sees it before it is rounded to that dtype.
         grid: Round a floating-point residual to the nearest multiple of this, ties to even: a power of two from 2**-24
             to 1, of which scale and bias have to be multiples; 0 leaves it as it is.
+        shortcut: (C', C'', 1, 1) in the residual's floating dtype: the residual is then (T*B, C'', H'', W''), and what
+            is added is its convolution with this weight and a stride of 1 or 2, rounded to that dtype. Its sums have no
+            prescribed order, so the last bit of what is added can differ between implementations.
 
     Returns:
         Spikes (T*B, C', H', W') int8, channels-last, H' = ceil(H / stride); with ``return_membrane`` the pair
@@ -195,9 +213,9 @@ def spike_conv(
             power of two, or C is above 14,563, where sums of int8 weights may leave the integers that float32 holds.
     """
     check_spec(spec)
-    check_spike_conv(spikes, weight, scale, bias, residual, num_steps, stride, grid)
+    check_spike_conv(spikes, weight, scale, bias, residual, num_steps, stride, grid, shortcut)
     out, membrane = torch.ops.gac_kernels.spike_conv(
         spikes, weight, scale, bias, residual, num_steps, stride, spec.threshold, spec.decay, spec.soft_reset,
-        return_membrane, grid,
+        return_membrane, grid, shortcut,
     )  # fmt: skip
     return (membrane, out) if return_membrane else out
