@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gac_kernels.conv_lif import UNIT_EPS
@@ -13,7 +14,15 @@ from gac_kernels.conv_lif import UNIT_EPS
 from .models.blocks import MSBlock, SpikingBlock, Stage
 from .neuron import BatchNormLIF, MembraneBatchNormLIF, is_watched
 
-__all__ = ["FoldedBlock", "FoldedConv2d", "FoldedLIF", "fold_batch_norm", "fuse_for_inference", "shift_in_neuron"]
+__all__ = [
+    "FoldedBlock", "FoldedConv2d", "FoldedLIF", "FoldedStem", "bias_in_channel", "fold_batch_norm",
+    "fuse_for_inference", "shift_in_neuron",
+]  # fmt: skip
+
+# cuDNN fills the channels of 16-bit operands up to a multiple of this.
+_CHANNELS = 8
+# Outputs below which more launches could outweigh the pass that adds a bias: on an H100 3 us per million outputs.
+_FEW_OUTPUTS = 2**22
 
 
 def shift_in_neuron(x: Tensor) -> bool:
@@ -25,8 +34,20 @@ def shift_in_neuron(x: Tensor) -> bool:
     return x.is_cuda
 
 
-class FoldedConv2d(nn.Conv2d):
-    """A convolution with a folded norm's shift as its bias, which it adds where the neuron behind it does not.
+def bias_in_channel(x: Tensor, conv: nn.Conv2d) -> bool:
+    """Whether a stem's bias is the weight of a channel of ones, and not added by PyTorch's convolution.
+
+    On a GPU that would be a pass of its own over the output, while cuDNN fills the channels of 16-bit images up
+    anyway. What torch.compile or torch.export make of the addition is left to them.
+    """
+    if not (isinstance(x, Tensor) and x.is_cuda) or torch.compiler.is_compiling():  # under fx it is no tensor
+        return False
+    outputs = x.numel() // conv.in_channels * conv.out_channels // (conv.stride[0] * conv.stride[1])
+    return conv.in_channels % _CHANNELS != 0 and _dtype_on_gpu(conv).itemsize == 2 and outputs >= _FEW_OUTPUTS
+
+
+class _ShiftedConv2d(nn.Conv2d):
+    """A convolution with another's weight and geometry, and a folded norm's shift as its bias.
 
     Args:
         conv: The convolution to replace, without bias; its weight is taken over.
@@ -34,17 +55,48 @@ class FoldedConv2d(nn.Conv2d):
     """
 
     def __init__(self, conv: nn.Conv2d, shift: Tensor) -> None:
-        geometry: dict[str, Any] = {
-            name: getattr(conv, name) for name in ("kernel_size", "stride", "padding", "dilation", "groups")
-        }
+        names = ("kernel_size", "stride", "padding", "dilation", "groups", "padding_mode")
+        geometry: dict[str, Any] = {name: getattr(conv, name) for name in names}
         meta = torch.device("meta")  # the weight comes from elsewhere
         super().__init__(conv.in_channels, conv.out_channels, **geometry, bias=False, device=meta)
         self.weight = conv.weight
-        _set_bias(self, shift)
+        self.bias = nn.Parameter(shift.to(conv.weight.dtype), requires_grad=False)
+        self.train(conv.training)
+
+
+class FoldedConv2d(_ShiftedConv2d):
+    """A convolution that adds a folded norm's shift where the neuron behind it does not."""
 
     def forward(self, x: Tensor, bits: Tensor | None = None) -> Tensor:
         """The convolution of x; there is no backward pass for which ``bits`` would be kept."""
         return self._conv_forward(x, self.weight, None if shift_in_neuron(x) else self.bias)
+
+
+class FoldedStem(_ShiftedConv2d):
+    """A network's first convolution with a folded norm's shift as its bias, added where that costs least."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The convolution of images x with its bias."""
+        if not torch.jit.is_scripting():  # noqa: SIM102 (TorchScript skips the block only where this stands alone)
+            if self._sees_every_centre() and bias_in_channel(x, self):
+                return self._with_ones(x)
+        return self._conv_forward(x, self.weight, self.bias)
+
+    @torch.jit.unused
+    def _sees_every_centre(self) -> bool:
+        """Whether the centre of each window lies inside the image, where added channels are 1, and not in padding."""
+        centres = tuple(step * (size // 2) for size, step in zip(self.kernel_size, self.dilation, strict=True))
+        odd = all(size % 2 == 1 for size in self.kernel_size)
+        return odd and self.padding == centres and self.padding_mode == "zeros" and self.groups == 1
+
+    @torch.jit.unused
+    def _with_ones(self, x: Tensor) -> Tensor:
+        """The convolution of x and channels of ones, to the first of which the bias is the weight at the centre."""
+        assert self.bias is not None
+        added = (0, 0, 0, 0, 0, _CHANNELS - self.in_channels % _CHANNELS)
+        weight = F.pad(self.weight, added)
+        weight[:, self.in_channels, self.kernel_size[0] // 2, self.kernel_size[1] // 2] = self.bias
+        return self._conv_forward(F.pad(x, added, value=1.0), weight, None)
 
 
 class FoldedLIF(nn.Module):
@@ -145,7 +197,7 @@ def _convolve_and_fire(conv: Any, neuron: Any, x: Tensor, shortcut: Callable[[],
         if gradients or watched or shift_in_neuron(x) or beside.dtype != current.dtype:
             return neuron(current, beside)
         return neuron(current.add_(beside))  # in memory that is there: fresh memory costs a CPU more than the sum
-    dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else conv.weight.dtype
+    dtype = _dtype_on_gpu(conv)
     x, weight = x.to(dtype), conv.weight.to(dtype)
     residual = None if shortcut is None else shortcut().to(dtype)
     lif = neuron.lif
@@ -154,6 +206,10 @@ def _convolve_and_fire(conv: Any, neuron: Any, x: Tensor, shortcut: Callable[[],
         neuron.keep_membrane,
     )  # fmt: skip
     return neuron.returned(current, spikes)
+
+
+def _dtype_on_gpu(conv: nn.Conv2d) -> torch.dtype:
+    return torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else conv.weight.dtype
 
 
 @torch.no_grad()
@@ -188,7 +244,7 @@ def fuse_for_inference(model: nn.Module, dtype: torch.dtype | None = None) -> nn
     model.eval()
     network: Any = model
     network.set_spike_packing(False)
-    _set_bias(network.conv1, fold_batch_norm(network.conv1, network.bn1))
+    network.conv1 = FoldedStem(network.conv1, fold_batch_norm(network.conv1, network.bn1))
     network.bn1 = nn.Identity()
     for stage in [module for module in model.modules() if isinstance(module, Stage)]:
         for index, block in enumerate(stage):
@@ -223,7 +279,3 @@ def fold_batch_norm(conv: nn.Conv2d, norm: Any) -> Tensor:
         scale, shift = scale * norm.weight.double(), norm.bias.double()
     conv.weight.copy_(conv.weight.double() * scale[:, None, None, None])
     return shift - norm.running_mean.double() * scale
-
-
-def _set_bias(conv: nn.Conv2d, shift: Tensor) -> None:
-    conv.bias = nn.Parameter(shift.to(conv.weight.dtype), requires_grad=False)

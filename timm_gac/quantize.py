@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .inference import FoldedLIF, fold_batch_norm
+from .inference import FoldedLIF, FoldedStem, fold_batch_norm
 from .models.blocks import MSBlock, SpikingBlock
 from .models.integer import IntegerBlock, IntegerLIF, IntegerSpikingResNet, RealConv, SpikeConv, current_grid
 from .models.network import SpikingResNet
@@ -69,7 +69,7 @@ def quantize(model: nn.Module, clip: str = "mse") -> IntegerSpikingResNet:
     network = IntegerSpikingResNet.like(model, {"scheme": SCHEME, "clip": clip})
     network.double().eval()  # so that weights are rounded once, to int8
     parts: Any = network
-    parts.conv1.bias = nn.Parameter(fold_batch_norm(parts.conv1, parts.bn1))
+    parts.conv1 = FoldedStem(parts.conv1, fold_batch_norm(parts.conv1, parts.bn1))
     parts.bn1 = nn.Identity()
     if isinstance(parts.lif, LIF):
         parts.lif = IntegerLIF(network.spec, network.num_steps)
