@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from . import weight_gradients
-from .neuron import check_num_steps
+from .neuron import check_num_steps, is_watched
 
-__all__ = ["Conv2d", "SpikeConv2d"]
+__all__ = ["Conv2d", "SpikeConv2d", "shortcut_operands"]
 
 
 class Conv2d(nn.Conv2d):
@@ -84,3 +84,16 @@ class SpikeConv2d(Conv2d):
             x, weight = x.to(dtype), weight.to(dtype)
         geometry = (list(self.stride), list(self.padding), list(self.dilation), self.groups)
         return torch.ops.gac_kernels.packed_conv2d(x, bits, weight, self.num_steps, *geometry)
+
+
+def shortcut_operands(conv: nn.Conv2d, x: Tensor) -> tuple[Tensor, Tensor] | None:
+    """What a 1x1 shortcut multiplies, for the kernel that takes it along: x and weight, in the dtype it computes in.
+
+    None where the module has to be called: something watches it, or it is another convolution.
+    """
+    plain = conv.kernel_size == (1, 1) and conv.padding == (0, 0) and conv.groups == 1 and conv.bias is None
+    if not plain or conv.stride not in ((1, 1), (2, 2)) or is_watched(conv):
+        return None
+    device = x.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else conv.weight.dtype
+    return x.to(dtype), conv.weight.to(dtype)

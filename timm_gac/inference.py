@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,6 +10,7 @@ from torch import Tensor, nn
 
 from gac_kernels.conv_lif import UNIT_EPS
 
+from .convolution import shortcut_operands
 from .models.blocks import MSBlock, SpikingBlock, Stage
 from .neuron import BatchNormLIF, MembraneBatchNormLIF, is_watched
 
@@ -168,15 +168,14 @@ class FoldedBlock(nn.Module):
         self, membrane: Tensor, spikes: Tensor, bits: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """Membrane and spikes, or the spikes twice where no membrane is needed; no bits."""
-        hidden = _convolve_and_fire(self.conv1, self.bn1, spikes, None)
-        made = _convolve_and_fire(self.conv2, self.bn2, hidden, lambda: self._shortcut(membrane))
+        hidden = _convolve_and_fire(self.conv1, self.bn1, spikes)
+        made = _convolve_and_fire(self.conv2, self.bn2, hidden, self.downsample, membrane)
         return (*made, None) if isinstance(made, tuple) else (made, made, None)
 
-    def _shortcut(self, x: Tensor) -> Tensor:
-        return x if self.downsample is None else self.downsample(x)
 
-
-def _convolve_and_fire(conv: Any, neuron: Any, x: Tensor, shortcut: Callable[[], Tensor] | None) -> Any:
+def _convolve_and_fire(
+    conv: Any, neuron: Any, x: Tensor, downsample: Any = None, residual: Tensor | None = None
+) -> Any:
     """A folded convolution and its neuron, as one op where nobody watches what goes on between them or wants gradients.
 
     The op has none; convolution and neuron apart have, at the input for instance.
@@ -191,19 +190,23 @@ def _convolve_and_fire(conv: Any, neuron: Any, x: Tensor, shortcut: Callable[[],
         or conv.stride not in ((1, 1), (2, 2))
     ):
         current = conv(x)
-        if shortcut is None:
+        if residual is None:
             return neuron(current)
-        beside = shortcut()
+        beside = residual if downsample is None else downsample(residual)
         if gradients or watched or shift_in_neuron(x) or beside.dtype != current.dtype:
             return neuron(current, beside)
         return neuron(current.add_(beside))  # in memory that is there: fresh memory costs a CPU more than the sum
     dtype = _dtype_on_gpu(conv)
     x, weight = x.to(dtype), conv.weight.to(dtype)
-    residual = None if shortcut is None else shortcut().to(dtype)
+    kernel = None
+    if residual is not None and downsample is not None:
+        operands = None if is_watched(downsample) else shortcut_operands(downsample[0], residual)
+        residual, kernel = operands if operands is not None else (downsample(residual), None)
+    residual, kernel = (None if tensor is None else tensor.to(dtype) for tensor in (residual, kernel))
     lif = neuron.lif
     spikes, current = torch.ops.gac_kernels.conv_lif(
         x, weight, neuron.shift, residual, neuron.num_steps, conv.stride[0], lif.threshold, lif.decay, lif.soft_reset,
-        neuron.keep_membrane,
+        neuron.keep_membrane, kernel,
     )  # fmt: skip
     return neuron.returned(current, spikes)
 

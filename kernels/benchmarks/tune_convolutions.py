@@ -22,14 +22,14 @@ import timm
 import torch
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor
+from torch import Tensor, nn
 from triton.testing import do_bench_cudagraph
 from tuned import compile_in_processes, start_from_defaults, update, use
 
 import timm_gac
 from gac_kernels import conv_lif, hopper_conv, spike_conv
 from gac_kernels.spike_conv_backend import Shape
-from timm_gac.models.integer import SpikeConv
+from timm_gac.models.integer import IntegerBlock, SpikeConv
 
 DTYPES = {"int8": torch.int8, "bfloat16": torch.bfloat16, "float16": torch.float16}
 OPS = {"int8": "spike_conv_hopper", "bfloat16": "conv_lif_hopper", "float16": "conv_lif_hopper"}
@@ -50,6 +50,8 @@ class Layer(NamedTuple):
         stride: 1 or 2.
         residual: Whether there is one; in bfloat16 with int8 spikes, else in their dtype.
         membrane: Whether the membrane is kept.
+        side_channels: Input channels of the shortcut that the kernel takes along, 0 without.
+        side_stride: Its stride.
     """
 
     channels: int
@@ -59,6 +61,8 @@ class Layer(NamedTuple):
     stride: int
     residual: bool
     membrane: bool
+    side_channels: int = 0
+    side_stride: int = 1
 
 
 def layers_of(model: str, image_size: int) -> list[Layer]:
@@ -66,24 +70,27 @@ def layers_of(model: str, image_size: int) -> list[Layer]:
     network = timm_gac.quantize(timm.create_model(model, num_steps=1).eval())
     found: dict[Layer, None] = {}
 
-    def note(module: SpikeConv, inputs: tuple[Tensor, ...], _: object) -> None:
+    def note(module: SpikeConv, inputs: tuple[Tensor, ...], side: nn.Conv2d | None) -> None:
         _, channels, height, width = inputs[0].shape
-        residual = len(inputs) > 1 and inputs[1] is not None
-        found[Layer(channels, len(module.weight), height, width, module.stride, residual, module.keep_membrane)] = None
+        layer = Layer(
+            channels, len(module.weight), height, width, module.stride, len(inputs) > 1, module.keep_membrane,
+            *((0, 1) if side is None else (side.in_channels, side.stride[0])),
+        )  # fmt: skip
+        found[layer] = None
 
-    for module in network.modules():
-        if isinstance(module, SpikeConv):
-            module.register_forward_hook(note)
+    for block in network.modules():
+        if isinstance(block, IntegerBlock):
+            for module, side in ((block.conv1, None), (block.conv2, block.downsample)):
+                if isinstance(module, SpikeConv):
+                    module.register_forward_hook(lambda module, inputs, _, side=side: note(module, inputs, side))
     network(torch.zeros(1, 3, image_size, image_size))
     return list(found)
 
 
 def candidates() -> Iterator[dict[str, int]]:
     """Launch parameters to try."""
-    for warps, ring, steps in itertools.product((4, 8), (2, 3, 4, 5, 6), (1, 2)):
-        yield {
-            "BLOCK_M": 16 * warps, "BLOCK_N": 128, "RING": ring, "STEPS": steps, "num_warps": warps, "ONE_PASS": 1,
-        }  # fmt: skip
+    for copies, steps in itertools.product((2, 3, 4), (1, 2)):
+        yield {"COPIES": copies, "STEPS": steps, "ONE_PASS": 1}
 
 
 class Call:
@@ -102,19 +109,32 @@ class Call:
         self.scale = torch.full((layer.out_channels,), unit, device="cuda")
         self.bias = torch.randn(layer.out_channels, device="cuda", generator=make) * 0.1
         size = (shape[0], layer.out_channels, -(-layer.height // layer.stride), -(-layer.width // layer.stride))
-        self.residual = None
+        self.out = torch.empty(size, device="cuda", dtype=dtype, memory_format=layout)
+        real = torch.bfloat16 if dtype == torch.int8 else dtype
+        self.residual = self.shortcut = None
+        source = size
+        if layer.side_channels:
+            side = (layer.out_channels, layer.side_channels, 1, 1)
+            self.shortcut = torch.randn(side, device="cuda", generator=make).div_(layer.side_channels**0.5).to(real)
+            source = (size[0], layer.side_channels, *(n * layer.side_stride for n in size[2:]))
         if layer.residual:
-            real = torch.bfloat16 if dtype == torch.int8 else dtype
-            residual = torch.empty(size, device="cuda", dtype=real, memory_format=layout)
+            residual = torch.empty(source, device="cuda", dtype=real, memory_format=layout)
             self.residual = residual.normal_(generator=make)
-        self.out = torch.empty(size, device="cuda", dtype=dtype)
-        kept = self.residual if self.residual is not None else self.out.float()
-        self.membrane = kept if layer.membrane else kept[:0]
-        self.shape = Shape(layer.channels, layer.out_channels, size[2], size[3], layer.stride, layer.residual)
+        self.membrane = torch.empty_like(self.out if layer.membrane else self.out[:0], dtype=real)
+        self.shape = Shape(
+            layer.channels,
+            layer.out_channels,
+            size[2],
+            size[3],
+            layer.stride,
+            layer.residual,
+            self.shortcut is not None,
+        )
 
     def __call__(self) -> Tensor | tuple[Tensor, Tensor]:
         """Run it with the launch parameters of the moment."""
         rest = {"stride": self.layer.stride, "residual": self.residual, "return_membrane": self.layer.membrane}
+        rest["shortcut"] = self.shortcut
         if self.dtype == torch.int8:
             return spike_conv(self.spikes, self.weight, self.scale, self.bias, self.num_steps, grid=GRID, **rest)
         return conv_lif(self.spikes, self.weight, self.bias, self.num_steps, **rest)
@@ -127,7 +147,7 @@ class Call:
     def agrees(self, got: Tensor | tuple[Tensor, Tensor], expected: Tensor | tuple[Tensor, Tensor]) -> bool:
         """Whether the outputs are the same, to the bit or nearly."""
         pairs = list(zip(got, expected, strict=True)) if isinstance(got, tuple) else [(got, expected)]
-        if self.dtype == torch.int8:
+        if self.dtype == torch.int8 and self.shortcut is None:
             return all(torch.equal(a, b) for a, b in pairs)
         spikes, wanted = pairs[-1]
         return (spikes != wanted).float().mean().item() <= DIFFER
@@ -135,11 +155,19 @@ class Call:
     def fits(self, config: dict[str, int]) -> bool:
         """Whether the parameters are used as they are."""
         made = hopper_conv.plan(
-            self.spikes, self.out, self.residual, self.membrane, self.num_steps, self.layer.stride, config
+            self.spikes,
+            self.out,
+            self.residual,
+            self.shortcut,
+            self.membrane,
+            self.num_steps,
+            self.layer.stride,
+            config,
         )
         if isinstance(made, str):
             raise SystemExit(f"expected a layer for the Hopper kernel, got {self.layer}: {made}")
-        return (made.num_warps, made.ring, made.steps) == (config["num_warps"], config["RING"], config["STEPS"])
+        copies = made.copies if made.shared else made.copies // 2
+        return (copies, made.steps) == (config["COPIES"], config["STEPS"])
 
     def operations(self) -> int:
         """Additions and multiplications of the convolution."""

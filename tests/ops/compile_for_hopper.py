@@ -1,4 +1,4 @@
-"""Compile the Hopper kernel without a GPU and print which tensor core instruction each variant has.
+"""Compile the Hopper kernels without a GPU and print which tensor core instructions each variant has.
 
 It fails where the instructions that round the residual are not there.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import math
 import re
+import sys
 
 import torch
 from triton.backends.compiler import GPUTarget
@@ -43,10 +44,12 @@ class _CompileOnly:
         def compile_and_print(*args, **kwargs) -> None:
             compiled = self.kernel.warmup(*args, grid=grid, **kwargs)
             ptx = compiled.asm["ptx"]
-            found = set(re.findall(r"wgmma\.mma_async\S*\.(s8)\.s8", ptx))
+            found = sorted(set(re.findall(r"wgmma\.mma_async\S*\.(s8|bf16)\.(?:s8|bf16)", ptx)))
             # Adding 384 rounds to the grid, unless a compiler brings it together with what takes it away again.
             tile = math.prod(kwargs[name] for name in ("BH", "NB", "BW", "BN", "STEPS"))
-            elements = tile // (32 * kwargs["num_warps"]) if kwargs["RESIDUAL"] else 0
+            groups = 2 if kwargs.get("COPIES") else 1
+            rounds = kwargs["RESIDUAL"] or kwargs.get("SIDE_CHUNKS")
+            elements = groups * tile // (32 * kwargs["num_warps"]) if rounds else 0
             additions = len(re.findall(r"add\S*\.f32\s.*0f43C00000", ptx))
             assert additions == elements, f"{additions} of {elements} additions that round"
             print(*(f"wgmma.{name}" for name in found))
@@ -54,7 +57,9 @@ class _CompileOnly:
         return compile_and_print
 
 
-def compile_variant(stride: int, residual: bool, steps: int) -> None:
+def compile_variant(
+    stride: int, residual: bool, steps: int, copies: int = 0, side: bool = False, shared: bool = False
+) -> None:
     """Compile one variant."""
 
     def tensor(channels: int, size: int, dtype: torch.dtype) -> torch.Tensor:
@@ -63,17 +68,22 @@ def compile_variant(stride: int, residual: bool, steps: int) -> None:
     out = tensor(128, 16 // stride, torch.int8)
     kept = tensor(128, 16 // stride, torch.bfloat16) if residual else torch.empty(0)
     weight = torch.zeros(128, 64, 3, 3, dtype=torch.int8).contiguous(memory_format=torch.channels_last)
-    made = hopper_conv.Plan((8, 1, 8), 128, 64, 3, steps, 4)
+    shortcut = torch.zeros(128, 96, 1, 1, dtype=torch.bfloat16) if side else None
+    beside = tensor(96, 32 // stride, torch.bfloat16) if side else kept if residual else None
+    made = hopper_conv.Plan((8, 1, 8), 128, 64, 3, steps, copies, shared)
     hopper_conv.launch(
-        made, tensor(64, 16, torch.int8), weight, torch.ones(128), torch.zeros(128), kept if residual else None, 4,
-        stride, 1.0, 0.5, False, grid_shift(2.0**-15), out, kept,
+        made, tensor(64, 16, torch.int8), weight, torch.ones(128), torch.zeros(128), beside, shortcut, 4, stride, 1.0,
+        0.5, False, grid_shift(2.0**-15), out, kept,
     )  # fmt: skip
 
 
 if __name__ == "__main__":
     driver.set_active(_Hopper())
-    hopper_conv._conv_lif_kernel = _CompileOnly(hopper_conv._conv_lif_kernel)
+    hopper_conv.ring_kernel = _CompileOnly(hopper_conv.ring_kernel)
+    hopper_conv.pair_kernel = _CompileOnly(hopper_conv.pair_kernel)
     hopper_conv.on_device = lambda _: contextlib.nullcontext()
-    compile_variant(stride=1, residual=True, steps=2)
-    compile_variant(stride=2, residual=False, steps=1)
-    print(hopper_conv._failure(torch.device("cpu")) or "compiles")
+    shared = "--rows-shared" in sys.argv
+    compile_variant(stride=2, residual=True, steps=1)
+    compile_variant(stride=1, residual=True, steps=2, copies=2, shared=shared)
+    compile_variant(stride=2, residual=False, steps=1, copies=3, shared=shared)
+    compile_variant(stride=1, residual=True, steps=1, copies=2, side=True, shared=shared)

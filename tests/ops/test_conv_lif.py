@@ -57,19 +57,24 @@ def test_two_passes(shape, dtype, residual, device, poisoned):
 
 @pytest.fixture
 def one_pass(request, monkeypatch, filled):
-    """The calls of the Hopper kernel, which takes every layer with these warps, steps and stages."""
+    """The calls of the Hopper kernels, which take every layer with these copies of pixels and steps."""
     yield from take_every_layer(monkeypatch, *request.param)
 
 
 @pytest.fixture
 def one_pass_everywhere(monkeypatch, device):
     """The same without the pretence that every call fills the GPU."""
-    hopper_conv._failure(torch.empty(0, device=device).device)
-    yield from take_every_layer(monkeypatch, 4, 1, 3)
+    try_kernels(device)
+    yield from take_every_layer(monkeypatch, 2, 1)
 
 
-def take_every_layer(monkeypatch, warps, steps, ring):
-    config = {"BLOCK_M": 16 * warps, "BLOCK_N": 128, "RING": ring, "STEPS": steps, "num_warps": warps, "ONE_PASS": 1}
+def try_kernels(device):
+    """Why kernels do not compile, so that what follows launches only what it calls."""
+    return {hopper_conv._failure(torch.empty(0, device=device).device, made) for made in hopper_conv.PROBES}
+
+
+def take_every_layer(monkeypatch, copies, steps):
+    config = {"COPIES": copies, "STEPS": steps, "ONE_PASS": 1}
     monkeypatch.setattr(tuning, "_device_configs", lambda _: {})
     monkeypatch.setitem(tuning.DEFAULTS, "conv_lif_hopper", config)
     tuning.shape_config.cache_clear()
@@ -87,14 +92,43 @@ def take_every_layer(monkeypatch, warps, steps, ring):
 @hopper
 @pytest.mark.parametrize("residual", [False, True])
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
-@pytest.mark.parametrize("one_pass", [(4, 1, 3), (4, 2, 2), (8, 1, 4)], ids=str, indirect=True)
+@pytest.mark.parametrize("one_pass", [(0, 1), (2, 1), (2, 2), (3, 1)], ids=str, indirect=True)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_one_pass(one_pass, shape, dtype, residual, device, poisoned):
-    assert not hopper_conv._failure(torch.empty(0, device=device).device)
+    assert try_kernels(device) == {""}
     one_pass.clear()
     spec = IMAGENET if shape[0] == 3 else LIFSpec(reset="soft", decay=0.9) if shape[0] == 5 else CIFAR
     compare(shape, device, dtype, residual, spec, ONE_PASS_DIFFER)
     assert len(one_pass) == 2
+
+
+def side_by_side(x, weight, keywords, dtype, device):
+    """Keywords with a shortcut of stride 2, and their spikes in float64."""
+    size = (len(x), 64, *(2 * n for n in x.shape[2:]))
+    residual = torch.randn(size, device=device).to(dtype).contiguous(memory_format=torch.channels_last)
+    shortcut = (torch.randn(len(weight), 64, 1, 1, device=device) / 8).to(dtype)
+    return keywords | {"residual": residual, "shortcut": shortcut}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_shortcut_in_two_passes(dtype, device, poisoned):
+    x, weight, bias, keywords = inputs((2, 3, 16, 24, 5, 7, 1), device, dtype, False)
+    keywords = side_by_side(x, weight, keywords, dtype, device)
+    expected = spike_conv_reference(x, weight, torch.ones_like(bias), bias, 2, **keywords)
+    assert (conv_lif(x, weight, bias, 2, **keywords) != expected).float().mean() <= DIFFER[dtype]
+
+
+@hopper
+@pytest.mark.parametrize("one_pass", [(2, 1), (3, 1)], ids=str, indirect=True)
+def test_shortcut_in_one_pass(one_pass, device, poisoned):
+    x, weight, bias, keywords = inputs((4, 3, 64, 128, 8, 16, 1), device, torch.bfloat16, False)
+    assert try_kernels(device) == {""}
+    one_pass.clear()
+    keywords = side_by_side(x, weight, keywords, torch.bfloat16, device)
+    expected = spike_conv_reference(x, weight, torch.ones_like(bias), bias, 4, **keywords)
+    # The shortcut's sums are rounded to bfloat16, now and then to the other side.
+    assert (conv_lif(x, weight, bias, 4, **keywords) != expected).float().mean() <= 3 * ONE_PASS_DIFFER
+    assert len(one_pass) == 1
 
 
 @hopper

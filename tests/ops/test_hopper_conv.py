@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import os
 import subprocess
@@ -12,9 +13,9 @@ import pytest
 import torch
 
 from gac_kernels import CIFAR, IMAGENET, LIFSpec, hopper_conv, spike_conv, spike_conv_reference, tuning
-from gac_kernels.hopper_conv import GLUON_ERROR, Plan, plan, tile_of
-from gac_kernels.hopper_tiles import one_pass_fills, spread
-from test_spike_conv import GRID, borderline, inputs
+from gac_kernels.hopper_conv import GLUON_ERROR, Plan, plan
+from gac_kernels.hopper_tiles import Call, one_pass_fills, pair_plan, ring_plan, tile_of
+from test_spike_conv import GRID, borderline, inputs, with_shortcut
 
 ON_HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
 hopper = pytest.mark.skipif(not ON_HOPPER or bool(GLUON_ERROR), reason="needs a Hopper GPU and Triton with Gluon")
@@ -32,17 +33,23 @@ SHAPES = {
     "sixteen steps": (16, 1, 32, 32, 12, 4, 1),
 }
 LAUNCHES = {
-    f"{warps} warps, {steps} steps, ring {ring}": {
-        "BLOCK_M": 16 * warps, "BLOCK_N": 128, "RING": ring, "STEPS": steps, "num_warps": warps,
-    }
-    for warps, steps, ring in ((4, 1, 2), (4, 2, 3), (8, 1, 4), (8, 2, 2))
-}  # fmt: skip
+    "one tile": {"COPIES": 0, "STEPS": 1},
+    "two tiles": {"COPIES": 2, "STEPS": 1},
+    "two tiles, two steps": {"COPIES": 2, "STEPS": 2},
+    "two tiles, many copies": {"COPIES": 4, "STEPS": 1},
+    "two tiles, rows apart": {"COPIES": 2, "STEPS": 2, "APART": 1},
+}
+# The shortcut's input channels and stride.
+SIDES = {"whole tiles": (64, 1), "odd": (96, 1), "one pixel": (64, 2), "deep": (256, 2), "wide": (128, 1)}
 
 
 @pytest.fixture
 def launch(request, monkeypatch, filled):
     monkeypatch.setattr(tuning, "_device_configs", lambda _: {})
     monkeypatch.setitem(tuning.DEFAULTS, "spike_conv_hopper", request.param)
+    if "APART" in request.param:  # as with a Triton that refuses what the other launches do
+        compiled = hopper_conv._failure
+        monkeypatch.setattr(hopper_conv, "_failure", lambda device, made: made.shared or compiled(device, made))
     tuning.shape_config.cache_clear()
     yield request.param
     tuning.shape_config.cache_clear()
@@ -80,6 +87,46 @@ def test_same_bits_as_the_definition(launch, shape, residual, planned, device, p
 
 
 @hopper
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", SIDES)
+@pytest.mark.parametrize("launch", list(LAUNCHES.values())[1:], ids=str, indirect=True)
+def test_shortcut(launch, name, dtype, planned, device, poisoned):
+    shape = SHAPES[name]
+    *tensors, keywords = inputs(shape, device, None, GRID)
+    keywords = with_shortcut(keywords, shape, *SIDES[name], dtype, device)
+    expected, spikes = spike_conv_reference(*tensors, shape[0], return_membrane=True, dtype=torch.float32, **keywords)
+    membrane, got = spike_conv(*tensors, shape[0], return_membrane=True, **keywords)
+    assert torch.equal(got, spikes) and torch.equal(membrane, expected.to(dtype))
+    assert torch.equal(spike_conv(*tensors, shape[0], **keywords), spikes)
+    assert len(planned) == 2 and all(isinstance(made, Plan) for made in planned)
+
+
+@hopper
+def test_shortcuts_that_run_apart(filled, planned, device, poisoned):
+    """In float32, of too few channels, or where the call does not fill the GPU."""
+    shape = (4, 3, 64, 128, 8, 8, 1)
+    for side_channels, dtype, reason in ((64, torch.float32, "not 16 bits"), (24, torch.float16, "not a multiple")):
+        *tensors, keywords = inputs(shape, device, None, GRID)
+        keywords = with_shortcut(keywords, shape, side_channels, 1, dtype, device)
+        expected = spike_conv_reference(*tensors, 4, dtype=torch.float32, **keywords)
+        assert torch.equal(spike_conv(*tensors, 4, **keywords), expected)
+        first, second = planned
+        assert reason in first and isinstance(second, Plan)
+        planned.clear()
+
+
+@hopper
+def test_shortcut_of_a_small_batch_runs_apart(planned, device, poisoned):
+    shape = (4, 1, 64, 128, 8, 8, 1)
+    *tensors, keywords = inputs(shape, device, None, GRID)
+    keywords = with_shortcut(keywords, shape, 64, 2, torch.bfloat16, device)
+    assert torch.equal(
+        spike_conv(*tensors, 4, **keywords), spike_conv_reference(*tensors, 4, dtype=torch.float32, **keywords)
+    )
+    assert "fills the GPU" in planned[0] and planned[1].copies == 0
+
+
+@hopper
 @pytest.mark.parametrize("launch", LAUNCHES.values(), ids=LAUNCHES.keys(), indirect=True)
 def test_neurons_at_their_threshold_fire_as_in_float64(launch, planned, device, poisoned):
     for shape in ((4, 3, 64, 128, 16, 16, 1), (3, 2, 64, 96, 14, 28, 2)):
@@ -98,7 +145,7 @@ def test_small_batches_are_spread_and_give_the_same_bits(shape, planned, device,
     assert torch.equal(spike_conv(*tensors, shape[0], **keywords), expected)
     frames = (shape[1], shape[3], (shape[4] - 1) // shape[6] + 1, (shape[5] - 1) // shape[6] + 1)
     processors = torch.cuda.get_device_properties(0).multi_processor_count
-    assert (planned[0].pixels, planned[0].block_n) == (64, 32) or 2 * planned[0].programs(*frames) > processors
+    assert planned[0].block_n == 32 or 2 * planned[0].programs(*frames) > processors
 
 
 @hopper
@@ -131,14 +178,37 @@ def test_every_tile_is_whole_and_begins_where_copies_may(pixels):
             assert rows * images * columns == pixels and images * columns >= 8
 
 
-def test_tiles_shrink_until_half_of_the_gpu_has_work():
-    made = Plan((8, 2, 8), 128, 128, 4, 2, 8)
-    assert made.programs(512, 512, 8, 8) == 256 * 4
-    assert spread(made, 512, 512, 8, 8, 132) == made
-    fewer = spread(made, 16, 512, 8, 8, 132)  # 8 x 4 programs, 16 x 4 of 64 pixels, 16 x 8 of 64 channels
-    assert fewer == made._replace(tile=(8, 1, 8), block_n=64, num_warps=4) and fewer.programs(16, 512, 8, 8) == 128
-    least = spread(made, 1, 64, 8, 8, 132)
-    assert (least.pixels, least.block_n, least.num_warps) == (64, 32, 4) and least.programs(1, 64, 8, 8) == 2
+def test_few_tiles_take_fewer_channels_each():
+    call = Call(512, 512, 512, 8, 8, 4, 1, 1, 2)
+    assert ring_plan(call, 132).programs(*call.frames) == 512 * 4
+    few = call._replace(batch=16)  # 16 x 4 programs: half of the processors, so 16 x 8
+    made = ring_plan(few, 132)
+    assert made.block_n == 64 and made.programs(*few.frames) == 128
+    least = call._replace(batch=1, out_channels=64)
+    assert ring_plan(least, 132).block_n == 32 and ring_plan(least, 132).programs(*least.frames) == 2
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("operand_bytes", [1, 2])
+def test_two_tiles_fit_into_shared_memory(operand_bytes, stride):
+    for channels, steps, copies, value_bytes, shared in itertools.product(
+        (32, 64, 96, 512), (1, 2), (2, 4), (0, 2, 4), (True, False)
+    ):
+        call = Call(512, channels, 128, 8, 8, 4, stride, operand_bytes, value_bytes)
+        made = pair_plan(call, copies, steps, shared)
+        if made is None:
+            assert steps == 2 or copies == 4 or value_bytes == 4
+            continue
+        lines = 8 if not shared else 10 if stride == 1 else 17
+        copied = 2 * copies * steps * lines * 8 * made.block_k + made.ring * made.block_n * made.block_k
+        buffers = 2 * steps * 64 * 128 * (operand_bytes + value_bytes)
+        assert copied * operand_bytes + buffers < 227 * 1024
+        assert 3 <= made.ring <= 9 * channels // made.block_k
+
+
+def test_an_odd_tile_is_a_turn_of_its_own():
+    made = Plan((8, 1, 8), 128, 128, 7, 1, 3)
+    assert made.programs(3, 256, 8, 8) == 2 * 2 and made._replace(copies=0).programs(3, 256, 8, 8) == 3 * 2
 
 
 @pytest.mark.parametrize(
@@ -158,7 +228,7 @@ def test_one_pass_where_it_fills_the_gpu(batch, channels, side, num_steps, expec
 
 def test_says_why_it_stays_away():
     spikes = torch.zeros(4, 32, 4, 4, dtype=torch.int8)
-    reason = plan(spikes, spikes, None, spikes[:0].float(), 2, 1, tuning.DEFAULTS["spike_conv_hopper"])
+    reason = plan(spikes, spikes, None, None, spikes[:0].float(), 2, 1, tuning.DEFAULTS["spike_conv_hopper"])
     assert isinstance(reason, str) and ("compute capability 9.0" in reason or "Gluon" in reason)
 
 
@@ -169,7 +239,7 @@ def test_a_compiler_that_refuses_is_logged_once(monkeypatch, caplog, device):
     monkeypatch.setattr(hopper_conv, "launch", refuse)
     hopper_conv._failure.cache_clear()
     with caplog.at_level(logging.WARNING, "gac_kernels"):
-        reasons = {hopper_conv._failure(device) for _ in range(2)}
+        reasons = {hopper_conv._failure(device, hopper_conv.PROBES[0]) for _ in range(2)}
     hopper_conv._failure.cache_clear()
     assert reasons == {"its kernel does not compile with this Triton (RuntimeError: no such layout)"}
     assert len(caplog.records) == 1
@@ -177,9 +247,9 @@ def test_a_compiler_that_refuses_is_logged_once(monkeypatch, caplog, device):
 
 @pytest.mark.skipif(bool(GLUON_ERROR), reason="this Triton has no Gluon")
 def test_compiles_for_hopper_anywhere():
-    """Triton compiles for a GPU that is not there; the plain and the fullest variant end in int8 tensor core code."""
+    """Triton compiles for a GPU that is not there; each ends in tensor core code, with a shortcut of both kinds."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     child = Path(__file__).with_name("compile_for_hopper.py")
     done = subprocess.run([sys.executable, child], env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.split() == ["wgmma.s8", "wgmma.s8", "wgmma.s8", "compiles"]
+    assert done.stdout.split() == ["wgmma.s8"] * 3 + ["wgmma.bf16", "wgmma.s8"]

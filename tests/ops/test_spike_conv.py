@@ -47,6 +47,16 @@ def inputs(shape, device, residual=None, grid=0.0):
     return spikes.contiguous(memory_format=layout), weight.contiguous(memory_format=layout), scale, bias, keywords
 
 
+def with_shortcut(keywords, shape, side_channels, side_stride, dtype, device):
+    """Keywords with a 1x1 shortcut in place of the residual, of numbers whose sums every order gives exactly."""
+    num_steps, batch, _, out_channels, height, width, stride = shape
+    size = [((n - 1) // stride + 1) * side_stride for n in (height, width)]
+    residual = torch.randint(-3, 4, (num_steps * batch, side_channels, *size), device=device) / 4
+    shortcut = torch.randint(-2, 3, (out_channels, side_channels, 1, 1), device=device) / 16
+    residual = residual.to(dtype).contiguous(memory_format=torch.channels_last)
+    return keywords | {"residual": residual, "shortcut": shortcut.to(dtype)}
+
+
 def borderline(shape, device, grid):
     """Operands and keywords of a call whose membranes lie as near to the threshold as the residual can bring them.
 
@@ -96,6 +106,19 @@ def test_residual_dtypes_and_soft_reset(backend, residual, device, poisoned):
     membrane, got = spike_conv(*tensors, 3, spec, return_membrane=True, **keywords)
     assert torch.equal(got, spikes)
     assert_membrane(membrane, expected, torch.float32 if residual == torch.int8 else residual, backend)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("side_stride", [1, 2])
+def test_shortcut(backend, side_stride, dtype, device, poisoned):
+    shape = (2, 3, 32, 48, 5, 3, 1)
+    *tensors, keywords = inputs(shape, device, None, GRID)
+    keywords = with_shortcut(keywords, shape, 24, side_stride, dtype, device)
+    expected, spikes = spike_conv_reference(*tensors, 2, return_membrane=True, dtype=torch.float32, **keywords)
+    membrane, got = spike_conv(*tensors, 2, return_membrane=True, **keywords)
+    without = spike_conv(*tensors, 2, grid=GRID)
+    assert torch.equal(got, spikes) and (got != without).float().mean() > 0.05
+    assert_membrane(membrane, expected, dtype, backend)
 
 
 def test_float32_and_float64_agree_on_a_million_neurons(device):
@@ -171,6 +194,9 @@ def test_registration(device):
         arguments = (*tensors, keywords["residual"], 2, 2, *spec, keep)
         torch.library.opcheck(torch.ops.gac_kernels.spike_conv, arguments)
         torch.library.opcheck(torch.ops.gac_kernels.spike_conv, (*arguments, GRID))
+        torch.library.opcheck(
+            torch.ops.gac_kernels.spike_conv, (*arguments, GRID, torch.ones(32, 32, 1, 1, device=device).bfloat16())
+        )
     torch.library.opcheck(torch.ops.gac_kernels.integer_lif, (torch.randn(4, 3, 2, 2, device=device), 2, *spec))
 
 
@@ -201,6 +227,7 @@ def test_integer_lif_is_lif(backend, dtype, layout, device, poisoned):
 def test_names_of_a_shape():
     assert Shape(64, 128, 32, 32, 1, False).keys() == ("64-128", "64-128@32x32")
     assert Shape(64, 128, 16, 16, 2, True).keys()[-1] == "64-128:s2@16x16+res"
+    assert Shape(64, 64, 8, 8, 1, True, True).keys()[-2:] == ("64-64+res+side", "64-64@8x8+res+side")
 
 
 def test_errors(device):
@@ -212,6 +239,10 @@ def test_errors(device):
         ({"scale": scale.double()}, "scale of shape"),
         ({"bias": bias[:3]}, "bias of shape"),
         ({"num_steps": 3}, "divides the first axis"),
+        ({"shortcut": torch.ones(16, 8, 1, 1, device=device)}, "got none"),
+        ({"shortcut": scale, "residual": spikes}, "the shortcut's torch.float32"),
+        ({"shortcut": weight[:, :4, :1, :1].float(), "residual": spikes.float()}, "1x1 convolution's weight"),
+        ({"shortcut": weight[:, :, :1, :1].float(), "residual": spikes.float()[..., :1]}, "the block's input"),
         ({"stride": 3}, "stride 1 or 2"),
         ({"residual": torch.zeros(2, 16, 2, 3, device=device)}, "residual of shape"),
         ({"residual": torch.zeros(2, 16, 3, 3, device=device).double()}, "residual of shape"),

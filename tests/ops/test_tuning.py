@@ -16,7 +16,7 @@ FILES = sorted((FOLDER / "configs").glob("*.json"))
 WITHOUT_STEPS = {
     op for path in FOLDER.glob("*.py") for op in re.findall(r'launch_config\("(\w+)", 1,', path.read_text())
 }
-BY_SHAPE = re.compile(r"\d+-\d+(:s2)?(@\d+x\d+)?(\+res)?")
+BY_SHAPE = re.compile(r"\d+-\d+(:s2)?(@\d+x\d+)?(\+res(\+side)?)?")
 BY_SIZE = re.compile(r"[248]")
 BY_SIZE_AND_STEPS = re.compile(r"[248](:\d+)?")
 

@@ -16,6 +16,8 @@ from torch import Tensor, nn
 
 from gac_kernels import LIFSpec, firing_rate, integer_lif, spike_conv, spike_conv_reference
 
+from ..convolution import shortcut_operands
+from ..neuron import is_watched
 from .network import SpikingResNet
 
 __all__ = ["IntegerBlock", "IntegerLIF", "IntegerSpikingResNet", "RealConv", "SpikeConv", "current_grid"]
@@ -123,9 +125,11 @@ class SpikeConv(nn.Module):
         """The weight as a convolution has it, ``(C', C, 3, 3)``, a view."""
         return self.weight.unflatten(1, (3, 3)).permute(0, 3, 1, 2)
 
-    def forward(self, spikes: Tensor, residual: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
-        """Spikes, or the pair (membrane, spikes)."""
-        return self._run(spikes, residual, self.num_steps, self.keep_membrane)
+    def forward(
+        self, spikes: Tensor, residual: Tensor | None = None, shortcut: Tensor | None = None
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Spikes, or the pair (membrane, spikes); with the weight of a 1x1 shortcut, which convolves the residual."""
+        return self._run(spikes, residual, self.num_steps, self.keep_membrane, shortcut)
 
     def current(self, spikes: Tensor, residual: Tensor | None, num_steps: int) -> Tensor:
         """The neuron's input current alone, in at least float32, for any number of steps."""
@@ -133,11 +137,14 @@ class SpikeConv(nn.Module):
             residual = residual.to(torch.promote_types(residual.dtype, torch.float32))
         return self._run(spikes, residual, num_steps, True)[0]
 
-    def _run(self, spikes: Tensor, residual: Tensor | None, num_steps: int, keep_membrane: bool) -> Any:
+    def _run(
+        self, spikes: Tensor, residual: Tensor | None, num_steps: int, keep_membrane: bool,
+        shortcut: Tensor | None = None,
+    ) -> Any:  # fmt: skip
         run: Callable[..., Any] = spike_conv if self.scale.dtype == torch.float32 else spike_conv_reference
         return run(
             spikes, self.kernel, self.scale, self.bias, num_steps, self.spec, stride=self.stride, residual=residual,
-            return_membrane=keep_membrane, grid=self.grid,
+            return_membrane=keep_membrane, grid=self.grid, shortcut=shortcut,
         )  # fmt: skip
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SpikeConv:
@@ -180,9 +187,13 @@ class IntegerBlock(nn.Module):
         """Membrane and spikes, or spikes twice where no membrane is needed any more; bits serve training alone."""
         hidden = self.conv1(spikes)
         shortcut = membrane if self.membrane_shortcut else spikes
+        weight = None
         if self.downsample is not None:
-            shortcut = self.downsample(shortcut if shortcut.is_floating_point() else self._real(shortcut))
-        made = self.conv2(hidden, shortcut)
+            shortcut = shortcut if shortcut.is_floating_point() else self._real(shortcut)
+            # A hook on the second convolution sees the shortcut itself.
+            operands = None if is_watched(self.conv2) else shortcut_operands(self.downsample, shortcut)
+            shortcut, weight = operands if operands is not None else (self.downsample(shortcut), None)
+        made = self.conv2(hidden, shortcut) if weight is None else self.conv2(hidden, shortcut, weight)
         return (*made, None) if isinstance(made, tuple) else (made, made, None)
 
     def _real(self, spikes: Tensor) -> Tensor:

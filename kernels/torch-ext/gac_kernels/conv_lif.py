@@ -52,9 +52,7 @@ def _two_passes(
 
 
 @torch.library.impl(_lib, "conv_lif", "CompositeExplicitAutograd")
-def _conv_lif(
-    x, weight, bias, residual, num_steps, stride, threshold, decay, soft_reset, keep_membrane, shortcut=None
-):
+def _conv_lif(x, weight, bias, residual, num_steps, stride, threshold, decay, soft_reset, keep_membrane, shortcut=None):
     check_conv_lif(x, weight, bias, residual, num_steps, stride, shortcut)
     if not x.numel() or not weight.numel():
         return _outputs(x, weight, stride, keep_membrane)
@@ -62,7 +60,7 @@ def _conv_lif(
     x, weight = (tensor.contiguous(memory_format=layout) for tensor in (x, weight))
     residual = None if residual is None else residual.contiguous(memory_format=layout)
     neuron = (threshold, decay, soft_reset)
-    shape = Shape.of(x, weight, stride, residual is not None)
+    shape = Shape.of(x, weight, stride, residual is not None, shortcut is not None)
     size = (shape.height, shape.width)
     if resolve_backend(x.device, x.dtype) == "triton" and x.element_size() == 2:
         config = spike_conv_config("conv_lif_hopper", shape, x.device)

@@ -62,7 +62,7 @@ def plan(
         or torch.cuda.get_device_capability(spikes.device) != _CAPABILITY
     ):
         return "it is written for compute capability 9.0"
-    if failure := _failure(spikes.device):
+    if failure := _failure(spikes.device, _ONE_TILE):
         return failure
     if channels % 32 or out_channels % 32:
         return f"{channels} to {out_channels} channels are not multiples of 32"
@@ -78,7 +78,9 @@ def plan(
         spikes.element_size(), 0 if kept is None else kept.element_size(), 0 if shortcut is None else shortcut.shape[1],
     )  # fmt: skip
     processors = multiprocessors(spikes.device)
-    made = _fitting(call, config) if config["HALOS"] else None
+    made = None
+    if config["COPIES"] and not _failure(spikes.device, _TWO_TILES):
+        made = _fitting(call, config, shared=not _failure(spikes.device, _SHARED))
     fills = made is not None and 2 * made.programs(*call.frames) > processors
     if shortcut is not None:
         if made is None or not fills:
@@ -87,12 +89,12 @@ def plan(
     return made if made is not None and fills else ring_plan(call, processors)
 
 
-def _fitting(call: Call, config: dict[str, int]) -> Plan | None:
+def _fitting(call: Call, config: dict[str, int], shared: bool) -> Plan | None:
     """The division with two tiles a program nearest to the launch parameters that shared memory has room for."""
-    halos, steps = config["HALOS"], min(config["STEPS"], call.num_steps)
+    copies, steps = config["COPIES"] * (1 if shared else 2), min(config["STEPS"], call.num_steps)
     if call.side_channels:  # the sums of both convolutions take the registers of two steps
         steps = 1
-    tries = (pair_plan(call, fewer, s) for s in range(steps, 0, -1) for fewer in range(halos, 1, -1))
+    tries = (pair_plan(call, fewer, s, shared) for s in range(steps, 0, -1) for fewer in range(copies, 1, -1))
     return next((made for made in tries if made is not None), None)
 
 
@@ -109,21 +111,25 @@ def _refused_shortcut(residual: Tensor | None, shortcut: Tensor, call: Call, mad
     return ""
 
 
+# Small calls on which each kernel is tried before it is used.
+_ONE_TILE, _TWO_TILES = Plan((8, 1, 8), 32, 32, 2, 1), Plan((8, 1, 8), 32, 32, 3, 1, 2)
+_SHARED = _TWO_TILES._replace(shared=True)
+PROBES = (_ONE_TILE, _TWO_TILES, _SHARED)
+
+
 @functools.cache
-def _failure(device: torch.device) -> str:
-    """Why this version of Triton does not compile the kernels, empty where it does; tried on one small call."""
+def _failure(device: torch.device, made: Plan) -> str:
+    """Why this version of Triton does not compile a kernel, empty where it does; tried on one small call."""
     layout = torch.channels_last
     spikes = torch.zeros((1, 32, 8, 8), dtype=torch.int8, device=device).contiguous(memory_format=layout)
     weight = torch.zeros((32, 32, 3, 3), dtype=torch.int8, device=device).contiguous(memory_format=layout)
     zeros = torch.zeros(32, device=device)
-    ring, pair = Plan((8, 1, 8), 32, 32, 2, 1), Plan((8, 1, 8), 32, 32, 3, 1, 2)
     try:
         out = torch.empty_like(spikes)
-        for made in (ring, pair):
-            launch(made, spikes, weight, zeros, zeros, None, None, 1, 1, 1.0, 0.5, False, 0.0, out, zeros[:0])
+        launch(made, spikes, weight, zeros, zeros, None, None, 1, 1, 1.0, 0.5, False, 0.0, out, zeros[:0])
     except Exception as error:  # whatever the compiler raises: there is another way to compute the same
         first = str(error).partition("\n")[0]
-        reason = f"its kernels do not compile with this Triton ({type(error).__name__}: {first})"
+        reason = f"its kernel does not compile with this Triton ({type(error).__name__}: {first})"
         _logger.warning("spiking convolutions run slower on this GPU than they could: %s", reason)
         return reason
     return ""
@@ -198,14 +204,14 @@ def launch(
         enable_fp_fusion=False,  # a fused multiply-add rounds once where every other path rounds twice
     )  # fmt: skip
     programs = made.programs(batch, out_channels, height, width)
-    if not made.halos:
+    if not made.copies:
         with on_device(spikes):
             ring_kernel[(programs,)](
                 pixels, weights, fired, source, kept, scale, bias, batch, channels, tiles_h, tiles_w, tiles_n,
                 **constants,
             )  # fmt: skip
         return
-    edge = describe(spikes, num_steps, [2 // stride, *taken[1:]])
+    edge = describe(spikes, num_steps, [2 // stride, *taken[1:]]) if made.shared else pixels
     beside, side_chunks, side_stride = weights, 0, 1
     if residual is not None and shortcut is not None:
         depth, inputs = made.block_k * spikes.element_size() // 2, shortcut.shape[1]
@@ -218,5 +224,6 @@ def launch(
     with on_device(spikes):
         pair_kernel[(min(programs, at_once),)](
             pixels, edge, weights, fired, source, kept, beside, scale, bias, batch, channels, tiles_h, tiles_w, tiles_n,
-            programs, SIDE_CHUNKS=side_chunks, SIDE_STRIDE=side_stride, HALOS=made.halos, **constants,
+            programs, SIDE_CHUNKS=side_chunks, SIDE_STRIDE=side_stride, SHARED=made.shared, COPIES=made.copies,
+            **constants,
         )  # fmt: skip

@@ -2,9 +2,9 @@
 
 Each group owns a tile of 64 output pixels (rows, images, columns) by BN channels at all time steps, its membrane in
 registers. While one computes its neurons, tensor cores multiply for the other; the weights that a copy brings serve
-both, and where all fit they are copied once. Pixels come with the rows around them, so that one copy serves three taps
-of the 3x3 window. A 1x1 shortcut is one tap more, in 16 bits, whose sums never reach memory. Programs are as many as
-multiprocessors and take one pair of tiles after another.
+both, and where all fit they are copied once. Where SHARED, pixels come with the rows around them, so that one copy
+serves three taps of the 3x3 window; not every version of Triton allows that. A 1x1 shortcut is some taps more, in 16
+bits, whose sums never reach memory. Programs are as many as multiprocessors and take one pair of tiles after another.
 """
 
 from __future__ import annotations
@@ -37,7 +37,8 @@ def _consume(
     T: gl.constexpr, STRIDE: gl.constexpr, CHUNKS: gl.constexpr, STEPS: gl.constexpr, SIDE_CHUNKS: gl.constexpr,
     THRESHOLD: gl.constexpr, DECAY: gl.constexpr, SOFT: gl.constexpr, RESIDUAL: gl.constexpr, SHIFT: gl.constexpr,
     KEEP: gl.constexpr, BH: gl.constexpr, NB: gl.constexpr, BW: gl.constexpr, BN: gl.constexpr, BK: gl.constexpr,
-    ROWS: gl.constexpr, HALOS: gl.constexpr, RING: gl.constexpr, RESIDENT: gl.constexpr, SCALED: gl.constexpr,
+    LINES: gl.constexpr, SHARED: gl.constexpr, COPIES: gl.constexpr, RING: gl.constexpr, RESIDENT: gl.constexpr,
+    SCALED: gl.constexpr,
 ):  # fmt: skip
     """Sums and neurons of every second tile."""
     OPERAND: gl.constexpr = weights.dtype
@@ -47,8 +48,7 @@ def _consume(
     SUMS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BN, 256 // BITS])
     PIXELS: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BM, BK], OPERAND)
     GROUPS: gl.constexpr = (T + STEPS - 1) // STEPS
-    TAPS: gl.constexpr = 9 * CHUNKS + SIDE_CHUNKS
-    halo = 0  # copies of pixels and taps that were used
+    copy = 0  # copies of pixels and taps that were used
     tap = 0
     steps = 0
     for pair in range(gl.program_id(0), pairs, gl.num_programs(0)):
@@ -60,30 +60,35 @@ def _consume(
             if STEPS == 2:
                 second = gl.zeros([BM, BN], SUM, SUMS)
             for j in range(3 * CHUNKS):
-                slot = GROUP * HALOS + halo % HALOS
-                mbarrier.wait(pixels_ready.index(slot), (halo // HALOS) & 1)
                 for kh in gl.static_range(3):
+                    slot = GROUP * COPIES + copy % COPIES
+                    if not SHARED or kh == 0:
+                        mbarrier.wait(pixels_ready.index(slot), (copy // COPIES) & 1)
                     weight = tap % RING
                     mbarrier.wait(weights_ready.index(weight), 0 if RESIDENT else (tap // RING) & 1)
                     right = weights.index(weight).permute((1, 0))
                     # Rows lie in order, with stride 2 the odd ones before the even ones.
-                    line = slot * STEPS * ROWS + (kh if STRIDE == 1 else BH + 1 if kh == 1 else kh // 2)
+                    line = slot * STEPS * LINES
+                    if SHARED:
+                        line += kh if STRIDE == 1 else BH + 1 if kh == 1 else kh // 2
                     left = pixels.index(line)._reinterpret(OPERAND, [BM, BK], PIXELS)
                     first = warpgroup_mma(left, right, first, is_async=True)
                     if STEPS == 2:
-                        left = pixels.index(line + ROWS)._reinterpret(OPERAND, [BM, BK], PIXELS)
+                        left = pixels.index(line + LINES)._reinterpret(OPERAND, [BM, BK], PIXELS)
                         second = warpgroup_mma(left, right, second, is_async=True)
                     # What the tap before read may be overwritten once its products are done; none before the first.
                     if STEPS == 2:
                         first, second = warpgroup_mma_wait(2, deps=(first, second))
                     else:
                         first = warpgroup_mma_wait(1, deps=(first,))
+                    another = (j > 0) | (kh > 0)
                     if not RESIDENT:
-                        mbarrier.arrive(weights_free.index((tap + RING - 1) % RING), pred=(j > 0) | (kh > 0))
-                    if kh == 0:
-                        mbarrier.arrive(pixels_free.index(GROUP * HALOS + (halo + HALOS - 1) % HALOS), pred=j > 0)
+                        mbarrier.arrive(weights_free.index((tap + RING - 1) % RING), pred=another)
+                    if not SHARED or kh == 0:
+                        mbarrier.arrive(pixels_free.index(GROUP * COPIES + (copy + COPIES - 1) % COPIES), pred=another)
                     tap += 1
-                halo += 1
+                    if not SHARED or kh == 2:
+                        copy += 1
                 if RESIDUAL:  # noqa: SIM102 (known when compiling, the other when running)
                     if j == 0:  # by now the stores of the group before have left the buffers
                         tma.store_wait(0)
@@ -100,7 +105,7 @@ def _consume(
                 first = warpgroup_mma_wait(0, deps=(first,))
             if not RESIDENT:
                 mbarrier.arrive(weights_free.index((tap + RING - 1) % RING))
-            mbarrier.arrive(pixels_free.index(GROUP * HALOS + (halo + HALOS - 1) % HALOS))
+            mbarrier.arrive(pixels_free.index(GROUP * COPIES + (copy + COPIES - 1) % COPIES))
             side = first
             if SIDE_CHUNKS > 0:
                 DEPTH: gl.constexpr = BK * BITS // 16
@@ -109,18 +114,18 @@ def _consume(
                 WIDE: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BN, 16])
                 more = gl.zeros([BM, BN], gl.float32, WIDE)
                 for _ in range(SIDE_CHUNKS):
-                    slot = GROUP * HALOS + halo % HALOS
+                    slot = GROUP * COPIES + copy % COPIES
                     weight = tap % RING
-                    mbarrier.wait(pixels_ready.index(slot), (halo // HALOS) & 1)
+                    mbarrier.wait(pixels_ready.index(slot), (copy // COPIES) & 1)
                     mbarrier.wait(weights_ready.index(weight), 0 if RESIDENT else (tap // RING) & 1)
-                    left = pixels.index(slot * STEPS * ROWS)._reinterpret(r_desc.dtype, [BM, DEPTH], SIDE)
+                    left = pixels.index(slot * STEPS * LINES)._reinterpret(r_desc.dtype, [BM, DEPTH], SIDE)
                     right = weights.index(weight)._reinterpret(r_desc.dtype, [BN, DEPTH], KERNEL)
                     more = warpgroup_mma(left, right.permute((1, 0)), more, is_async=True)
                     more = warpgroup_mma_wait(0, deps=(more,))
                     if not RESIDENT:
                         mbarrier.arrive(weights_free.index(weight))
                     mbarrier.arrive(pixels_free.index(slot))
-                    halo += 1
+                    copy += 1
                     tap += 1
                 side = gl.convert_layout(more.to(r_desc.dtype), SUMS)
             if RESIDUAL:
@@ -148,60 +153,73 @@ def _copy_pixels(
     GROUP: gl.constexpr, x_desc, edge_desc, side_desc, pixels, pixels_ready, pixels_free, tiles_h, tiles_w, tiles_n,
     pairs, B, C, T: gl.constexpr, STRIDE: gl.constexpr, CHUNKS: gl.constexpr, STEPS: gl.constexpr,
     SIDE_CHUNKS: gl.constexpr, SIDE_STRIDE: gl.constexpr, BH: gl.constexpr, NB: gl.constexpr, BW: gl.constexpr,
-    BK: gl.constexpr, ROWS: gl.constexpr, HALOS: gl.constexpr,
+    BK: gl.constexpr, LINES: gl.constexpr, SHARED: gl.constexpr, COPIES: gl.constexpr,
 ):  # fmt: skip
-    """A group's pixels with the rows around them, for each column of the window and BK channels at a time."""
+    """A group's pixels, BK channels at a time: for each column of the window with the rows around, or for each tap."""
     OPERAND: gl.constexpr = x_desc.dtype
-    LINE_BYTES: gl.constexpr = NB * BW * BK * (OPERAND.primitive_bitwidth // 8)
+    LINE_BYTES: gl.constexpr = (NB * BW if SHARED else BH * NB * BW) * BK * (OPERAND.primitive_bitwidth // 8)
     GROUPS: gl.constexpr = (T + STEPS - 1) // STEPS
     EDGE: gl.constexpr = 2 // STRIDE
-    halo = 0
+    copy = 0
     for pair in range(gl.program_id(0), pairs, gl.num_programs(0)):
         h0, b0, w0 = _corner(pair // tiles_n * 2 + GROUP, tiles_h, tiles_w, BH, NB, BW)
         for group in range(GROUPS):
-            for j in range(3 * CHUNKS):
-                slot = GROUP * HALOS + halo % HALOS
-                mbarrier.wait(pixels_free.index(slot), ((halo // HALOS) & 1) ^ 1)
+            for j in range(3 * CHUNKS if SHARED else 9 * CHUNKS):
+                slot = GROUP * COPIES + copy % COPIES
+                mbarrier.wait(pixels_free.index(slot), ((copy // COPIES) & 1) ^ 1)
                 done = pixels_ready.index(slot)
-                mbarrier.expect(done, STEPS * ROWS * LINE_BYTES)
-                kw = j % 3
-                channel = j // 3 * BK
+                kw = j % 3 if SHARED else j // 3 % 3
+                kh = 0 if SHARED else j % 3
+                column = w0 + kw - 1
+                channel = (j // 3 if SHARED else j // 9) * BK
+                if STRIDE == 2:  # in pairs of rows and columns: the middle of the window is even, its sides odd
+                    column = w0 - (kw == 0).to(gl.int32)
+                    channel += (kw != 1).to(gl.int32) * C
+                mbarrier.expect(done, STEPS * LINES * LINE_BYTES)
                 for s in gl.static_range(STEPS):
                     t = group * STEPS + s
-                    line = (slot * STEPS + s) * ROWS
+                    image = t * B + b0
+                    line = (slot * STEPS + s) * LINES
                     body = pixels.index(line)._reinterpret(OPERAND, [BH, 1, NB, BW, BK], x_desc.layout)
-                    edge = pixels.index(line + BH)._reinterpret(OPERAND, [EDGE, 1, NB, BW, BK], edge_desc.layout)
-                    if STRIDE == 1:
-                        column = w0 + kw - 1
-                        tma.async_copy_global_to_shared(x_desc, [h0 - 1, t, b0, column, channel], done, body)
-                        tma.async_copy_global_to_shared(edge_desc, [h0 - 1 + BH, t, b0, column, channel], done, edge)
-                    else:  # in pairs of rows and columns: the middle of the window is even, its sides odd
-                        image = t * B + b0
-                        column = w0 - (kw == 0).to(gl.int32)
-                        first = channel + (kw != 1).to(gl.int32) * C
-                        even = pixels.index(line + BH + 1)._reinterpret(OPERAND, [BH, 1, NB, BW, BK], x_desc.layout)
-                        tma.async_copy_global_to_shared(x_desc, [h0 - 1, 1, image, column, first], done, body)
-                        tma.async_copy_global_to_shared(edge_desc, [h0 - 1 + BH, 1, image, column, first], done, edge)
-                        tma.async_copy_global_to_shared(x_desc, [h0, 0, image, column, first], done, even)
-                halo += 1
+                    if not SHARED:
+                        if STRIDE == 1:
+                            corner = [h0 + kh - 1, t, b0, column, channel]
+                        else:
+                            corner = [h0 - (kh == 0).to(gl.int32), (kh != 1).to(gl.int32), image, column, channel]
+                        tma.async_copy_global_to_shared(x_desc, corner, done, body)
+                    else:
+                        edge = pixels.index(line + BH)._reinterpret(OPERAND, [EDGE, 1, NB, BW, BK], edge_desc.layout)
+                        if STRIDE == 1:
+                            tma.async_copy_global_to_shared(x_desc, [h0 - 1, t, b0, column, channel], done, body)
+                            tma.async_copy_global_to_shared(
+                                edge_desc, [h0 - 1 + BH, t, b0, column, channel], done, edge
+                            )
+                        else:
+                            even = pixels.index(line + BH + 1)._reinterpret(OPERAND, [BH, 1, NB, BW, BK], x_desc.layout)
+                            tma.async_copy_global_to_shared(x_desc, [h0 - 1, 1, image, column, channel], done, body)
+                            tma.async_copy_global_to_shared(
+                                edge_desc, [h0 - 1 + BH, 1, image, column, channel], done, edge
+                            )
+                            tma.async_copy_global_to_shared(x_desc, [h0, 0, image, column, channel], done, even)
+                copy += 1
             if SIDE_CHUNKS > 0:
                 DEPTH: gl.constexpr = BK * OPERAND.primitive_bitwidth // 16
                 for i in range(SIDE_CHUNKS):
-                    slot = GROUP * HALOS + halo % HALOS
-                    mbarrier.wait(pixels_free.index(slot), ((halo // HALOS) & 1) ^ 1)
+                    slot = GROUP * COPIES + copy % COPIES
+                    mbarrier.wait(pixels_free.index(slot), ((copy // COPIES) & 1) ^ 1)
                     done = pixels_ready.index(slot)
-                    mbarrier.expect(done, BH * LINE_BYTES)
+                    mbarrier.expect(done, BH * NB * BW * BK * (OPERAND.primitive_bitwidth // 8))
                     if SIDE_STRIDE == 1:
                         corner = [h0, group, b0, w0, i * DEPTH]
                     else:
                         corner = [h0, 0, group * B + b0, w0, i * DEPTH]
                     tma.async_copy_global_to_shared(
                         side_desc, corner, done,
-                        pixels.index(slot * STEPS * ROWS)._reinterpret(
+                        pixels.index(slot * STEPS * LINES)._reinterpret(
                             side_desc.dtype, [BH, 1, NB, BW, DEPTH], side_desc.layout
                         ),
                     )  # fmt: skip
-                    halo += 1
+                    copy += 1
 
 
 @gluon.jit
@@ -243,14 +261,17 @@ def pair_kernel(
     tiles_n, pairs, T: gl.constexpr, STRIDE: gl.constexpr, CHUNKS: gl.constexpr, STEPS: gl.constexpr,
     SIDE_CHUNKS: gl.constexpr, SIDE_STRIDE: gl.constexpr, THRESHOLD: gl.constexpr, DECAY: gl.constexpr,
     SOFT: gl.constexpr, RESIDUAL: gl.constexpr, SHIFT: gl.constexpr, KEEP: gl.constexpr, BH: gl.constexpr,
-    NB: gl.constexpr, BW: gl.constexpr, BN: gl.constexpr, BK: gl.constexpr, HALOS: gl.constexpr, RING: gl.constexpr,
-    SCALED: gl.constexpr, num_warps: gl.constexpr,
+    NB: gl.constexpr, BW: gl.constexpr, BN: gl.constexpr, BK: gl.constexpr, SHARED: gl.constexpr,
+    COPIES: gl.constexpr, RING: gl.constexpr, SCALED: gl.constexpr, num_warps: gl.constexpr,
 ):  # fmt: skip
+    """Buffers, barriers and the division of labour; arguments as `hopper_conv.launch` gives them."""
     OPERAND: gl.constexpr = x_desc.dtype
-    LINE: gl.constexpr = gl.NVMMASharedLayout.get_default_for([NB * BW, BK], OPERAND)
-    ROWS: gl.constexpr = BH + 2 if STRIDE == 1 else 2 * BH + 1
+    # A copy consists of lines, of which a window takes BH from any on, or is one.
+    LINES: gl.constexpr = (BH + 2 if STRIDE == 1 else 2 * BH + 1) if SHARED else 1
+    LINE: gl.constexpr = NB * BW if SHARED else BH * NB * BW
+    LAYOUT: gl.constexpr = gl.NVMMASharedLayout.get_default_for([LINE, BK], OPERAND)
     RESIDENT: gl.constexpr = RING == 9 * CHUNKS + SIDE_CHUNKS
-    pixels = gl.allocate_shared_memory(OPERAND, [2 * HALOS * STEPS * ROWS, NB * BW, BK], LINE)
+    pixels = gl.allocate_shared_memory(OPERAND, [2 * COPIES * STEPS * LINES, LINE, BK], LAYOUT)
     weights = gl.allocate_shared_memory(OPERAND, [RING, BN, BK], w_desc.layout)
     s_buffers = gl.allocate_shared_memory(OPERAND, [2 * STEPS, BH, 1, NB, BW, BN], s_desc.layout)
     if KEEP:
@@ -259,12 +280,12 @@ def pair_kernel(
         y_buffers = gl.allocate_shared_memory(r_desc.dtype, [2 * STEPS, BH, 1, NB, BW, BN], r_desc.layout)
     else:
         y_buffers = s_buffers
-    pixels_ready = gl.allocate_shared_memory(gl.int64, [2 * HALOS, 1], mbarrier.MBarrierLayout())
-    pixels_free = gl.allocate_shared_memory(gl.int64, [2 * HALOS, 1], mbarrier.MBarrierLayout())
+    pixels_ready = gl.allocate_shared_memory(gl.int64, [2 * COPIES, 1], mbarrier.MBarrierLayout())
+    pixels_free = gl.allocate_shared_memory(gl.int64, [2 * COPIES, 1], mbarrier.MBarrierLayout())
     weights_ready = gl.allocate_shared_memory(gl.int64, [RING, 1], mbarrier.MBarrierLayout())
     weights_free = gl.allocate_shared_memory(gl.int64, [RING, 1], mbarrier.MBarrierLayout())
     residual_ready = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
-    for i in gl.static_range(2 * HALOS):
+    for i in gl.static_range(2 * COPIES):
         mbarrier.init(pixels_ready.index(i), count=1)
         mbarrier.init(pixels_free.index(i), count=1)
     for i in gl.static_range(RING):
@@ -280,21 +301,21 @@ def pair_kernel(
                 0, pixels, weights, s_desc, s_buffers, r_desc, y_desc, y_buffers, pixels_ready, pixels_free,
                 weights_ready, weights_free, residual_ready, scale_ptr, bias_ptr, tiles_h, tiles_w, tiles_n, pairs, T,
                 STRIDE, CHUNKS, STEPS, SIDE_CHUNKS, THRESHOLD, DECAY, SOFT, RESIDUAL, SHIFT, KEEP, BH, NB, BW, BN, BK,
-                ROWS, HALOS, RING, RESIDENT, SCALED,
+                LINES, SHARED, COPIES, RING, RESIDENT, SCALED,
             )),
             (_consume, (
                 1, pixels, weights, s_desc, s_buffers, r_desc, y_desc, y_buffers, pixels_ready, pixels_free,
                 weights_ready, weights_free, residual_ready, scale_ptr, bias_ptr, tiles_h, tiles_w, tiles_n, pairs, T,
                 STRIDE, CHUNKS, STEPS, SIDE_CHUNKS, THRESHOLD, DECAY, SOFT, RESIDUAL, SHIFT, KEEP, BH, NB, BW, BN, BK,
-                ROWS, HALOS, RING, RESIDENT, SCALED,
+                LINES, SHARED, COPIES, RING, RESIDENT, SCALED,
             )),
             (_copy_pixels, (
                 0, x_desc, edge_desc, r_desc, pixels, pixels_ready, pixels_free, tiles_h, tiles_w, tiles_n, pairs, B, C,
-                T, STRIDE, CHUNKS, STEPS, SIDE_CHUNKS, SIDE_STRIDE, BH, NB, BW, BK, ROWS, HALOS,
+                T, STRIDE, CHUNKS, STEPS, SIDE_CHUNKS, SIDE_STRIDE, BH, NB, BW, BK, LINES, SHARED, COPIES,
             )),
             (_copy_pixels, (
                 1, x_desc, edge_desc, r_desc, pixels, pixels_ready, pixels_free, tiles_h, tiles_w, tiles_n, pairs, B, C,
-                T, STRIDE, CHUNKS, STEPS, SIDE_CHUNKS, SIDE_STRIDE, BH, NB, BW, BK, ROWS, HALOS,
+                T, STRIDE, CHUNKS, STEPS, SIDE_CHUNKS, SIDE_STRIDE, BH, NB, BW, BK, LINES, SHARED, COPIES,
             )),
             (_copy_weights, (
                 w_desc, side_w_desc, weights, weights_ready, weights_free, tiles_n, pairs, C, T, CHUNKS, STEPS,

@@ -59,6 +59,7 @@ def ring_kernel(
     KEEP: gl.constexpr, BH: gl.constexpr, NB: gl.constexpr, BW: gl.constexpr, BN: gl.constexpr, BK: gl.constexpr,
     RING: gl.constexpr, SCALED: gl.constexpr, num_warps: gl.constexpr,
 ):  # fmt: skip
+    """All steps of one tile; arguments as `hopper_conv.launch` gives them."""
     OPERAND: gl.constexpr = x_desc.dtype
     BITS: gl.constexpr = OPERAND.primitive_bitwidth
     SUM: gl.constexpr = gl.int32 if BITS == 8 else gl.float32
@@ -151,7 +152,7 @@ def ring_kernel(
         if STEPS == 2:
             v = finish_step(
                 second, second, v, scale_ptr, bias_ptr, SCALED, group * STEPS + 1, b0, h0, w0, n0, s_desc,
-                s_buffers.index(1), y_desc, y_buffers.index(1), THRESHOLD, DECAY, SOFT, RESIDUAL, False, SHIFT, KEEP, BM,
-                BN, SUMS,
+                s_buffers.index(1), y_desc, y_buffers.index(1), THRESHOLD, DECAY, SOFT, RESIDUAL, False, SHIFT, KEEP,
+                BM, BN, SUMS,
             )  # fmt: skip
     tma.store_wait(0)

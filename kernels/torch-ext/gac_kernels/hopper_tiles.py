@@ -47,7 +47,8 @@ class Call(NamedTuple):
     @property
     def block_k(self) -> int:
         """Input channels of a copy: 128, 64 or 32 bytes."""
-        return next(size // self.operand_bytes for size in (128, 64, 32) if self.channels * self.operand_bytes % size == 0)
+        depth = self.channels * self.operand_bytes
+        return next(size // self.operand_bytes for size in (128, 64, 32) if depth % size == 0)
 
     @property
     def block_n(self) -> int:
@@ -64,8 +65,9 @@ class Plan(NamedTuple):
         block_k: Input channels of a copy, 32, 64 or 128 bytes.
         ring: Copies that are in flight: of weights, and where a program has one tile, of their pixels.
         steps: Time steps that share a copy of weights, 1 or 2.
-        halos: Copies of pixels in flight, with the rows around them, where a program has two tiles at a time
-            (`hopper_pair`); 0 where it has one (`hopper_ring`).
+        copies: Copies of pixels in flight of each tile, where a program has two at a time (`hopper_pair`); 0 where it
+            has one (`hopper_ring`).
+        shared: A copy of pixels has the rows around them, for three taps of the window.
     """
 
     tile: tuple[int, int, int]
@@ -73,7 +75,8 @@ class Plan(NamedTuple):
     block_k: int
     ring: int
     steps: int
-    halos: int = 0
+    copies: int = 0
+    shared: bool = False
 
     def tiles(self, batch: int, height: int, width: int) -> tuple[int, int, int]:
         """Tiles along images, rows and columns of an output of so many."""
@@ -83,28 +86,29 @@ class Plan(NamedTuple):
     def programs(self, batch: int, channels: int, height: int, width: int) -> int:
         """Programs, or turns of them, of an output (T*batch, channels, height, width)."""
         tiles = math.prod(self.tiles(batch, height, width))
-        return math.ceil(tiles / 2 if self.halos else tiles) * (channels // self.block_n)
+        return math.ceil(tiles / 2 if self.copies else tiles) * (channels // self.block_n)
 
 
-def pair_plan(call: Call, halos: int, steps: int) -> Plan | None:
+def pair_plan(call: Call, copies: int, steps: int, shared: bool) -> Plan | None:
     """The division among programs with two tiles at a time; None if their shared memory does not suffice.
 
     Args:
         call: The call.
-        halos: Copies of pixels in flight of each of the two, at least 2.
+        copies: Copies of pixels in flight of each tile, at least 2.
         steps: Time steps that share a copy of weights, 1 or 2.
+        shared: A copy of pixels has the rows around them, for three taps of the window.
     """
     tile = tile_of(TILE_PIXELS, call.batch, call.height, call.width)
     rows, images, columns = tile
-    lines = rows + 2 if call.stride == 1 else 2 * rows + 1
+    around = 2 if call.stride == 1 else rows + 1
     depth = call.block_k * call.operand_bytes
     stored = 2 * steps * TILE_PIXELS * call.block_n * (call.operand_bytes + call.value_bytes)
-    pixels = 2 * halos * steps * lines * images * columns * depth
+    pixels = 2 * copies * steps * (rows + around * shared) * images * columns * depth
     ring = (SHARED_MEMORY - 1024 - stored - pixels) // (call.block_n * depth)
     if ring < _LEAST_RING:
         return None
     taps = (9 * call.channels + 2 * call.side_channels // call.operand_bytes) // call.block_k
-    return Plan(tile, call.block_n, call.block_k, min(ring, taps), steps, halos)
+    return Plan(tile, call.block_n, call.block_k, min(ring, taps), steps, copies, shared)
 
 
 def ring_plan(call: Call, processors: int) -> Plan:

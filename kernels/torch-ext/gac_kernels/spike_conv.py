@@ -86,10 +86,10 @@ def _forward_triton(
     threshold: float, decay: float, soft_reset: bool, shift: float, out: Tensor, membrane: Tensor,
     shortcut: Tensor | None = None,
 ) -> None:  # fmt: skip
-    shape = Shape.of(spikes, weight, stride, residual is not None)
+    shape = Shape.of(spikes, weight, stride, residual is not None, shortcut is not None)
     config = spike_conv_config("spike_conv_hopper", shape, spikes.device)
     made = hopper_conv.plan(spikes, out, residual, shortcut, membrane, num_steps, stride, config)
-    if shortcut is not None and not isinstance(made, hopper_conv.Plan):
+    if residual is not None and shortcut is not None and not isinstance(made, hopper_conv.Plan):
         residual, shortcut = convolve_shortcut(residual, shortcut, tuple(out.shape[2:])), None
         made = hopper_conv.plan(spikes, out, residual, None, membrane, num_steps, stride, config)
     if isinstance(made, hopper_conv.Plan):

@@ -29,6 +29,7 @@ class Shape(NamedTuple):
         width: Columns of an output frame.
         stride: 1 or 2.
         residual: Whether there is one.
+        shortcut: Whether it is convolved first.
     """
 
     channels: int
@@ -37,19 +38,21 @@ class Shape(NamedTuple):
     width: int
     stride: int
     residual: bool
+    shortcut: bool = False
 
     @classmethod
-    def of(cls, spikes: Tensor, weight: Tensor, stride: int, residual: bool) -> Shape:
+    def of(cls, spikes: Tensor, weight: Tensor, stride: int, residual: bool, shortcut: bool) -> Shape:
         """The shape of a call."""
         height, width = ((n - 1) // stride + 1 for n in spikes.shape[2:])
-        return cls(spikes.shape[1], len(weight), height, width, stride, residual)
+        return cls(spikes.shape[1], len(weight), height, width, stride, residual, shortcut)
 
     def keys(self) -> tuple[str, ...]:
         """Its names in the launch parameters' JSON files, from the general to the particular."""
         name = f"{self.channels}-{self.out_channels}" + (":s2" if self.stride == 2 else "")
         size = f"@{self.height}x{self.width}"
-        names = [name, f"{name}{size}"]
-        return tuple(names + [f"{n}+res" for n in names] if self.residual else names)
+        sizes = [name, f"{name}{size}"]
+        kinds = ["", "+res", "+res+side"][: 1 + self.residual + self.shortcut]
+        return tuple(n + kind for kind in kinds for n in sizes)
 
 
 def spike_conv_config(kernel: str, shape: Shape, device: torch.device) -> dict[str, int]:
@@ -57,9 +60,9 @@ def spike_conv_config(kernel: str, shape: Shape, device: torch.device) -> dict[s
 
     Args:
         kernel: ``spike_conv``: BLOCK_M (pixels), BLOCK_N, BLOCK_K (channels out and in), num_warps and num_stages; or
-            ``spike_conv_hopper``: BLOCK_M, BLOCK_N, RING (stages in flight), STEPS (time steps that share a copy of
-            weights, 1 or 2) and num_warps, one for each 16 pixels; or ``conv_lif_hopper``: the same, and ONE_PASS,
-            whether that is faster than cuDNN's convolution and `norm_lif`.
+            ``spike_conv_hopper``: COPIES (copies of pixels in flight of each of a program's two tiles, 2 or more; 0 for
+            programs with one tile) and STEPS (time steps that share a copy of weights, 1 or 2); or
+            ``conv_lif_hopper``: the same, and ONE_PASS, whether that is faster than cuDNN's convolution and `norm_lif`.
         shape: Of the call.
         device: Where it will run.
     """

@@ -27,8 +27,8 @@ DEFAULTS: dict[str, dict[str, int]] = {
     "pool_frames": {"BLOCK": 4096, "num_warps": 8},
     "unpack_spikes": {"BLOCK": 1024, "num_warps": 4},
     "spike_conv": {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 128, "num_warps": 8, "num_stages": 3},
-    "conv_lif_hopper": {"HALOS": 3, "STEPS": 1, "ONE_PASS": 0},
-    "spike_conv_hopper": {"HALOS": 3, "STEPS": 1},
+    "conv_lif_hopper": {"COPIES": 3, "STEPS": 1, "ONE_PASS": 0},
+    "spike_conv_hopper": {"COPIES": 3, "STEPS": 1},
 }
 # REVERSE: each kernel walks against the one before it, convolution > statistics > forward, convolution > reduce >
 # apply, since the L2 cache holds what was touched last. Without statistics in between, forward walks the other way.
