@@ -31,7 +31,8 @@ RANKS = {
     "timm_gac.cli": 6,
 }
 TOOLS = 5  # data, recipes, train, evaluate, energy, inspect, benchmark, hub and what else stands on the models
-KERNEL_RANKS = {"_triton": 0, "spec": 0, "layout": 0, "checks": 1, "reference": 1, "surrogate": 1, "__init__": 9}
+KERNEL_RANKS = {"_triton": 0, "spec": 0, "layout": 0, "shortcut": 0, "checks": 1, "reference": 1, "surrogate": 1}
+KERNEL_RANKS |= {"__init__": 9}
 KERNEL_OP = 5
 # What a file of the kernels may import from elsewhere; Triton is imported in one guarded place.
 KERNEL_IMPORTS = {"torch", "triton", *sys.stdlib_module_names}
