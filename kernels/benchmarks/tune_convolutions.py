@@ -1,12 +1,12 @@
-"""Search launch parameters of the Hopper kernel of `spike_conv` and `conv_lif` for the layers of a network.
+"""Search launch parameters of the Hopper kernels of `spike_conv` and `conv_lif` for the layers of a network.
 
     python kernels/benchmarks/tune_convolutions.py gac_msresnet18_cifar --dtype int8 --batch 512 --update
 
-Before a candidate is timed it must give what the other way gives: in int8 the bits of the plain Triton kernel, in 16
-bits nearly all spikes of cuDNN's convolution with `norm_lif`, which it also has to beat. Candidates are compiled by
---jobs processes first, since compiling takes seconds and timing milliseconds; they are timed in CUDA graphs, since
-launching takes as long as a small layer. --update writes the best into the JSON file of this GPU that
-`gac_kernels.tuning` reads; without it they are only printed.
+Before a candidate is timed it must give what the other way gives: in int8 the bits of the plain Triton kernel, with a
+shortcut and in 16 bits nearly all spikes of cuDNN's convolutions with the neuron, which it has to beat in 16 bits.
+Candidates are compiled by --jobs processes first, since compiling takes seconds and timing milliseconds; they are timed
+in CUDA graphs, since launching takes as long as a small layer. --update writes the best into the JSON file of this GPU
+that `gac_kernels.tuning` reads; without it they are only printed.
 """
 
 from __future__ import annotations
