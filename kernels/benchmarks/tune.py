@@ -19,7 +19,7 @@ import torch
 from triton.testing import do_bench_cudagraph
 from tuned import compile_in_processes, start_from_defaults, update, use
 
-from gac_kernels import CIFAR, IMAGENET, LIFSpec, tuning
+from gac_kernels import CIFAR, IMAGENET, tuning
 
 NEURON_STEPS = 2**27
 WARPS = (1, 2, 4, 8)
@@ -29,35 +29,30 @@ NEURONS = ("lif_fwd", "lif_bwd", "lif_bwd_mask", "gac_fwd", "gac_bwd", "gac_fire
 Call = Callable[[], object]
 
 
-def scalars(spec: LIFSpec) -> tuple[float, float, int, float, bool, bool]:
-    """The spec as the raw ops take it."""
-    return spec.threshold, spec.decay, spec.surrogate_id, spec.width, spec.detach_reset, spec.soft_reset
-
-
 def neuron_calls(num_steps: int, dtype: torch.dtype) -> dict[str, list[Call]]:
     """One call of each kernel of neuron and encoder at a size that fills the GPU."""
     ops = torch.ops.gac_kernels
     shape = (NEURON_STEPS // num_steps // (128 * 32 * 32), 128, 32, 32)
     x, grad = (torch.randn(num_steps, *shape, device="cuda", dtype=dtype) for _ in range(2))
     no_mask = torch.empty(0, device="cuda", dtype=torch.uint8)
-    mask = ops.lif(x, None, *scalars(IMAGENET), True, False)[2]
+    mask = ops.lif(x, None, *IMAGENET.op_arguments, True, False)[2]
     frame, spatial = x[0].clone(), grad[0].clone()
     temporal = torch.randn(shape[0], num_steps, device="cuda", dtype=dtype)
     strides = x.stride()
     inputs = (frame, spatial, temporal)
     return {
-        "lif_fwd": [lambda: ops.lif(x, None, *scalars(CIFAR), False, False)],
-        "lif_bwd": [lambda: ops.lif_backward(grad, None, x, None, no_mask, strides, *scalars(CIFAR))],
-        "lif_bwd_mask": [lambda: ops.lif_backward(grad, None, no_mask, None, mask, strides, *scalars(IMAGENET))],
-        "gac_fwd": [lambda: ops.gated_lif(frame, spatial, temporal, *scalars(CIFAR))],
+        "lif_fwd": [lambda: ops.lif(x, None, *CIFAR.op_arguments, False, False)],
+        "lif_bwd": [lambda: ops.lif_backward(grad, None, x, None, no_mask, strides, *CIFAR.op_arguments)],
+        "lif_bwd_mask": [lambda: ops.lif_backward(grad, None, no_mask, None, mask, strides, *IMAGENET.op_arguments)],
+        "gac_fwd": [lambda: ops.gated_lif(frame, spatial, temporal, *CIFAR.op_arguments)],
         "gac_bwd": [
-            lambda: ops.gated_lif_backward(grad, frame, spatial, temporal, *scalars(CIFAR)),
-            lambda: ops.gated_lif_backward(grad, frame, spatial, temporal, *scalars(IMAGENET)),
+            lambda: ops.gated_lif_backward(grad, frame, spatial, temporal, *CIFAR.op_arguments),
+            lambda: ops.gated_lif_backward(grad, frame, spatial, temporal, *IMAGENET.op_arguments),
         ],
-        "gac_fire_fwd": [lambda: ops.gac_fire(*inputs, False, *scalars(CIFAR))],
+        "gac_fire_fwd": [lambda: ops.gac_fire(*inputs, False, *CIFAR.op_arguments)],
         "gac_fire_bwd": [
-            lambda: ops.gac_fire_backward(grad, x, *inputs, None, *scalars(CIFAR)),
-            lambda: ops.gac_fire_backward(grad, x, *inputs, None, *scalars(IMAGENET)),
+            lambda: ops.gac_fire_backward(grad, x, *inputs, None, *CIFAR.op_arguments),
+            lambda: ops.gac_fire_backward(grad, x, *inputs, None, *IMAGENET.op_arguments),
         ],
     }
 

@@ -139,8 +139,7 @@ def test_varying_input_needs_matching_steps():
 def test_opcheck(backend, static, device):
     for spec in DIALECTS.values():
         args = [a.requires_grad_() for a in gate_inputs((2, 3, 4, 5), 3, torch.float32, device, static)]
-        scalars = (spec.threshold, spec.decay, spec.surrogate_id, spec.width, spec.detach_reset, spec.soft_reset)
-        torch.library.opcheck(torch.ops.gac_kernels.gated_lif.default, (*args, *scalars))
+        torch.library.opcheck(torch.ops.gac_kernels.gated_lif.default, (*args, *spec.op_arguments))
 
 
 def test_compiles_in_one_graph(device):

@@ -217,8 +217,7 @@ def test_bad_input_is_named(args, message):
 def test_opcheck(backend, static, num_steps, device):
     args = [a.requires_grad_() for a in inputs((2, 3, 4, 5), num_steps, torch.float32, device, static)]
     for spec, integer in ((CIFAR, False), (IMAGENET, True)):
-        scalars = (spec.threshold, spec.decay, spec.surrogate_id, spec.width, spec.detach_reset, spec.soft_reset)
-        torch.library.opcheck(torch.ops.gac_kernels.gac_fire.default, (*args, integer, *scalars))
+        torch.library.opcheck(torch.ops.gac_kernels.gac_fire.default, (*args, integer, *spec.op_arguments))
 
 
 def test_compiles_in_one_graph(device):

@@ -181,8 +181,7 @@ def test_opcheck(backend, device):
     for spec, return_state in itertools.product(DIALECTS.values(), (False, True)):
         x = torch.randn(3, 2, 5, device=device, requires_grad=True)
         state = torch.randn(2, 5, device=device, requires_grad=True) if return_state else None
-        args = (x, state, spec.threshold, spec.decay, spec.surrogate_id, spec.width, spec.detach_reset,
-                spec.soft_reset, True, return_state)  # fmt: skip
+        args = (x, state, *spec.op_arguments, True, return_state)
         torch.library.opcheck(torch.ops.gac_kernels.lif.default, args)
 
 

@@ -156,9 +156,9 @@ def test_no_samples_is_no_error(backend, device):
 
 def test_opcheck(backend, device):
     case = Case(SHAPES["narrow"], 2, torch.float32, device, torch.channels_last, True, True, True, True, CIFAR)
-    neuron = (CIFAR.threshold, CIFAR.decay, CIFAR.surrogate_id, CIFAR.width, CIFAR.detach_reset, CIFAR.soft_reset)
+    norm = (case.weight, case.bias, *case.stats, None, 1e-5)
     for residual, keep in ((case.residual, True), (None, False)):
-        args = (case.x, residual, case.weight, case.bias, *case.stats, None, 1e-5, 2, *neuron, True, keep, "")
+        args = (case.x, residual, *norm, 2, *CIFAR.op_arguments, True, keep, "")
         torch.library.opcheck(torch.ops.gac_kernels.norm_lif, args)
     running = torch.zeros(5, device=device), torch.ones(5, device=device)
     batches = torch.zeros((), dtype=torch.int64, device=device)

@@ -76,7 +76,7 @@ def test_opcheck(backend, device):
     x, residual = (torch.randn(6, 5, 4, 3, device=device, requires_grad=True) for _ in range(2))
     of_x, of_residual = (batch_stats(tensor) for tensor in (x, residual))
     w, b = (torch.rand(5, device=device, requires_grad=True) for _ in range(2))
-    neuron = (CIFAR.threshold, CIFAR.decay, CIFAR.surrogate_id, CIFAR.width, CIFAR.detach_reset, CIFAR.soft_reset)
+    neuron = CIFAR.op_arguments
     args = (x, residual, w, b, *of_x, None, 1e-5, 2, *neuron, True, True, "", w, b, *of_residual, 1e-5, True)
     torch.library.opcheck(ops.norm_lif, args)
 

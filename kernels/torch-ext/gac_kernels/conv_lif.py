@@ -117,7 +117,6 @@ def conv_lif(
     check_spec(spec)
     check_conv_lif(x, weight, bias, residual, num_steps, stride, shortcut)
     out, membrane = torch.ops.gac_kernels.conv_lif(
-        x, weight, bias, residual, num_steps, stride, spec.threshold, spec.decay, spec.soft_reset, return_membrane,
-        shortcut,
-    )  # fmt: skip
+        x, weight, bias, residual, num_steps, stride, *spec.forward_arguments, return_membrane, shortcut
+    )
     return (membrane, out) if return_membrane else out

@@ -287,10 +287,7 @@ torch.library.register_autograd("gac_kernels::gated_lif", _autograd, setup_conte
 
 
 def _call(x: Tensor, spatial: Tensor, temporal: Tensor, spec: LIFSpec) -> Tensor:
-    return torch.ops.gac_kernels.gated_lif(
-        x, spatial, temporal, spec.threshold, spec.decay, spec.surrogate_id, spec.width, spec.detach_reset,
-        spec.soft_reset,
-    )  # fmt: skip
+    return torch.ops.gac_kernels.gated_lif(x, spatial, temporal, *spec.op_arguments)
 
 
 def gac_encode(stem: Tensor, spatial: Tensor, temporal: Tensor, spec: LIFSpec = CIFAR) -> Tensor:

@@ -290,7 +290,4 @@ def gac_fire(
         raise ValueError(
             f"expected spikes_dtype None, {stem.dtype} (like stem) or torch.int8, got {spikes_dtype}: leave it out"
         )
-    return torch.ops.gac_kernels.gac_fire(
-        stem, spatial, temporal, spikes_dtype == torch.int8, spec.threshold, spec.decay, spec.surrogate_id, spec.width,
-        spec.detach_reset, spec.soft_reset,
-    )  # fmt: skip
+    return torch.ops.gac_kernels.gac_fire(stem, spatial, temporal, spikes_dtype == torch.int8, *spec.op_arguments)

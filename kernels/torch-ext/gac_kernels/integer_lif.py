@@ -59,4 +59,4 @@ def integer_lif(x: Tensor, num_steps: int, spec: LIFSpec = CIFAR) -> Tensor:
     """
     check_spec(spec)
     _check(x, num_steps)
-    return torch.ops.gac_kernels.integer_lif(x, num_steps, spec.threshold, spec.decay, spec.soft_reset)
+    return torch.ops.gac_kernels.integer_lif(x, num_steps, *spec.forward_arguments)

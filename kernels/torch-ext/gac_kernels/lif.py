@@ -334,8 +334,5 @@ def lif(
         state = state.to(state_dtype(x.dtype)) if state.is_floating_point() else state
         check_state(state, x)
     keep_mask = torch.is_grad_enabled() and x.requires_grad
-    spikes, last, _ = torch.ops.gac_kernels.lif(
-        x, state, spec.threshold, spec.decay, spec.surrogate_id, spec.width, spec.detach_reset, spec.soft_reset,
-        keep_mask, return_state,
-    )  # fmt: skip
+    spikes, last, _ = torch.ops.gac_kernels.lif(x, state, *spec.op_arguments, keep_mask, return_state)
     return (spikes, last) if return_state else spikes

@@ -292,9 +292,8 @@ def norm_lif(
     res_args = (res_norm.weight, res_norm.bias, res_norm.mean, res_norm.var)
     check_residual_norm(x, residual, weight, *res_args)
     spikes, membrane, bits = torch.ops.gac_kernels.norm_lif(
-        x, residual, weight, bias, mean, var, None, eps, num_steps, spec.threshold, spec.decay, spec.surrogate_id,
-        spec.width, spec.detach_reset, spec.soft_reset, batch_stats, return_membrane, "", *res_args, res_norm.eps,
-        return_bits,
+        x, residual, weight, bias, mean, var, None, eps, num_steps, *spec.op_arguments, batch_stats, return_membrane,
+        "", *res_args, res_norm.eps, return_bits,
     )  # fmt: skip
     if not (return_membrane or return_bits):
         return spikes

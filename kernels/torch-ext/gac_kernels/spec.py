@@ -75,6 +75,19 @@ class LIFSpec:
         """Whether the reset subtracts the threshold rather than clearing the membrane."""
         return self.reset == "soft"
 
+    @property
+    def op_arguments(self) -> tuple[float, float, int, float, bool, bool]:
+        """The spec as operators with a backward pass take it, in their order.
+
+        Threshold, decay, index of the surrogate, its width, whether the reset is detached and whether it is soft.
+        """
+        return self.threshold, self.decay, self.surrogate_id, self.width, self.detach_reset, self.soft_reset
+
+    @property
+    def forward_arguments(self) -> tuple[float, float, bool]:
+        """The spec as operators for inference take it: threshold, decay and whether the reset is soft."""
+        return self.threshold, self.decay, self.soft_reset
+
 
 CIFAR = LIFSpec(threshold=1.0, decay=0.5, surrogate="triangle", width=1.0, detach_reset=False)
 IMAGENET = LIFSpec(threshold=0.5, decay=0.25, surrogate="rectangle", width=0.5, detach_reset=True)

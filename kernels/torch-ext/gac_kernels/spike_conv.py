@@ -215,7 +215,7 @@ def spike_conv(
     check_spec(spec)
     check_spike_conv(spikes, weight, scale, bias, residual, num_steps, stride, grid, shortcut)
     out, membrane = torch.ops.gac_kernels.spike_conv(
-        spikes, weight, scale, bias, residual, num_steps, stride, spec.threshold, spec.decay, spec.soft_reset,
-        return_membrane, grid, shortcut,
+        spikes, weight, scale, bias, residual, num_steps, stride, *spec.forward_arguments, return_membrane, grid,
+        shortcut,
     )  # fmt: skip
     return (membrane, out) if return_membrane else out
