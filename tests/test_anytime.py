@@ -1,4 +1,4 @@
-"""Answers at any step: exits by hand, the same figures as the evaluation and the energy meter, entropies by hand."""
+"""Answers at any step: the same figures as the evaluation and the energy meter, entropies by hand."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ import timm
 import torch
 
 from timm_gac import cli
-from timm_gac.anytime import early_exit, measure_anytime
+from timm_gac.anytime import measure_anytime
 from timm_gac.coding import entropy_bits, measure_coding
+from timm_gac.early_exit import early_exit
 from timm_gac.energy import measure_energy
 from timm_gac.evaluate import evaluate
 from timm_gac.sources import calibrate
@@ -23,30 +24,6 @@ def small(steps=4, batch=6, **kwargs):
     model = timm.create_model("test_gac_msresnet", num_steps=steps, num_classes=3, **kwargs)
     images = torch.randn(batch, 3, 16, 16)
     return calibrate(model, [images, images.flip(0)]), images
-
-
-def test_early_exit_by_hand():
-    sure, even = math.log(9.0), 0.0  # two classes: 9 to 1 is a probability of 0.9
-    logits = torch.tensor([
-        [[2 * sure, even], [even, even], [even, even]],  # 0.988 at once
-        [[sure, even], [sure, even], [sure, even]],  # 0.9 at every step
-        [[even, even], [even, 2 * sure], [even, even]],  # means 0, 9 to 1 for the second class, then less
-        [[even, even], [even, even], [even, sure]],  # never sure: runs to the end
-    ])  # fmt: skip
-    out = early_exit(logits, 0.899)
-    assert out.steps.tolist() == [1, 1, 2, 3]
-    assert out.confidence.tolist() == pytest.approx([81 / 82, 0.9, 0.9, 9 ** (1 / 3) / (1 + 9 ** (1 / 3))])
-    assert out.logits.argmax(1).tolist() == [0, 0, 1, 1]
-    assert torch.allclose(out.logits[2], torch.tensor([0.0, sure]))
-    assert early_exit(logits, 0.95).steps.tolist() == [1, 3, 3, 3]
-
-
-def test_early_exit_refuses_what_it_cannot_use():
-    with pytest.raises(ValueError, match=r"expected logits \(B, T, classes\)"):
-        early_exit(torch.zeros(2, 3), 0.9)
-    for confidence in (0.0, -1.0, 1.5, float("nan")):
-        with pytest.raises(ValueError, match="expected a confidence above 0"):
-            early_exit(torch.zeros(1, 2, 3), confidence)
 
 
 def test_one_pass_gives_the_figures_of_evaluation_and_meter():

@@ -16,71 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .early_exit import check_confidence, first_confident_step, mean_logits
 from .energy import EnergyCosts, EnergyMeter, EnergyReport
 
-__all__ = ["AnytimeReport", "Exit", "ExitPoint", "early_exit", "measure_anytime", "write_anytime_chart"]
+__all__ = ["AnytimeReport", "ExitPoint", "measure_anytime", "write_anytime_chart"]
 
 CONFIDENCES = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99)
-
-
-@dataclass(frozen=True)
-class Exit:
-    """Answers of samples that stopped when they were sure enough.
-
-    Attributes:
-        logits: Mean logits of the steps that ran, ``(B, classes)``.
-        steps: Number of steps that ran, 1 to T, ``(B,)``.
-        confidence: Probability of the likeliest class in these logits, ``(B,)``.
-    """
-
-    logits: Tensor
-    steps: Tensor
-    confidence: Tensor
-
-
-def early_exit(steps_logits: Tensor, confidence: float) -> Exit:
-    """Stop each sample at the first step whose answer is sure enough, else at the last.
-
-    Args:
-        steps_logits: Logits of each step, ``(B, T, classes)``, as `forward_steps` gives them.
-        confidence: Least probability of the likeliest class, above 0 and at most 1, to stop at.
-
-    Raises:
-        ValueError: The logits have another rank, or confidence is out of range.
-
-    Example:
-        >>> early_exit(torch.tensor([[[9.0, 0.0], [0.0, 0.0]], [[0.0, 0.0], [0.0, 4.0]]]), 0.9).steps
-        tensor([1, 2])
-    """
-    if steps_logits.ndim != 3 or 0 in steps_logits.shape[1:]:
-        raise ValueError(
-            f"expected logits (B, T, classes), got {tuple(steps_logits.shape)}: take them from model.forward_steps"
-        )
-    check_confidence(confidence)
-    means = _answers(steps_logits)
-    sure = means.softmax(-1).amax(-1)  # [B, T]
-    steps = _first_sure(sure, confidence)
-    rows = torch.arange(len(means), device=means.device)
-    return Exit(means[rows, steps - 1], steps, sure[rows, steps - 1])
-
-
-def check_confidence(confidence: float) -> None:
-    """A ValueError where a confidence to stop at is out of range."""
-    if not 0.0 < confidence <= 1.0:
-        raise ValueError(f"expected a confidence above 0 and at most 1, got {confidence!r}: give one such as 0.9")
-
-
-def _answers(steps_logits: Tensor) -> Tensor:
-    """Mean logits of the first t steps, for every t: (B, T, classes), in at least float32."""
-    wide = steps_logits.to(torch.promote_types(steps_logits.dtype, torch.float32))
-    return wide.cumsum(1) / torch.arange(1, wide.shape[1] + 1, device=wide.device)[:, None]
-
-
-def _first_sure(sure: Tensor, confidence: float) -> Tensor:
-    """First step, from 1, at which (B, T) reaches the confidence; T where none does."""
-    reached = sure >= confidence
-    reached[:, -1] = True
-    return reached.int().argmax(1) + 1
 
 
 @dataclass(frozen=True)
@@ -162,7 +103,7 @@ def measure_anytime(
         for images, labels in batches:
             with torch.autocast(images.device.type, amp_dtype) if amp_dtype is not None else nullcontext():
                 logits = model.forward_steps(images)
-            answers = _answers(logits)
+            answers = mean_logits(logits)
             hits.append((answers.argmax(-1) == labels[:, None]).cpu())
             sures.append(answers.softmax(-1).amax(-1).cpu())
     report = meter.report(costs, weights)
@@ -170,7 +111,7 @@ def measure_anytime(
     by_step = {name: report.energy_by_step(name) for name in report.totals() if name != "ann"}
     exits = []
     for confidence in confidences:
-        steps = _first_sure(sure, confidence)
+        steps = first_confident_step(sure, confidence)
         shares = torch.bincount(steps - 1, minlength=report.num_steps).double() / len(steps)
         exits.append(
             ExitPoint(

@@ -14,9 +14,8 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from .anytime import check_confidence
+from .early_exit import check_confidence, forward_early_exit
 from .sources import PICTURES, label_names, open_network, open_pictures, place_network
-from .stepwise import forward_until_sure
 
 __all__ = ["PredictConfig", "Prediction", "predict", "run_predict"]
 
@@ -64,7 +63,7 @@ def predict(
         top: So many classes each, or as many as there are.
         names: Of the classes, in order; () where unknown.
         amp_dtype: Autocast to this dtype.
-        exit_at: Early exit at this confidence, see `forward_until_sure`; None for all time steps.
+        exit_at: Early exit at this confidence, see `forward_early_exit`; None for all time steps.
 
     Raises:
         ValueError: The model has no per-step logits, ``top`` is below 1, or ``exit_at`` is outside (0, 1].
@@ -77,7 +76,7 @@ def predict(
     with amp:
         if exit_at is None:
             return answers(model.forward_steps(images), top, names)
-        rows = forward_until_sure(model, images, exit_at)
+        rows = forward_early_exit(model, images, exit_at)
     return [answers(row[None], top, names, model.num_steps)[0] for row in rows]
 
 

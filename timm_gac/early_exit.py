@@ -1,15 +1,17 @@
-"""Early exit that really stops: a network run one time step after another, which each sample leaves when it is sure.
+"""Early exit: each sample stops at the first time step whose answer is confident enough.
 
-Elsewhere a network runs all time steps of a layer before the next layer. Here the layers behind the encoder run one
-step at a time, each neuron's membrane is handed from step to step, and what a sample would do after its exit is never
-computed. The encoder runs first and for all steps: gated attention coding scores all steps of the input at once, and of
-a static image its stem and its convolutions run only once anyway.
+`early_exit` picks that step from the logits of all steps. `forward_early_exit` saves the work too: it runs a network
+one time step after another, and a sample that has left is not computed any further. Elsewhere a network runs all time
+steps of a layer before the next layer. Here each neuron's membrane is handed from step to step. The encoder runs first
+and for all steps: gated attention coding scores all steps of the input at once, and of a static image its stem and its
+convolutions run only once anyway.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,7 +19,6 @@ from torch import Tensor, nn
 
 from gac_kernels import LIFSpec, lif
 
-from .anytime import check_confidence, early_exit
 from .encoder import GatedAttentionCoding
 from .inference import FoldedLIF
 from .models.integer import IntegerLIF, SpikeConv
@@ -25,24 +26,88 @@ from .models.network import SpikingResNet
 from .neuron import BatchNormLIF, MembraneBatchNormLIF
 from .recording import NEURONS, current_of, neuron_layers
 
-__all__ = ["forward_until_sure"]
+__all__ = ["Exit", "check_confidence", "early_exit", "first_confident_step", "forward_early_exit", "mean_logits"]
 
 _NEURONS = tuple(kind for kind in NEURONS if kind is not GatedAttentionCoding)  # all but the encoder's
 
 
+@dataclass(frozen=True)
+class Exit:
+    """Answers of samples that stopped when they were confident enough.
+
+    Attributes:
+        logits: Mean logits of the steps that ran, ``(B, classes)``.
+        steps: Number of steps that ran, 1 to T, ``(B,)``.
+        confidence: Probability of the likeliest class in these logits, ``(B,)``.
+    """
+
+    logits: Tensor
+    steps: Tensor
+    confidence: Tensor
+
+
+def check_confidence(confidence: float) -> None:
+    """Check a confidence to stop at.
+
+    Raises:
+        ValueError: It is not above 0 and at most 1.
+    """
+    if not 0.0 < confidence <= 1.0:
+        raise ValueError(f"expected a confidence above 0 and at most 1, got {confidence!r}: give one such as 0.9")
+
+
+def mean_logits(steps_logits: Tensor) -> Tensor:
+    """Answers after 1 to T steps, ``(B, T, classes)`` in at least float32: the mean logits of the steps so far."""
+    wide = steps_logits.to(torch.promote_types(steps_logits.dtype, torch.float32))
+    return wide.cumsum(1) / torch.arange(1, wide.shape[1] + 1, device=wide.device)[:, None]
+
+
+def first_confident_step(confidences: Tensor, confidence: float) -> Tensor:
+    """First step, from 1, at which confidences ``(B, T)`` reach a value, ``(B,)``; T where none does."""
+    reached = confidences >= confidence
+    reached[:, -1] = True
+    return reached.int().argmax(1) + 1
+
+
+def early_exit(steps_logits: Tensor, confidence: float) -> Exit:
+    """Stop each sample at the first step whose answer is confident enough, else at the last.
+
+    Args:
+        steps_logits: Logits of each step, ``(B, T, classes)``, as `forward_steps` gives them.
+        confidence: Least probability of the likeliest class, above 0 and at most 1, to stop at.
+
+    Raises:
+        ValueError: The logits have another rank, or confidence is out of range.
+
+    Example:
+        >>> early_exit(torch.tensor([[[9.0, 0.0], [0.0, 0.0]], [[0.0, 0.0], [0.0, 4.0]]]), 0.9).steps
+        tensor([1, 2])
+    """
+    if steps_logits.ndim != 3 or 0 in steps_logits.shape[1:]:
+        raise ValueError(
+            f"expected logits (B, T, classes), got {tuple(steps_logits.shape)}: take them from model.forward_steps"
+        )
+    check_confidence(confidence)
+    means = mean_logits(steps_logits)
+    confidences = means.softmax(-1).amax(-1)  # [B, T]
+    steps = first_confident_step(confidences, confidence)
+    rows = torch.arange(len(means), device=means.device)
+    return Exit(means[rows, steps - 1], steps, confidences[rows, steps - 1])
+
+
 @torch.no_grad()
-def forward_until_sure(model: nn.Module, images: Tensor, confidence: float) -> list[Tensor]:
-    """Logits of the time steps that each sample runs until its mean logits are sure enough, or to the last step.
+def forward_early_exit(model: nn.Module, images: Tensor, confidence: float) -> list[Tensor]:
+    """Logits of the time steps that each sample runs until its mean logits are confident enough, or to the last step.
 
     In float32 these are the first rows of ``model.forward_steps(images)``, up to the rounding of other kernels.
 
     Args:
         model: A spiking ResNet of this package in eval mode; fused and integer ones too.
-        images: (B, C, H, W), or event frames (B, T, C, H, W), which the encoder takes all at once.
+        images: ``(B, C, H, W)``, or event frames ``(B, T, C, H, W)``, which the encoder takes all at once.
         confidence: Least probability of the likeliest class, above 0 and at most 1, to stop at.
 
     Returns:
-        For each sample its logits, (steps, classes) with 1 to T steps; see `early_exit`.
+        For each sample its logits, ``(steps, classes)`` with 1 to T steps; see `early_exit`.
 
     Raises:
         ValueError: The model is another, trains, or packs its spikes; or confidence is out of range.
@@ -51,12 +116,12 @@ def forward_until_sure(model: nn.Module, images: Tensor, confidence: float) -> l
     network = _checked(model)
     coded = network._encode(images).unflatten(0, (network.num_steps, -1))
     answers = [torch.empty(0)] * len(images)
-    running = torch.arange(len(images), device=images.device)
+    running = torch.arange(len(images), device=images.device)  # samples that have not left yet
     logits = coded.new_empty(0)
     with _one_step_at_a_time(network) as neurons:
         for step in range(network.num_steps):
-            now = _logits(network, coded[step])[:, None]
-            logits = torch.cat((logits, now), 1) if step else now  # [running, steps so far, classes]
+            step_logits = _logits(network, coded[step])[:, None]
+            logits = torch.cat((logits, step_logits), 1) if step else step_logits  # [running, steps so far, classes]
             leaves = early_exit(logits, confidence).confidence >= confidence
             if step + 1 == network.num_steps:
                 leaves.fill_(True)

@@ -1,17 +1,18 @@
-"""Early exit that stops: the logits of the whole pass, step by step, and no work for samples that have left."""
+"""Early exit: by hand; the logits of the whole pass, step by step; and no work for samples that have left."""
 
 from __future__ import annotations
+
+import math
 
 import pytest
 import timm
 import torch
 
 from timm_gac import fuse_for_inference, inference, quantize, recording
-from timm_gac.anytime import early_exit
+from timm_gac.early_exit import early_exit, forward_early_exit
 from timm_gac.models.integer import SpikeConv
 from timm_gac.recording import current_of, membrane_of
 from timm_gac.sources import calibrate
-from timm_gac.stepwise import forward_until_sure
 
 
 def network(encoder="gac", name="test_gac_msresnet"):
@@ -34,6 +35,30 @@ def same(model):
     return model
 
 
+def test_early_exit_by_hand():
+    sure, even = math.log(9.0), 0.0  # two classes: 9 to 1 is a probability of 0.9
+    logits = torch.tensor([
+        [[2 * sure, even], [even, even], [even, even]],  # 0.988 at once
+        [[sure, even], [sure, even], [sure, even]],  # 0.9 at every step
+        [[even, even], [even, 2 * sure], [even, even]],  # means 0, 9 to 1 for the second class, then less
+        [[even, even], [even, even], [even, sure]],  # never sure: runs to the end
+    ])  # fmt: skip
+    out = early_exit(logits, 0.899)
+    assert out.steps.tolist() == [1, 1, 2, 3]
+    assert out.confidence.tolist() == pytest.approx([81 / 82, 0.9, 0.9, 9 ** (1 / 3) / (1 + 9 ** (1 / 3))])
+    assert out.logits.argmax(1).tolist() == [0, 0, 1, 1]
+    assert torch.allclose(out.logits[2], torch.tensor([0.0, sure]))
+    assert early_exit(logits, 0.95).steps.tolist() == [1, 3, 3, 3]
+
+
+def test_early_exit_refuses_what_it_cannot_use():
+    with pytest.raises(ValueError, match=r"expected logits \(B, T, classes\)"):
+        early_exit(torch.zeros(2, 3), 0.9)
+    for confidence in (0.0, -1.0, 1.5, float("nan")):
+        with pytest.raises(ValueError, match="expected a confidence above 0"):
+            early_exit(torch.zeros(1, 2, 3), confidence)
+
+
 @pytest.mark.parametrize("encoder", ["gac", "direct"])
 @pytest.mark.parametrize("change", [same, fused, fused_as_on_a_gpu, quantize], ids=["plain", "fused", "gpu", "int8"])
 @pytest.mark.parametrize("name", ["test_gac_msresnet", "gac_spiking_resnet18"])
@@ -53,7 +78,7 @@ def test_steps_are_those_of_the_whole_pass(name, change, encoder, monkeypatch):
     widest = between.diff().argmax()
     some = between[widest : widest + 2].mean().item()
     expected = early_exit(whole, some)
-    rows = forward_until_sure(model, images, some)
+    rows = forward_early_exit(model, images, some)
     assert [len(row) for row in rows] == expected.steps.tolist() and len(set(map(len, rows))) > 1
     for row, steps in zip(rows, whole, strict=True):
         torch.testing.assert_close(row, steps[: len(row)], rtol=1e-4, atol=1e-4)
@@ -69,11 +94,11 @@ def test_what_left_is_not_computed():
         sure = early_exit(model.forward_steps(images)[:, :1], 1.0).confidence.sort().values
     rows.clear()
     between = ((sure[2] + sure[3]) / 2).item()
-    out = forward_until_sure(model, images, between)
+    out = forward_early_exit(model, images, between)
     still = [sum(len(row) > step for row in out) for step in range(4)]
     assert rows == [count for count in still if count] and rows[:2] == [6, 3]
     rows.clear()
-    assert [len(row) for row in forward_until_sure(model, images, 1e-9)] == [1] * 6 and rows == [6]
+    assert [len(row) for row in forward_early_exit(model, images, 1e-9)] == [1] * 6 and rows == [6]
 
 
 def test_event_frames_and_16_bit_exit_too():
@@ -81,11 +106,11 @@ def test_event_frames_and_16_bit_exit_too():
     frames = torch.randn(2, 4, 3, 16, 16)
     with torch.no_grad():
         whole = model.forward_steps(frames)
-    for row, steps in zip(forward_until_sure(model, frames, 1.0), whole, strict=True):
+    for row, steps in zip(forward_early_exit(model, frames, 1.0), whole, strict=True):
         torch.testing.assert_close(row, steps[: len(row)], rtol=1e-4, atol=1e-4)
     with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
         whole = model.forward_steps(images)
-        rows = forward_until_sure(model, images, 1e-9)
+        rows = forward_early_exit(model, images, 1e-9)
     torch.testing.assert_close(torch.cat(rows), whole[:, 0])
 
 
@@ -113,12 +138,12 @@ def test_it_refuses_what_it_cannot_step():
     model, images = network()
     for confidence in (0.0, 1.5, float("nan")):
         with pytest.raises(ValueError, match="expected a confidence above 0"):
-            forward_until_sure(model, images, confidence)
+            forward_early_exit(model, images, confidence)
     with pytest.raises(ValueError, match="expected a plain spiking ResNet"):
-        forward_until_sure(torch.nn.Identity(), images, 0.9)
+        forward_early_exit(torch.nn.Identity(), images, 0.9)
     model.set_spike_packing(True)
     with pytest.raises(ValueError, match="without packed spikes"):
-        forward_until_sure(model, images, 0.9)
+        forward_early_exit(model, images, 0.9)
     model.set_spike_packing(False)
     with pytest.raises(ValueError, match="eval mode"):
-        forward_until_sure(model.train(), images, 0.9)
+        forward_early_exit(model.train(), images, 0.9)
