@@ -373,7 +373,7 @@ def test_rows_of_two_runs_into_one_file_are_all_kept(tmp_path: Path) -> None:
     ours.write(rows)
     rows = [rows[0] | {"floor_fraction": 0.5}, row | {"provider": "b"}]
     ours.write(rows)
-    bench_model.append_csv(path, bench_model.COLUMNS, [other])
+    bench_model.append_rows(path, bench_model.COLUMNS, [other])
     ours.write([*rows, row | {"provider": "c"}])
     with path.open(newline="") as stream:
         found = list(csv.DictReader(stream))

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
@@ -15,12 +13,13 @@ from rich.table import Table
 from .anytime import CONFIDENCES, AnytimeReport, measure_anytime, write_anytime_chart
 from .coding import CodingReport, measure_coding, write_coding_chart
 from .energy import COSTS
+from .runtime.dtypes import AUTOCAST
+from .runtime.files import write_json
 from .sources import calibrate, open_labelled, open_network
 
 __all__ = ["AnytimeConfig", "run_anytime"]
 
 FILES = ("anytime.json", "anytime.png", "coding.png")
-DTYPES = {"float32": None, "bfloat16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -101,7 +100,7 @@ def run_anytime(
     if config.out is not None:
         config.out.mkdir(parents=True, exist_ok=True)
         content = [anytime.to_dict() | {"coding": coding.to_dict()} for anytime, coding in results]
-        (config.out / FILES[0]).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        write_json(config.out / FILES[0], content)
         write_anytime_chart([anytime for anytime, _ in results], config.out / FILES[1], config.convention)
         write_coding_chart([coding for _, coding in results], config.out / FILES[2])
         for file in FILES:
@@ -126,7 +125,7 @@ def _measure(model: str, config: AnytimeConfig) -> tuple[AnytimeReport, CodingRe
         calibrate(network, (part for part, _ in batches(256)))
         weights += ", batch-norm statistics of these images"
     anytime = measure_anytime(
-        network, batches(), config.confidences, config.costs, weights, DTYPES[config.precision]
+        network, batches(), config.confidences, config.costs, weights, AUTOCAST[config.precision]
     )  # fmt: skip
     return anytime, measure_coding(network, (part for part, _ in batches(config.coding_images)))
 

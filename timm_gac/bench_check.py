@@ -19,9 +19,10 @@ from gac_kernels import spike_conv_reference, use_backend
 
 from .bench_ops import relative_error
 from .bench_rivals import STAGES, TimeMajorNet
-from .bench_steps import PRECISIONS, autocast, precision_settings
+from .bench_steps import precision_settings
 from .models.integer import SpikeConv
 from .models.network import SpikingResNet
+from .runtime.dtypes import AUTOCAST, autocast
 
 # In float64, norm(got - expected) / norm(expected) of the logits.
 LOGITS_TOLERANCE = 1e-9
@@ -85,7 +86,7 @@ def check_parts(network: nn.Module, reference: TimeMajorNet, images: Tensor, pre
         train: In training mode, and every gradient too.
     """
     network, reference = copy.deepcopy(network).train(train), copy.deepcopy(reference).train(train)
-    device, dtype = images.device, PRECISIONS[precision] or torch.float32
+    device, dtype = images.device, AUTOCAST[precision] or torch.float32
     for name, captured in _inputs_of_parts(reference, images):
         inputs = [tensor.to(dtype) for tensor in captured]
         with precision_settings(precision, search=False), autocast(device, precision):

@@ -19,9 +19,11 @@ import torch.nn.functional as F
 
 from gac_kernels import resolve_backend, use_backend
 
-from .bench_harness import PROVENANCE, Row, append_csv, check_csv, parse_config, provenance
-from .bench_steps import PRECISIONS, autocast
+from .bench_harness import Row, append_rows, parse_config
 from .data import DeviceLoader, ImageArrays, load_arrays
+from .runtime.dtypes import AUTOCAST, autocast
+from .runtime.files import check_csv
+from .runtime.provenance import PROVENANCE, provenance
 
 _logger = logging.getLogger(__name__)
 COLUMNS = ("model", "data", "precision", "num_steps", "batch", "curve", "seed", "step", "loss", *PROVENANCE)
@@ -131,16 +133,22 @@ def compare_curves(config: CurveConfig) -> float:
         for seed in config.seeds:
             with use_backend(backend):
                 losses = train_curve(config, arrays, seed, device)
-                origin = provenance(device, resolve_backend(device, PRECISIONS[config.precision] or torch.float32))
+                origin = provenance(device, resolve_backend(device, AUTOCAST[config.precision] or torch.float32))
             curves.setdefault(curve, []).append(losses)
             _logger.info("%s (%s), seed %d: loss %.4f to %.4f", curve, backend, seed, losses[0], losses[-1])
-            shared = dict(
-                model=config.model, data=_name(config.data), precision=config.precision, curve=curve, seed=seed
-            )
-            shared |= {"num_steps": config.num_steps, "batch": config.batch} | origin
+            shared: Row = {
+                "model": config.model,
+                "data": _name(config.data),
+                "precision": config.precision,
+                "num_steps": config.num_steps,
+                "batch": config.batch,
+                "curve": curve,
+                "seed": seed,
+                **origin,
+            }
             rows += [shared | {"step": step, "loss": loss} for step, loss in enumerate(losses)]
     if config.csv:
-        append_csv(config.csv, COLUMNS, rows)
+        append_rows(config.csv, COLUMNS, rows)
     smoothed = {name: smooth(losses, config.window) for name, losses in curves.items()}
     if config.png:
         _draw(smoothed, config)

@@ -1,28 +1,24 @@
-"""What every benchmark of this project shares: timing, memory, provenance, and the CSV and table of its rows."""
+"""What every benchmark of this project shares: timing, memory, and the table of its rows."""
 
 from __future__ import annotations
 
 import argparse
-import csv
 import dataclasses
-import datetime
 import math
-import os
-import platform
 import signal
 import statistics
-import subprocess
 import threading
 import time
 import typing
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
+
+from .runtime.files import append_csv
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -30,7 +26,6 @@ if TYPE_CHECKING:
 
 Config = TypeVar("Config", bound="DataclassInstance")
 Row = dict[str, Any]
-PROVENANCE = ("date_utc", "device", "torch", "triton", "timm_gac", "commit", "backend")
 # Larger than the L2 of any GPU we know (50 MB on an H100), so that no repetition finds its input there.
 FLUSH_BYTES = 256 * 2**20
 
@@ -141,85 +136,22 @@ def measure_saved_bytes(forward: Callable[[], torch.Tensor]) -> int:
     return sum(storages.values())
 
 
-def provenance(device: torch.device, backend: str, commit: str = "") -> Row:
-    """What a row must say for its numbers to mean anything: when, where, with which versions.
+def append_rows(path: Path, columns: Sequence[str], rows: Iterable[Row], keep_bytes: int | None = None) -> None:
+    """Append rows to a table, floats with six digits; see `timm_gac.runtime.files.append_csv`.
 
     Args:
-        device: Where the benchmark runs.
-        backend: The backend that the project's own ops resolved to.
-        commit: The source's commit; by default ``TIMM_GAC_COMMIT``, then git, then ``unknown``.
-    """
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU {_cpu_name()}"
-    return {
-        "date_utc": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M"),
-        "device": name,
-        "torch": torch.__version__,
-        "triton": _version("triton"),
-        "timm_gac": _version("timm-gac"),
-        "commit": commit or os.environ.get("TIMM_GAC_COMMIT", "") or _git_commit(),
-        "backend": backend,
-    }
-
-
-def _cpu_name() -> str:
-    """Architecture and vector instructions, behind the model's name where Linux tells it."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.is_file() else []
-    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return " ".join([*models[:1], platform.machine(), torch.backends.cpu.get_cpu_capability()])
-
-
-def _version(distribution: str) -> str:
-    try:
-        return metadata.version(distribution)
-    except metadata.PackageNotFoundError:
-        return "source" if distribution == "timm-gac" else "none"
-
-
-def _git_commit() -> str:
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--exclude", "*"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        return "unknown"
-
-
-def check_csv(path: Path, columns: Sequence[str]) -> None:
-    """Raise unless ``path`` is a new file or has exactly these columns: call it before an hour of measuring, too.
-
-    Raises:
-        ValueError: The file's header is another one.
-    """
-    if not path.exists() or path.stat().st_size == 0:
-        return
-    with path.open(newline="") as file:
-        header = next(csv.reader(file))
-    if header != list(columns):
-        raise ValueError(f"expected {path} to have the columns {list(columns)}, got {header}: choose another file")
-
-
-def append_csv(path: Path, columns: Sequence[str], rows: Iterable[Row], keep: int | None = None) -> None:
-    """Append rows to a CSV file, with a header if it is new. What the file holds already stays as it is.
-
-    Args:
-        path: The file; its folder is made where missing.
+        path: The file; its folder is made where it is missing.
         columns: The header, in order.
-        rows: One mapping from column to value each; floats keep six digits, None leaves its cell empty.
-        keep: The file's size in bytes before this run, whose earlier rows, behind that, are written anew.
+        rows: One mapping from column to value each.
+        keep_bytes: Cut the file to this size first.
 
     Raises:
-        ValueError: The file exists with another header.
+        ValueError: The file has another header.
     """
-    check_csv(path, columns)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if keep is not None and path.exists():
-        os.truncate(path, keep)
-    with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, columns, lineterminator="\n")
-        if file.tell() == 0:
-            writer.writeheader()
-        for row in rows:
-            writer.writerow({key: f"{value:.6g}" if isinstance(value, float) else value for key, value in row.items()})
+    rounded = [
+        {name: f"{value:.6g}" if isinstance(value, float) else value for name, value in row.items()} for row in rows
+    ]
+    append_csv(path, columns, rounded, keep_bytes)
 
 
 def rows_table(rows: Iterable[Row], columns: dict[str, str], title: str) -> Table:

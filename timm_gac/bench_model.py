@@ -22,13 +22,10 @@ from gac_kernels import resolve_backend
 from . import bench_steps
 from .bench_charts import throughput_chart
 from .bench_harness import (
-    PROVENANCE,
     Row,
-    append_csv,
-    check_csv,
+    append_rows,
     exit_on_sigterm,
     parse_config,
-    provenance,
     rows_table,
     show_table,
     time_limit,
@@ -37,6 +34,9 @@ from .bench_networks import LAUNCHES, NETWORKS, Unavailable
 from .bench_profile import append_json, read_json
 from .bench_session import Case, Session
 from .hub import read_config
+from .runtime.dtypes import AUTOCAST
+from .runtime.files import check_csv
+from .runtime.provenance import PROVENANCE, provenance
 
 _logger = logging.getLogger(__name__)
 COLUMNS = (
@@ -97,7 +97,7 @@ class ModelBenchConfig:
     device: str = ""
 
     def __post_init__(self) -> None:
-        for name, allowed in {"modes": bench_steps.MODES, "precisions": bench_steps.PRECISIONS}.items():
+        for name, allowed in {"modes": bench_steps.MODES, "precisions": AUTOCAST}.items():
             unknown = set(getattr(self, name)) - set(allowed)
             if unknown:
                 raise ValueError(f"expected {name} out of {list(allowed)}, got {sorted(unknown)}: choose among these")
@@ -218,7 +218,7 @@ class _GrowingTable:
         """Write all rows so far; behind what somebody else has appended meanwhile, only those that are new."""
         if self._size() != self.end:
             self.begin, self.first = self._size(), self.rows
-        append_csv(self.path, COLUMNS, rows[self.first :], self.begin)
+        append_rows(self.path, COLUMNS, rows[self.first :], self.begin)
         self.rows, self.end = len(rows), self._size()
 
     def _size(self) -> int:

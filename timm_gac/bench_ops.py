@@ -12,10 +12,11 @@ import torch
 from gac_kernels import CIFAR, IMAGENET, LIFSpec, gac_encode, gated_lif, lif
 from gac_kernels.reference import gac_encode_reference, gated_lif_reference, lif_reference
 
+from .runtime.dtypes import DTYPES
+
 Op = Callable[..., Any]
 Tensors = Sequence[torch.Tensor]
 SPECS = {"cifar": CIFAR, "imagenet": IMAGENET}
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 MEMORY_FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 RIVALS = ("reference", "compiled", "spikingjelly")
 # Largest norm(got - expected) / norm(expected), where expected is the float32 reference on the same values. bfloat16
@@ -24,6 +25,7 @@ TOLERANCES = {
     torch.float32: {"elementwise": 1e-5, "reduced": 1e-4},
     torch.bfloat16: {"elementwise": 1e-2, "reduced": 1e-2},
 }
+CHECKED = [name for name, dtype in DTYPES.items() if dtype in TOLERANCES]
 
 
 @dataclass(frozen=True)

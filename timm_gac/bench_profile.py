@@ -15,6 +15,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from .bench_harness import Row
 from .bench_steps import Step
+from .runtime.files import write_json
 
 # First match wins. Patterns are searched in "operator > kernel", the operator being the one that launched the kernel;
 # on a CPU there are no kernels, and the operator stands alone. One convolution_backward computes both gradients.
@@ -105,8 +106,7 @@ def append_json(path: Path, entries: Sequence[Row]) -> None:
         ValueError: The file exists and holds no JSON list.
     """
     held = read_json(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps([*held, *entries], indent=1) + "\n")
+    write_json(path, [*held, *entries], indent=1)
 
 
 def read_json(path: Path) -> list[Row]:

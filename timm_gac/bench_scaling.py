@@ -25,19 +25,19 @@ from gac_kernels import resolve_backend
 
 from . import bench_steps
 from .bench_harness import (
-    PROVENANCE,
     Row,
     Timing,
-    append_csv,
-    check_csv,
+    append_rows,
     parse_config,
-    provenance,
     rows_table,
     show_table,
 )
 from .bench_processes import GRADIENT_TOLERANCE, PROVIDERS, Group, gradient_error, launch
 from .bench_session import CHECK_BATCH, Case, Session
 from .graphs import GraphedStep
+from .runtime.dtypes import AUTOCAST
+from .runtime.files import check_csv
+from .runtime.provenance import PROVENANCE, provenance
 
 _logger = logging.getLogger(__name__)
 COLUMNS = (
@@ -165,7 +165,7 @@ def measure_scaling(group: Group, config: ScalingConfig) -> None:
     size = config.image_size or timm.get_pretrained_cfg(config.model).input_size[-1]
     case = Case(config.model, "train", config.precision, config.num_steps, config.batch, size)
     session = Session(case, group.device, config.steps)
-    backend = resolve_backend(group.device, bench_steps.PRECISIONS[config.precision] or torch.float32)
+    backend = resolve_backend(group.device, AUTOCAST[config.precision] or torch.float32)
     shared: Row = dict.fromkeys(COLUMNS) | provenance(group.device, backend, config.commit)
     shared |= {"model": config.model, "precision": config.precision, "num_steps": config.num_steps, "note": ""}
     shared |= {"batch": config.batch, "image_size": size, "processes": group.size, "collectives": group.collectives}
@@ -182,7 +182,7 @@ def measure_scaling(group: Group, config: ScalingConfig) -> None:
         if group.main:
             _logger.info("%s, batch norm %s: gradients in float64 within %.1e", provider, batch_norm, error)
             if config.csv:
-                append_csv(config.csv, COLUMNS, [row])
+                append_rows(config.csv, COLUMNS, [row])
     if group.main:
         show_table(rows_table(rows, TABLE, f"{config.model}, T={config.num_steps}, {size} px, {shared['device']}"))
     failed = [f"{row['provider']} ({row['batch_norm']}): {row['note']}" for row in rows if row["status"] != "ok"]

@@ -16,6 +16,7 @@ from .bench_profile import profile_step
 from .bench_rivals import LoopNeuron, TimeMajorNet
 from .hub import load_model
 from .models.network import SpikingResNet
+from .runtime.dtypes import AUTOCAST
 
 CHECK_BATCH = 4
 
@@ -112,7 +113,7 @@ class Session:
             return {"status": "failed check", "note": failure}
         left = bench_steps.free_memory(device) - self.images.nbytes / 2**30
         built = self.build(network)
-        dtype = bench_steps.PRECISIONS[case.precision]
+        dtype = AUTOCAST[case.precision]
         if network == "timm_gac_fused" and dtype is not None:  # as a user deploys it: nothing is cast in the step
             built = built.to(dtype)
         copies = case.num_steps if network == "ann" else 1

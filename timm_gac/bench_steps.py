@@ -14,10 +14,9 @@ from torch import Tensor, nn
 
 from .bench_harness import Row, Timing
 from .graphs import GraphedStep
+from .runtime.dtypes import AUTOCAST, autocast
 
 MODES = ("train", "infer")
-# Name to the dtype of autocast; None is none. tf32 is float32 with TensorFloat-32 convolutions.
-PRECISIONS = {"float32": None, "tf32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
 Step = Callable[..., Tensor]
 
 
@@ -31,12 +30,6 @@ def precision_settings(precision: str, *, search: bool = True) -> Iterator[None]
         yield
     finally:
         cudnn.allow_tf32, cudnn.benchmark = before
-
-
-def autocast(device: torch.device, precision: str) -> torch.autocast:
-    """The autocast of a precision, switched off for float32."""
-    dtype = PRECISIONS[precision]
-    return torch.autocast(device.type, dtype or torch.bfloat16, enabled=dtype is not None)
 
 
 def make_inputs(network: nn.Module, mode: str, images: Tensor, classes: int, copies: int) -> tuple[Tensor, ...]:
@@ -74,7 +67,7 @@ def make_step(
         return infer
     # So small a rate that the weights, and with them the firing rates, stay what they are for as long as it takes.
     optimizer = torch.optim.SGD(network.parameters(), lr=1e-6, momentum=0.9, fused=True)
-    scaler = torch.amp.GradScaler(device.type, enabled=PRECISIONS[precision] == torch.float16)
+    scaler = torch.amp.GradScaler(device.type, enabled=AUTOCAST[precision] == torch.float16)
 
     def train(images: Tensor, labels: Tensor) -> Tensor:
         optimizer.zero_grad(set_to_none=True)

@@ -23,20 +23,20 @@ from gac_kernels import resolve_backend
 from . import bench_ops
 from .bench_charts import bar_chart
 from .bench_harness import (
-    PROVENANCE,
     Row,
-    append_csv,
-    check_csv,
+    append_rows,
     measure_copy,
     measure_peak_bytes,
     measure_saved_bytes,
     measure_time,
     parse_config,
-    provenance,
     rows_table,
     show_table,
 )
-from .bench_ops import DTYPES, SPECS, BenchOp, Case
+from .bench_ops import SPECS, BenchOp, Case
+from .runtime.dtypes import DTYPES
+from .runtime.files import check_csv
+from .runtime.provenance import PROVENANCE, provenance
 
 _logger = logging.getLogger(__name__)
 COLUMNS = (
@@ -92,7 +92,12 @@ class KernelBenchConfig:
     def __post_init__(self) -> None:
         formats = bench_ops.MEMORY_FORMATS
         valid: dict[str, Iterable[str]]
-        valid = {"ops": bench_ops.OPS, "dtypes": DTYPES, "memory_formats": formats, "specs": SPECS}
+        valid = {
+            "ops": bench_ops.OPS,
+            "dtypes": bench_ops.CHECKED,
+            "memory_formats": formats,
+            "specs": SPECS,
+        }
         for name, allowed in valid.items():
             unknown = set(getattr(self, name)) - set(allowed)
             if unknown:
@@ -142,7 +147,7 @@ def bench_kernels(config: KernelBenchConfig) -> list[Row]:
     rows += _copy_rows(config, device, "end")
     rows = [_finish(row, rows) | origin for row in rows]
     if config.csv:
-        append_csv(config.csv, COLUMNS, rows)
+        append_rows(config.csv, COLUMNS, rows)
     if config.png:
         write_chart(rows, config.png)
     return rows

@@ -6,7 +6,6 @@ right, and the network that comes back from the saved folder gives exactly the s
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -26,6 +25,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from .hub import save_model_folder
 from .inspect.figures import draw_trains
 from .recording import neuron_layers, spikes_of
+from .runtime.files import write_json
 
 RESULT = "demo.json"  # also the mark of a folder that the demo made and may write again
 REQUIRED_ACCURACY = 0.95
@@ -104,7 +104,7 @@ def run_demo(config: DemoConfig, console: Console | None = None) -> int:
         "train_seconds": round(train_seconds, 1), "firing_rates": rates, "reload_equal": equal,
         "versions": {"torch": torch.__version__, "timm": timm.__version__},
     }  # fmt: skip
-    (config.out / RESULT).write_text(json.dumps(result, indent=2) + "\n")
+    write_json(config.out / RESULT, result)
     seconds = time.perf_counter() - started
     console.print(rate_table(rates))
     passed = accuracy >= REQUIRED_ACCURACY

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -15,14 +14,14 @@ from rich.table import Table
 
 from gac_kernels.backend import resolve_backend
 
-from .bench_harness import provenance
 from .data import open_test_set
 from .evaluate import ECE_BINS, Evaluation, evaluate
+from .runtime.dtypes import AUTOCAST
+from .runtime.files import write_json
+from .runtime.provenance import provenance
 from .sources import open_network, place_network
 
 __all__ = ["EvaluateConfig", "run_evaluate"]
-
-AMP_DTYPES = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -94,7 +93,7 @@ def run_evaluate(model: str, config: EvaluateConfig, console: Console | None = N
         result = evaluate(
             network,
             test_set.batches(0),
-            amp_dtype=AMP_DTYPES[config.precision],
+            amp_dtype=AUTOCAST[config.precision],
             firing_rates=config.firing_rates,
             progress=lambda count: bar.advance(task, count),
         )
@@ -108,8 +107,7 @@ def run_evaluate(model: str, config: EvaluateConfig, console: Console | None = N
             "num_steps": len(result.top1_per_step), "precision": config.precision,
             "mean_firing_rate": result.firing_rate, **provenance(device, resolve_backend(device)),
         }  # fmt: skip
-        config.json.parent.mkdir(parents=True, exist_ok=True)
-        config.json.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        write_json(config.json, content)
         console.print(f"wrote {config.json}")
     return result
 

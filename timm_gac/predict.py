@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -15,11 +14,12 @@ from rich.table import Table
 from torch import Tensor
 
 from .early_exit import check_confidence, forward_early_exit
+from .runtime.dtypes import AUTOCAST
+from .runtime.files import write_json
 from .sources import PICTURES, label_names, open_network, open_pictures, place_network
 
 __all__ = ["PredictConfig", "Prediction", "predict", "run_predict"]
 
-AMP_DTYPES = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
 Precision = Literal["float32", "bfloat16", "float16"]
 DEFAULT_MODEL = "gac_msresnet18_cifar.cifar100"
 
@@ -170,7 +170,7 @@ def run_predict(paths: Sequence[Path], config: PredictConfig, console: Console |
     files, problems = find_pictures(paths)
     results = dict[str, Prediction]()
     for some, images in _batches(files, network, config.batch_size, problems):
-        options: dict[str, Any] = {"top": config.top, "names": names, "amp_dtype": AMP_DTYPES[config.precision]}
+        options: dict[str, Any] = {"top": config.top, "names": names, "amp_dtype": AUTOCAST[config.precision]}
         options["exit_at"] = config.exit
         for file, prediction in zip(some, predict(network, images.to(config.device), **options), strict=True):
             results[str(file)] = prediction
@@ -233,4 +233,4 @@ def _write_json(file: Path, config: PredictConfig, results: dict[str, Prediction
         },
         "skipped": problems,
     }  # fmt: skip
-    file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    write_json(file, content)

@@ -80,7 +80,7 @@ def limit_file_size(size: int) -> None:
 
 def die_writing(moment: str, checkpoint: int) -> None:
     """Kill this process at one of the `MOMENTS` of its n-th checkpoint."""
-    write, rename, left = checkpoints._write, Path.rename, checkpoint
+    write_bytes, write_json, rename, left = checkpoints.write_bytes, checkpoints.write_json, Path.rename, checkpoint
 
     def at(place: str) -> None:
         nonlocal left
@@ -90,13 +90,16 @@ def die_writing(moment: str, checkpoint: int) -> None:
                 os.kill(os.getpid(), signal.SIGKILL)
 
     def half_written(file: Path, content: bytes) -> None:
-        if file.name == checkpoints.TENSORS:
-            if moment == "in the tensors" and left == 1:
-                write(file, content[: len(content) // 2])
-            at("in the tensors")
-        if file.name == checkpoints.STATE:
-            at("before the state")
-        write(file, content)
+        assert file.name == checkpoints.TENSORS
+        if moment == "in the tensors" and left == 1:
+            file.write_bytes(content[: len(content) // 2])
+        at("in the tensors")
+        write_bytes(file, content)
+
+    def state_written(file: Path, content: object) -> None:
+        assert file.name == checkpoints.STATE
+        at("before the state")
+        write_json(file, content)
 
     def renamed(self: Path, target: Path) -> Path:
         ours = self.name.startswith(".partial_")
@@ -107,4 +110,4 @@ def die_writing(moment: str, checkpoint: int) -> None:
             at("after the rename")
         return result
 
-    checkpoints._write, Path.rename = half_written, renamed
+    checkpoints.write_bytes, checkpoints.write_json, Path.rename = half_written, state_written, renamed

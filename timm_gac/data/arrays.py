@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-import tempfile
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..runtime.files import replace_file
 from .decode import decode_dataset, fingerprint, open_dataset
 
 __all__ = ["ImageArrays", "Split", "load_arrays", "save_arrays"]
@@ -124,16 +124,8 @@ def save_arrays(file: Path, arrays: dict[str, np.ndarray]) -> None:
         OSError: The folder cannot be written, or the disk is full; a file of that name is as it was.
     """
     try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=file.parent, prefix=file.stem, suffix=".part", delete=False) as part:
-            try:
-                np.savez(part, **arrays)  # type: ignore[arg-type]  # a stub's keyword allow_pickle takes them all
-                part.flush()
-                os.fsync(part.fileno())
-                Path(part.name).replace(file)
-            except BaseException:
-                Path(part.name).unlink(missing_ok=True)
-                raise
+        with replace_file(file) as stream:
+            np.savez(stream, **arrays)  # type: ignore[arg-type]  # a stub's keyword allow_pickle takes them all
     except OSError as error:
         raise OSError(f"cannot write {file}: {error}; free space there, or go without the cache") from error
 

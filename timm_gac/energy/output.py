@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import csv
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..runtime import files
 from .report import EnergyReport
 from .tables import CONVENTIONS
 
@@ -57,15 +56,12 @@ def report_dict(report: EnergyReport) -> dict[str, Any]:
 
 def write_json(report: EnergyReport, file: Path) -> None:
     """Write the whole report."""
-    file.write_text(json.dumps(report_dict(report), indent=2) + "\n")
+    files.write_json(file, report_dict(report))
 
 
 def write_csv(report: EnergyReport, file: Path) -> None:
     """Write one row a layer."""
-    with file.open("w", newline="") as stream:
-        writer = csv.DictWriter(stream, COLUMNS)
-        writer.writeheader()
-        writer.writerows(layer_rows(report))
+    files.write_csv(file, COLUMNS, layer_rows(report))
 
 
 def layer_table(report: EnergyReport) -> Table:

@@ -14,6 +14,7 @@ from timm.models import is_model_in_modules, save_for_hf
 from torch import nn
 
 from ..quantize import SCHEME, quantize
+from ..runtime.files import write_json
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
@@ -96,7 +97,7 @@ def write_config(file: Path, config: dict[str, Any]) -> None:
     refuses the folder ("multiple values for keyword argument 'num_classes'"), so it is left out there.
     """
     args = {key: value for key, value in config.get("model_args", {}).items() if key != "num_classes"}
-    file.write_text(json.dumps(config | {"model_args": args}, indent=2) + "\n", encoding="utf-8")
+    write_json(file, config | {"model_args": args})
 
 
 def read_config(folder: Path) -> dict[str, Any]:

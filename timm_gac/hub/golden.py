@@ -10,9 +10,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 
+from ..runtime.files import write_bytes
 from .folder import WEIGHTS, load_model, read_config
 from .remote import GOLDEN
 
@@ -80,7 +81,8 @@ def write_golden(folder: Path, out: Path | None = None) -> Path:
             "all: train it first"
         )
     file = (out or folder) / GOLDEN
-    save_file({"input": images, "output": output.contiguous()}, file, {WEIGHTS_SHA: sha256(folder / WEIGHTS)})
+    content = save({"input": images, "output": output.contiguous()}, {WEIGHTS_SHA: sha256(folder / WEIGHTS)})
+    write_bytes(file, content)
     return file
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import tempfile
 from dataclasses import dataclass, replace
@@ -11,6 +10,7 @@ from pathlib import Path
 from huggingface_hub.utils import validate_repo_id
 
 from ..data.labels import known_label_names
+from ..runtime.files import write_json, write_text
 from .card import write_card
 from .facts import Facts, gather, read_public
 from .folder import CONFIG, WEIGHTS, check_labels, read_config, write_config
@@ -89,11 +89,11 @@ def prepare_folder(source: Path, out: Path, config: PublishConfig) -> list[Path]
         shutil.copyfile(folder / WEIGHTS, stage / WEIGHTS)
         for name, file in facts.files.items():
             if file.suffix == ".json":
-                (stage / name).write_text(json.dumps(read_public(file), indent=2) + "\n", encoding="utf-8")
+                write_json(stage / name, read_public(file))
             else:
                 shutil.copyfile(file, stage / name)
         write_golden(folder, stage)
-        (stage / CARD).write_text(write_card(facts, config.repo_id, config.license), encoding="utf-8")
+        write_text(stage / CARD, write_card(facts, config.repo_id, config.license))
         out.mkdir(exist_ok=True)
         names = sorted(file.name for file in stage.iterdir())
         for name in names:

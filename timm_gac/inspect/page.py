@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import base64
-import json
 from html import escape
 from pathlib import Path
 from typing import Any
 
+from ..runtime.files import write_json, write_text
 from .figures import FIGURES
 from .record import Inspection
 
@@ -70,8 +70,8 @@ def write_inspection(inspection: Inspection, out: Path) -> list[Path]:
             body = f'<img alt="{escape(heading)}" src="data:image/png;base64,{picture}">'
         sections.append(f'<h2>{escape(heading)}</h2>\n<p class="note">{escape(caption)}</p>\n{body}')
     page, numbers = out / "index.html", out / "inspect.json"
-    page.write_text(_page(inspection, sections), encoding="utf-8")
-    numbers.write_text(json.dumps(inspection_dict(inspection), indent=2) + "\n", encoding="utf-8")
+    write_text(page, _page(inspection, sections))
+    write_json(numbers, inspection_dict(inspection))
     return [page, numbers, *files]
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
+
+from ..runtime.files import sync_folder, write_bytes, write_json
 
 __all__ = ["Checkpoint", "latest_checkpoint", "load_checkpoint", "save_checkpoint"]
 
@@ -67,14 +68,14 @@ def save_checkpoint(folder: Path, step: int, checkpoint: Checkpoint, keep: int) 
         partial.mkdir()
         tensors = {name: tensor.detach().to("cpu").contiguous() for name, tensor in checkpoint.tensors.items()}
         content = save(tensors, metadata={"format": FORMAT})
-        _write(partial / TENSORS, content)
+        write_bytes(partial / TENSORS, content)
         state = {"format": FORMAT, **checkpoint.state, "sha256": hashlib.sha256(content).hexdigest()}
-        _write(partial / STATE, json.dumps(state, indent=2).encode())
-        _sync_folder(partial)
+        write_json(partial / STATE, state)
+        sync_folder(partial)
         if target.exists():  # the same step once more, after a resume without progress
             shutil.rmtree(target)
         partial.rename(target)
-        _sync_folder(folder)
+        sync_folder(folder)
     except OSError as error:
         shutil.rmtree(partial, ignore_errors=True)
         raise OSError(
@@ -148,20 +149,3 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tenso
 
 def _complete(folder: Path) -> list[Path]:
     return sorted(path for path in folder.glob(f"{_PREFIX}*") if path.is_dir())
-
-
-def _write(file: Path, content: bytes) -> None:
-    with file.open("wb") as stream:
-        stream.write(content)
-        stream.flush()
-        os.fsync(stream.fileno())
-
-
-def _sync_folder(folder: Path) -> None:
-    if os.name != "posix":  # elsewhere a folder cannot be opened
-        return
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

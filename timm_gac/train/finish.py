@@ -10,14 +10,15 @@ import torch
 
 from ..evaluate import Evaluation, evaluate, evaluate_state
 from ..hub.folder import CONFIG, load_model, save_model_folder, write_config
-from .runlog import append_result, environment, write_json
+from ..runtime.dtypes import AUTOCAST, DTYPES
+from ..runtime.files import append_csv, write_json
+from ..runtime.provenance import PROVENANCE
+from .runlog import RESULT_COLUMNS, environment
 
 if TYPE_CHECKING:
     from .loop import Trainer
 
 __all__ = ["finish"]
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def finish(trainer: Trainer) -> None:
@@ -30,8 +31,7 @@ def finish(trainer: Trainer) -> None:
     stored = load_model(folder).to(trainer.device)
     if trainer.recipe.channels_last:
         stored = stored.to(memory_format=torch.channels_last)
-    amp = None if trainer.recipe.precision == "float32" else DTYPES[trainer.recipe.precision]
-    result = evaluate(stored, trainer.loaders.test.batches(0), amp_dtype=amp)
+    result = evaluate(stored, trainer.loaders.test.batches(0), amp_dtype=AUTOCAST[trainer.recipe.precision])
     if trainer.main:
         _report(trainer, trained, result)
 
@@ -51,7 +51,7 @@ def _store(trainer: Trainer) -> None:
 
 
 def _report(trainer: Trainer, trained: Evaluation, stored: Evaluation) -> None:
-    recipe, where = trainer.recipe, environment(trainer.device)
+    recipe, where = trainer.recipe, environment(trainer.device, trainer.recipe.precision)
     write_json(
         trainer.options.out / "eval.json",
         stored.to_dict()
@@ -69,10 +69,10 @@ def _report(trainer: Trainer, trained: Evaluation, stored: Evaluation) -> None:
         "num_steps": recipe.num_steps, "batch_size": recipe.batch_size * trainer.accelerator.num_processes,
         "precision": recipe.precision, "reported": recipe.report, "seed": recipe.seed,
     }  # fmt: skip
-    row |= {name: where[name] for name in ("gpu", "torch", "triton", "timm", "accelerate", "commit")}
-    append_result(trainer.options.out / "result.csv", row)
+    row |= {name: where[name] for name in (*PROVENANCE, "timm", "accelerate")}
+    append_csv(trainer.options.out / "result.csv", RESULT_COLUMNS, [row])
     if trainer.options.results is not None:
-        append_result(trainer.options.results, row)
+        append_csv(trainer.options.results, RESULT_COLUMNS, [row])
     steps = ", ".join(f"{accuracy:.2%}" for accuracy in stored.top1_per_step)
     trainer.progress.say(
         f"done in {trainer.minutes:.1f} minutes: top-1 {stored.top1:.2%} of {stored.images:,} test images (after 1 to "

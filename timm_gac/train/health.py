@@ -13,6 +13,7 @@ from torch import nn
 
 from ..encoder import DirectCoding
 from ..evaluate import Evaluation
+from ..runtime.files import write_csv
 
 __all__ = ["FALL", "SATURATED_ABOVE", "SILENT_BELOW", "rate_warnings", "watch_rates"]
 
@@ -85,12 +86,9 @@ def _read(file: Path, names: list[str]) -> list[tuple[int, list[float]]]:
 
 
 def _write(file: Path, names: list[str], history: list[tuple[int, list[float]]]) -> None:
-    scratch = file.with_name(f".{file.name}.partial")
-    with scratch.open("w", newline="", encoding="utf-8") as stream:
-        writer = csv.writer(stream)
-        writer.writerow(["epoch", *names])
-        writer.writerows([epoch, *(f"{rate:.6f}" for rate in rates)] for epoch, rates in history)
-    scratch.replace(file)
+    columns = ["epoch", *names]
+    rows = [dict(zip(columns, [epoch, *(f"{rate:.6f}" for rate in rates)], strict=True)) for epoch, rates in history]
+    write_csv(file, columns, rows)
 
 
 def _draw(file: Path, names: list[str], history: list[tuple[int, list[float]]]) -> None:

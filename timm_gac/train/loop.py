@@ -15,6 +15,8 @@ from torch import Tensor
 
 from ..collectives import share_tensors
 from ..evaluate import Evaluation, evaluate, evaluate_state
+from ..runtime.dtypes import AUTOCAST
+from ..runtime.files import check_csv, write_json
 from .checkpoints import (
     Checkpoint,
     latest_checkpoint,
@@ -28,7 +30,7 @@ from .health import watch_rates
 from .optim import MovingAverage, create_optimizer, freeze_stages
 from .progress import Progress
 from .recipes import Recipe
-from .runlog import check_same_recipe, environment, read_metrics, write_curve, write_json, write_metrics
+from .runlog import RESULT_COLUMNS, check_same_recipe, environment, read_metrics, write_curve, write_metrics
 from .setup import create_accelerator, create_loaders, create_network, describe_input, prepare, read_sets
 from .step import PerStepLogits, TrainStep
 from .sync import synchronise_norms
@@ -36,7 +38,6 @@ from .sync import synchronise_norms
 __all__ = ["RunOptions", "Trainer", "train"]
 
 AGREE_EVERY = 10  # updates of the weights
-AMP_DTYPES = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -87,12 +88,14 @@ class Trainer:
         options: Where, and how often to save.
 
     Raises:
-        ValueError: The folder holds a run and ``resume`` was not given, or holds one of another recipe; or the data,
-            the model and the recipe do not fit.
+        ValueError: The folder holds a run and ``resume`` was not given, or holds one of another recipe; or the table of
+            results has other columns; or the data, the model and the recipe do not fit.
     """
 
     def __init__(self, recipe: Recipe, options: RunOptions) -> None:
         self.recipe, self.options = recipe, options
+        if options.results is not None:  # now, not after hours of training
+            check_csv(options.results, RESULT_COLUMNS)
         found = latest_checkpoint(options.out / "checkpoints")
         self.accelerator = create_accelerator(recipe, options.out, options.trackers, options.cpu)
         _check_folder(options, recipe, found, self.accelerator.num_processes)
@@ -241,7 +244,7 @@ class Trainer:
         of_report = self.network.state_dict() if state is None else state
         share_tensors([of_report[name] for name, _ in self.network.named_buffers()])
         with evaluate_state(self.network, state):
-            return evaluate(self.network, self.loaders.test.batches(0), amp_dtype=AMP_DTYPES[self.recipe.precision])
+            return evaluate(self.network, self.loaders.test.batches(0), amp_dtype=AUTOCAST[self.recipe.precision])
 
     def _must_stop(self) -> bool:
         limit = self.options.stop_after_minutes * 60.0
@@ -322,9 +325,13 @@ class Trainer:
     def _config(self) -> dict[str, Any]:
         recipe = self.recipe.to_dict()
         return {
-            **recipe, "recipe": recipe, "recipe_name": self.options.recipe_name, **environment(self.device),
-            "processes": self.accelerator.num_processes, "label_names": list(self.loaders.label_names),
-        }  # fmt: skip
+            **recipe,
+            "recipe": recipe,
+            "recipe_name": self.options.recipe_name,
+            **environment(self.device, self.recipe.precision),
+            "processes": self.accelerator.num_processes,
+            "label_names": list(self.loaders.label_names),
+        }
 
 
 def train(recipe: Recipe, options: RunOptions) -> int:

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
-import os
 import platform
-import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +12,14 @@ import accelerate
 import timm
 import torch
 
+from gac_kernels import resolve_backend
+
+from ..runtime.dtypes import AUTOCAST
+from ..runtime.files import write_csv
+from ..runtime.provenance import PROVENANCE, provenance
 from .recipes import Recipe
 
-__all__ = ["append_result", "environment", "read_metrics", "write_curve", "write_json", "write_metrics"]
+__all__ = ["RESULT_COLUMNS", "check_same_recipe", "environment", "read_metrics", "write_curve", "write_metrics"]
 
 COLUMNS = (
     "epoch", "step", "lr", "train_loss", "train_match", "test_loss", "test_top1", "firing_rate", "images_per_s",
@@ -24,43 +27,22 @@ COLUMNS = (
 )  # fmt: skip
 RESULT_COLUMNS = (
     "model", "dataset", "recipe", "top1", "top5", "epochs", "minutes", "images_per_s", "num_steps", "batch_size",
-    "precision", "reported", "seed", "gpu", "torch", "triton", "timm", "accelerate", "commit",
+    "precision", "reported", "seed", *PROVENANCE, "timm", "accelerate",
 )  # fmt: skip
 # Fields that may differ when a run goes on: where the data lies and how it is read, not what is computed.
 _FREE = ("data", "data_dir", "num_workers", "eval_every")
 
 
-def environment(device: torch.device) -> dict[str, str]:
-    """Device, versions and commit of this process."""
-    try:
-        import triton
+def environment(device: torch.device, precision: str) -> dict[str, str]:
+    """Provenance and the versions that decide how a network is trained.
 
-        triton_version = str(triton.__version__)
-    except ImportError:
-        triton_version = "none"
-    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU ({platform.machine()})"
-    return {
-        "gpu": gpu, "torch": torch.__version__, "triton": triton_version, "timm": timm.__version__,
-        "accelerate": accelerate.__version__, "python": platform.python_version(), "commit": _commit(),
-    }  # fmt: skip
-
-
-def _commit() -> str:
-    """Commit of the working tree this package lies in; TIMM_GAC_COMMIT where that is set."""
-    if given := os.environ.get("TIMM_GAC_COMMIT"):
-        return given
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        return "unknown"
-
-
-def write_json(file: Path, content: dict[str, Any]) -> None:
-    """Write a JSON object, whole or not at all."""
-    scratch = file.with_name(f".{file.name}.partial")
-    scratch.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    scratch.replace(file)
+    Args:
+        device: Where the run trains.
+        precision: Of the recipe, which the backend depends on.
+    """
+    backend = resolve_backend(device, AUTOCAST[precision] or torch.float32)
+    versions = {"timm": timm.__version__, "accelerate": accelerate.__version__, "python": platform.python_version()}
+    return provenance(device, backend) | versions
 
 
 def check_same_recipe(file: Path, recipe: Recipe, processes: int) -> None:
@@ -110,12 +92,7 @@ def read_metrics(file: Path, up_to_step: int) -> list[dict[str, Any]]:
 
 def write_metrics(file: Path, rows: list[dict[str, Any]]) -> None:
     """Write metrics.csv, whole or not at all."""
-    scratch = file.with_name(f".{file.name}.partial")
-    with scratch.open("w", newline="", encoding="utf-8") as stream:
-        writer = csv.DictWriter(stream, COLUMNS)
-        writer.writeheader()
-        writer.writerows(rows)
-    scratch.replace(file)
+    write_csv(file, COLUMNS, rows)
 
 
 def write_curve(file: Path, rows: list[dict[str, Any]], title: str) -> None:
@@ -140,14 +117,3 @@ def write_curve(file: Path, rows: list[dict[str, Any]], title: str) -> None:
         axes.spines[["top", "right"]].set_visible(False)
     figure.suptitle(title)
     figure.savefig(file, dpi=150)
-
-
-def append_result(file: Path, row: dict[str, Any]) -> None:
-    """Add a row to a table of results; earlier rows stay."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    new = not file.exists()
-    with file.open("a", newline="", encoding="utf-8") as stream:
-        writer = csv.DictWriter(stream, RESULT_COLUMNS)
-        if new:
-            writer.writeheader()
-        writer.writerow(row)

@@ -1,0 +1,145 @@
+"""Files that are written whole or not at all, and tables that grow by rows."""
+
+from __future__ import annotations
+
+import csv
+import glob
+import io
+import json
+import os
+import time
+import uuid
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO
+
+__all__ = [
+    "append_csv",
+    "check_csv",
+    "replace_file",
+    "sync_folder",
+    "write_bytes",
+    "write_csv",
+    "write_json",
+    "write_text",
+]
+
+# A process that is killed leaves its unfinished file. The next write of the same file deletes those of this age.
+LEFTOVER_SECONDS = 3600.0
+
+
+@contextmanager
+def replace_file(path: Path) -> Iterator[BinaryIO]:
+    """A stream whose bytes become the file when the block ends without an exception.
+
+    The bytes go to a hidden file in the same folder and are flushed to the disk. The hidden file is then renamed, which
+    POSIX does in one step: a reader sees the old file or the new one. An exception in the block leaves the old file,
+    and no other.
+
+    Args:
+        path: The file; its folder is made where it is missing.
+
+    Raises:
+        OSError: The file cannot be written, such as to a full disk.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _delete_leftovers(path)
+    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
+    try:
+        with partial.open("xb") as stream:
+            yield stream
+            stream.flush()
+            os.fsync(stream.fileno())
+        partial.replace(path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write bytes, whole or not at all (see `replace_file`)."""
+    with replace_file(path) as stream:
+        stream.write(content)
+
+
+def write_text(path: Path, content: str) -> None:
+    """Write text in UTF-8, whole or not at all, with its line ends as they are."""
+    write_bytes(path, content.encode("utf-8"))
+
+
+def write_json(path: Path, content: Any, indent: int = 2) -> None:
+    """Write JSON with a line end behind it, whole or not at all."""
+    write_text(path, json.dumps(content, indent=indent) + "\n")
+
+
+def write_csv(path: Path, columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> None:
+    """Write a table, whole or not at all: one mapping from column to value a row, None as an empty cell."""
+    write_text(path, _csv_text(columns, rows, header=True))
+
+
+def append_csv(
+    path: Path, columns: Sequence[str], rows: Iterable[Mapping[str, Any]], keep_bytes: int | None = None
+) -> None:
+    """Append rows to a table, with a header if it is new. The rows that it holds stay as they are.
+
+    The rows go out in one write, so that several processes may append to one file.
+
+    Args:
+        path: The file; its folder is made where it is missing.
+        columns: The header, in order.
+        rows: One mapping from column to value each; None is an empty cell.
+        keep_bytes: Cut the file to this size first: a run that writes its own rows anew gives the size before its rows.
+
+    Raises:
+        ValueError: The file has another header.
+    """
+    check_csv(path, columns)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if keep_bytes is not None and path.exists():
+        os.truncate(path, keep_bytes)
+    with path.open("ab", buffering=0) as stream:
+        stream.write(_csv_text(columns, rows, header=stream.tell() == 0).encode("utf-8"))
+
+
+def check_csv(path: Path, columns: Sequence[str]) -> None:
+    """Raise unless a table is new or has exactly these columns. Worth a call before an hour of measuring.
+
+    Raises:
+        ValueError: The file has another header.
+    """
+    if not path.exists() or path.stat().st_size == 0:
+        return
+    with path.open(newline="", encoding="utf-8") as stream:
+        header = next(csv.reader(stream))
+    if header != list(columns):
+        raise ValueError(f"expected {path} to have the columns {list(columns)}, got {header}: choose another file")
+
+
+def sync_folder(folder: Path) -> None:
+    """Flush the names in a folder to the disk, where the system allows it (POSIX)."""
+    if os.name != "posix":
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _csv_text(columns: Sequence[str], rows: Iterable[Mapping[str, Any]], *, header: bool) -> str:
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns, lineterminator="\n")
+    if header:
+        writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
+
+
+def _delete_leftovers(path: Path) -> None:
+    for leftover in path.parent.glob(f".{glob.escape(path.name)}.*.partial"):
+        try:
+            if time.time() - leftover.stat().st_mtime > LEFTOVER_SECONDS:
+                leftover.unlink()
+        except FileNotFoundError:  # another process was faster
+            continue
