@@ -80,9 +80,11 @@ def test_a_variant_is_a_package_with_a_namespace_of_its_own(backend: str, other_
 def test_staged_folder_holds_sources_and_card(staged: Path) -> None:
     assert sorted(path.name for path in staged.iterdir()) == ["README.md", "build", "build.toml", "torch-ext"]
     assert (staged / "README.md").read_text().startswith("---\nlibrary_name: kernels")
-    sources = {path.name for path in (ROOT / "kernels/torch-ext/gac_kernels").glob("*.py")}
+    sources = {name for name in stage_module.source_files() if name.endswith(".py")}
+    assert "neuron/lif.py" in sources  # packages in the package too
     for folder in ("build/torch-cpu", "build/torch-cuda", "torch-ext/gac_kernels"):
-        assert {path.name for path in (staged / folder).glob("*.py")} == sources
+        found = (staged / folder).rglob("*.py")
+        assert {path.relative_to(staged / folder).as_posix() for path in found} == sources
         assert (staged / folder / "configs").is_dir()
         assert not list((staged / folder).rglob("__pycache__"))
 
@@ -102,7 +104,7 @@ def test_staging_again_replaces_and_foreign_folders_stay(staged: Path, tmp_path:
 
 def test_the_namespace_changes_with_any_source() -> None:
     files = stage_module.source_files()
-    other = {**files, "lif.py": files["lif.py"] + b"\n"}
+    other = {**files, "neuron/lif.py": files["neuron/lif.py"] + b"\n"}
     assert stage_module.source_hash(files) != stage_module.source_hash(other)
 
 

@@ -33,9 +33,6 @@ RANKS = {
     "timm_gac.cli": 6,
 }
 TOOLS = 5  # data, recipes, train, evaluate, energy, inspect, benchmark, hub and what else stands on the models
-KERNEL_RANKS = {"_triton": 0, "spec": 0, "layout": 0, "shortcut": 0, "checks": 1, "reference": 1, "surrogate": 1}
-KERNEL_RANKS |= {"__init__": 9}
-KERNEL_OP = 5
 # What a file of the kernels may import from elsewhere; Triton is imported in one guarded place.
 KERNEL_IMPORTS = {"torch", "triton", *sys.stdlib_module_names}
 
@@ -78,17 +75,85 @@ def test_layers_point_one_way(path: Path) -> None:
             assert rank(imported) <= rank(name), f"{name} imports {imported}, a higher layer"
 
 
-@pytest.mark.parametrize("path", sources(KERNELS), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", sources(KERNELS), ids=lambda path: path.relative_to(KERNELS).as_posix())
 def test_kernels_import_only_torch_and_triton(path: Path) -> None:
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             assert {alias.name.split(".")[0] for alias in node.names} <= KERNEL_IMPORTS
         elif isinstance(node, ast.ImportFrom) and node.level == 0:
             assert node.module is not None and node.module.split(".")[0] in KERNEL_IMPORTS
-        elif isinstance(node, ast.ImportFrom):
-            for target in [node.module] if node.module else [alias.name for alias in node.names]:
-                own = KERNEL_RANKS.get(path.stem, KERNEL_OP)
-                assert KERNEL_RANKS.get(target, KERNEL_OP) <= own, f"{path.stem} imports {target}, a higher layer"
+
+
+def own_imports(root: Path) -> dict[str, set[str]]:
+    """For each module of a package, by its dotted name in it, those of its own that it imports anywhere in the file.
+
+    ``__init__.py`` of the package itself is left out: it exports names of all the others.
+    """
+    names = {path: ".".join(path.relative_to(root).with_suffix("").parts) for path in sources(root)}
+    found: dict[str, set[str]] = {}
+    for path, name in names.items():
+        folder = path.relative_to(root).parent.parts
+        targets = set()
+        for node in ast.walk(ast.parse(path.read_text())):
+            if not isinstance(node, ast.ImportFrom) or not node.level:
+                continue
+            base = [*folder[: len(folder) - node.level + 1], *(node.module.split(".") if node.module else [])]
+            for alias in node.names:
+                module = ".".join([*base, alias.name])
+                targets.add(module if module in names.values() else ".".join(base))
+        found[name] = targets
+    del found["__init__"]
+    return found
+
+
+def circle(graph: dict[str, set[str]]) -> list[str]:
+    """Names that lead from one back to itself, empty where there are none."""
+    finished: set[str] = set()
+
+    def walk(name: str, trail: list[str]) -> list[str]:
+        if name in trail:
+            return [*trail[trail.index(name) :], name]
+        if name in finished:
+            return []
+        for target in sorted(graph.get(name, ())):
+            if found := walk(target, [*trail, name]):
+                return found
+        finished.add(name)
+        return []
+
+    return next((found for name in sorted(graph) if (found := walk(name, []))), [])
+
+
+def by_folder(graph: dict[str, set[str]]) -> dict[str, set[str]]:
+    """The same between folders, and files outside of one."""
+    folders: dict[str, set[str]] = {}
+    for name, targets in graph.items():
+        own = name.partition(".")[0]
+        folders.setdefault(own, set()).update({target.partition(".")[0] for target in targets} - {own})
+    return folders
+
+
+def test_kernel_folders_are_layers() -> None:
+    modules = own_imports(KERNELS)
+    assert {"neuron.lif", "convolution.hopper.launch"} <= modules.keys() and "common.tiles" in modules["norm.norm_lif"]
+    for name, targets in modules.items():
+        assert targets <= modules.keys(), f"{name} imports {targets - modules.keys()}, which is no module"
+    assert not circle(modules)
+    folders = by_folder(modules)
+    assert not circle(folders)
+    assert not folders["common"], f"common imports {folders['common']}, a higher layer"
+    for name in ("spec", "reference", "backend", "checks", "layers", "tuning"):
+        assert folders[name] <= {"common", "spec", "reference"}, f"{name} imports {folders[name]}, a higher layer"
+
+
+def test_a_circle_is_seen(tmp_path: Path) -> None:
+    (tmp_path / "low").mkdir()
+    (tmp_path / "__init__.py").write_text("from .high import a")
+    (tmp_path / "low" / "__init__.py").write_text("")
+    (tmp_path / "low" / "deep.py").write_text("if TYPE_CHECKING:\n    from ..high import a")
+    (tmp_path / "high.py").write_text("def f():\n    from .low import deep")
+    assert circle(own_imports(tmp_path)) == ["high", "low.deep", "high"]
+    assert circle(by_folder(own_imports(tmp_path))) == ["high", "low", "high"]
 
 
 def test_pickles_are_only_read_as_weights() -> None:
@@ -107,12 +172,18 @@ def test_no_folder_shadows_another_package() -> None:
     ]
 
 
-def test_every_module_is_in_a_package_that_is_installed() -> None:
-    configuration = (ROOT / "pyproject.toml").read_text()
-    line = next(line for line in configuration.splitlines() if line.startswith("packages = "))
-    listed = set(ast.literal_eval(line.removeprefix("packages = ")))
-    found = {module_name(path.parent / "__init__.py") for path in sources(PACKAGE)}
-    assert listed == found | {"gac_kernels"}
+@pytest.mark.parametrize("package", [PACKAGE, KERNELS], ids=lambda package: package.name)
+def test_every_module_is_in_a_package_that_is_installed(package: Path) -> None:
+    # pyproject.toml takes every package under these two; a folder without __init__.py would be left out.
+    assert (
+        f'include = ["{PACKAGE.name}", "{PACKAGE.name}.*", "{KERNELS.name}", "{KERNELS.name}.*"]'
+        in (ROOT / "pyproject.toml").read_text()
+    )
+    for path in sources(package):
+        for folder in (path.parent, *path.parent.parents):
+            if folder == package.parent:
+                break
+            assert (folder / "__init__.py").is_file(), f"{folder} has modules and no __init__.py"
 
 
 def run_python(code: str) -> str:

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gac_kernels.conv_lif import UNIT_EPS
+from gac_kernels.convolution.conv_lif import UNIT_EPS
 
 from .convolution import shortcut_operands
 from .models.blocks import MSBlock, SpikingBlock, Stage

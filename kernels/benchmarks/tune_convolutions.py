@@ -27,8 +27,9 @@ from triton.testing import do_bench_cudagraph
 from tuned import compile_in_processes, start_from_defaults, update, use
 
 import timm_gac
-from gac_kernels import conv_lif, hopper_conv, spike_conv
-from gac_kernels.spike_conv_backend import Shape
+from gac_kernels import conv_lif, spike_conv
+from gac_kernels.convolution.dispatch import Shape
+from gac_kernels.convolution.hopper import launch as hopper
 from timm_gac.models.integer import IntegerBlock, SpikeConv
 
 DTYPES = {"int8": torch.int8, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -141,7 +142,7 @@ class Call:
 
     def other(self) -> Tensor | tuple[Tensor, Tensor]:
         """Run the other way: plain Triton, or two passes."""
-        with mock.patch.object(hopper_conv, "plan", lambda *_: "the other way is asked for"):
+        with mock.patch.object(hopper, "plan", lambda *_: "the other way is asked for"):
             return self()
 
     def agrees(self, got: Tensor | tuple[Tensor, Tensor], expected: Tensor | tuple[Tensor, Tensor]) -> bool:
@@ -154,7 +155,7 @@ class Call:
 
     def fits(self, config: dict[str, int]) -> bool:
         """Whether the parameters are used as they are."""
-        made = hopper_conv.plan(
+        made = hopper.plan(
             self.spikes,
             self.out,
             self.residual,

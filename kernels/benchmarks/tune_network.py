@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import gc
-import importlib
 import json
 import statistics
 from collections.abc import Callable, Iterable, Iterator
@@ -27,6 +26,7 @@ from tuned import start_from_defaults, update, use
 
 import timm_gac  # noqa: F401 (registers the models)
 from gac_kernels import tuning
+from gac_kernels.norm import batch_stats, norm_lif
 from timm_gac import graphs
 from timm_gac.bench_steps import make_step
 
@@ -73,8 +73,7 @@ def noted(into: list[str]) -> Iterator[None]:
         return ask(op, *args)
 
     with contextlib.ExitStack() as stack:
-        for name in ("batch_stats", "norm_lif"):
-            module = importlib.import_module(f"gac_kernels.{name}")  # the package's attribute is the function
+        for module in (batch_stats, norm_lif):
             stack.enter_context(mock.patch.object(module, "launch_config", note))
         yield
 

@@ -14,7 +14,7 @@ import torch
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
-from gac_kernels import hopper_conv
+from gac_kernels.convolution.hopper import launch as hopper_conv
 from gac_kernels.reference import grid_shift
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from gac_kernels import hopper_conv
+from gac_kernels.convolution.hopper import launch as hopper_conv
 
 
 @pytest.fixture

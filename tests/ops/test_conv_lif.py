@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from gac_kernels import CIFAR, IMAGENET, LIFSpec, conv_lif, hopper_conv, spike_conv_reference, tuning
+from gac_kernels import CIFAR, IMAGENET, LIFSpec, conv_lif, spike_conv_reference, tuning
+from gac_kernels.convolution.hopper import launch as hopper_conv
 from test_hopper_conv import SHAPES, hopper
 
 # A neuron whose current lies within the rounding of a dtype around the threshold may fire or not.

@@ -12,9 +12,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from gac_kernels import CIFAR, IMAGENET, LIFSpec, hopper_conv, spike_conv, spike_conv_reference, tuning
-from gac_kernels.hopper_conv import GLUON_ERROR, Plan, plan
-from gac_kernels.hopper_tiles import Call, one_pass_fills, pair_plan, ring_plan, tile_of
+from gac_kernels import CIFAR, IMAGENET, LIFSpec, spike_conv, spike_conv_reference, tuning
+from gac_kernels.convolution.hopper import launch as hopper_conv
+from gac_kernels.convolution.hopper.launch import GLUON_ERROR, Plan, plan
+from gac_kernels.convolution.hopper.plan import Call, one_pass_fills, pair_plan, ring_plan, tile_of
 from test_spike_conv import GRID, borderline, inputs, with_shortcut
 
 ON_HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from gac_kernels import CIFAR, IMAGENET, LIFSpec, integer_lif, lif, spike_conv, spike_conv_reference, use_backend
+from gac_kernels.convolution.dispatch import Shape
 from gac_kernels.reference import on_grid
-from gac_kernels.spike_conv_backend import Shape
 
 # T, B, C, C', H, W, stride: odd sizes, channels that fill no tile, padding on every side, more than one block of each.
 SHAPES = {

@@ -12,10 +12,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from gac_kernels import spike_conv, spike_conv_backend, spike_conv_onednn, use_backend
+from gac_kernels import spike_conv, use_backend
+from gac_kernels.convolution import dispatch, onednn
 
 CPU = torch.device("cpu")
-needs_onednn = pytest.mark.skipif(bool(spike_conv_onednn.why_not()), reason=spike_conv_onednn.why_not())
+needs_onednn = pytest.mark.skipif(bool(onednn.why_not()), reason=onednn.why_not())
 # Rows, C, C', H, W, stride.
 LAYERS = {
     "16": (1, 16, 16, 17, 13, 1),
@@ -41,10 +42,10 @@ def auto():
 @pytest.fixture
 def spoken(caplog):
     """What the choice of a backend logs, from a clean slate."""
-    spike_conv_backend._say.cache_clear()
+    dispatch._say.cache_clear()
     with caplog.at_level(logging.WARNING, "gac_kernels"):
         yield caplog
-    spike_conv_backend._say.cache_clear()
+    dispatch._say.cache_clear()
 
 
 def draw(shape):
@@ -82,7 +83,7 @@ def test_samples_in_pieces_give_the_bits_of_the_whole(monkeypatch, poisoned):
     with use_backend("eager"):
         expected = spike_conv(spikes, weight, scale, bias, 3, residual=residual, return_membrane=True)
     for samples in (1, 2, 5):
-        monkeypatch.setattr(spike_conv_onednn, "_SUMS", samples * residual[0].numel())
+        monkeypatch.setattr(onednn, "_SUMS", samples * residual[0].numel())
         got = spike_conv(spikes, weight, scale, bias, 3, residual=residual, return_membrane=True)
         assert torch.equal(got[0], expected[0]) and torch.equal(got[1], expected[1])
     assert 0.05 < expected[1].float().mean() < 0.95
@@ -118,26 +119,26 @@ def test_changed_weights_are_noticed(size):
 
 @needs_onednn
 def test_a_weight_is_packed_once_and_forgotten_with_its_memory(monkeypatch):
-    monkeypatch.setattr(spike_conv_onednn, "_cache", {})
-    made, pack = [], spike_conv_onednn._Packed.of
-    monkeypatch.setattr(spike_conv_onednn._Packed, "of", lambda *a: made.append(1) or pack(*a))
+    monkeypatch.setattr(onednn, "_cache", {})
+    made, pack = [], onednn._Packed.of
+    monkeypatch.setattr(onednn._Packed, "of", lambda *a: made.append(1) or pack(*a))
     spikes, weight = draw((1, 16, 16, 3, 3, 1))
     for _ in range(3):
         currents(spikes, weight)
-    assert len(made) == 1 and len(spike_conv_onednn._cache) == 1
+    assert len(made) == 1 and len(onednn._cache) == 1
     for stride in (2, 1, 2):
         currents(spikes, weight, stride)
-    assert len(made) == 2 and len(spike_conv_onednn._cache) == 2
+    assert len(made) == 2 and len(onednn._cache) == 2
     del weight
     gc.collect()
     currents(*draw((1, 16, 16, 3, 3, 1)))
-    assert len(made) == 3 and len(spike_conv_onednn._cache) == 1
+    assert len(made) == 3 and len(onednn._cache) == 1
 
 
 @needs_onednn
 def test_a_cpu_without_vnni_is_exact_too():
     """There the products are added in pairs in 16 bits."""
-    code = "from gac_kernels import spike_conv_onednn as m; print('why not:', m.why_not())"
+    code = "from gac_kernels.convolution import onednn as m; print('why not:', m.why_not())"
     environment = os.environ | {"ONEDNN_MAX_CPU_ISA": "AVX2"}
     environment["PYTHONPATH"] = os.pathsep.join(sys.path)
     run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120)
@@ -146,15 +147,15 @@ def test_a_cpu_without_vnni_is_exact_too():
 
 @needs_onednn
 def test_chosen_in_silence(spoken):
-    assert spike_conv_backend.spike_conv_backend(CPU) == "onednn"
+    assert dispatch.spike_conv_backend(CPU) == "onednn"
     with use_backend("eager"):
-        assert spike_conv_backend.spike_conv_backend(CPU) == "eager"
+        assert dispatch.spike_conv_backend(CPU) == "eager"
     assert not spoken.records
 
 
 def test_says_once_why_it_is_slower(spoken, monkeypatch):
-    monkeypatch.setattr(spike_conv_onednn, "why_not", lambda: "the reason")
-    assert [spike_conv_backend.spike_conv_backend(CPU) for _ in range(3)] == ["eager"] * 3
+    monkeypatch.setattr(onednn, "why_not", lambda: "the reason")
+    assert [dispatch.spike_conv_backend(CPU) for _ in range(3)] == ["eager"] * 3
     assert [r.getMessage() for r in spoken.records] == [
         "spike_conv runs as exact float32 convolutions, slower: the reason"
     ]
@@ -162,17 +163,17 @@ def test_says_once_why_it_is_slower(spoken, monkeypatch):
 
 @needs_onednn
 def test_every_reason_against_it(monkeypatch):
-    why_not = spike_conv_onednn.why_not.__wrapped__
+    why_not = onednn.why_not.__wrapped__
     assert why_not() == ""
 
     def broken(self, spikes):
         raise RuntimeError("could not create a primitive\nmore")
 
     for owner, name, value, reason in (
-        (spike_conv_onednn.platform, "machine", lambda: "riscv64", "this is riscv64"),
+        (onednn.platform, "machine", lambda: "riscv64", "this is riscv64"),
         (torch.backends.mkldnn, "is_available", lambda: False, "without oneDNN"),
-        (spike_conv_onednn._Packed, "convolve", broken, "failed: could not create a primitive"),
-        (spike_conv_onednn._Packed, "convolve", lambda s, x: sums(x, torch.ones(32, 64, 3, 3), s.stride), "not exact"),
+        (onednn._Packed, "convolve", broken, "failed: could not create a primitive"),
+        (onednn._Packed, "convolve", lambda s, x: sums(x, torch.ones(32, 64, 3, 3), s.stride), "not exact"),
     ):
         with monkeypatch.context() as patch:
             patch.setattr(owner, name, value)

@@ -14,7 +14,7 @@ FOLDER = Path(tuning.__file__).parent
 FILES = sorted((FOLDER / "configs").glob("*.json"))
 # Kernels that know no T ask for their parameters with the constant 1.
 WITHOUT_STEPS = {
-    op for path in FOLDER.glob("*.py") for op in re.findall(r'launch_config\("(\w+)", 1,', path.read_text())
+    op for path in FOLDER.rglob("*.py") for op in re.findall(r'launch_config\("(\w+)", 1,', path.read_text())
 }
 BY_SHAPE = re.compile(r"\d+-\d+(:s2)?(@\d+x\d+)?(\+res(\+side)?)?")
 BY_SIZE = re.compile(r"[248]")

@@ -2,17 +2,16 @@
 
 from . import layers as layers
 from .backend import requested_backend, resolve_backend, use_backend
-from .batch_stats import batch_stats
-from .conv_lif import conv_lif
-from .count_spikes import count_spikes
-from .firing_rate import firing_rate
-from .gac import gac_encode, gated_lif
-from .gac_fire import gac_fire
-from .integer_lif import integer_lif
-from .lif import lif
-from .norm_lif import ResidualNorm, norm_lif
-from .pad_frames import pad_frames
-from .pool_frames import pool_frames
+from .convolution.conv_lif import conv_lif
+from .convolution.spike_conv import spike_conv
+from .encoder.gac import gac_encode, gated_lif
+from .encoder.gac_fire import gac_fire
+from .encoder.pad_frames import pad_frames
+from .encoder.pool_frames import pool_frames
+from .neuron.integer_lif import integer_lif
+from .neuron.lif import lif
+from .norm.batch_stats import batch_stats
+from .norm.norm_lif import ResidualNorm, norm_lif
 from .reference import (
     gac_encode_reference,
     gac_fire_reference,
@@ -22,8 +21,9 @@ from .reference import (
     spike_conv_reference,
 )
 from .spec import CIFAR, IMAGENET, LIFSpec
-from .spike_bits import pack_spikes, packed_conv2d, unpack_spikes
-from .spike_conv import spike_conv
+from .spikes.bits import pack_spikes, packed_conv2d, unpack_spikes
+from .spikes.count_spikes import count_spikes
+from .spikes.firing_rate import firing_rate
 
 __all__ = [
     "CIFAR",

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 
 import torch
 
-from ._triton import HAS_TRITON, INTERPRETED, TRITON_ERROR
+from .common.triton import HAS_TRITON, INTERPRETED, TRITON_ERROR
 
 BACKENDS = ("auto", "triton", "eager")
 # A plain module global, not a context variable: autograd runs backward passes on threads of its own, and those must

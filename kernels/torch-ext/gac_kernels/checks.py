@@ -7,8 +7,8 @@ import math
 import torch
 from torch import Tensor
 
+from .common.shortcut import shortcut_stride
 from .reference import state_dtype
-from .shortcut import shortcut_stride
 from .spec import LIFSpec
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)

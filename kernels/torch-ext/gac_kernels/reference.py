@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .shortcut import shortcut_stride
+from .common.shortcut import shortcut_stride
 from .spec import CIFAR, LIFSpec
 
 

@@ -19,7 +19,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from .hopper_neuron import barrier, finish_step
+from .finish import barrier, finish_step
 
 
 @gluon.jit
@@ -264,7 +264,7 @@ def pair_kernel(
     NB: gl.constexpr, BW: gl.constexpr, BN: gl.constexpr, BK: gl.constexpr, SHARED: gl.constexpr,
     COPIES: gl.constexpr, RING: gl.constexpr, SCALED: gl.constexpr, num_warps: gl.constexpr,
 ):  # fmt: skip
-    """Buffers, barriers and the division of labour; arguments as `hopper_conv.launch` gives them."""
+    """Buffers, barriers and the division of labour; arguments as `launch.launch` gives them."""
     OPERAND: gl.constexpr = x_desc.dtype
     # A copy consists of lines, of which a window takes BH from any on, or is one.
     LINES: gl.constexpr = (BH + 2 if STRIDE == 1 else 2 * BH + 1) if SHARED else 1

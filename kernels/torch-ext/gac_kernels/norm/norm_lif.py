@@ -13,17 +13,17 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from . import norm_eager
-from ._triton import cdiv
-from .backend import resolve_backend
-from .checks import check_norm, check_residual_norm, check_spec
-from .layout import as_layout, on_device
-from .lif import CHUNK
+from ..backend import resolve_backend
+from ..checks import check_norm, check_residual_norm, check_spec
+from ..common.layout import as_layout, on_device
+from ..common.tiles import FINISH, channel_tiles, dense
+from ..common.triton import cdiv
+from ..neuron.lif import CHUNK
+from ..spec import CIFAR, LIFSpec
+from ..spikes.bits import empty_bits
+from ..tuning import launch_config
+from . import eager
 from .norm_lif_kernels import apply_kernel, finish_kernel, forward_kernel, reduce_kernel
-from .spec import CIFAR, LIFSpec
-from .spike_bits import empty_bits
-from .tiles import FINISH, channel_tiles, dense
-from .tuning import launch_config
 
 _lib = torch.library.Library("gac_kernels", "FRAGMENT")
 _NEURON = "float threshold, float decay, int surrogate, float width, bool detach_reset, bool soft_reset"
@@ -95,7 +95,7 @@ def _backward_triton(
             AFFINE=affine, NORMED=normed, SUMS=rows_of_sums, **FINISH,
         )  # fmt: skip
         if group and batch_stats:
-            dist.all_reduce(sums, group=norm_eager.resolve_group(group))
+            dist.all_reduce(sums, group=eager.resolve_group(group))
         tiles = channel_tiles(x, num_steps, launch_config(f"norm_lif_bwd_apply{kind}", num_steps, size, x.device))
         apply_kernel[tiles.grid](
             ga if written else gs, x, residual, *norm, *res_norm, sums, total, gx, ga, tiles.rows, channels,
@@ -123,7 +123,7 @@ def _norm_lif(
     if x.numel():
         shortcut = None if residual is None else as_layout(residual, spikes)
         neuron = (threshold, decay, surrogate, width, detach_reset, soft_reset)
-        run = _forward_triton if resolve_backend(x.device, x.dtype) == "triton" else norm_eager.forward
+        run = _forward_triton if resolve_backend(x.device, x.dtype) == "triton" else eager.forward
         run(
             dense(x), shortcut, (weight, bias, mean, var), res_norm, eps, res_eps, num_steps, neuron, batch_stats,
             spikes, membrane, bits,
@@ -156,7 +156,7 @@ def _norm_lif_backward(
             for tensor in (grad_spikes, grad_membrane, residual, membrane)
         )
         neuron = (threshold, decay, surrogate, width, detach_reset, soft_reset)
-        run = _backward_triton if resolve_backend(x.device, x.dtype) == "triton" else norm_eager.backward
+        run = _backward_triton if resolve_backend(x.device, x.dtype) == "triton" else eager.backward
         run(
             gs, gy, dense(x), shortcut, kept, (weight, bias, mean, var), (res_weight, res_bias, res_mean, res_var),
             total, eps, res_eps, num_steps, neuron, batch_stats, ga, gx, gw, gb, grw, grb, group,

@@ -5,12 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..backend import resolve_backend
+from ..checks import check_current, check_spec
+from ..common.tiles import dense
+from ..spec import CIFAR, LIFSpec
 from . import eager
-from .backend import resolve_backend
-from .checks import check_current, check_spec
 from .lif import launch_forward
-from .spec import CIFAR, LIFSpec
-from .tiles import dense
 
 _lib = torch.library.Library("gac_kernels", "FRAGMENT")
 _lib.define("integer_lif(Tensor x, int num_steps, float threshold, float decay, bool soft_reset) -> Tensor")

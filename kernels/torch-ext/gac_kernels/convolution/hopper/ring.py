@@ -17,7 +17,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from .hopper_neuron import barrier, finish_step
+from .finish import barrier, finish_step
 
 
 @gluon.jit
@@ -59,7 +59,7 @@ def ring_kernel(
     KEEP: gl.constexpr, BH: gl.constexpr, NB: gl.constexpr, BW: gl.constexpr, BN: gl.constexpr, BK: gl.constexpr,
     RING: gl.constexpr, SCALED: gl.constexpr, num_warps: gl.constexpr,
 ):  # fmt: skip
-    """All steps of one tile; arguments as `hopper_conv.launch` gives them."""
+    """All steps of one tile; arguments as `launch.launch` gives them."""
     OPERAND: gl.constexpr = x_desc.dtype
     BITS: gl.constexpr = OPERAND.primitive_bitwidth
     SUM: gl.constexpr = gl.int32 if BITS == 8 else gl.float32

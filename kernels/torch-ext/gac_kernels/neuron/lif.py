@@ -10,15 +10,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..backend import resolve_backend
+from ..checks import check_current, check_spec, check_state
+from ..common.layout import as_layout, on_device, time_stride
+from ..common.neuron_step import membrane_grad, reset, within
+from ..common.triton import cdiv, tl, triton
+from ..reference import state_dtype
+from ..spec import CIFAR, SURROGATES, LIFSpec
+from ..tuning import launch_config
 from . import eager
-from ._triton import cdiv, tl, triton
-from .backend import resolve_backend
-from .checks import check_current, check_spec, check_state
-from .layout import as_layout, on_device, time_stride
-from .reference import state_dtype
-from .spec import CIFAR, SURROGATES, LIFSpec
-from .surrogate import membrane_grad, reset, within
-from .tuning import launch_config
 
 CHUNK = 8  # steps held in registers at once; longer sequences keep one membrane a chunk in float32 scratch memory
 

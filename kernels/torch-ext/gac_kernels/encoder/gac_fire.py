@@ -11,15 +11,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import eager
-from ._triton import tl, triton
-from .backend import resolve_backend
-from .checks import check_current, check_gate, check_spec
+from ..backend import resolve_backend
+from ..checks import check_current, check_gate, check_spec
+from ..common.layout import as_layout, on_device
+from ..common.neuron_step import membrane_grad_by, reset, reset_by
+from ..common.triton import tl, triton
+from ..neuron.eager import lif_forward
+from ..neuron.lif import launch_forward
+from ..spec import CIFAR, LIFSpec
 from .gac import CHUNK, backward_outputs, frames_like, gate_of, geometry
-from .layout import as_layout, on_device
-from .lif import launch_forward
-from .spec import CIFAR, LIFSpec
-from .surrogate import membrane_grad_by, reset, reset_by
 
 
 @triton.jit
@@ -191,7 +191,7 @@ def _gac_fire(stem, spatial, temporal, integer, threshold, decay, surrogate, wid
     spikes = torch.empty_like(gated, dtype=torch.int8 if integer else None)
     if gated.numel():
         nothing = gated.new_empty(0, dtype=torch.float32)
-        run = launch_forward if resolve_backend(stem.device, stem.dtype) == "triton" else eager.lif_forward
+        run = launch_forward if resolve_backend(stem.device, stem.dtype) == "triton" else lif_forward
         run(gated, None, spikes, nothing, nothing, threshold, decay, width, soft_reset)
     return gated, spikes
 

@@ -11,15 +11,16 @@ import logging
 import torch
 from torch import Tensor
 
-from . import hopper_conv, spike_conv_eager, spike_conv_onednn
-from ._triton import cdiv, next_power_of_2, tl, triton
-from .checks import check_spec, check_spike_conv
-from .layout import on_device
-from .reference import grid_shift
-from .shortcut import convolve_shortcut
-from .spec import CIFAR, LIFSpec
-from .spike_conv_backend import Shape, spike_conv_backend, spike_conv_config
-from .surrogate import reset
+from ..checks import check_spec, check_spike_conv
+from ..common.layout import on_device
+from ..common.neuron_step import reset
+from ..common.shortcut import convolve_shortcut
+from ..common.triton import cdiv, next_power_of_2, tl, triton
+from ..reference import grid_shift
+from ..spec import CIFAR, LIFSpec
+from . import eager, onednn
+from .dispatch import Shape, spike_conv_backend, spike_conv_config
+from .hopper import launch as hopper
 
 _logger = logging.getLogger(__name__)
 
@@ -88,12 +89,12 @@ def _forward_triton(
 ) -> None:  # fmt: skip
     shape = Shape.of(spikes, weight, stride, residual is not None, shortcut is not None)
     config = spike_conv_config("spike_conv_hopper", shape, spikes.device)
-    made = hopper_conv.plan(spikes, out, residual, shortcut, membrane, num_steps, stride, config)
-    if residual is not None and shortcut is not None and not isinstance(made, hopper_conv.Plan):
+    made = hopper.plan(spikes, out, residual, shortcut, membrane, num_steps, stride, config)
+    if residual is not None and shortcut is not None and not isinstance(made, hopper.Plan):
         residual, shortcut = convolve_shortcut(residual, shortcut, tuple(out.shape[2:])), None
-        made = hopper_conv.plan(spikes, out, residual, None, membrane, num_steps, stride, config)
-    if isinstance(made, hopper_conv.Plan):
-        hopper_conv.launch(
+        made = hopper.plan(spikes, out, residual, None, membrane, num_steps, stride, config)
+    if isinstance(made, hopper.Plan):
+        hopper.launch(
             made, spikes, weight, scale, bias, residual, shortcut, num_steps, stride, threshold, decay, soft_reset,
             shift, out, membrane,
         )  # fmt: skip
@@ -118,7 +119,7 @@ def _forward_triton(
         )  # fmt: skip
 
 
-_FORWARD = {"eager": spike_conv_eager.forward, "onednn": spike_conv_onednn.forward, "triton": _forward_triton}
+_FORWARD = {"eager": eager.forward, "onednn": onednn.forward, "triton": _forward_triton}
 
 _lib = torch.library.Library("gac_kernels", "FRAGMENT")
 _lib.define(

@@ -65,8 +65,8 @@ class Plan(NamedTuple):
         block_k: Input channels of a copy, 32, 64 or 128 bytes.
         ring: Copies that are in flight: of weights, and where a program has one tile, of their pixels.
         steps: Time steps that share a copy of weights, 1 or 2.
-        copies: Copies of pixels in flight of each tile, where a program has two at a time (`hopper_pair`); 0 where it
-            has one (`hopper_ring`).
+        copies: Copies of pixels in flight of each tile, where a program has two at a time (`pair`); 0 where it
+            has one (`ring`).
         shared: A copy of pixels has the rows around them, for three taps of the window.
     """
 

@@ -9,8 +9,9 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import eager, spike_bits
-from .reference import state_dtype
+from ..neuron.eager import lif_backward, lif_forward
+from ..reference import state_dtype
+from ..spikes.bits import pack_eager
 
 Norm = tuple[Tensor | None, Tensor | None, Tensor, Tensor]
 ResNorm = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]  # no mean: no norm
@@ -55,12 +56,12 @@ def forward(
         membrane.copy_(current)
         current = membrane  # the neuron sees what is stored
     nothing = x.new_empty(0)
-    eager.lif_forward(
+    lif_forward(
         _steps(current, num_steps), None, _steps(spikes, num_steps), nothing, nothing, threshold, decay, width,
         soft_reset,
     )  # fmt: skip
     if bits.numel():
-        spike_bits.pack_eager(spikes, bits, num_steps)
+        pack_eager(spikes, bits, num_steps)
 
 
 def backward(
@@ -74,7 +75,7 @@ def backward(
     current = _current(x, residual, norm, res_norm, eps, res_eps) if membrane is None else membrane.to(dtype)
     at_spikes = torch.zeros_like(current) if gs is None else gs.to(dtype)
     at_current, nothing = torch.empty_like(current), x.new_empty(0)
-    eager.lif_backward(
+    lif_backward(
         _steps(at_spikes, num_steps), None, _steps(current, num_steps), None, nothing, _steps(at_current, num_steps),
         nothing, threshold, decay, surrogate, width, detach_reset, soft_reset,
     )  # fmt: skip

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ._triton import cdiv, next_power_of_2, tl, triton
+from .triton import cdiv, next_power_of_2, tl, triton
 
 # Where there is no multiprocessor to fill (the interpreter), two programs still exercise the sharing of tiles.
 _INTERPRETED_PROCESSORS = 2

@@ -14,9 +14,9 @@ finds in the L2 cache what was written last, so the two are to walk in opposite 
 
 from __future__ import annotations
 
-from ._triton import tl, triton
-from .surrogate import membrane_grad, reset, within
-from .tiles import norm_affine, sum_partials, tile_offsets
+from ..common.neuron_step import membrane_grad, reset, within
+from ..common.tiles import norm_affine, sum_partials, tile_offsets
+from ..common.triton import tl, triton
 
 
 @triton.jit

@@ -9,10 +9,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ._triton import cdiv, tl, triton
-from .backend import resolve_backend
-from .layout import on_device
-from .tuning import launch_config
+from ..backend import resolve_backend
+from ..common.layout import on_device
+from ..common.triton import cdiv, tl, triton
+from ..tuning import launch_config
 
 
 @triton.jit

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import eager
+from ..neuron.eager import lif_forward, shifted
 
 
 def forward(
@@ -20,9 +20,9 @@ def forward(
         sums = F.conv2d(spikes.float(), weight.float(), None, stride, 1).round_()
     current = sums.mul_(scale[:, None, None]).add_(bias.sub(shift)[:, None, None])
     if residual is not None:
-        current.add_(eager.shifted(residual, shift))
+        current.add_(shifted(residual, shift))
     if membrane.numel():
         membrane.copy_(current)
     nothing = current.new_empty(0)
     steps, fired = current.unflatten(0, (num_steps, -1)), out.unflatten(0, (num_steps, -1))
-    eager.lif_forward(steps, None, fired, nothing, nothing, threshold, decay, 1.0, soft_reset)
+    lif_forward(steps, None, fired, nothing, nothing, threshold, decay, 1.0, soft_reset)

@@ -10,12 +10,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._triton import cdiv, tl, triton
-from .backend import resolve_backend
-from .checks import check_current
-from .layout import as_layout, on_device
-from .tiles import dense, is_channels_last
-from .tuning import launch_config
+from ..backend import resolve_backend
+from ..checks import check_current
+from ..common.layout import as_layout, on_device
+from ..common.tiles import dense, is_channels_last
+from ..common.triton import cdiv, tl, triton
+from ..tuning import launch_config
 
 
 @triton.jit

@@ -11,13 +11,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ._triton import cdiv, tl, triton
-from .backend import resolve_backend
-from .checks import check_current
-from .layout import on_device
-from .reference import state_dtype
-from .tiles import dense
-from .tuning import launch_config
+from ..backend import resolve_backend
+from ..checks import check_current
+from ..common.layout import on_device
+from ..common.tiles import dense
+from ..common.triton import cdiv, tl, triton
+from ..reference import state_dtype
+from ..tuning import launch_config
 
 _FRAME = (1, 2, 3)
 # One warp a frame: there are a few hundred partial results of it at most, and a launch needs no more to be short.

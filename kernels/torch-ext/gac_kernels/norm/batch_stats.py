@@ -10,13 +10,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ._triton import cdiv, tl, triton
-from .backend import resolve_backend
-from .checks import check_current
-from .layout import on_device
-from .reference import state_dtype
-from .tiles import FINISH, channel_tiles, dense, sum_partials, tile_offsets
-from .tuning import launch_config
+from ..backend import resolve_backend
+from ..checks import check_current
+from ..common.layout import on_device
+from ..common.tiles import FINISH, channel_tiles, dense, sum_partials, tile_offsets
+from ..common.triton import cdiv, tl, triton
+from ..reference import state_dtype
+from ..tuning import launch_config
 
 
 @triton.jit

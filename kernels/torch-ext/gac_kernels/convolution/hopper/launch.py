@@ -2,9 +2,9 @@
 
 `spike_conv` uses it with int8 operands, `conv_lif` with 16-bit ones. Tensor copies fill shared memory, tensor cores
 read it, the membrane stays in registers; residual, membrane and spikes travel through shared memory too. Calls that
-fill the GPU run in `hopper_pair`, smaller ones in `hopper_ring`.
+fill the GPU run in `pair`, smaller ones in `ring`.
 
-Gluon is experimental in Triton: what uses it is in the modules named hopper, `plan` says where they apply, and where a
+Gluon is experimental in Triton: what uses it is in this package, `plan` says where they apply, and where a
 version of Triton does not compile them, that is logged and the other implementations run.
 """
 
@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .hopper_tiles import Call, Plan, pair_plan, ring_plan
-from .layout import on_device
-from .tiles import multiprocessors
+from ...common.layout import on_device
+from ...common.tiles import multiprocessors
+from .plan import Call, Plan, pair_plan, ring_plan
 
 _logger = logging.getLogger(__name__)
 
@@ -28,8 +28,8 @@ try:
     from triton.experimental.gluon import language as gl
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-    from .hopper_pair import pair_kernel
-    from .hopper_ring import ring_kernel
+    from .pair import pair_kernel
+    from .ring import ring_kernel
 except (ImportError, AttributeError) as error:  # absent, or changed: the kernel in plain Triton does the work
     GLUON_ERROR = str(error)
 

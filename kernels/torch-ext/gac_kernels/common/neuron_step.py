@@ -5,7 +5,7 @@ The formulas and their source stand in `LIFSpec`. Ids of the surrogates index ``
 
 from __future__ import annotations
 
-from ._triton import tl, triton
+from .triton import tl, triton
 
 
 @triton.jit

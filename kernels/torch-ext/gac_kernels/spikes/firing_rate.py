@@ -9,11 +9,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ._triton import cdiv, tl, triton
-from .backend import resolve_backend
-from .layout import as_layout, on_device
-from .tiles import dense, is_channels_last
-from .tuning import launch_config
+from ..backend import resolve_backend
+from ..common.layout import as_layout, on_device
+from ..common.tiles import dense, is_channels_last
+from ..common.triton import cdiv, tl, triton
+from ..tuning import launch_config
 
 
 @triton.jit

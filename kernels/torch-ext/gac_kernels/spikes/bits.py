@@ -10,12 +10,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ._triton import cdiv, tl, triton
-from .backend import resolve_backend
-from .checks import check_current
-from .layout import on_device
-from .tiles import dense
-from .tuning import launch_config
+from ..backend import resolve_backend
+from ..checks import check_current
+from ..common.layout import on_device
+from ..common.tiles import dense
+from ..common.triton import cdiv, tl, triton
+from ..tuning import launch_config
 
 STEPS_PER_BYTE = 8
 

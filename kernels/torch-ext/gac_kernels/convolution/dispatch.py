@@ -9,10 +9,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import spike_conv_onednn
-from ._triton import INTERPRETED
-from .backend import requested_backend, resolve_backend
-from .tuning import shape_config
+from ..backend import requested_backend, resolve_backend
+from ..common.triton import INTERPRETED
+from ..tuning import shape_config
+from . import onednn
 
 _logger = logging.getLogger(__name__)
 # Triton's oldest GPUs with tensor cores for int8 that it compiles for.
@@ -78,7 +78,7 @@ def spike_conv_backend(device: torch.device) -> str:
     if resolve_backend(device, torch.int8) == "eager":
         if requested_backend() == "eager":
             return "eager"
-        reason = spike_conv_onednn.why_not() if device.type == "cpu" else f"no Triton for {device.type}"
+        reason = onednn.why_not() if device.type == "cpu" else f"no Triton for {device.type}"
         if not reason:
             return "onednn"
         _say(f"spike_conv runs as exact float32 convolutions, slower: {reason}")

@@ -11,16 +11,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..backend import resolve_backend
+from ..checks import check_current, check_gate, check_spec
+from ..common.layout import as_layout, on_device
+from ..common.neuron_step import membrane_grad_by, reset, reset_by, within
+from ..common.triton import cdiv, tl, triton
+from ..spec import CIFAR, LIFSpec
+from ..tuning import launch_config
 from . import eager
-from ._triton import cdiv, tl, triton
-from .backend import resolve_backend
-from .checks import check_current, check_gate, check_spec
-from .layout import as_layout, on_device
-from .spec import CIFAR, LIFSpec
-from .surrogate import membrane_grad_by, reset, reset_by, within
-from .tuning import launch_config
 
-CHUNK = 8  # steps held in registers at once, as in lif.py
+CHUNK = 8  # steps held in registers at once, as in neuron/lif.py
 
 
 @triton.jit

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from .eager import fire, in_memory_order, reset, shifted
+from ..neuron.eager import fire, in_memory_order, reset, shifted
 
 # Sums that are computed before the neuron reads them, 4 MiB, so that they are still in the cache: 48 samples of
 # gac_msresnet18_cifar took 0.94 s with it and 1.11 s a whole step at a time (two cores, 32 MiB of L3; least of 5 runs).

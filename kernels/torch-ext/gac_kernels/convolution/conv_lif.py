@@ -11,13 +11,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import hopper_conv
-from .backend import resolve_backend
-from .checks import check_conv_lif, check_spec
-from .hopper_tiles import one_pass_fills
-from .shortcut import convolve_shortcut
-from .spec import CIFAR, LIFSpec
-from .spike_conv_backend import Shape, spike_conv_config
+from ..backend import resolve_backend
+from ..checks import check_conv_lif, check_spec
+from ..common.shortcut import convolve_shortcut
+from ..spec import CIFAR, LIFSpec
+from .dispatch import Shape, spike_conv_config
+from .hopper import launch as hopper
+from .hopper.plan import one_pass_fills
 
 # Some versions of PyTorch refuse a norm with eps 0; this one and its complement add up to 1 without rounding.
 UNIT_EPS = 2.0**-10
@@ -65,14 +65,14 @@ def _conv_lif(x, weight, bias, residual, num_steps, stride, threshold, decay, so
     if resolve_backend(x.device, x.dtype) == "triton" and x.element_size() == 2:
         config = spike_conv_config("conv_lif_hopper", shape, x.device)
         frames = (len(x) // num_steps, shape.out_channels, shape.height, shape.width)
-        if config["ONE_PASS"] and one_pass_fills(*frames, num_steps, hopper_conv.multiprocessors(x.device)):
+        if config["ONE_PASS"] and one_pass_fills(*frames, num_steps, hopper.multiprocessors(x.device)):
             out, membrane = _outputs(x, weight, stride, keep_membrane)
-            made = hopper_conv.plan(x, out, residual, shortcut, membrane, num_steps, stride, config)
-            if shortcut is not None and not isinstance(made, hopper_conv.Plan):
+            made = hopper.plan(x, out, residual, shortcut, membrane, num_steps, stride, config)
+            if shortcut is not None and not isinstance(made, hopper.Plan):
                 residual, shortcut = convolve_shortcut(residual, shortcut, size), None
-                made = hopper_conv.plan(x, out, residual, None, membrane, num_steps, stride, config)
-            if isinstance(made, hopper_conv.Plan):
-                hopper_conv.launch(
+                made = hopper.plan(x, out, residual, None, membrane, num_steps, stride, config)
+            if isinstance(made, hopper.Plan):
+                hopper.launch(
                     made, x, weight, None, bias, residual, shortcut, num_steps, stride, *neuron, 0.0, out, membrane
                 )
                 return out, membrane

@@ -1,0 +1,1 @@
+"""What every kernel uses: Triton itself, memory layouts, tiles and one step of the neuron."""

@@ -1,0 +1,1 @@
+"""3x3 convolution and neuron in one pass, for inference."""

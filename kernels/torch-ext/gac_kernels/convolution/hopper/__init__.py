@@ -1,0 +1,1 @@
+"""The same as one kernel for Hopper GPUs, in Gluon."""

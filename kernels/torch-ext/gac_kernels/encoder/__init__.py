@@ -1,0 +1,1 @@
+"""Gated attention coding, and the padding and pooling of its attention."""

@@ -1,0 +1,1 @@
+"""What is made of spikes: bits, counts and rates."""
