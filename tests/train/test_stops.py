@@ -84,8 +84,8 @@ def test_a_stop_waits_for_the_gradients_to_be_complete(npz, tmp_path):
     options = RunOptions(out=tmp_path / "whole", cpu=True, checkpoint_steps=3)
     train(recipe, options)
     trainer = Trainer(recipe, replace(options, out=tmp_path / "parts"))
-    trainer._must_stop = lambda: trainer.step >= 5
-    assert trainer.run() == 0 and trainer.step == 6
+    trainer._must_stop = lambda: trainer.state.step >= 5
+    assert trainer.run() == 0 and trainer.state.step == 6
     assert train(recipe, replace(options, out=tmp_path / "parts", resume=True)) == 0
     expected, got = tensors(tmp_path / "whole"), tensors(tmp_path / "parts")
     assert all(torch.equal(expected[name], got[name]) for name in expected)

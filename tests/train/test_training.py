@@ -111,8 +111,8 @@ def test_stopped_and_resumed_is_bit_for_bit_the_same(
 ) -> None:
     train(recipe, options(tmp_path / "whole"))
     trainer = Trainer(recipe, options(tmp_path / "parts", checkpoint_steps=100))
-    monkeypatch.setattr(trainer, "_must_stop", lambda: trainer.step == stop_at)
-    assert trainer.run() == 0 and trainer.step == stop_at
+    monkeypatch.setattr(trainer, "_must_stop", lambda: trainer.state.step == stop_at)
+    assert trainer.run() == 0 and trainer.state.step == stop_at
     torch.manual_seed(99)
     assert train(recipe, options(tmp_path / "parts", resume=True)) == 0
     assert same(weights(tmp_path / "whole"), weights(tmp_path / "parts"))
@@ -253,8 +253,8 @@ def test_fine_tuning_takes_another_classifier_and_t(recipe: Recipe, tmp_path: Pa
     start = f"local-dir:{tmp_path / 'first' / 'model'}"
     tuned = Trainer(replace(recipe, init=start, num_steps=3, freeze_stages=1), options(tmp_path / "second"))
     stored = load_file(tmp_path / "first" / "model" / "model.safetensors")
-    assert torch.equal(tuned.network.conv1.weight, stored["conv1.weight"].float())
-    assert tuned.network.num_steps == 3
+    assert torch.equal(tuned.state.network.conv1.weight, stored["conv1.weight"].float())
+    assert tuned.state.network.num_steps == 3
 
 
 @pytest.mark.parametrize(
@@ -297,7 +297,7 @@ def test_graphed_and_eager_steps_agree_and_resume(
     train(eager, options(tmp_path / "eager", cpu=False))
     train(graphed, options(tmp_path / "graph", cpu=False))
     trainer = Trainer(graphed, options(tmp_path / "parts", cpu=False))
-    trainer._must_stop = lambda: trainer.step == 9
+    trainer._must_stop = lambda: trainer.state.step == 9
     trainer.run()
     assert train(graphed, options(tmp_path / "parts", cpu=False, resume=True)) == 0
     expected = weights(tmp_path / "eager")

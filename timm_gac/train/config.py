@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from .loop import RunOptions
+from .options import RunOptions
 from .recipes import RECIPES, Recipe
 
 __all__ = ["parse"]

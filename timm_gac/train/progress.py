@@ -34,9 +34,12 @@ class Progress:
         self._last = (time.monotonic(), done)
         self._accuracy = ""
         columns = (
-            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
             TimeRemainingColumn(),
-        )  # fmt: skip
+        )
         self._bar = Bar(*columns, console=self._console, disable=not (visible and self._console.is_terminal))
         self._task = self._bar.add_task(f"{recipe.model}, T={recipe.num_steps}", total=total, completed=done)
 

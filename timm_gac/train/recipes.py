@@ -19,10 +19,10 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "stored_dtype": PRECISIONS,
 }
 _AT_LEAST: dict[str, float] = {
-    "num_steps": 1, "epochs": 1, "batch_size": 1, "warmup_epochs": 0, "min_lr": 0, "weight_decay": 0, "momentum": 0,
-    "clip_grad": 0, "grad_accumulation": 1, "mix_off_epochs": 0, "eval_every": 1, "freeze_stages": 0, "seed": 0,
-    "tet_lambda": 0,
-}  # fmt: skip
+    **dict.fromkeys(("num_steps", "epochs", "batch_size", "grad_accumulation", "eval_every"), 1),
+    **dict.fromkeys(("warmup_epochs", "min_lr", "weight_decay", "momentum", "clip_grad", "mix_off_epochs"), 0),
+    **dict.fromkeys(("freeze_stages", "seed", "tet_lambda"), 0),
+}
 
 
 @dataclass(frozen=True)
@@ -152,9 +152,12 @@ class Recipe:
         strong: dict[str, Any] = {}
         if not last:
             strong = dict(
-                trivial_augment=self.trivial_augment, random_erasing=self.random_erasing, mixup=self.mixup,
-                cutmix=self.cutmix, mix_probability=self.mix_probability,
-            )  # fmt: skip
+                trivial_augment=self.trivial_augment,
+                random_erasing=self.random_erasing,
+                mixup=self.mixup,
+                cutmix=self.cutmix,
+                mix_probability=self.mix_probability,
+            )
         return Augmentation(
             crop_padding=self.crop_padding, flip=self.flip, label_smoothing=self.label_smoothing, **strong
         )
@@ -167,8 +170,13 @@ class Recipe:
 Name = Literal["cifar10", "cifar100", "cifar100_fast", "imagenet"]
 
 _PAPER_CIFAR = Recipe(
-    epochs=250, batch_size=64, weight_decay=5e-5, warmup_epochs=0, cutmix=1.0, mix_probability=0.5
-)  # fmt: skip
+    epochs=250,
+    batch_size=64,
+    weight_decay=5e-5,
+    warmup_epochs=0,
+    cutmix=1.0,
+    mix_probability=0.5,
+)
 
 # cifar10, cifar100 and imagenet follow the published hyper-parameters (Qiu et al., AAAI 2024), but report the last
 # epoch where the paper reports the best one on the test set.

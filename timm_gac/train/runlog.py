@@ -22,13 +22,13 @@ from .recipes import Recipe
 __all__ = ["RESULT_COLUMNS", "check_same_recipe", "environment", "read_metrics", "write_curve", "write_metrics"]
 
 COLUMNS = (
-    "epoch", "step", "lr", "train_loss", "train_match", "test_loss", "test_top1", "firing_rate", "images_per_s",
+    *("epoch", "step", "lr", "train_loss", "train_match", "test_loss", "test_top1", "firing_rate", "images_per_s"),
     "minutes",
-)  # fmt: skip
+)
 RESULT_COLUMNS = (
-    "model", "dataset", "recipe", "top1", "top5", "epochs", "minutes", "images_per_s", "num_steps", "batch_size",
-    "precision", "reported", "seed", *PROVENANCE, "timm", "accelerate",
-)  # fmt: skip
+    *("model", "dataset", "recipe", "top1", "top5", "epochs", "minutes", "images_per_s", "num_steps", "batch_size"),
+    *("precision", "reported", "seed", *PROVENANCE, "timm", "accelerate"),
+)
 # Fields that may differ when a run goes on: where the data lies and how it is read, not what is computed.
 _FREE = ("data", "data_dir", "num_workers", "eval_every")
 
@@ -108,9 +108,11 @@ def write_curve(file: Path, rows: list[dict[str, Any]], title: str) -> None:
     loss.set(xlabel="epoch", ylabel="training loss (nats)", title="Loss, targets mixed and smoothed")
     tested = [row for row in rows if row["test_top1"] not in ("", None)]
     accuracy.plot(
-        [int(row["epoch"]) for row in tested], [100 * float(row["test_top1"]) for row in tested], marker=".",
+        [int(row["epoch"]) for row in tested],
+        [100 * float(row["test_top1"]) for row in tested],
+        marker=".",
         color="#d62728",
-    )  # fmt: skip
+    )
     accuracy.set(xlabel="epoch", ylabel="top-1 on the test set (%)", title="Accuracy")
     for axes in (loss, accuracy):
         axes.grid(alpha=0.3)

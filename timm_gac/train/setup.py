@@ -80,9 +80,11 @@ def create_network(recipe: Recipe, num_classes: int, in_chans: int) -> Any:
         ValueError: The model is unknown, or no spiking network of this package.
     """
     options: dict[str, Any] = dict(
-        num_classes=num_classes, num_steps=recipe.num_steps, drop_rate=recipe.drop_rate,
+        num_classes=num_classes,
+        num_steps=recipe.num_steps,
+        drop_rate=recipe.drop_rate,
         drop_path_rate=recipe.drop_path_rate,
-    )  # fmt: skip
+    )
     if in_chans != 3:
         options["in_chans"] = in_chans
     try:
@@ -130,18 +132,26 @@ def read_sets(recipe: Recipe, progress: bool) -> tuple[ImageArrays, ImageArrays]
         return None
     train, test = (
         load_arrays(
-            recipe.data, split, data_dir=recipe.data_dir, image_size=recipe.image_size, cache=True,
-            num_workers=recipe.num_workers, progress=progress,
+            recipe.data,
+            split,
+            data_dir=recipe.data_dir,
+            image_size=recipe.image_size,
+            cache=True,
+            num_workers=recipe.num_workers,
+            progress=progress,
         )
         for split in ("train", "test")
-    )  # fmt: skip
+    )
     return train, test
 
 
 def create_loaders(
-    recipe: Recipe, sets: tuple[ImageArrays, ImageArrays] | None, num_classes: int, cfg: dict[str, Any],
+    recipe: Recipe,
+    sets: tuple[ImageArrays, ImageArrays] | None,
+    num_classes: int,
+    cfg: dict[str, Any],
     accelerator: Accelerator,
-) -> Loaders:  # fmt: skip
+) -> Loaders:
     """The recipe's loaders on this process.
 
     Args:
@@ -152,18 +162,28 @@ def create_loaders(
         accelerator: Of the run.
     """
     shared: dict[str, Any] = dict(
-        device=accelerator.device, mean=cfg["mean"], std=cfg["std"], num_classes=num_classes, seed=recipe.seed,
-        rank=accelerator.process_index, world_size=accelerator.num_processes,
-    )  # fmt: skip
+        device=accelerator.device,
+        mean=cfg["mean"],
+        std=cfg["std"],
+        num_classes=num_classes,
+        seed=recipe.seed,
+        rank=accelerator.process_index,
+        world_size=accelerator.num_processes,
+    )
     strong, weak = recipe.augmentation(last=False), recipe.augmentation(last=True)
     if sets is None:
         size = recipe.image_size or 224
 
         def stream(augmentation: Any) -> Any:
             return create_stream_loaders(
-                recipe.data, data_dir=recipe.data_dir, image_size=size, batch_size=recipe.batch_size,
-                augmentation=augmentation, num_workers=recipe.num_workers, **shared,
-            )  # fmt: skip
+                recipe.data,
+                data_dir=recipe.data_dir,
+                image_size=size,
+                batch_size=recipe.batch_size,
+                augmentation=augmentation,
+                num_workers=recipe.num_workers,
+                **shared,
+            )
 
         train, test = stream(strong)
         return Loaders(train, stream(weak)[0] if recipe.mix_off_epochs else None, test, ())

@@ -1,0 +1,221 @@
+"""The state of a training run: its parts, how far it has come, and how both are saved and put back."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import gather_object, set_seed
+from torch import Tensor
+
+from ..collectives import share_tensors
+from ..evaluate import Evaluation, evaluate, evaluate_state
+from ..runtime.dtypes import AUTOCAST
+from ..runtime.files import check_csv, write_json
+from .checkpoints import (
+    Checkpoint,
+    latest_checkpoint,
+    load_checkpoint,
+    optimizer_tensors,
+    restore_optimizer,
+    save_checkpoint,
+)
+from .optim import MovingAverage, create_optimizer, freeze_stages
+from .options import RunOptions
+from .recipes import Recipe
+from .runlog import RESULT_COLUMNS, check_same_recipe, environment, read_metrics
+from .setup import create_accelerator, create_loaders, create_network, describe_input, prepare, read_sets
+from .step import PerStepLogits, TrainStep
+from .sync import synchronise_norms
+
+__all__ = ["Run", "mixed_seed"]
+
+
+class Run:
+    """A run of a recipe on this process. Where ``options.resume`` says so, it stands where its last checkpoint left it.
+
+    Args:
+        recipe: What to compute.
+        options: Where, and how often to save.
+
+    Raises:
+        ValueError: The folder holds a run and ``resume`` was not given, or holds one of another recipe; or the table of
+            results has other columns; or the data, the model and the recipe do not fit.
+
+    Attributes:
+        network: The network; ``model`` is the same as accelerate wraps it.
+        raw_optimizer: The optimiser; ``optimizer`` is the same as accelerate wraps it.
+        average: Moving average of the weights; None where the recipe has none.
+        train_step: Runs training steps.
+        step: Training steps done.
+        minutes: Training time so far, in minutes.
+        rows: Rows of metrics.csv, one an epoch.
+        evaluation: That of the last epoch, None where it had none.
+    """
+
+    def __init__(self, recipe: Recipe, options: RunOptions) -> None:
+        self.recipe, self.options = recipe, options
+        if options.results is not None:  # now, not after hours of training
+            check_csv(options.results, RESULT_COLUMNS)
+        found = latest_checkpoint(options.out / "checkpoints")
+        self.accelerator = create_accelerator(recipe, options.out, options.trackers, options.cpu)
+        _check_folder(options, recipe, found, self.accelerator.num_processes)
+        self.device, self.main = self.accelerator.device, self.accelerator.is_main_process
+        set_seed(recipe.seed)
+        torch.backends.cudnn.benchmark = True  # every training batch has one shape: the search pays in a few steps
+        self._create_network_and_loaders()
+        self._create_optimizer()
+        self.step, self.minutes, self.rows = 0, 0.0, list[dict[str, Any]]()
+        self.evaluation: Evaluation | None = None
+        self.train_step = TrainStep(
+            accelerator=self.accelerator,
+            model=self.model,
+            optimizer=self.optimizer,
+            average=self.average,
+            recipe=recipe,
+            steps_per_epoch=self.steps_per_epoch,
+            threshold=float(self.network.spec.threshold),
+        )
+        if found is not None:
+            self._restore(load_checkpoint(found))
+        if self.main:
+            write_json(options.out / "config.json", self._config())
+
+    def _create_network_and_loaders(self) -> None:
+        recipe = self.recipe
+        with self.accelerator.main_process_first():  # the first decodes and caches, the others read the cache
+            sets = read_sets(recipe, self.main)
+        side = recipe.image_size or 224
+        num_classes, shape = 1000, (3, side, side)
+        if sets is not None:
+            num_classes, shape = sets[0].num_classes, tuple(sets[0].images.shape[1:])
+        self.network = create_network(recipe, num_classes, shape[0])
+        describe_input(self.network, shape)
+        freeze_stages(self.network, recipe.freeze_stages)
+        self.loaders = create_loaders(
+            recipe=recipe,
+            sets=sets,
+            num_classes=num_classes,
+            cfg=self.network.pretrained_cfg,
+            accelerator=self.accelerator,
+        )
+        self.network.to(self.device)
+
+    def _create_optimizer(self) -> None:
+        recipe = self.recipe
+        self.average = MovingAverage(self.network, recipe.ema_decay) if recipe.ema_decay else None
+        wrapped = PerStepLogits(self.network) if recipe.loss == "tet" else self.network
+        self.raw_optimizer = create_optimizer(self.network, recipe, self.device)
+        self.model, self.optimizer = prepare(self.accelerator, recipe, wrapped, self.raw_optimizer)
+        if recipe.sync_bn:  # not before: DDP refuses PyTorch's layer on a CPU, where ours works
+            synchronise_norms(self.network)
+        if self.average is not None:  # preparing and converting may have replaced tensors
+            self.average.follow(self.network)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Training steps of an epoch."""
+        return len(self.loaders.train)
+
+    @property
+    def total_steps(self) -> int:
+        """Training steps of the whole run."""
+        return self.recipe.epochs * self.steps_per_epoch
+
+    def reported_state(self) -> dict[str, Tensor] | None:
+        """The moving average, where the recipe reports that; None where it reports the network as it is."""
+        return self.average.state if self.average is not None and self.recipe.report == "ema" else None
+
+    def test(self) -> Evaluation:
+        """Evaluate what the recipe reports on the test set."""
+        state = self.reported_state()
+        reported = self.network.state_dict() if state is None else state
+        share_tensors([reported[name] for name, _ in self.network.named_buffers()])
+        with evaluate_state(self.network, state):
+            return evaluate(self.network, self.loaders.test.batches(0), amp_dtype=AUTOCAST[self.recipe.precision])
+
+    def save(self) -> None:
+        """Write a checkpoint; every process takes part."""
+        tensors = {f"model.{name}": tensor for name, tensor in self.network.state_dict().items()}
+        if self.average is not None:
+            tensors |= {f"ema.{name}": tensor for name, tensor in self.average.state.items()}
+        of_optimizer, plain = optimizer_tensors(self.raw_optimizer)
+        tensors |= of_optimizer
+        for rank, states in enumerate(gather_object([self._rng()])):
+            tensors |= {f"rng.{rank}.{kind}": state for kind, state in states.items()}
+        scaler = self.accelerator.scaler
+        state = {
+            "step": self.step,
+            "minutes": self.minutes,
+            "optimizer": plain,
+            "processes": self.accelerator.num_processes,
+            "scaler": None if scaler is None else scaler.state_dict(),
+            "recipe": self.recipe.to_dict(),
+            "sums": self.accelerator.reduce(self.train_step.sums.clone(), "sum").tolist(),
+        }
+        if self.main:
+            folder = self.options.out / "checkpoints"
+            save_checkpoint(folder, self.step, Checkpoint(tensors, state), self.options.keep_checkpoints)
+        self.accelerator.wait_for_everyone()
+
+    def _restore(self, checkpoint: Checkpoint) -> None:
+        state = checkpoint.state
+        self.network.load_state_dict(checkpoint.part("model"))
+        if self.average is not None:
+            self.average.load(checkpoint.part("ema"))
+        restore_optimizer(self.raw_optimizer, checkpoint.part("optimizer"), state["optimizer"])
+        if self.accelerator.scaler is not None and state["scaler"]:
+            self.accelerator.scaler.load_state_dict(state["scaler"])
+        index = self.accelerator.process_index
+        if state["processes"] == self.accelerator.num_processes:
+            rng = checkpoint.part(f"rng.{index}")
+            torch.set_rng_state(rng["cpu"])
+            if self.device.type == "cuda" and "cuda" in rng:
+                torch.cuda.set_rng_state(rng["cuda"], self.device)
+        else:  # images, augmentation and pairs are the same with any number of processes; dropout draws others
+            torch.manual_seed(mixed_seed(self.recipe.seed, int(state["step"]), index))
+        if self.main:  # the sums are those of all processes
+            self.train_step.sums.copy_(torch.tensor(state["sums"]))
+        self.step, self.minutes = int(state["step"]), float(state["minutes"])
+        self.rows = read_metrics(self.options.out / "metrics.csv", self.step)
+
+    def _rng(self) -> dict[str, Tensor]:
+        states = {"cpu": torch.get_rng_state()}
+        if self.device.type == "cuda":
+            states["cuda"] = torch.cuda.get_rng_state(self.device)
+        return states
+
+    def _config(self) -> dict[str, Any]:
+        recipe = self.recipe.to_dict()
+        return {
+            **recipe,
+            "recipe": recipe,
+            "recipe_name": self.options.recipe_name,
+            **environment(self.device, self.recipe.precision),
+            "processes": self.accelerator.num_processes,
+            "label_names": list(self.loaders.label_names),
+        }
+
+
+def mixed_seed(*numbers: int) -> int:
+    """A seed that differs where any of the numbers does."""
+    seed = 0
+    for number in numbers:
+        seed = (seed * 1_000_003 + number + 1) % (1 << 62)
+    return seed
+
+
+def _check_folder(options: RunOptions, recipe: Recipe, found: Path | None, processes: int) -> None:
+    if options.resume:
+        if found is None:
+            raise ValueError(
+                f"expected a checkpoint in {str(options.out / 'checkpoints')!r} to resume from, got none: check --out, "
+                "or leave --resume out to begin"
+            )
+        check_same_recipe(options.out / "config.json", recipe, processes)
+    elif found is not None or (options.out / "model").exists():
+        raise ValueError(
+            f"expected an empty folder for a new run, got {str(options.out)!r}, which holds one: give --resume to go "
+            "on with it, or another --out"
+        )
