@@ -184,7 +184,7 @@ def test_where_no_channel_can_hold_the_bias(
 
 
 def test_stems_are_modules_like_others(convolved: list[tuple[int, bool]]) -> None:
-    """Loaded, converted, copied and traced, with gradients at the input and the weight."""
+    """Loaded, converted, copied and exported, with gradients at the input and the weight."""
     conv, other = (with_bias(2, 3, 2, torch.float32) for _ in range(2))
     stem, images = stem_like(conv), torch.randn(2, 2, 7, 9)
     assert not list(stem.buffers())
@@ -201,8 +201,9 @@ def test_stems_are_modules_like_others(convolved: list[tuple[int, bool]]) -> Non
     for got, wanted in zip(gradients[1], gradients[0], strict=True):
         assert wanted.any()
         torch.testing.assert_close(got, wanted, rtol=1e-12, atol=1e-12)
-    traced = torch.jit.trace(stem, images[:1].clone())
-    torch.testing.assert_close(traced(images), stem(images))
+    batch = torch.export.Dim("batch")
+    exported = torch.export.export(stem, (images,), dynamic_shapes=({0: batch},)).module()
+    torch.testing.assert_close(exported(images.repeat(2, 1, 1, 1)), stem(images).repeat(2, 1, 1, 1))
     assert set(convolved) == {(8, False)}
 
 
@@ -210,8 +211,7 @@ def test_the_bias_is_in_a_channel_where_that_pays(monkeypatch: pytest.MonkeyPatc
     """On a GPU alone, in 16 bits, where channels are filled up anyway and the output is large."""
     conv = nn.Conv2d(3, 64, 3, padding=1, dtype=torch.bfloat16)
     images = torch.randn(2, 3, 8, 8, dtype=torch.bfloat16)
-    for made in (torch.fx.symbolic_trace(stem_like(conv)), torch.jit.script(stem_like(conv))):
-        torch.testing.assert_close(made(images), conv(images))
+    torch.testing.assert_close(torch.fx.symbolic_trace(stem_like(conv))(images), conv(images))
     with FakeTensorMode(allow_non_fake_inputs=True):
         images = torch.empty(512, 3, 32, 32, device="cuda", dtype=torch.bfloat16)
         assert bias_in_channel(images, conv) and bias_in_channel(images[:64], conv)

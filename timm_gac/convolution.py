@@ -1,7 +1,6 @@
-"""Convolutions that can leave their weight gradients to a second stream, and of spikes that can keep their bits alone.
+"""Convolutions whose weight gradients can run on a second stream, and of spikes that can keep their bits alone."""
 
-No ``from __future__ import annotations`` here: TorchScript reads the class annotations as types, not as strings.
-"""
+from __future__ import annotations
 
 from typing import Any
 
@@ -21,12 +20,10 @@ class Conv2d(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         """The convolution of x."""
-        if not torch.jit.is_scripting():  # noqa: SIM102 (TorchScript skips the block only where this stands alone)
-            if self.prepared_weight is not None:
-                return self._beside_norms(x, None, 1)
+        if self.prepared_weight is not None:
+            return self._beside_norms(x, None, 1)
         return self._conv_forward(x, self.weight, self.bias)
 
-    @torch.jit.unused
     def _beside_norms(self, x: Tensor, bits: Tensor | None, num_steps: int) -> Tensor:
         geometry: Any = (self.stride, self.padding, self.dilation, self.groups)
         return weight_gradients.convolve(x, self.prepared_weight, bits, num_steps, geometry)
@@ -67,14 +64,12 @@ class SpikeConv2d(Conv2d):
 
     def forward(self, x: Tensor, bits: Tensor | None = None) -> Tensor:
         """The convolution of x; with ``bits``, which `pack_spikes` makes of x, x itself is not kept."""
-        if not torch.jit.is_scripting():
-            if self.prepared_weight is not None:
-                return self._beside_norms(x, bits, self.num_steps)
-            if bits is not None:
-                return self._packed(x, bits)
+        if self.prepared_weight is not None:
+            return self._beside_norms(x, bits, self.num_steps)
+        if bits is not None:
+            return self._packed(x, bits)
         return self._conv_forward(x, self.weight, self.bias)
 
-    @torch.jit.unused
     def _packed(self, x: Tensor, bits: Tensor) -> Tensor:
         if self.bias is not None:
             raise ValueError("expected a convolution without bias for packed spikes, got one: do without the bits")

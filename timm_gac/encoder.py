@@ -1,7 +1,6 @@
-"""Input encoders: gated attention coding and direct coding.
+"""Input encoders: gated attention coding and direct coding."""
 
-No ``from __future__ import annotations`` here: TorchScript reads the class annotations as types, not as strings.
-"""
+from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
@@ -123,19 +122,15 @@ class GatedAttentionCoding(nn.Module):
         self.channels = channels
         self.num_steps = check_num_steps(num_steps)
         self.spec = spec
-        # TorchScript knows no dataclass: the same values once more as plain attributes.
-        self.threshold, self.decay = float(spec.threshold), float(spec.decay)
-        self.surrogate, self.width = int(spec.surrogate_id), float(spec.width)
-        self.detach_reset, self.soft_reset = bool(spec.detach_reset), bool(spec.soft_reset)
         self.temporal = TemporalAttention(num_steps, reduction, device=device, dtype=dtype)
         self.spatial = SpatialChannelAttention(channels, device=device, dtype=dtype)
 
     def forward(self, stem: Tensor) -> Tensor:
         """Gated spikes ``(T, B, C, H, W)``, real-valued in [0, 1), in the dtype of ``stem``."""
         spatial, temporal = self._scores(stem)
-        return self._gate(stem, spatial, temporal)
+        gate = gac_encode if stem.ndim == 4 else gated_lif
+        return gate(stem, spatial, temporal, self.spec)
 
-    @torch.jit.unused
     def encode_and_fire(self, stem: Tensor, spikes_dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
         """Gated spikes, and the spikes of a neuron with the same spec that integrates them, ``(T, B, C, H, W)`` each.
 
@@ -165,23 +160,6 @@ class GatedAttentionCoding(nn.Module):
         spatial = self.spatial(folded).to(stem.dtype)
         spatial = spatial.view_as(stem) if static else spatial.unflatten(0, [stem.shape[0], stem.shape[1]])
         return spatial, temporal
-
-    def _gate(self, stem: Tensor, spatial: Tensor, temporal: Tensor) -> Tensor:
-        if torch.jit.is_scripting():
-            return torch.ops.gac_kernels.gated_lif(
-                stem,
-                spatial,
-                temporal,
-                self.threshold,
-                self.decay,
-                self.surrogate,
-                self.width,
-                self.detach_reset,
-                self.soft_reset,
-            )
-        if stem.ndim == 4:
-            return gac_encode(stem, spatial, temporal, self.spec)
-        return gated_lif(stem, spatial, temporal, self.spec)
 
     def extra_repr(self) -> str:
         """Channels, steps and the spec's fields."""

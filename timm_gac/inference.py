@@ -77,19 +77,16 @@ class FoldedStem(_ShiftedConv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         """The convolution of images x with its bias."""
-        if not torch.jit.is_scripting():  # noqa: SIM102 (TorchScript skips the block only where this stands alone)
-            if self._sees_every_centre() and bias_in_channel(x, self):
-                return self._with_ones(x)
+        if self._sees_every_centre() and bias_in_channel(x, self):
+            return self._with_ones(x)
         return self._conv_forward(x, self.weight, self.bias)
 
-    @torch.jit.unused
     def _sees_every_centre(self) -> bool:
         """Whether the centre of each window lies inside the image, where added channels are 1, and not in padding."""
         centres = tuple(step * (size // 2) for size, step in zip(self.kernel_size, self.dilation, strict=True))
         odd = all(size % 2 == 1 for size in self.kernel_size)
         return odd and self.padding == centres and self.padding_mode == "zeros" and self.groups == 1
 
-    @torch.jit.unused
     def _with_ones(self, x: Tensor) -> Tensor:
         """The convolution of x and channels of ones, to the first of which the bias is the weight at the centre."""
         assert self.bias is not None
@@ -134,10 +131,9 @@ class FoldedLIF(nn.Module):
         if shift_in_neuron(x):
             if residual is not None:
                 residual = residual.to(x.dtype)
-            lif = self.lif
             spikes, current, _ = torch.ops.gac_kernels.norm_lif(
-                x, residual, None, None, self.minus_shift, self.variance, None, UNIT_EPS, self.num_steps, lif.threshold,
-                lif.decay, lif.surrogate, lif.width, lif.detach_reset, lif.soft_reset, False, self.keep_membrane, "",
+                x, residual, None, None, self.minus_shift, self.variance, None, UNIT_EPS, self.num_steps,
+                *self.lif.spec.op_arguments, False, self.keep_membrane, "",
             )  # fmt: skip
         else:
             current = x if residual is None else x + residual
@@ -203,9 +199,8 @@ def _convolve_and_fire(
         operands = None if is_watched(downsample) else shortcut_operands(downsample[0], residual)
         residual, kernel = operands if operands is not None else (downsample(residual), None)
     residual, kernel = (None if tensor is None else tensor.to(dtype) for tensor in (residual, kernel))
-    lif = neuron.lif
     spikes, current = torch.ops.gac_kernels.conv_lif(
-        x, weight, neuron.shift, residual, neuron.num_steps, conv.stride[0], lif.threshold, lif.decay, lif.soft_reset,
+        x, weight, neuron.shift, residual, neuron.num_steps, conv.stride[0], *neuron.lif.spec.forward_arguments,
         neuron.keep_membrane, kernel,
     )  # fmt: skip
     return neuron.returned(current, spikes)

@@ -1,7 +1,6 @@
-"""Spiking neurons as modules: the neuron alone, and batch norm + residual + neuron in one.
+"""Spiking neurons as modules: the neuron alone, and batch norm + residual + neuron in one."""
 
-No ``from __future__ import annotations`` here: TorchScript reads the class annotations as types, not as strings.
-"""
+from __future__ import annotations
 
 import torch
 import torch.distributed as dist
@@ -48,46 +47,24 @@ class LIF(nn.Module):
         ValueError: ``num_steps`` is no integer >= 1, or the first axis of an input is no multiple of it.
     """
 
-    num_steps: int | None
-
     def __init__(self, spec: LIFSpec = CIFAR, num_steps: int | None = None) -> None:
         super().__init__()
         self.spec = spec
         self.num_steps = None if num_steps is None else check_num_steps(num_steps)
-        # TorchScript knows no dataclass: the same values once more as plain attributes.
-        self.threshold, self.decay = float(spec.threshold), float(spec.decay)
-        self.surrogate, self.width = int(spec.surrogate_id), float(spec.width)
-        self.detach_reset, self.soft_reset = bool(spec.detach_reset), bool(spec.soft_reset)
 
     def forward(self, x: Tensor) -> Tensor:
         """Spikes of the input current, in the input's dtype."""
         num_steps = self.num_steps
-        if num_steps is None:
-            return self._fire(x)
-        if x.shape[0] % num_steps != 0:
-            raise ValueError(
-                f"expected a first axis of num_steps * batch with num_steps={num_steps}, got {x.shape[0]}: "
-                "fold time with x.flatten(0, 1)"
-            )
-        return self._fire(x.unflatten(0, [num_steps, x.shape[0] // num_steps])).flatten(0, 1)
-
-    def _fire(self, x: Tensor) -> Tensor:
-        if torch.jit.is_scripting():
-            return torch.ops.gac_kernels.lif(
-                x,
-                None,
-                self.threshold,
-                self.decay,
-                self.surrogate,
-                self.width,
-                self.detach_reset,
-                self.soft_reset,
-                False,
-                False,
-            )[0]
+        if num_steps is not None:
+            if x.shape[0] % num_steps != 0:
+                raise ValueError(
+                    f"expected a first axis of num_steps * batch with num_steps={num_steps}, got {x.shape[0]}: "
+                    "fold time with x.flatten(0, 1)"
+                )
+            x = x.unflatten(0, [num_steps, x.shape[0] // num_steps])
         spikes = lif(x, self.spec)
         assert isinstance(spikes, Tensor)  # a pair only where the state is asked for
-        return spikes
+        return spikes if num_steps is None else spikes.flatten(0, 1)
 
     def extra_repr(self) -> str:
         """The spec's fields, and the number of steps where time is folded."""
@@ -138,73 +115,43 @@ class BatchNormLIF(_NormBase):
             raise ValueError(f"expected drop_path in [0, 1), got {drop_path!r}: give one such as 0.1")
         self.drop_path = float(drop_path)
         self.lif = LIF(spec)
-        self.num_steps = 0 if num_steps is None else check_num_steps(num_steps)
+        self.num_steps = None if num_steps is None else check_num_steps(num_steps)
         self.sync = nn.BatchNorm2d(num_features, affine=False, track_running_stats=False)
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """Spikes of ``BN(x) + residual``."""
-        return self._membrane_and_spikes(x, residual, False)[1]
+        return self._membrane_and_spikes(x, residual, keep_membrane=False)[1]
 
-    def _membrane_and_spikes(self, x: Tensor, residual: Tensor | None, keep: bool) -> tuple[Tensor, Tensor]:
-        """The pair (membrane, spikes) in the shape of x; without ``keep`` the membrane is not to be used."""
+    def _membrane_and_spikes(self, x: Tensor, residual: Tensor | None, keep_membrane: bool) -> tuple[Tensor, Tensor]:
+        """The pair (membrane, spikes) in the shape of x; without ``keep_membrane`` the membrane is not to be used."""
         num_steps = self.num_steps
-        steps = num_steps if num_steps > 0 else x.shape[0]
-        if x.ndim != (4 if num_steps > 0 else 5) or x.shape[0] % max(steps, 1) != 0:
+        if x.ndim != (5 if num_steps is None else 4) or (num_steps is not None and x.shape[0] % num_steps != 0):
             raise ValueError(
                 f"expected x as (T*B, C, H, W) with T = num_steps = {num_steps}, or as (T, B, C, H, W) with "
                 f"num_steps=None, got {x.shape}: fold time with x.flatten(0, 1)"
             )
-        folded = x if num_steps > 0 else x.flatten(0, 1)
-        shortcut = residual
-        if shortcut is not None:
-            shortcut = shortcut if num_steps > 0 else shortcut.flatten(0, 1)
-        if self.training and self.drop_path > 0.0:
-            membrane, spikes = self._with_drop_path(folded, shortcut, steps)
-        else:
-            membrane, spikes = self._fused(folded, shortcut, steps, keep)
-        if num_steps > 0:
-            return membrane, spikes
-        return membrane.view_as(x) if keep else membrane, spikes.view_as(x)
+        if num_steps is not None:
+            return self.norm_and_fire(x, residual, num_steps, keep_membrane)[:2]
+        shortcut = None if residual is None else residual.flatten(0, 1)
+        membrane, spikes, _ = self.norm_and_fire(x.flatten(0, 1), shortcut, x.shape[0], keep_membrane)
+        return membrane.view_as(x) if keep_membrane else membrane, spikes.view_as(x)
 
-    def _fused(self, x: Tensor, residual: Tensor | None, steps: int, keep: bool) -> tuple[Tensor, Tensor]:
-        """Norm, residual and neuron of ``(T*B, C, H, W)`` in one op; without ``keep`` the membrane is empty."""
-        if residual is not None and residual.dtype != x.dtype:
-            dtype = torch.promote_types(x.dtype, residual.dtype)
-            x, residual = x.to(dtype), residual.to(dtype)
-        mean, var, total, group = self._statistics(x.detach())
-        lif = self.lif
-        spikes, membrane, _ = torch.ops.gac_kernels.norm_lif(
-            x,
-            residual,
-            self.weight,
-            self.bias,
-            mean,
-            var,
-            total,
-            self.eps,
-            steps,
-            lif.threshold,
-            lif.decay,
-            lif.surrogate,
-            lif.width,
-            lif.detach_reset,
-            lif.soft_reset,
-            self.training or self.running_mean is None,
-            keep,
-            group,
-        )
-        return membrane, spikes
-
-    @torch.jit.unused
-    def training_pass(
-        self, x: Tensor, residual: Tensor | None, keep: bool, pack: bool, residual_norm: nn.Module | None = None
+    def norm_and_fire(
+        self,
+        x: Tensor,
+        residual: Tensor | None,
+        num_steps: int,
+        keep_membrane: bool = False,
+        pack: bool = False,
+        residual_norm: nn.Module | None = None,
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Membrane (empty without ``keep``), spikes and, with ``pack``, the spikes' bits; time is folded.
+        """Membrane (not to be used without ``keep_membrane``), spikes and, with ``pack``, the spikes' bits.
 
         Args:
             x: ``(T*B, C, H, W)``.
             residual: Of the same shape.
-            keep: The membrane is needed.
+            num_steps: T.
+            keep_membrane: The membrane is needed.
             pack: The bits are needed, for a convolution that is to keep them for its backward pass.
             residual_norm: A batch norm to apply to the residual. Where it is an ordinary ``nn.BatchNorm2d`` in training
                 it is part of the pass, and its output never exists; its forward hooks do not run then.
@@ -212,8 +159,8 @@ class BatchNormLIF(_NormBase):
         if residual is not None and residual_norm is not None and not self._takes_in(x, residual, residual_norm):
             residual, residual_norm = residual_norm(residual), None
         if self.training and self.drop_path > 0.0:
-            membrane, spikes = self._with_drop_path(x, residual, self.num_steps)
-            return membrane, spikes, pack_spikes(spikes, self.num_steps) if pack else None
+            membrane, spikes = self._with_drop_path(x, residual, num_steps)
+            return membrane, spikes, pack_spikes(spikes, num_steps) if pack else None
         if residual is not None and residual.dtype != x.dtype:
             dtype = torch.promote_types(x.dtype, residual.dtype)
             x, residual = x.to(dtype), residual.to(dtype)
@@ -222,11 +169,10 @@ class BatchNormLIF(_NormBase):
         res_eps = 0.0
         if residual is not None and isinstance(residual_norm, nn.BatchNorm2d):
             of_residual, res_eps = _shortcut_statistics(residual_norm, residual.detach()), residual_norm.eps
-        lif, batch = self.lif, self.training or self.running_mean is None
-        neuron = (lif.threshold, lif.decay, lif.surrogate, lif.width, lif.detach_reset, lif.soft_reset)
+        batch = self.training or self.running_mean is None
         spikes, membrane, bits = torch.ops.gac_kernels.norm_lif(
-            x, residual, self.weight, self.bias, mean, var, total, self.eps, self.num_steps, *neuron, batch, keep,
-            group, *of_residual, res_eps, pack,
+            x, residual, self.weight, self.bias, mean, var, total, self.eps, num_steps, *self.lif.spec.op_arguments,
+            batch, keep_membrane, group, *of_residual, res_eps, pack,
         )  # fmt: skip
         return membrane, spikes, bits if pack else None
 
@@ -255,9 +201,8 @@ class BatchNormLIF(_NormBase):
         momentum = 0.0 if self.momentum is None else self.momentum
         update = self.training and self.track_running_stats
         counter = self.num_batches_tracked if update else None
-        if not torch.jit.is_scripting():  # noqa: SIM102 (TorchScript skips the block only where this stands alone)
-            if self.training and isinstance(self.sync, nn.SyncBatchNorm) and _world_size(self.sync) > 1:
-                return self._synced_statistics(x, counter)
+        if self.training and isinstance(self.sync, nn.SyncBatchNorm) and _world_size(self.sync) > 1:
+            return self._synced_statistics(x, counter)
         in_place = update and self.momentum is not None
         mean, var = torch.ops.gac_kernels.batch_stats(
             x, self.running_mean if in_place else None, self.running_var if in_place else None, momentum, counter
@@ -281,7 +226,6 @@ class BatchNormLIF(_NormBase):
         running_mean.lerp_(mean.to(running_mean.dtype), momentum.to(running_mean.dtype))
         running_var.lerp_(unbiased_var.to(running_var.dtype), momentum.to(running_var.dtype))
 
-    @torch.jit.unused
     def _synced_statistics(self, x: Tensor, counter: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None, str]:
         """Statistics over all processes of the group, on any backend and device."""
         mean, var = torch.ops.gac_kernels.batch_stats(x, None, None, 0.0, counter)
@@ -290,7 +234,6 @@ class BatchNormLIF(_NormBase):
         assert group is not None
         return mean, var, total, group.group_name
 
-    @torch.jit.unused
     def _combine(self, mean: Tensor, var: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
         """Mean, variance and count of values over all processes from those of each; also the running statistics."""
         mean, var, total = combine_statistics(mean, var, count, _process_group(self.sync))
@@ -299,10 +242,10 @@ class BatchNormLIF(_NormBase):
                 self._update_running(mean, var * (total / (total - 1.0)))
         return mean, var, total
 
-    def _with_drop_path(self, x: Tensor, residual: Tensor | None, steps: int) -> tuple[Tensor, Tensor]:
+    def _with_drop_path(self, x: Tensor, residual: Tensor | None, num_steps: int) -> tuple[Tensor, Tensor]:
         """The same with the norm's output dropped for some samples: norm, drop, add and neuron one by one."""
         normed = self._normalize(x)
-        membrane = normed.unflatten(0, [steps, x.shape[0] // max(steps, 1)])
+        membrane = normed.unflatten(0, [num_steps, x.shape[0] // max(num_steps, 1)])
         keep = membrane.new_empty([1, membrane.shape[1], 1, 1, 1]).bernoulli_(1.0 - self.drop_path)
         membrane = membrane * (keep / (1.0 - self.drop_path))
         if residual is not None:
@@ -311,13 +254,11 @@ class BatchNormLIF(_NormBase):
 
     def _normalize(self, x: Tensor) -> Tensor:
         """Batch norm alone, in training."""
-        if not torch.jit.is_scripting():  # noqa: SIM102 (TorchScript skips the block only where this stands alone)
-            if isinstance(self.sync, nn.SyncBatchNorm) and _world_size(self.sync) > 1:
-                return self._synced_normalize(x)
+        if isinstance(self.sync, nn.SyncBatchNorm) and _world_size(self.sync) > 1:
+            return self._synced_normalize(x)
         self._statistics(x.detach())  # for the running statistics
         return F.batch_norm(x, None, None, self.weight, self.bias, True, 0.0, self.eps)
 
-    @torch.jit.unused
     def _synced_normalize(self, x: Tensor) -> Tensor:
         if self.track_running_stats and self.num_batches_tracked is not None:
             self.num_batches_tracked.add_(1)
@@ -333,7 +274,7 @@ class BatchNormLIF(_NormBase):
 
     def extra_repr(self) -> str:
         """Batch norm's fields, the number of steps and the drop probability."""
-        return f"{super().extra_repr()}, num_steps={self.num_steps or None}, drop_path={self.drop_path}"
+        return f"{super().extra_repr()}, num_steps={self.num_steps}, drop_path={self.drop_path}"
 
 
 @register_notrace_module
@@ -345,7 +286,7 @@ class MembraneBatchNormLIF(BatchNormLIF):
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:  # type: ignore[override]
         """The pair (membrane, spikes)."""
-        return self._membrane_and_spikes(x, residual, True)
+        return self._membrane_and_spikes(x, residual, keep_membrane=True)
 
 
 def _shortcut_statistics(norm: nn.BatchNorm2d, x: Tensor) -> tuple[Tensor | None, ...]:

@@ -115,7 +115,7 @@ def test_drop_path_drops_a_sample_at_all_steps() -> None:
     assert module(x)[0].unflatten(0, (T, batch)).abs().sum((0, 2, 3, 4)).min() > 0
 
 
-def test_channels_last_and_torchscript_give_the_same() -> None:
+def test_channels_last_gives_the_same() -> None:
     fused, _ = trained_pair(IMAGENET, num_steps=T)
     fused.eval()
     x, residual = current(T * B, C, H, W, seed=1), current(T * B, C, H, W, seed=2)
@@ -123,8 +123,6 @@ def test_channels_last_and_torchscript_give_the_same() -> None:
     channels_last = fused(x.to(memory_format=torch.channels_last), residual)
     torch.testing.assert_close(channels_last, expected, rtol=0, atol=0)
     assert channels_last.is_contiguous(memory_format=torch.channels_last)
-    scripted = torch.jit.script(fused)
-    torch.testing.assert_close(scripted(x, residual), expected, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize(

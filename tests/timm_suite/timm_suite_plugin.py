@@ -1,8 +1,9 @@
 """pytest plugin: runs timm's own ``tests/test_models.py`` on the models of this package.
 
 `TIMM_SUITE_MODELS` holds comma-separated name patterns. timm's lists of models are narrowed to those of ours that
-match, families with hard-coded names that state a general contract are pointed at our models, and what is left is about
-other architectures or needs weights: it is deselected by name, with the reason, and listed at the end of the run.
+match, and families with hard-coded names that state a general contract are pointed at our models. What is left is about
+other architectures, needs weights or is about TorchScript: it is deselected by name, with the reason, and listed at the
+end of the run.
 `TIMM_SUITE_REPORT`, if set, names a JSON file for the counts.
 """
 
@@ -45,6 +46,10 @@ RETARGETED: dict[str, tuple[Any, ...]] = {
     "test_headless_checkpoint_reload": ({},),
 }
 
+# Families that would run on our models too, with the reason why they do not.
+TORCHSCRIPT = "PyTorch has deprecated TorchScript; torch.export takes its place (tests/models/test_export.py)"
+UNSUPPORTED = {"test_model_forward_torchscript": TORCHSCRIPT, "test_model_forward_fx_torchscript": TORCHSCRIPT}
+
 # Families of which no parameter set is ours, with the reason.
 NEEDS_WEIGHTS = "needs weights, and none of the selected models has published weights"
 DESELECTED: dict[str, str] = {
@@ -53,7 +58,7 @@ DESELECTED: dict[str, str] = {
     "test_model_features_pretrained": NEEDS_WEIGHTS,
     "test_model_default_cfgs_non_std": "for models without spatial features; ours pass the standard test",
     "test_features_only_grad_checkpointing_backward": "for FeatureListNet; the FeatureGetterNet of ours has no switch",
-    "test_feature_getter_stage_ends_torchscript": "for models whose forward_intermediates can be scripted",
+    "test_feature_getter_stage_ends_torchscript": TORCHSCRIPT,
     "test_model_features_output_stride": "for models with dilated stages (output_stride)",
     "test_model_forward_torchscript_with_features_fx": "fx features of regnet; ours use forward_intermediates",
     "test_model_init_weights_after_to_empty": "for models with an init_weights method",
@@ -157,18 +162,20 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 def _reason(item: pytest.Item) -> str | None:
-    """Why an item is not ours; None if it is."""
+    """Why an item is not run; None if it is."""
+    name = getattr(item, "originalname", item.name)
+    if name in UNSUPPORTED:
+        return UNSUPPORTED[name]
     callspec = getattr(item, "callspec", None)
     if callspec is not None and _arch(str(callspec.params.get("model_name", ""))) in OURS:
         return None
-    name = getattr(item, "originalname", item.name)
     reasons = (why for pattern, why in DESELECTED.items() if fnmatch(name, pattern))
     return next(reasons, "other models, not classified yet")
 
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Deselect what is not about our models, and remember the reason."""
+    """Deselect what is not about our models or not supported, and remember the reason."""
     kept, dropped = [], []
     for item in items:
         why = _reason(item)

@@ -3,9 +3,9 @@
 A block takes and returns membrane and spikes, both time-folded ``(T*B, C, H, W)``, so every neuron stands at the end of
 a batch norm, where one kernel can do norm, residual and neuron together. Where spikes are packed it takes and returns
 their bits too, which are all that a convolution then keeps of them for its backward pass.
-
-No ``from __future__ import annotations`` here: TorchScript reads annotations as types, not as strings.
 """
+
+from __future__ import annotations
 
 from typing import Any
 
@@ -70,7 +70,6 @@ class _Block(nn.Module):
             x = self.downsample(x)
         return x
 
-    @torch.jit.unused
     def _training_pass(
         self, shortcut: Tensor, spikes: Tensor, bits: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -78,15 +77,23 @@ class _Block(nn.Module):
         grad = torch.is_grad_enabled()  # without it nothing is kept anyway
         hidden_bits = None
         if self.pack_hidden and grad:
-            _, hidden, hidden_bits = self.bn1.training_pass(self.conv1(spikes, bits), None, False, True)
+            _, hidden, hidden_bits = self.bn1.norm_and_fire(
+                self.conv1(spikes, bits), None, self.conv1.num_steps, pack=True
+            )
         else:
             hidden = self.bn1(self.conv1(spikes, bits))
         norm = None
         if self.downsample is not None:
             shortcut = self.downsample[0](shortcut)
             norm = self.downsample[1] if len(self.downsample) > 1 else None
-        keep, pack = self.last_norm is MembraneBatchNormLIF, self.pack_output and grad
-        return self.bn2.training_pass(self.conv2(hidden, hidden_bits), shortcut, keep, pack, norm)
+        return self.bn2.norm_and_fire(
+            self.conv2(hidden, hidden_bits),
+            shortcut,
+            self.conv2.num_steps,
+            keep_membrane=self.last_norm is MembraneBatchNormLIF,
+            pack=self.pack_output and grad,
+            residual_norm=norm,
+        )
 
     def _trains(self, x: Tensor) -> bool:
         """Whether `_training_pass` has something to gain; not under fx, for which the norms are leaves."""
@@ -108,9 +115,8 @@ class MSBlock(_Block):
         self, membrane: Tensor, spikes: Tensor, bits: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """Membrane and spikes, ``(T*B, C', H', W')`` each, and the spikes' bits where they are packed."""
-        if not torch.jit.is_scripting():  # noqa: SIM102 (TorchScript skips the block only where this stands alone)
-            if self._trains(membrane):
-                return self._training_pass(membrane, spikes, bits)
+        if self._trains(membrane):
+            return self._training_pass(membrane, spikes, bits)
         hidden = self.bn1(self.conv1(spikes))
         membrane, spikes = self.bn2(self.conv2(hidden), self._shortcut(membrane))
         return membrane, spikes, None
@@ -129,10 +135,9 @@ class SpikingBlock(_Block):
         self, membrane: Tensor, spikes: Tensor, bits: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """The spikes twice, ``(T*B, C', H', W')`` each, and their bits where they are packed."""
-        if not torch.jit.is_scripting():  # noqa: SIM102 (TorchScript skips the block only where this stands alone)
-            if self._trains(spikes):
-                _, spikes, bits = self._training_pass(spikes, spikes, bits)
-                return spikes, spikes, bits
+        if self._trains(spikes):
+            _, spikes, bits = self._training_pass(spikes, spikes, bits)
+            return spikes, spikes, bits
         hidden = self.bn1(self.conv1(spikes))
         spikes = self.bn2(self.conv2(hidden), self._shortcut(spikes))
         return spikes, spikes, None
@@ -153,7 +158,7 @@ class Stage(nn.Sequential):
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """Membrane, spikes and bits after the last block."""
         for block in self:
-            if self.grad_checkpointing and not torch.jit.is_scripting():
+            if self.grad_checkpointing:
                 membrane, spikes, bits = checkpoint(block, membrane, spikes, bits)
             else:
                 membrane, spikes, bits = block(membrane, spikes, bits)

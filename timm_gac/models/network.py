@@ -3,11 +3,13 @@
 Activations inside are time-folded: ``(T*B, C, H, W)``, row ``t*B + b`` being sample b at step t.
 
 Source: Qiu et al., "Gated Attention Coding for Training High-performance and Efficient Spiking Neural Networks", AAAI
-2024 (arXiv 2308.06582). No ``from __future__ import annotations`` here: TorchScript reads annotations as types.
+2024 (arXiv 2308.06582).
 """
 
+from __future__ import annotations
+
 from contextlib import nullcontext
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -82,11 +84,11 @@ class SpikingResNet(nn.Module):
         ValueError: An argument is out of range.
     """
 
-    if TYPE_CHECKING:  # set by name below; TorchScript would take annotations seen at run time for its own types
-        layer1: Stage
-        layer2: Stage
-        layer3: Stage
-        layer4: Stage
+    # Set by name in the constructor.
+    layer1: Stage
+    layer2: Stage
+    layer3: Stage
+    layer4: Stage
 
     # Kinds of neuron whose work the encoder's op can do, and the dtype of their spikes, None for the encoder's.
     _first_neurons: ClassVar[dict[type[nn.Module], torch.dtype | None]] = {LIF: None}
@@ -155,7 +157,6 @@ class SpikingResNet(nn.Module):
         if scaled_init:
             self.init_weights()
 
-    @torch.jit.ignore
     def init_weights(self) -> None:
         """Initialise as the ImageNet models are: see ``scaled_init``."""
         for module in self.modules():
@@ -167,12 +168,10 @@ class SpikingResNet(nn.Module):
             if isinstance(module, (MSBlock, SpikingBlock)):
                 module.zero_init_last()
 
-    @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict[str, str]:
         """Patterns that group parameters by stage (coarse) or by block, for layer-wise learning rates."""
         return dict(stem=r"^(?:conv1|bn1|encoder)\.", blocks=r"^layer(\d+)" if coarse else r"^layer(\d+)\.(\d+)")
 
-    @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
         """Names of parameters without weight decay beyond timm's rule (one-dimensional ones): the encoder's attention.
 
@@ -181,13 +180,11 @@ class SpikingResNet(nn.Module):
         """
         return {f"encoder.{name}" for name, _ in self.encoder.named_parameters()}
 
-    @torch.jit.ignore
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute each block in the backward pass instead of keeping its activations."""
         for name in _STAGES:
             getattr(self, name).grad_checkpointing = enable
 
-    @torch.jit.ignore
     def set_spike_packing(self, enable: bool = True) -> None:
         """Keep spikes of blocks as bits for the backward pass of the convolutions that read them.
 
@@ -198,7 +195,6 @@ class SpikingResNet(nn.Module):
         for block in blocks:
             block.pack_hidden, block.pack_output = enable, enable and block is not blocks[-1]
 
-    @torch.jit.ignore
     def get_classifier(self, name_only: bool = False) -> nn.Module | str:
         """The classifier, or its name."""
         return "fc" if name_only else self.fc
@@ -222,7 +218,6 @@ class SpikingResNet(nn.Module):
         """The encoder's output, time-folded: ``(T*B, C, H, W)``."""
         return self.encoder(self._stem(x)).flatten(0, 1)
 
-    @torch.jit.unused
     def _fires_in_encoder(self, x: Tensor) -> bool:
         """Whether the encoder may do the first neuron's work.
 
@@ -237,7 +232,6 @@ class SpikingResNet(nn.Module):
             and not (is_watched(encoder) or is_watched(neuron))
         )
 
-    @torch.jit.unused
     def _encode_and_fire(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """The encoder's output and the first neuron's spikes in one pass, both time-folded."""
         encoder: Any = self.encoder
@@ -250,12 +244,6 @@ class SpikingResNet(nn.Module):
 
     def _forward_spikes(self, x: Tensor) -> Tensor:
         """Spikes of the last stage, time-folded: ``(T*B, C', H', W')``."""
-        if not torch.jit.is_scripting():
-            return self._forward_spikes_eagerly(x)
-        return self._run_stages(self._encode(x))
-
-    @torch.jit.unused
-    def _forward_spikes_eagerly(self, x: Tensor) -> Tensor:
         with prepared(self, Conv2d, x) if wanted(self) else nullcontext():
             if self._fires_in_encoder(x):
                 return self._run_stages(*self._encode_and_fire(x))

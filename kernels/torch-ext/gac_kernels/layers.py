@@ -1,9 +1,11 @@
 """Layers for ``kernels.kernelize``: stateless modules whose forward stands in for that of another module.
 
-They call the operators with plain numbers, never a `LIFSpec`: the module may hold one of another copy of this package.
+They hand the numbers of a spec to the operators, never the spec itself: it may be that of another copy of this package.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +17,7 @@ class LIF(nn.Module):
     """The multi-step leaky integrate-and-fire neuron, in the place of ``timm_gac.LIF``.
 
     The module that it stands in for has ``num_steps`` (T folded into the first axis, or None where time is an axis of
-    its own), ``threshold``, ``decay``, ``surrogate`` (its index), ``width``, ``detach_reset`` and ``soft_reset``.
+    its own) and ``spec`` with ``op_arguments``, as `LIFSpec` has them.
     """
 
     can_torch_compile = True
@@ -31,16 +33,7 @@ class LIF(nn.Module):
                     "fold time with x.flatten(0, 1)"
                 )
             x = x.unflatten(0, [num_steps, x.shape[0] // num_steps])
-        spikes = torch.ops.gac_kernels.lif(
-            x,
-            None,
-            self.threshold,
-            self.decay,
-            self.surrogate,
-            self.width,
-            self.detach_reset,
-            self.soft_reset,
-            torch.is_grad_enabled() and x.requires_grad,
-            False,
-        )[0]
+        spec: Any = self.spec
+        keep_mask = torch.is_grad_enabled() and x.requires_grad
+        spikes = torch.ops.gac_kernels.lif(x, None, *spec.op_arguments, keep_mask, False)[0]
         return spikes if num_steps is None else spikes.flatten(0, 1)
