@@ -14,7 +14,8 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 from timm_gac import demo
-from timm_gac.demo import DemoConfig, create_demo_model, load_digits, record_spikes, run_demo, shift
+from timm_gac.demo import DemoConfig, create_demo_model, load_digits, run_demo, shift
+from timm_gac.recording import record_spikes
 
 # One epoch is far from enough for the 95 %: the status says so.
 SHORT = {"epochs": 1, "num_steps": 3, "batch_size": 256}
@@ -116,7 +117,7 @@ def test_recorded_spikes_are_binary_and_hooks_are_removed() -> None:
     model = create_demo_model(2).eval()
     with record_spikes(model) as recording, torch.no_grad():
         model(torch.randn(3, 1, 8, 8))
-    assert all(spikes.shape[0] == 6 for spikes in recording.values())
-    for name, spikes in recording.items():
+    assert all(spikes.shape[0] == 6 for spikes in recording.spikes.values())
+    for name, spikes in recording.spikes.items():
         assert name == "encoder" or set(spikes.unique().tolist()) <= {0.0, 1.0}
     assert not any(module._forward_hooks for module in model.modules())

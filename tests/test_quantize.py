@@ -24,7 +24,7 @@ from timm_gac.evaluate import evaluate
 from timm_gac.hub.folder import load_model, save_model_folder
 from timm_gac.models.integer import IntegerSpikingResNet, SpikeConv, current_grid
 from timm_gac.quantize import quantize_weight
-from timm_gac.recording import membrane_of, neuron_layers, spikes_of
+from timm_gac.recording import membrane_of, neuron_layers, record_spikes
 
 MODELS = ("test_gac_msresnet", "msresnet18_cifar", "gac_spiking_resnet18", "spiking_resnet19", "gac_msresnet34")
 
@@ -344,9 +344,7 @@ def test_every_neuron_of_the_float_network_is_recorded(name: str) -> None:
     expected = {layer.replace("bn", "conv") for layer in neuron_layers(model)}
     assert {layer.replace(".lif", "") for layer in neuron_layers(network)} == expected and len(expected) > 6
     images = torch.randn(2, 3, 16, 16)
-    seen: dict[str, torch.Tensor] = {}
-    for layer, module in neuron_layers(network).items():
-        module.register_forward_hook(lambda m, _, output, layer=layer: seen.update({layer: spikes_of(m, output)}))
-    with torch.no_grad():
+    with record_spikes(network) as recording, torch.no_grad():
         network(images)
+    seen = recording.spikes
     assert len(seen) == len(expected) and all(spikes.is_floating_point() for spikes in seen.values())

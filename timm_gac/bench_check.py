@@ -22,6 +22,7 @@ from .bench_rivals import STAGES, TimeMajorNet
 from .bench_steps import precision_settings
 from .models.integer import SpikeConv
 from .models.network import SpikingResNet
+from .recording import forward_hooks
 from .runtime.dtypes import AUTOCAST, autocast
 
 # In float64, norm(got - expected) / norm(expected) of the logits.
@@ -118,35 +119,36 @@ def check_integer(network: nn.Module, images: Tensor, precision: str) -> str:
     """
     failures: list[str] = []
 
-    def compare(name: str) -> Any:
-        def hook(module: SpikeConv, inputs: tuple[Tensor, ...], output: Any) -> None:
-            residual = inputs[1] if len(inputs) > 1 else None
-            current, expected = spike_conv_reference(
-                inputs[0], module.kernel, module.scale, module.bias, module.num_steps, module.spec,
-                stride=module.stride, residual=residual, return_membrane=True, grid=module.grid,
-            )  # fmt: skip
-            membrane, spikes = output if isinstance(output, tuple) else (None, output)
-            differ = (spikes != expected).unflatten(0, (module.num_steps, -1)).any(0)
-            near = _near_threshold(current.unflatten(0, (module.num_steps, -1)), module.spec)
-            if (differ & ~near).any():
-                failures.append(f"{name}: {int((differ & ~near).sum())} neurons fire otherwise than in float64")
-            if membrane is not None:
-                error = relative_error(membrane.double(), current)
-                allowed = 2 * torch.finfo(membrane.dtype).eps
-                if not error <= allowed:
-                    failures.append(f"{name}: relative error of the membrane {error:.1e} > {allowed:.0e}")
+    def compare(name: str, module: SpikeConv, inputs: tuple[Tensor, ...], output: Any) -> None:
+        residual = inputs[1] if len(inputs) > 1 else None
+        current, expected = spike_conv_reference(
+            inputs[0],
+            module.kernel,
+            module.scale,
+            module.bias,
+            module.num_steps,
+            module.spec,
+            stride=module.stride,
+            residual=residual,
+            return_membrane=True,
+            grid=module.grid,
+        )
+        membrane, spikes = output if isinstance(output, tuple) else (None, output)
+        differ = (spikes != expected).unflatten(0, (module.num_steps, -1)).any(0)
+        near = _near_threshold(current.unflatten(0, (module.num_steps, -1)), module.spec)
+        if (differ & ~near).any():
+            failures.append(f"{name}: {int((differ & ~near).sum())} neurons fire otherwise than in float64")
+        if membrane is not None:
+            error = relative_error(membrane.double(), current)
+            allowed = 2 * torch.finfo(membrane.dtype).eps
+            if not error <= allowed:
+                failures.append(f"{name}: relative error of the membrane {error:.1e} > {allowed:.0e}")
 
-        return hook
-
-    layers = [(name, module) for name, module in network.named_modules() if isinstance(module, SpikeConv)]
-    handles = [module.register_forward_hook(compare(name)) for name, module in layers]
+    layers = {name: module for name, module in network.named_modules() if isinstance(module, SpikeConv)}
     network.eval()
-    try:
-        with precision_settings(precision, search=False), autocast(images.device, precision):
-            network(images)
-    finally:
-        for handle in handles:
-            handle.remove()
+    arithmetic = precision_settings(precision, search=False)
+    with forward_hooks(layers, compare), arithmetic, autocast(images.device, precision):
+        network(images)
     return failures[0] if failures else "" if layers else "no integer convolution was found"
 
 
@@ -164,18 +166,17 @@ def _near_threshold(current: Tensor, spec: Any) -> Tensor:
 def _inputs_of_parts(reference: TimeMajorNet, images: Tensor) -> list[tuple[str, list[Tensor]]]:
     """Name and inputs of the encoder and of every block, as they occur in the reference's forward pass."""
     captured: list[tuple[str, list[Tensor]]] = []
-    handles = []
-    for name, module in reference.named_modules():
-        if name == "encoder" or (name.split(".")[0] in STAGES and name.count(".") == 1):
 
-            def keep(_: nn.Module, arguments: tuple[Tensor, ...], name: str = name) -> None:
-                captured.append((name, [tensor.clone() for tensor in arguments]))
+    def keep(name: str, _module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        captured.append((name, [tensor.clone() for tensor in inputs]))
 
-            handles.append(module.register_forward_pre_hook(keep))
-    with torch.no_grad(), precision_settings("float32", search=False):
+    parts = {
+        name: module
+        for name, module in reference.named_modules()
+        if name == "encoder" or (name.split(".")[0] in STAGES and name.count(".") == 1)
+    }
+    with torch.no_grad(), precision_settings("float32", search=False), forward_hooks(parts, before=keep):
         reference(images)
-    for handle in handles:
-        handle.remove()
     return captured
 
 

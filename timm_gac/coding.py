@@ -16,9 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .neuron import LIF
+from .recording import forward_hooks, spikes_of
 
 __all__ = ["Coding", "CodingReport", "entropy_bits", "measure_coding", "write_coding_chart"]
 
@@ -136,51 +137,69 @@ def measure_coding(
         raise ValueError(f"expected a network of this package, got {type(model).__name__}: see timm-gac models")
     if bins < 2 or samples_per_image < 1:
         raise ValueError(f"expected bins >= 2 and samples >= 1, got {bins} and {samples_per_image}: raise them")
-    generator = torch.Generator().manual_seed(seed)
-    kept: dict[str, Tensor] = {}
-    handles = [
-        model.encoder.register_forward_hook(lambda _m, inputs, output: kept.update(stem=inputs[0], coded=output))
-    ]
+    codes = _Codes(int(model.num_steps), bins, samples_per_image, seed)
+    parts = {"encoder": model.encoder}
     if isinstance(model.lif, LIF):
-        handles.append(model.lif.register_forward_hook(lambda _m, _i, output: kept.update(spikes=output)))
-    rows: dict[str, list[Tensor]] = {}
-    cut: dict[str, _Bins] = {}
-    images = 0
-    try:
+        parts["lif"] = model.lif
+    with forward_hooks(parts, codes.keep):
         for batch in batches:
             if batch.ndim != 4:
                 raise ValueError(f"expected static images (B, C, H, W), got {tuple(batch.shape)}: give pictures")
             model.forward_intermediates(batch, indices=[0], stop_early=True, intermediates_only=True)
-            stem, coded = kept["stem"].float().cpu(), kept["coded"].float().cpu()
-            neurons = stem[0].numel()
-            count = min(neurons, samples_per_image)
-            drawn = torch.stack([torch.randperm(neurons, generator=generator)[:count] for _ in batch])  # [B, count]
-            values = {"stem": stem.flatten(1).gather(1, drawn).flatten()}
-            values["coded"] = _draw(coded, drawn)
-            if "spikes" in kept:
-                values["spikes"] = _draw(kept["spikes"].cpu().unflatten(0, (model.num_steps, -1)), drawn)
-            if not cut:
-                cut = {"stem": _Bins(stem[None], bins), "coded": _Bins(coded, bins)}
-            for name, value in values.items():
-                rows.setdefault(name, []).append(cut[name](value) if name in cut else (value != 0).long())
-            images += len(batch)
-    finally:
-        for handle in handles:
-            handle.remove()
-    if not images:
+            codes.add_batch()
+    if not codes.images:
         raise ValueError("expected at least one image, got none: check the data")
-    codes = {name: torch.cat(parts, -1) for name, parts in rows.items()}
+    stem, coded, *spikes = codes.joined().values()
     config = model.pretrained_cfg or {}
     return CodingReport(
         model=config.get("architecture") or type(model).__name__,
         num_steps=int(model.num_steps),
-        images=images,
-        samples=codes["stem"].numel(),
+        images=codes.images,
+        samples=stem.numel(),
         bins=bins,
-        input_entropy=entropy_bits(codes["stem"]),
-        encoder=_sequence(codes["coded"], codes["stem"], bins + 1),
-        spikes=_sequence(codes["spikes"], codes["stem"], 2) if "spikes" in codes else None,
+        input_entropy=entropy_bits(stem),
+        encoder=_sequence(coded, stem, bins + 1),
+        spikes=_sequence(spikes[0], stem, 2) if spikes else None,
     )
+
+
+class _Codes:
+    """Integer codes of drawn neurons, batch after batch: of the stem's output, the encoder's, and the spikes behind."""
+
+    def __init__(self, num_steps: int, bins: int, samples_per_image: int, seed: int) -> None:
+        self.num_steps, self.bins, self.samples_per_image = num_steps, bins, samples_per_image
+        self.generator = torch.Generator().manual_seed(seed)
+        self.images = 0
+        self._kept: dict[str, Tensor] = {}  # of the batch that runs
+        self._bins: dict[str, _Bins] = {}  # of the first batch
+        self._codes: dict[str, list[Tensor]] = {}
+
+    def keep(self, name: str, layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        """Keep what went through the encoder, or what the neuron behind it emitted."""
+        if name == "encoder":
+            self._kept.update(stem=inputs[0], coded=output)
+        else:
+            self._kept.update(spikes=spikes_of(layer, output).unflatten(0, (self.num_steps, -1)))
+
+    def add_batch(self) -> None:
+        """Draw neurons of the batch that was kept, and code them."""
+        stem, coded = self._kept["stem"].float().cpu(), self._kept["coded"].float().cpu()
+        neurons = stem[0].numel()
+        count = min(neurons, self.samples_per_image)
+        drawn = torch.stack([torch.randperm(neurons, generator=self.generator)[:count] for _ in stem])  # [B, count]
+        values = {"stem": stem.flatten(1).gather(1, drawn).flatten(), "coded": _draw(coded, drawn)}
+        if "spikes" in self._kept:
+            values["spikes"] = _draw(self._kept["spikes"].cpu(), drawn)
+        if not self._bins:
+            self._bins = {"stem": _Bins(stem[None], self.bins), "coded": _Bins(coded, self.bins)}
+        for name, value in values.items():
+            code = self._bins[name](value) if name in self._bins else (value != 0).long()
+            self._codes.setdefault(name, []).append(code)
+        self.images += len(stem)
+
+    def joined(self) -> dict[str, Tensor]:
+        """Of all batches, by name: ``stem`` (N,), ``coded`` (T, N) and, where a neuron follows, ``spikes`` (T, N)."""
+        return {name: torch.cat(parts, -1) for name, parts in self._codes.items()}
 
 
 def _draw(values: Tensor, drawn: Tensor) -> Tensor:

@@ -7,8 +7,6 @@ right, and the network that comes back from the saved folder gives exactly the s
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,14 +22,13 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from .hub import save_model_folder
 from .inspect.figures import draw_trains
-from .recording import neuron_layers, spikes_of
+from .recording import record_spikes
 from .runtime.files import write_json
 
 RESULT = "demo.json"  # also the mark of a folder that the demo made and may write again
 REQUIRED_ACCURACY = 0.95
 MODEL = "test_gac_msresnet"
 PIXELS = 8
-Recording = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
@@ -201,31 +198,12 @@ def shift(images: Tensor) -> Tensor:
     return windows[which].unsqueeze(1)
 
 
-@contextmanager
-def record_spikes(model: nn.Module) -> Iterator[Recording]:
-    """Record what each neuron layer emits, time-folded ``(T*B, C, H, W)``, by name, in forward order."""
-    recording: Recording = {}
-
-    def hook(name: str) -> Any:
-        def keep(module: nn.Module, inputs: Any, output: Any) -> None:
-            recording[name] = spikes_of(module, output)
-
-        return keep
-
-    handles = [module.register_forward_hook(hook(name)) for name, module in neuron_layers(model).items()]
-    try:
-        yield recording
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
 @torch.no_grad()
 def evaluate(model: nn.Module, images: Tensor) -> tuple[Tensor, dict[str, float]]:
     """Logits ``(N, classes)`` and the firing rate of each neuron layer: spikes per neuron and time step."""
     with record_spikes(model) as recording:
         logits = model(images)
-    return logits, {name: (spikes != 0).float().mean().item() for name, spikes in recording.items()}
+    return logits, {name: (spikes != 0).float().mean().item() for name, spikes in recording.spikes.items()}
 
 
 def rate_table(rates: dict[str, float]) -> Table:
@@ -256,18 +234,11 @@ def draw_raster(model: Any, images: Tensor, labels: Tensor, path: Path, neurons:
 
     steps: int = model.num_steps
     chosen = images[torch.stack([(labels == digit).nonzero()[0, 0] for digit in range(10)])]
-    scores: dict[str, Tensor] = {}
-    attention = (("temporal", model.encoder.temporal), ("spatial", model.encoder.spatial))
-    handles = [
-        module.register_forward_hook(lambda _m, _i, output, name=name: scores.update({name: output}))
-        for name, module in attention
-    ]
     with record_spikes(model) as recording:
         evidence = model.forward_steps(chosen).softmax(-1)  # (10, T, classes)
-    for handle in handles:
-        handle.remove()
-    gate = (scores["temporal"][:, :, None, None, None] * scores["spatial"][:, None]).sigmoid().mean(2)  # (10, T, H, W)
-    by_digit = {name: spikes.unflatten(0, (steps, 10)).transpose(0, 1) for name, spikes in recording.items()}
+    assert recording.gate is not None  # the demonstration's network has gated attention coding
+    gate = recording.gate.mean(2)  # (10, T, H, W)
+    by_digit = {name: spikes.unflatten(0, (steps, 10)).transpose(0, 1) for name, spikes in recording.spikes.items()}
     encoded = by_digit["encoder"].mean(2)
 
     figure = Figure(figsize=(13, 11), dpi=110, facecolor="white", layout="constrained")

@@ -19,16 +19,13 @@ from torch import Tensor, nn
 
 from gac_kernels import LIFSpec, lif
 
-from .encoder import GatedAttentionCoding
 from .inference import FoldedLIF
 from .models.integer import IntegerLIF, SpikeConv
 from .models.network import SpikingResNet
 from .neuron import BatchNormLIF, MembraneBatchNormLIF
-from .recording import NEURONS, current_of, neuron_layers
+from .recording import current_of, neuron_layers
 
 __all__ = ["Exit", "check_confidence", "early_exit", "first_confident_step", "forward_early_exit", "mean_logits"]
-
-_NEURONS = tuple(kind for kind in NEURONS if kind is not GatedAttentionCoding)  # all but the encoder's
 
 
 @dataclass(frozen=True)
@@ -191,10 +188,10 @@ def _stored_dtype(x: Tensor, residual: Tensor | None, current: Tensor) -> torch.
 
 
 @contextmanager
-def _one_step_at_a_time(network: nn.Module) -> Iterator[list[_SteppedNeuron]]:
+def _one_step_at_a_time(network: SpikingResNet) -> Iterator[list[_SteppedNeuron]]:
     """All neuron layers behind the encoder in single steps, each call one step on."""
-    layers = neuron_layers(network, _NEURONS)
-    neurons = [_SteppedNeuron(layer) for layer in layers.values()]
+    layers = [layer for layer in neuron_layers(network).values() if layer is not network.encoder]
+    neurons = [_SteppedNeuron(layer) for layer in layers]
     try:
         for neuron in neurons:
             neuron.layer.__dict__["forward"] = neuron  # an instance's own attribute goes before its class's method

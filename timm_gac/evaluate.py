@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .encoder import DirectCoding
-from .recording import NEURONS, neuron_layers
+from .recording import forward_hooks, neuron_layers
 
 __all__ = ["Evaluation", "evaluate", "evaluate_state"]
 
@@ -84,29 +84,18 @@ class _Sums:
 
 
 class _Rates:
-    """Firing rates by forward hooks, summed on the device."""
+    """Firing rates of the neuron layers and of a direct encoder's values, summed on the device."""
 
     def __init__(self, model: nn.Module, enabled: bool, device: torch.device) -> None:
-        self.layers = neuron_layers(model, (*NEURONS, DirectCoding)) if enabled else {}
+        self.layers = neuron_layers(model, also=(DirectCoding,)) if enabled else {}
+        self.index = {name: index for index, name in enumerate(self.layers)}
         self.sums = torch.zeros(2, len(self.layers), dtype=torch.float64, device=device)
 
-    @contextmanager
-    def recording(self) -> Iterator[None]:
-        """Hooks in place for the duration."""
-        handles = [module.register_forward_hook(self._hook(index)) for index, module in enumerate(self.layers.values())]
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
-
-    def _hook(self, index: int) -> Callable[[nn.Module, Any, Any], None]:
-        def hook(_module: nn.Module, _inputs: Any, output: Any) -> None:
-            spikes = output[-1] if isinstance(output, tuple) else output
-            self.sums[0, index] += torch.count_nonzero(spikes)
-            self.sums[1, index] += spikes.numel()
-
-        return hook
+    def add(self, name: str, _module: nn.Module, _inputs: tuple[Any, ...], output: Any) -> None:
+        """Count what a layer emitted."""
+        spikes = output[-1] if isinstance(output, tuple) else output
+        self.sums[0, self.index[name]] += torch.count_nonzero(spikes)
+        self.sums[1, self.index[name]] += spikes.numel()
 
     def rates(self) -> dict[str, float]:
         fired, neurons = self.sums.tolist()
@@ -148,7 +137,7 @@ def evaluate(
     sums, rates = _Sums(steps, device), _Rates(model, firing_rates, device)
     amp = torch.autocast(device.type, amp_dtype) if amp_dtype is not None else nullcontext()
     started = time.perf_counter()
-    with rates.recording():
+    with forward_hooks(rates.layers, rates.add):
         for images, labels in batches:
             with amp:
                 logits = model.forward_steps(images)  # type: ignore[operator]

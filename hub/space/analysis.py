@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -12,12 +10,12 @@ from typing import Any
 import timm.data
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
-from torch import Tensor, nn
+from torch import Tensor
 
 from timm_gac.energy import EnergyMeter, EnergyReport
 from timm_gac.hub import load_model
 from timm_gac.hub.facts import DIGITS, Facts, gather
-from timm_gac.neuron import LIF, BatchNormLIF
+from timm_gac.recording import record_spikes
 
 MAX_FILE_BYTES = 20 << 20
 MAX_PIXELS = 50_000_000
@@ -107,54 +105,16 @@ class Network:
         pixels = self.prepare(picture)
         mean, std = (torch.tensor(self.config[key])[:, None, None] for key in ("mean", "std"))
         meter = EnergyMeter(self.model)
-        with meter, record(self.model) as recorded:
+        with meter, record_spikes(self.model) as recording:
             steps = self.model.forward_steps(pixels)[0]
-        time = self.facts.num_steps
-        gate = None
-        if {"temporal", "spatial"} <= recorded.scores.keys():
-            scores = recorded.scores["temporal"][0, :, None, None, None] * recorded.scores["spatial"][0]
-            gate = scores.sigmoid().mean(1)
-        spikes = {name: tensor.unflatten(0, (time, -1))[:, 0] for name, tensor in recorded.spikes.items()}
+        gate = None if recording.gate is None else recording.gate[0].mean(1)
+        spikes = {
+            name: tensor.unflatten(0, (self.facts.num_steps, -1))[:, 0]
+            for name, tensor in recording.spikes.items()
+            if name != "encoder"  # its spikes are gated: real values
+        }
         prepared = (pixels[0] * std + mean).clamp(0, 1).permute(1, 2, 0)
         return Analysis(prepared, steps, spikes, gate, meter.report())
-
-
-@dataclass
-class Recording:
-    """What the hooks of `record` keep."""
-
-    spikes: dict[str, Tensor]
-    scores: dict[str, Tensor]
-
-
-@contextmanager
-def record(model: nn.Module) -> Iterator[Recording]:
-    """Keep spikes and attention scores of the forward passes inside the block."""
-    kept = Recording({}, {})
-
-    def keep_spikes(name: str) -> Any:
-        def hook(module: nn.Module, inputs: Any, output: Any) -> None:
-            kept.spikes[name] = output[-1] if isinstance(output, tuple) else output  # (membrane, spikes), or spikes
-
-        return hook
-
-    handles = []
-    neurons: list[str] = []
-    for name, module in model.named_modules():
-        if isinstance(module, LIF | BatchNormLIF) and not any(name.startswith(f"{outer}.") for outer in neurons):
-            neurons.append(name)
-            handles.append(module.register_forward_hook(keep_spikes(name)))
-    for part in ("temporal", "spatial"):
-        attention = getattr(model.encoder, part, None)
-        if attention is not None:
-            handles.append(
-                attention.register_forward_hook(lambda _m, _i, output, part=part: kept.scores.update({part: output}))
-            )
-    try:
-        yield kept
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def open_picture(file: Path) -> Image.Image:

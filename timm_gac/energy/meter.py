@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
+from contextlib import ExitStack
 from types import TracebackType
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..encoder import GatedAttentionCoding
+from ..recording import forward_hooks
 from .counter import LAYERS, Counter
 from .report import EnergyReport
 from .tables import COSTS, EnergyCosts
@@ -59,28 +61,31 @@ class EnergyMeter:
         self._frames = False
         self._order: list[str] = []  # in which the layers ran first
         self._batch, self._depth = 0, 0
-        self._removers: list[Callable[[], None]] = []
+        self._counting: ExitStack | None = None  # takes away what was put on the network
 
     def __enter__(self) -> EnergyMeter:
         """Start to count; counts of an earlier ``with`` are kept."""
-        if self._removers:
+        if self._counting is not None:
             raise ValueError("expected a meter that is not counting yet, got one within `with`: use another meter")
-        for counter in self._counters.values():
-            self._removers.append(counter.layer.register_forward_hook(self._hook(counter)).remove)
-        for name in _ENTRIES:
-            if hasattr(self.model, name):
-                self._watch(name)
+        layers = {name: counter.layer for name, counter in self._counters.items()}
+        with ExitStack() as stack:
+            stack.enter_context(forward_hooks(layers, self._count))
+            for name in _ENTRIES:
+                if hasattr(self.model, name):
+                    self._watch(name, stack)
+            self._counting = stack.pop_all()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         """Stop to count and leave the network as it was."""
-        while self._removers:
-            self._removers.pop()()
+        counting, self._counting = self._counting, None
+        if counting is not None:
+            counting.close()
 
-    def _watch(self, name: str) -> None:
-        """Learn the batch size from a call of the network's method."""
+    def _watch(self, name: str, stack: ExitStack) -> None:
+        """Learn the batch size from a call of the network's method, until the stack is closed."""
         method = getattr(self.model, name)
 
         def watched(x: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -102,17 +107,14 @@ class EnergyMeter:
             else:
                 self.model.__dict__[name] = replaced
 
-        self._removers.append(restore)
+        stack.callback(restore)
 
-    def _hook(self, counter: Counter) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
-        def count(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-            if self._depth == 0:
-                return  # a layer called on its own
-            if counter.name not in self._order:
-                self._order.append(counter.name)
-            counter.add(inputs[0], output, self._batch)
-
-        return count
+    def _count(self, name: str, _layer: nn.Module, inputs: tuple[Tensor, ...], output: Any) -> None:
+        if self._depth == 0:
+            return  # a layer called on its own
+        if name not in self._order:
+            self._order.append(name)
+        self._counters[name].add(inputs[0], output, self._batch)
 
     def report(self, costs: EnergyCosts | str = "45nm-float32", weights: str = "") -> EnergyReport:
         """Everything counted so far, per image.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,8 +10,7 @@ import timm.data
 import torch
 from torch import Tensor, nn
 
-from ..encoder import GatedAttentionCoding
-from ..recording import current_of, membrane_of, neuron_layers, spikes_of
+from ..recording import current_of, forward_hooks, gate_scores, membrane_of, neuron_layers, spikes_of
 
 __all__ = ["Inspection", "LayerActivity", "inspect_network"]
 
@@ -128,57 +127,38 @@ class _Sums:
 
 
 class _Recorder:
-    """Hooks on neurons, gate and encoder."""
+    """Sums of neurons over all batches; output of encoder and gate for the image that is drawn."""
 
     def __init__(self, model: Any) -> None:
         self.model, self.num_steps = model, int(model.num_steps)
-        self.sums = [_Sums(name, module) for name, module in neuron_layers(model).items()]
-        self.order: list[_Sums] = []
+        self.layers = neuron_layers(model)
+        self.sums: dict[str, _Sums] = {}  # in the order in which the layers ran
         self.first: dict[str, Tensor] = {}  # of the image that is drawn
-        self.handles: list[Any] = []
-
-    def __enter__(self) -> _Recorder:
-        for sums in self.sums:
-            self.handles.append(sums.module.register_forward_hook(self._count(sums)))
-        encoder = self.model.encoder
-        self.handles.append(encoder.register_forward_hook(self._keep("coded")))
-        if isinstance(encoder, GatedAttentionCoding):
-            self.handles.append(encoder.temporal.register_forward_hook(self._keep("temporal")))
-            self.handles.append(encoder.spatial.register_forward_hook(self._keep("spatial")))
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        while self.handles:
-            self.handles.pop().remove()
-
-    def _count(self, sums: _Sums) -> Callable[[nn.Module, tuple[Any, ...], Any], None]:
-        def hook(_module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
-            if sums not in self.order:
-                self.order.append(sums)
-            sums.add(inputs, output, self.num_steps)
-
-        return hook
-
-    def _keep(self, name: str) -> Callable[[nn.Module, tuple[Any, ...], Tensor], None]:
-        def hook(_module: nn.Module, _inputs: tuple[Any, ...], output: Tensor) -> None:
-            if name in self.first:
-                return
-            steps, batch = self.num_steps, self.batch
-            if name == "temporal":
-                self.first[name] = output[0].float().cpu()  # [T]
-            elif name == "spatial":  # (B, C, H, W) of images, (T*B, C, H, W) of frames
-                frames = output.unflatten(0, (-1, batch))[:, 0].float().cpu()
-                self.first[name] = frames.expand(steps, *frames.shape[1:])  # [T, C, H, W]
-            else:
-                self.first[name] = output[:, 0].float().mean(1).cpu()  # [T, H, W]
-
-        return hook
+        self.batch = 0
 
     def run(self, images: Tensor) -> Tensor:
-        """Logits of each step, (B, T, classes)."""
+        """Logits of each step, (B, T, classes), of a batch that is recorded."""
         self.batch = len(images)
-        steps: Tensor = self.model.forward_steps(images)
+        encoder = {"coded": self.model.encoder} | gate_scores(self.model.encoder)
+        with forward_hooks(self.layers, self._count), forward_hooks(encoder, self._keep):
+            steps: Tensor = self.model.forward_steps(images)
         return steps
+
+    def _count(self, name: str, layer: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        if name not in self.sums:
+            self.sums[name] = _Sums(name, layer)
+        self.sums[name].add(inputs, output, self.num_steps)
+
+    def _keep(self, name: str, _module: nn.Module, _inputs: tuple[Any, ...], output: Tensor) -> None:
+        if name in self.first:
+            return
+        if name == "temporal":
+            self.first[name] = output[0].float().cpu()  # [T]
+        elif name == "spatial":  # (B, C, H, W) of images, (T*B, C, H, W) of frames
+            frames = output.unflatten(0, (-1, self.batch))[:, 0].float().cpu()
+            self.first[name] = frames.expand(self.num_steps, *frames.shape[1:])  # [T, C, H, W]
+        else:
+            self.first[name] = output[:, 0].float().mean(1).cpu()  # [T, H, W]
 
 
 @torch.no_grad()
@@ -201,12 +181,11 @@ def inspect_network(
     if model.training:
         raise ValueError("expected a network in eval mode, got one in training mode: call model.eval()")
     recorder, images, first, logits = _Recorder(model), 0, None, None
-    with recorder:
-        for batch in batches:
-            steps = recorder.run(batch)
-            if first is None:
-                first, logits = batch[0], steps[0].float().cpu()
-            images += len(batch)
+    for batch in batches:
+        steps = recorder.run(batch)
+        if first is None:
+            first, logits = batch[0], steps[0].float().cpu()
+        images += len(batch)
     if first is None or logits is None:
         raise ValueError("expected at least one image, got none: give a picture")
     count = torch.arange(1, recorder.num_steps + 1)[:, None]
@@ -223,7 +202,7 @@ def inspect_network(
         images=images,
         picture=_picture(first, config),
         scores=(logits.cumsum(0) / count).softmax(1),
-        layers=tuple(sums.result(images, recorder.num_steps) for sums in recorder.order),
+        layers=tuple(sums.result(images, recorder.num_steps) for sums in recorder.sums.values()),
         temporal=kept.get("temporal"),
         spatial=kept["spatial"].mean(1) if "spatial" in kept else None,
         gate=gate,
