@@ -87,9 +87,9 @@ class Run:
         with self.accelerator.main_process_first():  # the first decodes and caches, the others read the cache
             sets = read_sets(recipe, self.main)
         side = recipe.image_size or 224
-        num_classes, shape = 1000, (3, side, side)
+        num_classes, shape = 1000, torch.Size((3, side, side))
         if sets is not None:
-            num_classes, shape = sets[0].num_classes, tuple(sets[0].images.shape[1:])
+            num_classes, shape = sets[0].num_classes, sets[0].images.shape[1:]
         self.network = create_network(recipe, num_classes, shape[0])
         describe_input(self.network, shape)
         freeze_stages(self.network, recipe.freeze_stages)

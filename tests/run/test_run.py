@@ -1,0 +1,57 @@
+"""A script that knows nothing of this package finds its models."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from timm_gac.run.__main__ import main
+
+SCRIPT = """
+import argparse
+import timm
+from beside import SIZE
+
+parser = argparse.ArgumentParser()
+parser.add_argument("--model")
+args = parser.parse_args()
+assert __name__ == "__main__" and __file__.endswith("script.py")
+network = timm.create_model(args.model, num_classes=SIZE)
+print(type(network).__module__, network.num_classes)
+raise SystemExit(3)
+"""
+
+
+@pytest.fixture
+def script(tmp_path: Path) -> Path:
+    (tmp_path / "beside.py").write_text("SIZE = 7\n")
+    (tmp_path / "script.py").write_text(SCRIPT)
+    return tmp_path / "script.py"
+
+
+def test_a_script_finds_the_models(script: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "timm_gac.run", str(script), "--model", "test_gac_msresnet"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 3, done.stderr
+    assert done.stdout.split() == ["timm_gac.models.network", "7"]
+
+
+def test_arguments_and_path_are_put_back(script: Path) -> None:
+    before = sys.argv, sys.path
+    with pytest.raises(SystemExit) as ended:
+        main([str(script), "--model", "test_gac_msresnet"])
+    assert ended.value.code == 3 and (sys.argv, sys.path) == before
+    sys.modules.pop("beside", None)
+
+
+def test_help_and_errors_say_what_to_do(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--help"]) == 0
+    assert "SCRIPT" in capsys.readouterr().out
+    cases = {(): "expected a script, got none", ("--model", "a"): "behind its path", (str(tmp_path),): "is no file"}
+    for arguments, message in cases.items():
+        assert main(arguments) == 2
+        errors = capsys.readouterr().err
+        assert message in errors and len(errors.splitlines()) == 1

@@ -1,0 +1,1 @@
+"""`python -m timm_gac.run SCRIPT ...` runs a script of timm with the models of this package registered."""

@@ -1,0 +1,66 @@
+"""Run a script of timm, such as validate.py, with the models of this package registered.
+
+timm's scripts find models by name in its registry, which `import timm_gac` extends. A script without a
+``--device-modules`` option has no way to import it, so this module does and then runs the script as if it had been
+started itself: its ``__name__``, its arguments, and its folder first on the import path.
+"""
+
+from __future__ import annotations
+
+import runpy
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+HELP = """usage: python -m timm_gac.run SCRIPT [ARGUMENT ...]
+
+Run a Python script with the models of timm_gac registered in timm.
+
+  SCRIPT       a script, such as validate.py, benchmark.py or inference.py of a clone of pytorch-image-models
+  ARGUMENT     what follows is the script's own, --help included
+
+python -m timm_gac.run pytorch-image-models/validate.py --model gac_msresnet34 --data-dir FOLDER
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a script; 0 unless the script raises `SystemExit` itself, 2 where there is no script to run.
+
+    Args:
+        arguments: The script and its arguments; those of the process where None.
+    """
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    if given[:1] in (["-h"], ["--help"]):
+        sys.stdout.write(HELP)
+        return 0
+    if problem := _problem(given):
+        sys.stderr.write(f"timm_gac.run: {problem}\n")
+        return 2
+    import timm_gac  # noqa: F401 (registers the models)
+
+    script = given[0]
+    argv, path = sys.argv, sys.path
+    sys.argv, sys.path = given, [str(Path(script).resolve().parent), *sys.path]
+    try:
+        runpy.run_path(script, run_name="__main__")
+    finally:
+        sys.argv, sys.path = argv, path
+    return 0
+
+
+def _problem(given: Sequence[str]) -> str:
+    """Why there is nothing to run, and what to do; empty where there is."""
+    if not given:
+        return "expected a script, got none: give its path, such as pytorch-image-models/validate.py, or --help"
+    if given[0].startswith("-"):
+        return f"expected a script first, got the option {given[0]!r}: put the script's options behind its path"
+    if not Path(given[0]).is_file():
+        return (
+            f"expected a script, got {given[0]!r}, which is no file: check the path; timm's scripts are in a clone of "
+            "https://github.com/huggingface/pytorch-image-models, not in the installed package"
+        )
+    return ""
+
+
+if __name__ == "__main__":
+    sys.exit(main())
