@@ -13,7 +13,7 @@ import timm_gac  # noqa: F401 (registers the models)
 from timm_gac import weight_gradients
 from timm_gac.convolution import Conv2d
 from timm_gac.graphs import GraphedStep
-from timm_gac.weight_gradients import beside_norms
+from timm_gac.weight_gradients import overlap_weight_gradients
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -39,7 +39,7 @@ def images(seed: int = 0) -> Tensor:
 
 
 def loss_of(model: nn.Module, x: Tensor, beside: bool, dtype: torch.dtype | None = torch.bfloat16) -> Tensor:
-    wanted = beside_norms() if beside else contextlib.nullcontext()
+    wanted = overlap_weight_gradients() if beside else contextlib.nullcontext()
     with wanted, torch.autocast(DEVICE, dtype or torch.bfloat16, enabled=dtype is not None):
         return model(x).float().square().sum()
 
@@ -56,16 +56,16 @@ def assert_same(got: nn.Module, expected: nn.Module) -> None:
             assert other.dtype == gradient.dtype and torch.equal(other, gradient), name
 
 
-def prepared_convolutions(monkeypatch: pytest.MonkeyPatch) -> list[nn.Module]:
-    """Collects the convolutions that run with a prepared weight."""
+def overlapped_convolutions(monkeypatch: pytest.MonkeyPatch) -> list[nn.Module]:
+    """Collects the convolutions that run with a cast weight."""
     found: list[nn.Module] = []
-    original = Conv2d._beside_norms
+    original = Conv2d._overlapped
 
     def note(self, *args):
         found.append(self)
         return original(self, *args)
 
-    monkeypatch.setattr(Conv2d, "_beside_norms", note)
+    monkeypatch.setattr(Conv2d, "_overlapped", note)
     return found
 
 
@@ -75,11 +75,11 @@ def test_gradients_are_those_without_to_the_bit(packed: bool, monkeypatch: pytes
     for model in (plain, beside):
         model.set_spike_packing(packed)
     loss_of(plain, images(), False).backward()
-    found = prepared_convolutions(monkeypatch)
+    found = overlapped_convolutions(monkeypatch)
     loss_of(beside, images(), True).backward()
     assert set(found) == {module for module in beside.modules() if isinstance(module, nn.Conv2d)}
     assert_same(beside, plain)
-    assert all("prepared_weight" not in vars(module) for module in found)
+    assert all("cast_weight" not in vars(module) for module in found)
 
 
 def test_several_passes_add_up() -> None:
@@ -100,8 +100,8 @@ def test_a_module_used_twice_in_a_pass_gets_the_sum() -> None:
             self.conv = Conv2d(4, 4, 3, padding=1, bias=False, device=DEVICE)
 
         def forward(self, x: Tensor) -> Tensor:
-            wanted = weight_gradients.wanted(self)
-            with weight_gradients.prepared(self, Conv2d, x) if wanted else contextlib.nullcontext():
+            wanted = weight_gradients.overlap_enabled(self)
+            with weight_gradients.with_cast_weights(self, Conv2d, x) if wanted else contextlib.nullcontext():
                 return self.conv(self.conv(x))
 
     plain, beside, x = Twice(), Twice(), torch.randn(2, 4, 8, 8, device=DEVICE)
@@ -126,7 +126,7 @@ def test_the_input_alone_can_be_asked_for() -> None:
 
 @pytest.mark.parametrize("why", ["float32", "no_grad", "checkpointing", "frozen"])
 def test_nothing_changes_where_there_is_nothing_to_gain(why: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    model, found = network(), prepared_convolutions(monkeypatch)
+    model, found = network(), overlapped_convolutions(monkeypatch)
     if why == "checkpointing":
         model.set_grad_checkpointing()
     if why == "frozen":
@@ -146,16 +146,16 @@ def test_weights_go_back_when_a_pass_fails() -> None:
     model.layer2.forward = None
     with pytest.raises(TypeError):
         loss_of(model, images(), True)
-    assert all("prepared_weight" not in vars(module) for module in model.modules())
+    assert all("cast_weight" not in vars(module) for module in model.modules())
 
 
 def test_compiled_networks_do_without(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, found = network().eval(), prepared_convolutions(monkeypatch)
+    model, found = network().eval(), overlapped_convolutions(monkeypatch)
     compiled = torch.compile(model, fullgraph=True, backend="eager")
     assert torch.equal(loss_of(compiled, images(), True), loss_of(model, images(), False)) and not found
 
 
 def test_graphed_steps_ask_for_it() -> None:
     seen = []
-    GraphedStep(lambda x: seen.append(weight_gradients._WANTED.get()))._run_step([torch.zeros(1)])
-    assert seen == [True] and not weight_gradients._WANTED.get()
+    GraphedStep(lambda x: seen.append(weight_gradients._OVERLAP.get()))._run_step([torch.zeros(1)])
+    assert seen == [True] and not weight_gradients._OVERLAP.get()

@@ -6,6 +6,7 @@ from gac_kernels import CIFAR, IMAGENET, LIFSpec, use_backend
 
 from . import models as models
 from .encoder import DirectCoding, GatedAttentionCoding
+from .graphs import GraphedStep
 from .inference import fuse_for_inference
 from .neuron import LIF, BatchNormLIF
 from .quantize import quantize
@@ -22,6 +23,7 @@ __all__ = [
     "BatchNormLIF",
     "DirectCoding",
     "GatedAttentionCoding",
+    "GraphedStep",
     "LIFSpec",
     "__version__",
     "fuse_for_inference",

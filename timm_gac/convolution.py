@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from . import weight_gradients
-from .neuron import check_num_steps, is_watched
+from .checks import check_num_steps, has_hooks
 
 __all__ = ["Conv2d", "SpikeConv2d", "shortcut_operands"]
 
@@ -16,17 +16,17 @@ __all__ = ["Conv2d", "SpikeConv2d", "shortcut_operands"]
 class Conv2d(nn.Conv2d):
     """``nn.Conv2d`` whose weight gradient can be computed on a second stream: see `weight_gradients`."""
 
-    prepared_weight: Any = None  # set by `weight_gradients.prepared` for the time of a forward pass
+    cast_weight: Any = None  # set by `weight_gradients.with_cast_weights` for the time of a forward pass
 
     def forward(self, x: Tensor) -> Tensor:
         """The convolution of x."""
-        if self.prepared_weight is not None:
-            return self._beside_norms(x, None, 1)
+        if self.cast_weight is not None:
+            return self._overlapped(x, None, 1)
         return self._conv_forward(x, self.weight, self.bias)
 
-    def _beside_norms(self, x: Tensor, bits: Tensor | None, num_steps: int) -> Tensor:
+    def _overlapped(self, x: Tensor, bits: Tensor | None, num_steps: int) -> Tensor:
         geometry: Any = (self.stride, self.padding, self.dilation, self.groups)
-        return weight_gradients.convolve(x, self.prepared_weight, bits, num_steps, geometry)
+        return weight_gradients.convolve(x, self.cast_weight, bits, num_steps, geometry)
 
 
 class SpikeConv2d(Conv2d):
@@ -64,8 +64,8 @@ class SpikeConv2d(Conv2d):
 
     def forward(self, x: Tensor, bits: Tensor | None = None) -> Tensor:
         """The convolution of x; with ``bits``, which `pack_spikes` makes of x, x itself is not kept."""
-        if self.prepared_weight is not None:
-            return self._beside_norms(x, bits, self.num_steps)
+        if self.cast_weight is not None:
+            return self._overlapped(x, bits, self.num_steps)
         if bits is not None:
             return self._packed(x, bits)
         return self._conv_forward(x, self.weight, self.bias)
@@ -87,7 +87,7 @@ def shortcut_operands(conv: nn.Conv2d, x: Tensor) -> tuple[Tensor, Tensor] | Non
     None where the module has to be called: something watches it, or it is another convolution.
     """
     plain = conv.kernel_size == (1, 1) and conv.padding == (0, 0) and conv.groups == 1 and conv.bias is None
-    if not plain or conv.stride not in ((1, 1), (2, 2)) or is_watched(conv):
+    if not plain or conv.stride not in ((1, 1), (2, 2)) or has_hooks(conv):
         return None
     device = x.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else conv.weight.dtype

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from gac_kernels import CIFAR, LIFSpec, gac_encode, gac_fire, gated_lif
 
+from .checks import check_num_steps
 from .convolution import Conv2d
-from .neuron import check_num_steps
 
 __all__ = ["DirectCoding", "GatedAttentionCoding", "SpatialChannelAttention", "TemporalAttention"]
 

@@ -8,7 +8,7 @@ from typing import Generic, TypeVar
 import torch
 from torch import Tensor
 
-from .weight_gradients import beside_norms
+from .weight_gradients import overlap_weight_gradients
 
 __all__ = ["GraphedStep"]
 
@@ -127,7 +127,7 @@ class GraphedStep(Generic[T]):
         return result
 
     def _run_step(self, tensors: Sequence[Tensor]) -> T:
-        with beside_norms():
+        with overlap_weight_gradients():
             return self._step(*tensors)
 
     def _capture(self, tensors: tuple[Tensor, ...]) -> torch.cuda.CUDAGraph:

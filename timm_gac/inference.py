@@ -10,9 +10,10 @@ from torch import Tensor, nn
 
 from gac_kernels.convolution.conv_lif import UNIT_EPS
 
+from .checks import has_hooks
 from .convolution import shortcut_operands
 from .models.blocks import MSBlock, SpikingBlock, Stage
-from .neuron import BatchNormLIF, MembraneBatchNormLIF, is_watched
+from .neuron import BatchNormLIF, MembraneBatchNormLIF
 
 __all__ = [
     "FoldedBlock", "FoldedConv2d", "FoldedLIF", "FoldedStem", "bias_in_channel", "fold_batch_norm",
@@ -165,8 +166,8 @@ class FoldedBlock(nn.Module):
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """Membrane and spikes, or the spikes twice where no membrane is needed; no bits."""
         hidden = _convolve_and_fire(self.conv1, self.bn1, spikes)
-        made = _convolve_and_fire(self.conv2, self.bn2, hidden, self.downsample, membrane)
-        return (*made, None) if isinstance(made, tuple) else (made, made, None)
+        out = _convolve_and_fire(self.conv2, self.bn2, hidden, self.downsample, membrane)
+        return (*out, None) if isinstance(out, tuple) else (out, out, None)
 
 
 def _convolve_and_fire(
@@ -177,7 +178,7 @@ def _convolve_and_fire(
     The op has none; convolution and neuron apart have, at the input for instance.
     """
     gradients = torch.is_grad_enabled() and (x.requires_grad or conv.weight.requires_grad)
-    watched = is_watched(conv) or is_watched(neuron)
+    watched = has_hooks(conv) or has_hooks(neuron)
     if (
         not shift_in_neuron(x)
         or gradients
@@ -196,7 +197,7 @@ def _convolve_and_fire(
     x, weight = x.to(dtype), conv.weight.to(dtype)
     kernel = None
     if residual is not None and downsample is not None:
-        operands = None if is_watched(downsample) else shortcut_operands(downsample[0], residual)
+        operands = None if has_hooks(downsample) else shortcut_operands(downsample[0], residual)
         residual, kernel = operands if operands is not None else (downsample(residual), None)
     residual, kernel = (None if tensor is None else tensor.to(dtype) for tensor in (residual, kernel))
     spikes, current = torch.ops.gac_kernels.conv_lif(

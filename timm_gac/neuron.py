@@ -11,24 +11,10 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from gac_kernels import CIFAR, LIFSpec, lif, pack_spikes
 
+from .checks import check_num_steps
 from .collectives import combine_statistics
 
 __all__ = ["LIF", "BatchNormLIF", "MembraneBatchNormLIF"]
-
-
-def is_watched(module: nn.Module) -> bool:
-    """Whether hooks or another forward would notice that a module is not called, its work being done elsewhere."""
-    hooks = (
-        module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks,
-    )  # fmt: skip
-    return any(hooks) or "forward" in vars(module)
-
-
-def check_num_steps(num_steps: int) -> int:
-    """``num_steps`` itself where it is a valid number of time steps, else a ValueError."""
-    if not isinstance(num_steps, int) or isinstance(num_steps, bool) or num_steps < 1:
-        raise ValueError(f"expected num_steps as an integer >= 1, got {num_steps!r}: give one such as 4")
-    return num_steps
 
 
 @register_notrace_module

@@ -111,22 +111,21 @@ def _spike_conv(conv: nn.Conv2d, shift: Tensor, network: SpikingResNet, clip: st
     stride = conv.stride[0]
     if stride > 2:
         raise ValueError(f"expected strides 1 or 2, got {stride}: this network cannot be quantised")
-    made = SpikeConv(conv.in_channels, conv.out_channels, stride, network.spec, network.num_steps, keep_membrane)
+    layer = SpikeConv(conv.in_channels, conv.out_channels, stride, network.spec, network.num_steps, keep_membrane)
     grid = current_grid(network.spec, network.num_steps)
     weight, scale = quantize_weight(conv.weight, clip, grid)
-    made.weight.copy_(weight.flatten(2).transpose(1, 2))
-    made.scale.copy_(scale)
-    made.bias.copy_((shift / grid).round_() * grid)
-    return made.to(conv.weight.device)
+    layer.weight.copy_(weight.flatten(2).transpose(1, 2))
+    layer.scale.copy_(scale)
+    layer.bias.copy_((shift / grid).round_() * grid)
+    return layer.to(conv.weight.device)
 
 
 def quantize_weight(weight: Tensor, clip: str, grid: float) -> tuple[Tensor, Tensor]:
     """Symmetric 8-bit rounding per output channel, whose errors cancel.
 
-    A spike is 0 or 1 and a feature map fires in patches, so an error counts by its sum over the window and, since all
-    maps fire, by its sum over all input channels; what is left of them acts as a shift of the threshold. Rounding to
-    nearest leaves these sums to chance. Here as few integers as suffice, those nearest to a tie, go to the other side
-    until the errors of each window and then of each output channel add up to at most about half a unit.
+    Error-balanced rounding: flip the fewest integers, nearest to a tie first, until the rounding errors of each 3x3
+    window, then of each output channel, sum to at most about half a unit. Spikes are 0 or 1 and come in patches, so
+    these sums act as a shift of the threshold; rounding to nearest leaves them to chance.
 
     Args:
         weight: (C', C, 3, 3) float64.
@@ -158,10 +157,10 @@ def _balance(exact: Tensor, rounded: Tensor) -> Tensor:
     """
     error = exact - rounded
     total = error.sum(-1, keepdim=True)
-    side = total.sign()
-    free = (exact != 0) & ((rounded + side).abs() <= _LEVELS)
-    rank = torch.where(free, error * side, -torch.inf).sort(stable=True, descending=True).indices.argsort(-1)
-    return rounded + side * (free & (rank < total.abs().round()))
+    direction = total.sign()
+    free = (exact != 0) & ((rounded + direction).abs() <= _LEVELS)
+    rank = torch.where(free, error * direction, -torch.inf).sort(stable=True, descending=True).indices.argsort(-1)
+    return rounded + direction * (free & (rank < total.abs().round()))
 
 
 def _round(weight: Tensor, scale: Tensor) -> Tensor:

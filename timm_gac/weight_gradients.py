@@ -1,12 +1,12 @@
-"""Weight gradients of a network's convolutions beside its batch norms, on a second stream.
+"""Weight gradients of a network's convolutions on a second stream, beside the backward passes of its batch norms.
 
-A convolution's gradient at its weight is arithmetic that nothing waits for until the optimiser; the backward passes of
-the batch norms move memory. Side by side they take less time than one after the other. For that the network casts the
-weights of all its convolutions for autocast at the start of its forward pass, in one kernel: the gradients of these
-casts are then the last thing that the backward pass asks for, also in one kernel.
+Weight gradients are compute-bound and not needed before the optimiser step; the backward pass of batch norm is
+memory-bound. Two streams overlap them. For that the network casts the weights of all its convolutions for autocast at
+the start of its forward pass, in one kernel: the gradients of these casts are then the last thing that the backward
+pass asks for, also in one kernel.
 
-A step opts in by `beside_norms`, as `GraphedStep` does for the steps that it runs: in a graph the second stream costs
-the host nothing. Without autocast, under torch.compile and with gradient checkpointing nothing changes.
+A step opts in by `overlap_weight_gradients`, as `GraphedStep` does for the steps that it runs: in a graph the second
+stream costs the host nothing. Without autocast, under torch.compile and with gradient checkpointing nothing changes.
 """
 
 from __future__ import annotations
@@ -20,23 +20,30 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-__all__ = ["PendingGradients", "Prepared", "beside_norms", "convolve", "prepared", "wanted"]
+__all__ = [
+    "CastWeight",
+    "PendingGradients",
+    "convolve",
+    "overlap_enabled",
+    "overlap_weight_gradients",
+    "with_cast_weights",
+]
 
 Geometry = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], int]  # stride, padding, dilation, groups
-Prepared = tuple[Tensor, "PendingGradients", int]  # weight in autocast's dtype, where its gradient goes, its number
+CastWeight = tuple[Tensor, "PendingGradients", int]  # weight in autocast's dtype, where its gradient goes, its number
 
-_WANTED: ContextVar[bool] = ContextVar("timm_gac_weight_gradients_beside_norms", default=False)
+_OVERLAP: ContextVar[bool] = ContextVar("timm_gac_overlap_weight_gradients", default=False)
 _STREAMS: dict[torch.device, torch.cuda.Stream] = {}
 
 
 @contextmanager
-def beside_norms() -> Iterator[None]:
+def overlap_weight_gradients() -> Iterator[None]:
     """Forward passes within leave their weight gradients to a second stream; values and their order do not change."""
-    token = _WANTED.set(True)
+    token = _OVERLAP.set(True)
     try:
         yield
     finally:
-        _WANTED.reset(token)
+        _OVERLAP.reset(token)
 
 
 class PendingGradients:
@@ -99,20 +106,20 @@ def _second_stream(device: torch.device) -> torch.cuda.Stream | None:
     return _STREAMS[device]
 
 
-def wanted(network: nn.Module) -> bool:
-    """Whether `prepared` is to be used around a forward pass of ``network`` that happens now."""
-    if torch.compiler.is_compiling() or not _WANTED.get() or not torch.is_grad_enabled():
+def overlap_enabled(network: nn.Module) -> bool:
+    """Whether `with_cast_weights` is to be used around a forward pass of ``network`` that happens now."""
+    if torch.compiler.is_compiling() or not _OVERLAP.get() or not torch.is_grad_enabled():
         return False
     return not any(getattr(module, "grad_checkpointing", False) for module in network.modules())
 
 
 @contextmanager
-def prepared(network: nn.Module, kind: type[nn.Module], x: Tensor) -> Iterator[None]:
+def with_cast_weights(network: nn.Module, kind: type[nn.Module], x: Tensor) -> Iterator[None]:
     """Give the convolutions of a network their weights in autocast's dtype for one forward pass.
 
     Args:
         network: Whose forward pass it is.
-        kind: Class of these convolutions; ``prepared_weight`` is set on each that has no bias and learns.
+        kind: Class of these convolutions; ``cast_weight`` is set on each that has no bias and learns.
         x: Input of the pass.
     """
     dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else None
@@ -123,12 +130,12 @@ def prepared(network: nn.Module, kind: type[nn.Module], x: Tensor) -> Iterator[N
     pending = PendingGradients(x.device, len(found))
     weights = _Cast.apply(pending, dtype, *[module.weight for module in found])
     for index, (module, weight) in enumerate(zip(found, weights, strict=True)):
-        module.prepared_weight = (weight, pending, index)
+        module.cast_weight = (weight, pending, index)
     try:
         yield
     finally:
         for module in found:
-            del module.prepared_weight
+            del module.cast_weight
 
 
 def _learns(module: Any, dtype: torch.dtype | None) -> bool:
@@ -159,10 +166,10 @@ class _Cast(torch.autograd.Function):
 
 
 def _cast_all(tensors: Any, dtypes: list[torch.dtype]) -> list[Tensor]:
-    made = [torch.empty_like(tensor, dtype=dtype) for tensor, dtype in zip(tensors, dtypes, strict=True)]
-    if made:
-        torch._foreach_copy_(made, list(tensors))
-    return made
+    out = [torch.empty_like(tensor, dtype=dtype) for tensor, dtype in zip(tensors, dtypes, strict=True)]
+    if out:
+        torch._foreach_copy_(out, list(tensors))
+    return out
 
 
 class _Convolution(torch.autograd.Function):
@@ -202,15 +209,15 @@ class _Convolution(torch.autograd.Function):
         return at_input, *[None] * 6
 
 
-def convolve(x: Tensor, prepared_weight: Prepared, bits: Tensor | None, num_steps: int, geometry: Geometry) -> Tensor:
-    """Convolution with a weight that `prepared` has set.
+def convolve(x: Tensor, cast_weight: CastWeight, bits: Tensor | None, num_steps: int, geometry: Geometry) -> Tensor:
+    """Convolution with a weight that `with_cast_weights` has set.
 
     Args:
         x: (N, C, H, W), cast to the weight's dtype.
-        prepared_weight: What `prepared` has set.
+        cast_weight: What `with_cast_weights` has set.
         bits: x as bits, which are kept instead of it, or None.
         num_steps: T.
         geometry: Stride, padding, dilation and groups.
     """
-    weight, pending, index = prepared_weight
+    weight, pending, index = cast_weight
     return _Convolution.apply(x.to(weight.dtype), weight, bits, pending, index, num_steps, geometry)

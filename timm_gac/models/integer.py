@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from gac_kernels import LIFSpec, firing_rate, integer_lif, spike_conv, spike_conv_reference
 
+from ..checks import has_hooks
 from ..convolution import shortcut_operands
-from ..neuron import is_watched
 from .network import SpikingResNet
 
 __all__ = ["IntegerBlock", "IntegerLIF", "IntegerSpikingResNet", "RealConv", "SpikeConv", "current_grid"]
@@ -191,10 +191,10 @@ class IntegerBlock(nn.Module):
         if self.downsample is not None:
             shortcut = shortcut if shortcut.is_floating_point() else self._real(shortcut)
             # A hook on the second convolution sees the shortcut itself.
-            operands = None if is_watched(self.conv2) else shortcut_operands(self.downsample, shortcut)
+            operands = None if has_hooks(self.conv2) else shortcut_operands(self.downsample, shortcut)
             shortcut, weight = operands if operands is not None else (self.downsample(shortcut), None)
-        made = self.conv2(hidden, shortcut) if weight is None else self.conv2(hidden, shortcut, weight)
-        return (*made, None) if isinstance(made, tuple) else (made, made, None)
+        out = self.conv2(hidden, shortcut) if weight is None else self.conv2(hidden, shortcut, weight)
+        return (*out, None) if isinstance(out, tuple) else (out, out, None)
 
     def _real(self, spikes: Tensor) -> Tensor:
         assert self.downsample is not None

@@ -19,10 +19,11 @@ from torch import Tensor, nn
 
 from gac_kernels import IMAGENET, LIFSpec
 
+from ..checks import check_num_steps, has_hooks
 from ..convolution import Conv2d
 from ..encoder import DirectCoding, GatedAttentionCoding
-from ..neuron import LIF, BatchNormLIF, check_num_steps, is_watched
-from ..weight_gradients import prepared, wanted
+from ..neuron import LIF, BatchNormLIF
+from ..weight_gradients import overlap_enabled, with_cast_weights
 from .blocks import MSBlock, SpikingBlock, Stage
 from .checkpoint import checkpoint_filter_fn as checkpoint_filter_fn  # timm expects it beside the model's class
 
@@ -229,7 +230,7 @@ class SpikingResNet(nn.Module):
             and type(encoder) is GatedAttentionCoding
             and type(neuron) in self._first_neurons
             and (encoder.spec, encoder.num_steps) == (neuron.spec, neuron.num_steps)
-            and not (is_watched(encoder) or is_watched(neuron))
+            and not (has_hooks(encoder) or has_hooks(neuron))
         )
 
     def _encode_and_fire(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -244,7 +245,7 @@ class SpikingResNet(nn.Module):
 
     def _forward_spikes(self, x: Tensor) -> Tensor:
         """Spikes of the last stage, time-folded: ``(T*B, C', H', W')``."""
-        with prepared(self, Conv2d, x) if wanted(self) else nullcontext():
+        with with_cast_weights(self, Conv2d, x) if overlap_enabled(self) else nullcontext():
             if self._fires_in_encoder(x):
                 return self._run_stages(*self._encode_and_fire(x))
             return self._run_stages(self._encode(x))
