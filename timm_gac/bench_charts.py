@@ -106,7 +106,7 @@ def throughput_chart(
 
 
 def _draw_curves(axis: Any, curves: dict[str, dict[int, float]]) -> None:
-    """What one time step of the batch costs, against T: flat where the cost is proportional to T."""
+    """Milliseconds per time step of the batch over T: a flat line where the cost is proportional to T."""
     if not curves:
         axis.set_visible(False)
         return

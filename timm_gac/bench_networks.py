@@ -30,7 +30,7 @@ class Unavailable(ValueError):  # noqa: N818 (not an error: the row says why it 
 
 
 class _Tee(torch.autograd.Function):
-    """x for two branches whose gradients are not added: the first one's goes on."""
+    """Give x to two branches; its gradient is that of the first branch, not the sum of both."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -42,7 +42,7 @@ class _Tee(torch.autograd.Function):
 
 
 class _Join(torch.autograd.Function):
-    """The first of two branches, not their sum; both get its gradient."""
+    """The first of two branches, not their sum; both receive the gradient of the output."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, side: Tensor) -> Tensor:
@@ -54,9 +54,10 @@ class _Join(torch.autograd.Function):
 
 
 class ConvolutionsOnly(nn.Module):
-    """A model's convolutions and classifier at its shapes: no norm, neuron, residual sum or gate. A floor of time.
+    """Only the convolutions and the classifier of a model, at its shapes: a lower bound of its time.
 
-    Weights are drawn so that activations keep their size: what a GPU draws, and so its clock, depends on the values.
+    Weights are drawn so that activations keep their size: the power that a GPU takes, and with it its clock, depends on
+    the values.
     """
 
     def __init__(self, model: SpikingResNet) -> None:
@@ -79,7 +80,7 @@ class ConvolutionsOnly(nn.Module):
                 nn.init.kaiming_normal_(module.weight, nonlinearity="linear")
 
     def forward(self, x: Tensor) -> Tensor:
-        """Something of the logits' shape ``(B, num_classes)``."""
+        """A tensor of the logits' shape ``(B, num_classes)``."""
         x = self.stem(x)
         for gate in self.gates:
             x = gate(pad_frames(x, 1, 2))

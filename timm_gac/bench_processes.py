@@ -1,4 +1,4 @@
-"""Several processes on one host for a benchmark: their start, what they tell each other, and how they share a step."""
+"""Several processes on one host for a benchmark: how they start, communicate and share a training step."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import copy
 import datetime
 import gc
 import logging
+import math
 import os
 from collections.abc import Callable
 from typing import Any
@@ -48,18 +49,21 @@ class Group:
         self.collectives = "nccl " + ".".join(map(str, torch.cuda.nccl.version())) if on_cuda else "gloo"
 
     def largest(self, value: float) -> float:
-        """The largest value of any process. Asking waits for all of them, and no GPU has to work for it."""
+        """The largest value of all processes. It waits for all of them and uses no GPU."""
         values = torch.tensor([value], dtype=torch.float64)
         dist.all_reduce(values, dist.ReduceOp.MAX, group=self._host)
         return float(values.item())
 
     def join(self, network: nn.Module, provider: str, sync_bn: bool) -> tuple[nn.Module, Callable[[], None] | None]:
-        """A network whose processes train it together, and what is to be done after each backward pass.
+        """Make a network that all processes train together.
 
         Args:
             network: On this process's device, with the same weights on all.
             provider: ``ddp``, or ``all_reduce`` once after the backward pass (what follows a ``+`` is the caller's).
             sync_bn: Batch norm over all processes.
+
+        Returns:
+            The network to call, and what to call after each backward pass (None for ``ddp``).
         """
         share_tensors(network.state_dict().values())
         joined, after_backward = network, None
@@ -112,16 +116,16 @@ def _start(rank: int, work: Callable[[Group, Any], None], config: object, size: 
 def gradient_error(
     group: Group, network: nn.Module, images: Tensor, labels: Tensor, provider: str, sync_bn: bool
 ) -> float:
-    """How far a shared step's gradients are from those that one process computes, in float64.
+    """Compare the gradients of a step that all processes share with those of one process, in float64.
 
-    With batch norm over all processes that one takes all images at once; else it takes the processes' parts one by one
-    and averages. In float64 no rounding error flips a spike, so the whole network can be compared.
+    With batch norm over all processes, the one process takes all images at once; else it takes the parts of the
+    processes one by one and averages. In float64 no rounding error flips a spike, so whole networks can be compared.
 
     Args:
-        group: Of processes.
-        network: Is copied.
-        images: Of all processes ``(size * B, C, H, W)``, the same on each.
-        labels: ``(size * B,)``.
+        group: The processes.
+        network: The network; a copy is used.
+        images: Images of all processes ``(size * B, C, H, W)``, the same on each.
+        labels: Their labels ``(size * B,)``.
         provider: One of `PROVIDERS`.
         sync_bn: Batch norm over all processes.
 
@@ -152,7 +156,7 @@ def gradient_error(
         error = max(relative_error(g, e) for g, e in zip(got, expected, strict=True))
         if graph is not None:
             graph.release()
-    return group.largest(float("inf") if error != error else error)  # a NaN must not pass
+    return group.largest(float("inf") if math.isnan(error) else error)
 
 
 def _double(network: nn.Module) -> nn.Module:

@@ -1,4 +1,4 @@
-"""One case of the model benchmark: its networks, their shared weights, their checks and their times."""
+"""One case of the model benchmark: its networks with the same weights, their checks and their times."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def open_stored(case: Case) -> SpikingResNet:
 
 
 class Session:
-    """One case: the weights that its networks share, and what their checks said.
+    """The networks of one case, all with the same weights, and the results of their checks.
 
     Args:
         case: What to build.
@@ -76,7 +76,7 @@ class Session:
         return built if network == "published" else built.to(memory_format=torch.channels_last)
 
     def check(self, network: str) -> str:
-        """Why the network must not be timed, empty where it may; once a network."""
+        """Why the network must not be timed; empty where it may. Each network is checked once."""
         if network not in self.failures:
             self.failures[network] = self._check(network)
         return self.failures[network]
@@ -117,12 +117,24 @@ class Session:
         if network == "timm_gac_fused" and dtype is not None:  # as a user deploys it: nothing is cast in the step
             built = built.to(dtype)
         copies = case.num_steps if network == "ann" else 1
-        inputs = bench_steps.make_inputs(built, case.mode, self.images, self.model.num_classes, copies)
+        inputs = bench_steps.make_inputs(
+            network=built,
+            mode=case.mode,
+            images=self.images,
+            classes=self.model.num_classes,
+            copies=copies,
+        )
         layout = "channels_last" if bench_steps.is_channels_last(built) else "contiguous"
         with bench_steps.precision_settings(case.precision):
             step = bench_steps.make_step(built, case.mode, case.precision, device, compiled="compile" in provider)
-            graph = "graph" in provider
-            measured = bench_steps.measure_step(step, inputs, device, graph=graph, steps=self.steps, seconds=10.0)
+            measured = bench_steps.measure_step(
+                step,
+                inputs,
+                device,
+                graph="graph" in provider,
+                steps=self.steps,
+                seconds=10.0,
+            )
         note = f"T passes: a batch of {copies}*{case.batch}" if copies > 1 else ""
         if device.type == "cuda" and left > 0.05:
             note += f" {left:.2f} GiB were held before"
@@ -132,7 +144,13 @@ class Session:
     def profile(self) -> Row:
         """Where a step of ours spends its time."""
         built = self.build("timm_gac")
-        inputs = bench_steps.make_inputs(built, self.case.mode, self.images, self.model.num_classes, 1)
+        inputs = bench_steps.make_inputs(
+            network=built,
+            mode=self.case.mode,
+            images=self.images,
+            classes=self.model.num_classes,
+            copies=1,
+        )
         with bench_steps.precision_settings(self.case.precision):
             step = bench_steps.make_step(built, self.case.mode, self.case.precision, self.device, compiled=False)
             for _ in range(3):

@@ -48,9 +48,14 @@ def is_channels_last(network: nn.Module) -> bool:
 
 
 def make_step(
-    network: nn.Module, mode: str, precision: str, device: torch.device, *, compiled: bool,
+    network: nn.Module,
+    mode: str,
+    precision: str,
+    device: torch.device,
+    *,
+    compiled: bool,
     after_backward: Callable[[], None] | None = None,
-) -> Step:  # fmt: skip
+) -> Step:
     """A step as a function of its inputs.
 
     Training is forward, cross entropy of the logits, backward, what ``after_backward`` does with the gradients, and
@@ -65,7 +70,7 @@ def make_step(
                 return forward(images)
 
         return infer
-    # So small a rate that the weights, and with them the firing rates, stay what they are for as long as it takes.
+    # The learning rate is so small that weights, and so firing rates, do not change while the step is timed.
     optimizer = torch.optim.SGD(network.parameters(), lr=1e-6, momentum=0.9, fused=True)
     scaler = torch.amp.GradScaler(device.type, enabled=AUTOCAST[precision] == torch.float16)
 
@@ -88,18 +93,18 @@ def measure_step(
 ) -> Row:
     """Time and memory of a step.
 
-    A time is the host's wall clock over a block of steps, synchronised at its end, divided by their number; up to 10
-    blocks make median and spread. Peak memory is everything allocated in one step, parameters, optimiser and inputs
-    included, after cuDNN's search for algorithms, whose workspaces are not part of it. With ``graph`` that step is the
-    captured one.
+    A time is the host's wall clock over a block of steps, with a synchronisation at its end, divided by their number.
+    Median and spread are of up to 10 blocks. Peak memory is all that is allocated during one step: parameters,
+    optimiser and inputs, but not the workspaces of cuDNN's search for algorithms, which has ended by then. With
+    ``graph`` it is the step that is captured.
 
     Args:
         step: What to run.
         inputs: Its inputs.
         device: Where it runs.
         graph: Replay it as one CUDA graph.
-        steps: How many to time.
-        seconds: Begin no fourth or later block after so many.
+        steps: How many steps to time.
+        seconds: After so many seconds no block begins, but for the first three.
 
     Raises:
         ValueError: The step's result is not finite.
@@ -115,7 +120,7 @@ def measure_step(
 
 
 def warm_up(step: Step, inputs: tuple[Tensor, ...], device: torch.device, *, graph: bool) -> tuple[Step, Row]:
-    """Run a step until it is ready to be timed: what to call from then on, and its peak memory and time of setup."""
+    """Run a step until it is ready to be timed; return what to call then, and its peak memory and setup time."""
     on_cuda = device.type == "cuda"
     warmup = 4 if on_cuda else 1
     run: Step = GraphedStep(step, warmup) if graph else step
@@ -146,7 +151,7 @@ def time_block(run: Step, inputs: tuple[Tensor, ...], device: torch.device, leng
 
 
 def free_memory(device: torch.device) -> float:
-    """Return to a fresh state; GiB that are still allocated there."""
+    """Drop caches and compiled code; return the GiB that are still allocated on the device."""
     torch._dynamo.reset()
     gc.collect()
     if device.type != "cuda":
@@ -158,6 +163,6 @@ def free_memory(device: torch.device) -> float:
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait for a GPU; a CPU is never behind."""
+    """Wait until the device has done its work; a CPU already has."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
