@@ -1,32 +1,58 @@
 """Search launch parameters of neuron and encoder on this machine's GPU, for each element size and T.
 
-    python kernels/benchmarks/tune.py --update
-    python kernels/benchmarks/tune.py --ops lif_fwd lif_bwd --dtypes bfloat16 --steps 4
+    python -m timm_gac.bench.tune.neuron --update
+    python -m timm_gac.bench.tune.neuron --ops lif_fwd lif_bwd --dtypes bfloat16 --steps 4
 
 They are searched at one size that fills the GPU. --update writes the best into the JSON file of this GPU that
-`gac_kernels.tuning` reads; without it they are only printed. A person runs this once a device and reviews the result;
-nothing searches at run time. `tune_network.py` searches the batch-norm kernels, `tune_convolutions.py` convolutions.
+`gac_kernels.tuning` reads; without it they are only printed.
 """
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import json
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal, get_args
 
 import torch
+import tyro
 from triton.testing import do_bench_cudagraph
-from tuned import compile_in_processes, start_from_defaults, update, use
 
 from gac_kernels import CIFAR, IMAGENET, tuning
+
+from ...runtime.dtypes import DTYPES
+from .shared import compile_in_processes, say, start_from_defaults, update, use
 
 NEURON_STEPS = 2**27
 WARPS = (1, 2, 4, 8)
 ELEMENTS_PER_THREAD = (2, 4, 8, 16)
 TILES = (1, 4, 16)
-NEURONS = ("lif_fwd", "lif_bwd", "lif_bwd_mask", "gac_fwd", "gac_bwd", "gac_fire_fwd", "gac_fire_bwd")
+Kernel = Literal["lif_fwd", "lif_bwd", "lif_bwd_mask", "gac_fwd", "gac_bwd", "gac_fire_fwd", "gac_fire_bwd"]
 Call = Callable[[], object]
+
+
+@dataclass(frozen=True)
+class NeuronSearch:
+    """What to search.
+
+    Args:
+        update: Write the best into this GPU's JSON file.
+        steps: Numbers of time steps T.
+        ops: Kernels.
+        dtypes: Of the inputs.
+        elements: Elements a thread to try.
+        jobs: Processes that compile.
+        share: Compile one of ``jobs`` shares of the candidates and end; the search starts such processes itself.
+    """
+
+    update: bool = False
+    steps: tuple[int, ...] = (2, 4, 6, 8)
+    ops: tuple[Kernel, ...] = get_args(Kernel)
+    dtypes: tuple[Literal["float32", "bfloat16", "float16"], ...] = ("float32", "bfloat16")
+    elements: tuple[int, ...] = ELEMENTS_PER_THREAD
+    jobs: int = 8
+    share: int | None = None
 
 
 def neuron_calls(num_steps: int, dtype: torch.dtype) -> dict[str, list[Call]]:
@@ -94,41 +120,39 @@ def search(op: str, calls: list[Call], elements: Sequence[int]) -> tuple[dict[st
     return json.loads(min(times, key=times.__getitem__)), times
 
 
-def main() -> None:
-    """Search every op, element size and T, print the results and update the file where asked."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--update", action="store_true", help="write the best into this GPU's JSON file")
-    parser.add_argument("--steps", type=int, nargs="+", default=[2, 4, 6, 8], help="T to search")
-    parser.add_argument("--ops", nargs="+", default=NEURONS, choices=NEURONS, help="kernels to search")
-    parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"], help="dtypes to search")
-    parser.add_argument("--elements", type=int, nargs="+", default=ELEMENTS_PER_THREAD, help="elements a thread to try")
-    parser.add_argument("--jobs", type=int, default=8, help="processes that compile")
-    parser.add_argument("--share", type=int, help=argparse.SUPPRESS)
-    args = parser.parse_args()
-    start_from_defaults()
-    if args.share is None:
-        compile_in_processes(args.jobs)
+def search_all(options: NeuronSearch) -> dict[str, dict[str, dict[str, int]]]:
+    """Search every op, element size and T; of a process with a share, compile it and find nothing."""
     found: dict[str, dict[str, dict[str, int]]] = {}
-    for dtype, num_steps in itertools.product((getattr(torch, name) for name in args.dtypes), args.steps):
+    for dtype, num_steps in itertools.product((DTYPES[name] for name in options.dtypes), options.steps):
         calls = neuron_calls(num_steps, dtype)
-        work = [(op, calls[op]) for op in args.ops]
-        if args.share is not None:
-            compile_share(work, args.elements, args.share, args.jobs)
+        work = [(op, calls[op]) for op in options.ops]
+        if options.share is not None:
+            compile_share(work, options.elements, options.share, options.jobs)
             continue
         for op, runs in work:
-            best, times = search(op, runs, args.elements)
+            best, times = search(op, runs, options.elements)
             default = milliseconds(runs)
             found.setdefault(op, {})[f"{dtype.itemsize}:{num_steps}"] = best
             if num_steps == 4:
                 found[op][str(dtype.itemsize)] = best
-            print(f"{op} {dtype} T={num_steps}: {min(times.values()):.4f} ms with {best}, default {default:.4f} ms")
-            print({config: round(time, 4) for config, time in sorted(times.items(), key=lambda pair: pair[1])[:12]})
+            say(f"{op} {dtype} T={num_steps}: {min(times.values()):.4f} ms with {best}, default {default:.4f} ms")
+            say({config: round(time, 4) for config, time in sorted(times.items(), key=lambda pair: pair[1])[:12]})
         del calls, work
         torch.cuda.empty_cache()
-    if args.share is None:
-        print(json.dumps(found, indent=2, sort_keys=True))
-        if args.update:
-            print(f"written to {update(found)}")
+    return found
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Search what the options name, print the results and update the file where asked."""
+    options = tyro.cli(NeuronSearch, args=arguments, description=__doc__)
+    start_from_defaults()
+    if options.share is None:
+        compile_in_processes("timm_gac.bench.tune.neuron", options.jobs)
+    found = search_all(options)
+    if options.share is None:
+        say(json.dumps(found, indent=2, sort_keys=True))
+        if options.update:
+            say(f"written to {update(found)}")
 
 
 if __name__ == "__main__":

@@ -1,34 +1,37 @@
 """Search launch parameters of the batch-norm kernels where they run: between the convolutions of a training step.
 
-    python kernels/benchmarks/tune_network.py gac_msresnet18_cifar --steps 2 4 6 8 --update
+    python -m timm_gac.bench.tune.network gac_msresnet18_cifar --steps 2 4 6 8 --update
 
 What such a kernel takes depends on what the kernel before has left in the L2 cache, so each candidate is timed within a
 whole step in a CUDA graph, by the profiler; of each kernel separately for its kinds (plain, with a residual, with a
 residual that has a norm of its own). --update writes the best into the JSON file of this GPU that `gac_kernels.tuning`
-reads; without it they are only printed. `tune.py` searches neuron and encoder, `tune_convolutions.py` convolutions.
+reads; without it they are only printed.
 """
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import gc
 import json
 import statistics
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
 from unittest import mock
 
 import timm
 import torch
+import tyro
 from torch.profiler import ProfilerActivity, profile
 from triton.runtime.errors import OutOfResources
-from tuned import start_from_defaults, update, use
 
-import timm_gac  # noqa: F401 (registers the models)
 from gac_kernels import tuning
 from gac_kernels.norm import batch_stats, norm_lif
-from timm_gac import graphs
-from timm_gac.bench_steps import make_step
+
+from ... import graphs
+from ...bench_steps import make_step
+from ...runtime.dtypes import DTYPES
+from .shared import say, start_from_defaults, update, use
 
 # Kernel in a profile, and the op whose launch parameters it takes.
 KERNELS = {
@@ -44,6 +47,27 @@ SHARED_TILES = ((256, 1, 4, 3), (256, 1, 8, 2), (512, 2, 2, 3), (512, 2, 4, 3), 
 STATISTICS = ((512, 1, 16, 4), (1024, 1, 8, 3), (1024, 2, 8, 3), (4096, 8, 4, 1))  # and programs, tiles in flight
 REPLAYS = 6
 Config = dict[str, int]
+
+
+@dataclass(frozen=True)
+class NetworkSearch:
+    """Which training step the kernels are searched in.
+
+    Args:
+        model: Registered model.
+        image_size: Pixels a side; 0 is the model's own.
+        dtype: Of autocast.
+        batch: Images.
+        steps: Numbers of time steps T to search.
+        update: Write the best into this GPU's JSON file.
+    """
+
+    model: tyro.conf.Positional[str]
+    image_size: int = 0
+    dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
+    batch: int = 128
+    steps: tuple[int, ...] = (4,)
+    update: bool = False
 
 
 def candidates(family: str) -> Iterator[Config]:
@@ -78,15 +102,15 @@ def noted(into: list[str]) -> Iterator[None]:
         yield
 
 
-def milliseconds(args: argparse.Namespace, num_steps: int) -> dict[str, float]:
+def milliseconds(options: NetworkSearch, num_steps: int) -> dict[str, float]:
     """Time of each op in a training step, and under "step" of all together."""
     torch.manual_seed(0)
-    network = timm.create_model(args.model, num_steps=num_steps).cuda().to(memory_format=torch.channels_last)
-    size = args.image_size or timm.get_pretrained_cfg_value(args.model, "input_size")[-1]
-    images = torch.randn(args.batch, 3, size, size, device="cuda").contiguous(memory_format=torch.channels_last)
-    labels = torch.randint(network.num_classes, (args.batch,), device="cuda")
+    network = timm.create_model(options.model, num_steps=num_steps).cuda().to(memory_format=torch.channels_last)
+    size = options.image_size or timm.get_pretrained_cfg_value(options.model, "input_size")[-1]
+    images = torch.randn(options.batch, 3, size, size, device="cuda").contiguous(memory_format=torch.channels_last)
+    labels = torch.randint(network.num_classes, (options.batch,), device="cuda")
     launched: list[str] = []
-    step = make_step(network, "train", args.dtype, images.device, compiled=False)
+    step = make_step(network, "train", options.dtype, images.device, compiled=False)
     with mock.patch.object(graphs, "overlap_weight_gradients", contextlib.nullcontext):  # one kernel after the other
         run = graphs.GraphedStep(step, warmup=2)
         run(images, labels)
@@ -114,7 +138,7 @@ def milliseconds(args: argparse.Namespace, num_steps: int) -> dict[str, float]:
     return times
 
 
-def search(args: argparse.Namespace, num_steps: int, families: Iterable[str]) -> dict[str, Config]:
+def search(options: NetworkSearch, num_steps: int, families: Iterable[str]) -> dict[str, Config]:
     """Best launch parameters of every op of some families that the network launches."""
     best: dict[str, Config] = {}
     for family in families:
@@ -126,9 +150,9 @@ def search(args: argparse.Namespace, num_steps: int, families: Iterable[str]) ->
                 use(op, value)
             gc.collect()
             with contextlib.suppress(OutOfResources):  # more shared memory than there is
-                results.append((tried, milliseconds(args, num_steps)))
+                results.append((tried, milliseconds(options, num_steps)))
                 shown = {op: round(time, 3) for op, time in results[-1][1].items() if op in (*before, "step")}
-                print(f"T={num_steps} {family} {config or 'default'}: {shown}", flush=True)
+                say(f"T={num_steps} {family} {config or 'default'}: {shown}")
         for op in before:
             timed = [(times[op], tried[op]) for tried, times in results if op in times]
             if timed:
@@ -137,32 +161,25 @@ def search(args: argparse.Namespace, num_steps: int, families: Iterable[str]) ->
     return best
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """Search for every T, print the JSON, and update the file where asked."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", help="registered model")
-    parser.add_argument("--image-size", type=int, default=0, help="pixels a side; 0 is the model's own")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="bfloat16", help="of autocast")
-    parser.add_argument("--batch", type=int, default=128, help="images")
-    parser.add_argument("--steps", type=int, nargs="+", default=[4], help="T to search")
-    parser.add_argument("--update", action="store_true", help="write the best into this GPU's JSON file")
-    args = parser.parse_args()
+    options = tyro.cli(NetworkSearch, args=arguments, description=__doc__)
     torch.backends.cudnn.benchmark = True
     start_from_defaults()
     defaults = {op: config for op, config in tuning.DEFAULTS.items() if ":" not in op}
-    size, found = getattr(torch, args.dtype).itemsize, dict[str, dict[str, Config]]()
+    size, found = DTYPES[options.dtype].itemsize, dict[str, dict[str, Config]]()
     families = list(KERNELS.values())
-    for num_steps in args.steps:
+    for num_steps in options.steps:
         tuning.DEFAULTS.clear()  # without those of some T alone, which would win over every candidate
         tuning.DEFAULTS.update(
             defaults | {op: of_size[str(size)] for op, of_size in found.items() if str(size) in of_size}
         )
-        for op, config in search(args, num_steps, families).items():
+        for op, config in search(options, num_steps, families).items():
             found.setdefault(op, {})[str(size) if op in WITHOUT_STEPS else f"{size}:{num_steps}"] = config
         families = [family for family in families if family not in WITHOUT_STEPS]
-        if args.update:
-            print(f"written to {update(found)}", flush=True)
-    print(json.dumps(found, indent=2, sort_keys=True))
+        if options.update:
+            say(f"written to {update(found)}")
+    say(json.dumps(found, indent=2, sort_keys=True))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
-"""What the searches for launch parameters share: candidates compiled by several processes, results in a GPU's file."""
+"""What the searches share: launch parameters in use, candidates compiled by several processes, a GPU's file."""
 
 from __future__ import annotations
 
+import functools
 import json
 import subprocess
 import sys
@@ -13,9 +14,14 @@ import torch
 from gac_kernels import tuning
 
 
+@functools.cache
+def _no_configs(device: str) -> dict[str, dict[str, dict[str, int]]]:
+    return {}
+
+
 def start_from_defaults() -> None:
     """Search from the defaults, not from an earlier result."""
-    tuning._device_configs = lambda _: {}
+    tuning._device_configs = _no_configs
 
 
 def use(op: str, config: dict[str, int]) -> None:
@@ -25,22 +31,39 @@ def use(op: str, config: dict[str, int]) -> None:
     tuning.shape_config.cache_clear()
 
 
-def compile_in_processes(jobs: int) -> None:
-    """Run this script ``jobs`` times with ``--share=0``, ``--share=1``, ...: each compiles its share into the cache.
+def say(text: object) -> None:
+    """Write a line to standard output, at once."""
+    sys.stdout.write(f"{text}\n")
+    sys.stdout.flush()
+
+
+def compile_in_processes(module: str, jobs: int) -> None:
+    """Run a search ``jobs`` times with ``--share=0``, ``--share=1``, ...: each compiles its share into Triton's cache.
 
     Compiling a kernel takes seconds, timing it milliseconds.
+
+    Args:
+        module: Name of the search's module. It gets this process's options.
+        jobs: Number of processes.
 
     Raises:
         SystemExit: One of them failed.
     """
-    command = [sys.executable, *sys.argv]
+    command = [sys.executable, "-m", module, *sys.argv[1:]]
     running = [subprocess.Popen([*command, f"--share={i}"]) for i in range(jobs)]
     if any([process.wait() for process in running]):
         raise SystemExit("expected all candidates to compile, got the error above")
 
 
 def update(found: Mapping[str, Mapping[str, Mapping[str, int]]]) -> Path:
-    """Write results into this GPU's file, beside what it holds of other kernels and shapes."""
+    """Write results into this GPU's file; what it holds of other kernels and shapes stays.
+
+    Args:
+        found: For each op, launch parameters by the key under which a launch looks for them.
+
+    Returns:
+        The file.
+    """
     path = Path(tuning.__file__).parent / "configs" / f"{torch.cuda.get_device_name().replace(' ', '_')}.json"
     stored = json.loads(path.read_text()) if path.exists() else {}
     for op, configs in found.items():

@@ -1,6 +1,6 @@
 """Search launch parameters of the Hopper kernels of `spike_conv` and `conv_lif` for the layers of a network.
 
-    python kernels/benchmarks/tune_convolutions.py gac_msresnet18_cifar --dtype int8 --batch 512 --update
+    python -m timm_gac.bench.tune.convolutions gac_msresnet18_cifar --dtype int8 --batch 512 --update
 
 Before a candidate is timed it must give what the other way gives: in int8 the bits of the plain Triton kernel, with a
 shortcut and in 16 bits nearly all spikes of cuDNN's convolutions with the neuron, which it has to beat in 16 bits.
@@ -11,26 +11,28 @@ that `gac_kernels.tuning` reads; without it they are only printed.
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import json
-from collections.abc import Iterator
-from typing import NamedTuple
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
 from unittest import mock
 
 import timm
 import torch
+import tyro
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 from triton.testing import do_bench_cudagraph
-from tuned import compile_in_processes, start_from_defaults, update, use
 
-import timm_gac
 from gac_kernels import conv_lif, spike_conv
 from gac_kernels.convolution.dispatch import Shape
 from gac_kernels.convolution.hopper import launch as hopper
-from timm_gac.models.integer import IntegerBlock, SpikeConv
+
+from ...models.integer import IntegerBlock, SpikeConv
+from ...quantize import quantize
+from .shared import compile_in_processes, say, start_from_defaults, update, use
 
 DTYPES = {"int8": torch.int8, "bfloat16": torch.bfloat16, "float16": torch.float16}
 OPS = {"int8": "spike_conv_hopper", "bfloat16": "conv_lif_hopper", "float16": "conv_lif_hopper"}
@@ -38,6 +40,31 @@ DIFFER = 3e-2  # share of spikes that 16-bit rounding of the convolution's outpu
 GAIN = 0.98  # of the time of two passes, above which one pass is not worth its compilation
 GRID = 2.0**-15  # to which residuals of int8 layers are rounded, as behind encoder and 1x1 shortcuts
 COMPILE_BATCH = 128  # fills the GPU and is divisible by 16, as --batch: Triton compiles the same program for both
+
+
+@dataclass(frozen=True)
+class ConvolutionSearch:
+    """Whose layers are searched, and at which size.
+
+    Args:
+        model: Registered model.
+        image_size: Pixels a side.
+        dtype: Of spikes and weights.
+        batch: Images.
+        num_steps: T.
+        jobs: Processes that compile.
+        update: Write the best into this GPU's JSON file.
+        share: Compile one of ``jobs`` shares of the candidates and end; the search starts such processes itself.
+    """
+
+    model: tyro.conf.Positional[str]
+    image_size: int = 32
+    dtype: Literal["int8", "bfloat16", "float16"] = "int8"
+    batch: int = 512
+    num_steps: int = 4
+    jobs: int = 8
+    update: bool = False
+    share: int | None = None
 
 
 class Layer(NamedTuple):
@@ -68,7 +95,7 @@ class Layer(NamedTuple):
 
 def layers_of(model: str, image_size: int) -> list[Layer]:
     """The different spike convolutions of a registered model, in the order of their first call."""
-    network = timm_gac.quantize(timm.create_model(model, num_steps=1).eval())
+    network = quantize(timm.create_model(model, num_steps=1).eval())
     found: dict[Layer, None] = {}
 
     def note(module: SpikeConv, inputs: tuple[Tensor, ...], side: nn.Conv2d | None) -> None:
@@ -113,7 +140,7 @@ class Call:
         self.out = torch.empty(size, device="cuda", dtype=dtype, memory_format=layout)
         real = torch.bfloat16 if dtype == torch.int8 else dtype
         self.residual = self.shortcut = None
-        source = size
+        source: tuple[int, ...] = size
         if layer.side_channels:
             side = (layer.out_channels, layer.side_channels, 1, 1)
             self.shortcut = torch.randn(side, device="cuda", generator=make).div_(layer.side_channels**0.5).to(real)
@@ -123,19 +150,19 @@ class Call:
             self.residual = residual.normal_(generator=make)
         self.membrane = torch.empty_like(self.out if layer.membrane else self.out[:0], dtype=real)
         self.shape = Shape(
-            layer.channels,
-            layer.out_channels,
-            size[2],
-            size[3],
-            layer.stride,
-            layer.residual,
-            self.shortcut is not None,
+            channels=layer.channels,
+            out_channels=layer.out_channels,
+            height=size[2],
+            width=size[3],
+            stride=layer.stride,
+            residual=layer.residual,
+            shortcut=self.shortcut is not None,
         )
 
     def __call__(self) -> Tensor | tuple[Tensor, Tensor]:
         """Run it with the launch parameters of the moment."""
-        rest = {"stride": self.layer.stride, "residual": self.residual, "return_membrane": self.layer.membrane}
-        rest["shortcut"] = self.shortcut
+        rest: dict[str, Any] = {"stride": self.layer.stride, "return_membrane": self.layer.membrane}
+        rest |= {"residual": self.residual, "shortcut": self.shortcut}
         if self.dtype == torch.int8:
             return spike_conv(self.spikes, self.weight, self.scale, self.bias, self.num_steps, grid=GRID, **rest)
         return conv_lif(self.spikes, self.weight, self.bias, self.num_steps, **rest)
@@ -147,11 +174,10 @@ class Call:
 
     def agrees(self, got: Tensor | tuple[Tensor, Tensor], expected: Tensor | tuple[Tensor, Tensor]) -> bool:
         """Whether the outputs are the same, to the bit or nearly."""
-        pairs = list(zip(got, expected, strict=True)) if isinstance(got, tuple) else [(got, expected)]
+        mine, theirs = (value if isinstance(value, tuple) else (value,) for value in (got, expected))
         if self.dtype == torch.int8 and self.shortcut is None:
-            return all(torch.equal(a, b) for a, b in pairs)
-        spikes, wanted = pairs[-1]
-        return (spikes != wanted).float().mean().item() <= DIFFER
+            return all(torch.equal(a, b) for a, b in zip(mine, theirs, strict=True))
+        return torch.ne(mine[-1], theirs[-1]).float().mean().item() <= DIFFER
 
     def fits(self, config: dict[str, int]) -> bool:
         """Whether the parameters are used as they are."""
@@ -209,46 +235,38 @@ def search(call: Call, op: str) -> tuple[dict[str, int], dict[str, float], float
     return best, times, other
 
 
-def main() -> None:
-    """Search all layers, print a table and the JSON, and update the file where asked."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", help="registered model")
-    parser.add_argument("--image-size", type=int, default=32, help="pixels a side")
-    parser.add_argument("--dtype", choices=DTYPES, default="int8", help="of spikes and weights")
-    parser.add_argument("--batch", type=int, default=512, help="images")
-    parser.add_argument("--num-steps", type=int, default=4, help="T")
-    parser.add_argument("--jobs", type=int, default=8, help="processes that compile")
-    parser.add_argument("--update", action="store_true", help="write the best into this GPU's JSON file")
-    parser.add_argument("--share", type=int, help=argparse.SUPPRESS)
-    args = parser.parse_args()
-    layers = layers_of(args.model, args.image_size)
-    start_from_defaults()
-    if args.share is not None:
-        compile_share(layers, args.num_steps, args.dtype, args.share, args.jobs)
-        return
-    compile_in_processes(args.jobs)
-    console, found, op = Console(width=160), {}, OPS[args.dtype]
-    torch.backends.cudnn.benchmark = True
-    title = f"{args.model}, T={args.num_steps}, batch {args.batch}, {args.dtype}"
+def search_all(options: ConvolutionSearch, layers: list[Layer]) -> dict[str, dict[str, int]]:
+    """Search all layers, print a table, and return the best parameters by the layers' keys."""
+    found, op, dtype = {}, OPS[options.dtype], DTYPES[options.dtype]
+    title = f"{options.model}, T={options.num_steps}, batch {options.batch}, {options.dtype}"
     table = Table("layer", "best", "ms", "TOP/s", "other way, ms", title=title)
     for layer in layers:
-        call = Call(layer, args.batch, args.num_steps, DTYPES[args.dtype])
+        call = Call(layer, options.batch, options.num_steps, dtype)
         best, times, other = search(call, op)
         found[call.shape.keys()[-1]] = best
         least = min(times.values())
         described = " ".join(f"{name}={value}" for name, value in best.items())
-        table.add_row(
-            str(tuple(layer)), described, f"{least:.3f}", f"{call.operations() / least / 1e9:,.0f}", f"{other:.3f}"
-        )
-        print(
-            layer,
-            {name: round(value, 4) for name, value in sorted(times.items(), key=lambda item: item[1])},
-            flush=True,
-        )
-    console.print(table)
-    print(json.dumps({op: found}, indent=2, sort_keys=True))
-    if args.update:
-        print(f"written to {update({op: found})}")
+        rate = call.operations() / least / 1e9
+        table.add_row(str(tuple(layer)), described, f"{least:.3f}", f"{rate:,.0f}", f"{other:.3f}")
+        say(f"{layer} { {name: round(value, 4) for name, value in sorted(times.items(), key=lambda item: item[1])} }")
+    Console(width=160).print(table)
+    return found
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Search all layers, print a table and the JSON, and update the file where asked."""
+    options = tyro.cli(ConvolutionSearch, args=arguments, description=__doc__)
+    layers = layers_of(options.model, options.image_size)
+    start_from_defaults()
+    if options.share is not None:
+        compile_share(layers, options.num_steps, options.dtype, options.share, options.jobs)
+        return
+    compile_in_processes("timm_gac.bench.tune.convolutions", options.jobs)
+    torch.backends.cudnn.benchmark = True
+    found = {OPS[options.dtype]: search_all(options, layers)}
+    say(json.dumps(found, indent=2, sort_keys=True))
+    if options.update:
+        say(f"written to {update(found)}")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,1 @@
+"""Benchmarks, and the searches for launch parameters in `tune`."""
