@@ -9,7 +9,8 @@ from pathlib import Path
 import timm
 
 from timm_gac.energy import EnergyReport, measure_energy
-from timm_gac.sources import calibrate, open_images, open_network
+from timm_gac.hub import open_network
+from timm_gac.sources import open_images
 
 PAGE = Path(__file__).with_name("energy.md")
 # mJ per image as published (Qiu et al., AAAI 2024); the stem's MACs are known, so a firing rate can be told from it.
@@ -45,10 +46,10 @@ def random_table(picture: str) -> str:
     rows = []
     for (name, steps), published in PUBLISHED.items():
         for model in (name, name.removeprefix("gac_")):
-            network, _ = open_network(model, steps)
-            images = open_images(picture, network, 1)
-            calibrate(network, [images])
-            report = measure_energy(network, [images])
+            opened = open_network(model, steps)
+            images = open_images(picture, opened.network, 1)
+            opened.calibrate_untrained([images])
+            report = measure_energy(opened.network, [images])
             cells = row(model, report)
             if model == name:
                 stem = next(layer.macs for layer in report.layers if layer.kind == "stem")
@@ -70,8 +71,9 @@ def trained_table(data: str, images: int) -> str:
         return f"Not measured yet: `{missing[0]}` is not in `hub/models`."
     reports = []
     for name in TRAINED:
-        network, weights = open_network(name)
-        reports.append(measure_energy(network, open_images(data, network, images).split(50), weights=weights))
+        opened = open_network(name)
+        batches = open_images(data, opened.network, images).split(50)
+        reports.append(measure_energy(opened.network, batches, weights=opened.origin))
     rows = [row(name, report) for name, report in zip(TRAINED, reports, strict=True)]
     first, second = (report.totals() for report in reports)
     shares = [

@@ -17,7 +17,7 @@ from timm_gac.coding import entropy_bits, measure_coding
 from timm_gac.early_exit import early_exit
 from timm_gac.energy import measure_energy
 from timm_gac.evaluate import evaluate
-from timm_gac.sources import calibrate
+from timm_gac.hub import calibrate
 
 
 def small(steps=4, batch=6, **kwargs):

@@ -10,9 +10,9 @@ import torch
 
 from timm_gac import fuse_for_inference, inference, quantize, recording
 from timm_gac.early_exit import early_exit, forward_early_exit
+from timm_gac.hub import calibrate
 from timm_gac.models.integer import SpikeConv
 from timm_gac.recording import current_of, membrane_of
-from timm_gac.sources import calibrate
 
 
 def network(encoder="gac", name="test_gac_msresnet"):

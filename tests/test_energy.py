@@ -18,8 +18,8 @@ from timm_gac import cli, fuse_for_inference, quantize
 from timm_gac.energy import COSTS, EnergyMeter, measure_energy
 from timm_gac.energy.counter import Counter
 from timm_gac.evaluate import evaluate
+from timm_gac.hub import calibrate
 from timm_gac.neuron import LIF
-from timm_gac.sources import calibrate
 
 
 class TwoLayers(nn.Module):

@@ -10,6 +10,7 @@ from torch import nn
 from gac_kernels import CIFAR
 from timm_gac import LIF, fuse_for_inference, quantize
 from timm_gac.encoder import DirectCoding
+from timm_gac.hub import calibrate
 from timm_gac.recording import forward_hooks, neuron_layers, record_spikes
 from timm_gac.sources import calibrate
 

@@ -64,7 +64,8 @@ class AnytimeReport:
     def to_dict(self) -> dict[str, Any]:
         """The figures, ready for JSON."""
         values = {
-            "model": self.energy.model, "weights": self.energy.weights, "num_steps": self.energy.num_steps,
+            "model": self.energy.model, "weights": self.energy.weights, "trained": self.energy.trained,
+            "num_steps": self.energy.num_steps,
             "images": self.energy.images, "costs": asdict(self.energy.costs), "ann_mj": self.energy.ann_mj,
             "top1_by_step": self.top1, "confidence_by_step": self.confidence, "energy_by_step_mj": self.energy_mj,
             "early_exit": [asdict(point) for point in self.exits],
@@ -80,6 +81,7 @@ def measure_anytime(
     costs: EnergyCosts | str = "45nm-float32",
     weights: str = "",
     amp_dtype: torch.dtype | None = None,
+    trained: bool | None = None,
 ) -> AnytimeReport:
     """Accuracy and energy at every t <= T, and of early exit, from one pass over labelled images.
 
@@ -90,6 +92,7 @@ def measure_anytime(
         costs: Cost table, or its name in `timm_gac.energy.COSTS`.
         weights: Where the weights are from, to be kept with the figures.
         amp_dtype: Autocast to this dtype.
+        trained: Whether the weights are trained, to be kept too; None where that is not known.
 
     Raises:
         ValueError: There are no images, no per-step logits, or a confidence is out of range.
@@ -106,7 +109,7 @@ def measure_anytime(
             answers = mean_logits(logits)
             hits.append((answers.argmax(-1) == labels[:, None]).cpu())
             sures.append(answers.softmax(-1).amax(-1).cpu())
-    report = meter.report(costs, weights)
+    report = meter.report(costs, weights, trained)
     right, sure = torch.cat(hits), torch.cat(sures)  # [images, T]
     by_step = {name: report.energy_by_step(name) for name in report.totals() if name != "ann"}
     exits = []

@@ -12,10 +12,12 @@ from rich.table import Table
 
 from .anytime import CONFIDENCES, AnytimeReport, measure_anytime, write_anytime_chart
 from .coding import CodingReport, measure_coding, write_coding_chart
+from .device import resolve_device
 from .energy import COSTS
+from .hub import open_network
 from .runtime.dtypes import AUTOCAST
 from .runtime.files import write_json
-from .sources import calibrate, open_labelled, open_network
+from .sources import open_labelled
 
 __all__ = ["AnytimeConfig", "run_anytime"]
 
@@ -39,7 +41,7 @@ class AnytimeConfig:
         costs: Cost table: 45nm-float32, 45nm-float16, 45nm-int8 or 45nm-int8-acc32.
         convention: Convention of the picture: paper, strict or neurobench.
         precision: Autocast to bfloat16, or not.
-        device: Such as cpu or cuda.
+        device: auto (CUDA where there is one, else the CPU), or such as cpu or cuda:1.
         seed: Seed of random weights, used for a registered name without a tag.
         out: Folder to write anytime.json, anytime.png and coding.png to.
         overwrite: Replace these files.
@@ -57,7 +59,7 @@ class AnytimeConfig:
     costs: str = "45nm-float32"
     convention: Literal["paper", "strict", "neurobench"] = "strict"
     precision: Literal["float32", "bfloat16"] = "float32"
-    device: str = "cpu"
+    device: str = "auto"
     seed: int = 0
     out: Path | None = None
     overwrite: bool = False
@@ -109,25 +111,26 @@ def run_anytime(
 
 
 def _measure(model: str, config: AnytimeConfig) -> tuple[AnytimeReport, CodingReport]:
-    network, weights = open_network(model, config.num_steps, config.seed)
-    images, labels = open_labelled(config.data, network, config.images, config.data_dir, config.split)
-    try:
-        network = network.to(config.device)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"expected a device of this machine, got {config.device!r}: use cpu") from error
+    device = resolve_device(config.device)
+    opened = open_network(model, config.num_steps, config.seed, device)
+    images, labels = open_labelled(config.data, opened.network, config.images, config.data_dir, config.split)
 
     def batches(limit: int | None = None) -> Any:
         size = config.batch_size
         for part, classes in zip(images[:limit].split(size), labels[:limit].split(size), strict=True):
-            yield part.to(config.device), classes.to(config.device)
+            yield part.to(device), classes.to(device)
 
-    if weights.startswith("random"):
-        calibrate(network, (part for part, _ in batches(256)))
-        weights += ", batch-norm statistics of these images"
+    opened.calibrate_untrained(part for part, _ in batches(256))
     anytime = measure_anytime(
-        network, batches(), config.confidences, config.costs, weights, AUTOCAST[config.precision]
-    )  # fmt: skip
-    return anytime, measure_coding(network, (part for part, _ in batches(config.coding_images)))
+        opened.network,
+        batches(),
+        confidences=config.confidences,
+        costs=config.costs,
+        weights=opened.origin,
+        amp_dtype=AUTOCAST[config.precision],
+        trained=opened.trained,
+    )
+    return anytime, measure_coding(opened.network, (part for part, _ in batches(config.coding_images)))
 
 
 def _step_table(report: AnytimeReport, coding: CodingReport) -> Table:

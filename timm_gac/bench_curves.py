@@ -21,6 +21,7 @@ from gac_kernels import resolve_backend, use_backend
 
 from .bench_harness import Row, append_rows, parse_config
 from .data import DeviceLoader, ImageArrays, load_arrays
+from .device import resolve_device
 from .runtime.dtypes import AUTOCAST, autocast
 from .runtime.files import check_csv
 from .runtime.provenance import PROVENANCE, provenance
@@ -48,7 +49,7 @@ class CurveConfig:
         window: Steps over which a curve is averaged before it is compared.
         csv: File to append every loss to.
         png: File for the chart.
-        device: Torch device; empty is CUDA where there is one, else the CPU.
+        device: auto (CUDA where there is one, else the CPU), or such as cpu or cuda:1.
     """
 
     model: str = "gac_msresnet18_cifar"
@@ -65,7 +66,7 @@ class CurveConfig:
     window: int = 20
     csv: Path | None = None
     png: Path | None = None
-    device: str = ""
+    device: str = "auto"
 
     def __post_init__(self) -> None:
         if len(set(self.seeds)) < 2:
@@ -125,7 +126,7 @@ def compare_curves(config: CurveConfig) -> float:
     """Train every backend and seed, write what the config names, and give `share_within`."""
     if config.csv:
         check_csv(config.csv, COLUMNS)
-    device = torch.device(config.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = resolve_device(config.device)
     arrays = load_arrays(config.data, "train", data_dir=config.data_dir or None, image_size=config.image_size)
     curves: dict[str, list[list[float]]] = {}
     rows: list[Row] = []

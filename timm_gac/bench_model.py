@@ -33,6 +33,7 @@ from .bench_harness import (
 from .bench_networks import LAUNCHES, NETWORKS, Unavailable
 from .bench_profile import append_json, read_json
 from .bench_session import Case, Session
+from .device import device_type, resolve_device
 from .hub import read_config
 from .runtime.dtypes import AUTOCAST
 from .runtime.files import check_csv
@@ -76,7 +77,7 @@ class ModelBenchConfig:
         csv: File to append the rows to.
         png: File for the chart.
         commit: The source's commit, for the rows; found out where empty.
-        device: Torch device; empty is CUDA where there is one, else the CPU.
+        device: auto (CUDA where there is one, else the CPU), or such as cpu or cuda:1.
     """
 
     model: str = "gac_msresnet18_cifar"
@@ -94,7 +95,7 @@ class ModelBenchConfig:
     csv: Path | None = None
     png: Path | None = None
     commit: str = ""
-    device: str = ""
+    device: str = "auto"
 
     def __post_init__(self) -> None:
         for name, allowed in {"modes": bench_steps.MODES, "precisions": AUTOCAST}.items():
@@ -120,12 +121,8 @@ class ModelBenchConfig:
                 f"expected a model of this package, got {self.model!r}: `timm-gac models` lists them, or name a folder"
             )
         exotic = {"tf32", "float16"} & set(self.precisions)
-        if exotic and self.torch_device().type != "cuda":
+        if exotic and device_type(self.device) != "cuda":
             raise ValueError(f"expected float32 or bfloat16 on a CPU, got {sorted(exotic)}: choose one of these")
-
-    def torch_device(self) -> torch.device:
-        """The device that ``device`` means here."""
-        return torch.device(self.device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
     def profile_path(self) -> Path | None:
         """Where the profiles go: beside the CSV."""
@@ -150,7 +147,7 @@ class ModelBenchConfig:
         skip = ("timm_gac_fused", "timm_gac_int8") if case.mode == "train" else ("timm_gac_lean",)
         kept = {network: launches for network, launches in LAUNCHES.items() if network not in skip}
         found = [network + launch for network, launches in kept.items() for launch in launches]
-        found = [name for name in found if "graph" not in name or self.torch_device().type == "cuda"]
+        found = [name for name in found if "graph" not in name or device_type(self.device) == "cuda"]
         return sorted(found, key=lambda name: "compile" in name)
 
 
@@ -170,7 +167,7 @@ def bench_model(config: ModelBenchConfig) -> tuple[list[Row], list[Row]]:
         check_csv(config.csv, COLUMNS)
     if profile_path:
         read_json(profile_path)
-    device = config.torch_device()
+    device = resolve_device(config.device)
     origin = provenance(device, resolve_backend(device), config.commit)
     deadline = time.perf_counter() + (config.time_budget_s or math.inf)
     rows: list[Row] = []

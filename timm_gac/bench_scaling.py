@@ -34,6 +34,7 @@ from .bench_harness import (
 )
 from .bench_processes import GRADIENT_TOLERANCE, PROVIDERS, Group, gradient_error, launch
 from .bench_session import CHECK_BATCH, Case, Session
+from .device import device_type
 from .graphs import GraphedStep
 from .runtime.dtypes import AUTOCAST
 from .runtime.files import check_csv
@@ -72,7 +73,7 @@ class ScalingConfig:
         check: Only compare gradients.
         csv: File to append each row to as soon as it is there.
         commit: The source's commit, for the rows; found out where empty.
-        device: ``cuda`` or ``cpu``; empty is CUDA where there is one.
+        device: auto (CUDA where there is one, else the CPU), cuda or cpu.
     """
 
     model: str = "gac_msresnet18_cifar"
@@ -87,10 +88,10 @@ class ScalingConfig:
     check: bool = False
     csv: Path | None = None
     commit: str = ""
-    device: str = ""
+    device: str = "auto"
 
     def __post_init__(self) -> None:
-        choices = {"providers": PROVIDERS, "batch_norms": BATCH_NORMS, "device": ("", "cuda", "cpu")}
+        choices = {"providers": PROVIDERS, "batch_norms": BATCH_NORMS, "device": ("auto", "cuda", "cpu")}
         choices["precision"] = ("float32", "tf32", "bfloat16")
         for name, allowed in choices.items():
             value = getattr(self, name)
@@ -113,7 +114,7 @@ class ScalingConfig:
     @property
     def on_cuda(self) -> bool:
         """Whether it runs on GPUs."""
-        return self.device == "cuda" or (not self.device and torch.cuda.is_available())
+        return device_type(self.device) == "cuda"
 
     @property
     def size(self) -> int:

@@ -34,6 +34,7 @@ from .bench_harness import (
     show_table,
 )
 from .bench_ops import SPECS, BenchOp, Case
+from .device import resolve_device
 from .runtime.dtypes import DTYPES
 from .runtime.files import check_csv
 from .runtime.provenance import PROVENANCE, provenance
@@ -69,7 +70,7 @@ class KernelBenchConfig:
         csv: File to append the rows to.
         png: File for the bar chart.
         commit: The source's commit, for the rows; found out where empty.
-        device: Torch device; empty is CUDA where there is one, else the CPU.
+        device: auto (CUDA where there is one, else the CPU), or such as cpu or cuda:1.
     """
 
     ops: tuple[str, ...] = ("lif", "gac_encode", "gated_lif")
@@ -87,7 +88,7 @@ class KernelBenchConfig:
     csv: Path | None = None
     png: Path | None = None
     commit: str = ""
-    device: str = ""
+    device: str = "auto"
 
     def __post_init__(self) -> None:
         formats = bench_ops.MEMORY_FORMATS
@@ -124,7 +125,7 @@ def bench_kernels(config: KernelBenchConfig) -> list[Row]:
     Raises:
         ValueError: The CSV file has another header; nothing has been measured then.
     """
-    device = torch.device(config.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = resolve_device(config.device)
     if config.quick:
         size = min(config.size, 2**24 if device.type == "cuda" else 2**20)
         config = replace(config, size=size, num_steps=(4,), rival_num_steps=4, target_ms=20.0)

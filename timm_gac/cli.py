@@ -76,13 +76,12 @@ def quantize(
     """
     from rich import print as show
 
-    from .hub import save_quantized
-    from .sources import open_network
+    from .hub import open_network, save_quantized
 
-    network, origin = open_network(model)
-    folder = save_quantized(network, out_folder, clip, overwrite)
+    opened = open_network(model)
+    folder = save_quantized(opened.network, out_folder, clip, overwrite)
     size = sum(file.stat().st_size for file in folder.iterdir()) / 2**20
-    show(f"wrote {folder} ({size:.1f} MiB; weights {origin}): load it with timm_gac.hub.load_model('{folder}')")
+    show(f"wrote {folder} ({size:.1f} MiB; weights {opened.origin}): load it with timm_gac.hub.load_model('{folder}')")
     return 0
 
 

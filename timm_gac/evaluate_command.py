@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import torch
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -15,11 +14,12 @@ from rich.table import Table
 from gac_kernels.backend import resolve_backend
 
 from .data import open_test_set
+from .device import resolve_device
 from .evaluate import ECE_BINS, Evaluation, evaluate
+from .hub import open_network
 from .runtime.dtypes import AUTOCAST
 from .runtime.files import write_json
 from .runtime.provenance import provenance
-from .sources import open_network, place_network
 
 __all__ = ["EvaluateConfig", "run_evaluate"]
 
@@ -38,7 +38,7 @@ class EvaluateConfig:
         num_workers: Processes that decode large images.
         num_steps: Number of time steps T; the network's own where left out.
         precision: float32, or bfloat16 or float16 by autocast.
-        device: Such as cpu or cuda.
+        device: auto (CUDA where there is one, else the CPU), or such as cpu or cuda:1.
         firing_rates: Measure the firing rate of each layer.
         json: File to write everything to.
         overwrite: Replace that file.
@@ -53,7 +53,7 @@ class EvaluateConfig:
     num_workers: int = 4
     num_steps: int | None = None
     precision: Literal["float32", "bfloat16", "float16"] = "float32"
-    device: str = "cpu"
+    device: str = "auto"
     firing_rates: bool = True
     json: Path | None = None
     overwrite: bool = False
@@ -76,16 +76,13 @@ def run_evaluate(model: str, config: EvaluateConfig, console: Console | None = N
         ValueError: There is no such network, data set or device, or they do not fit.
     """
     console = console or Console(highlight=False, soft_wrap=True)
-    network, weights = open_network(model, config.num_steps)
-    if weights.startswith("random"):
-        raise ValueError(
-            f"expected a network with trained weights, got {model!r}: name one with a tag, or a model folder"
-        )
-    network = place_network(network, config.device)
+    device = resolve_device(config.device)
+    opened = open_network(model, config.num_steps, device=device).require_trained()
+    network = opened.network
     test_set = open_test_set(
         config.data, network.pretrained_cfg, num_classes=network.num_classes, split=config.split,
         data_dir=config.data_dir, image_size=config.image_size, images=config.images, batch_size=config.batch_size,
-        num_workers=config.num_workers, device=config.device,
+        num_workers=config.num_workers, device=device,
     )  # fmt: skip
     columns = (TextColumn("evaluating"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
@@ -101,9 +98,8 @@ def run_evaluate(model: str, config: EvaluateConfig, console: Console | None = N
         console.print(table)
     console.print(f"{result.images:,} images in {result.seconds:.1f} s, {result.images / result.seconds:,.0f} img/s")
     if config.json is not None:
-        device = torch.device(config.device)
         content = result.to_dict() | {
-            "model": model, "weights": weights, "data": config.data, "split": config.split,
+            "model": model, "weights": opened.origin, "data": config.data, "split": config.split,
             "num_steps": len(result.top1_per_step), "precision": config.precision,
             "mean_firing_rate": result.firing_rate, **provenance(device, resolve_backend(device)),
         }  # fmt: skip

@@ -13,10 +13,12 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from .device import resolve_device
 from .early_exit import check_confidence, forward_early_exit
+from .hub import open_network
 from .runtime.dtypes import AUTOCAST
 from .runtime.files import write_json
-from .sources import PICTURES, label_names, open_network, open_pictures, place_network
+from .sources import PICTURES, open_pictures
 
 __all__ = ["PredictConfig", "Prediction", "predict", "run_predict"]
 
@@ -114,7 +116,7 @@ class PredictConfig:
         num_steps: Number of time steps T; the network's own where left out.
         batch_size: Pictures a batch.
         precision: float32, or bfloat16 or float16 by autocast.
-        device: Such as cpu or cuda.
+        device: auto (CUDA where there is one, else the CPU), or such as cpu or cuda:1.
         json: File to write everything to.
     """
 
@@ -125,7 +127,7 @@ class PredictConfig:
     num_steps: int | None = None
     batch_size: int = 32
     precision: Precision = "float32"
-    device: str = "cpu"
+    device: str = "auto"
     json: Path | None = None
 
     def __post_init__(self) -> None:
@@ -160,19 +162,15 @@ def run_predict(paths: Sequence[Path], config: PredictConfig, console: Console |
         ValueError: There is no such network or device.
     """
     console = console or Console(highlight=False, soft_wrap=True)
-    network, origin = open_network(config.model, config.num_steps)
-    if origin.startswith("random"):
-        raise ValueError(
-            f"expected a network with trained weights, got {config.model!r}: name one with a tag, or a model folder"
-        )
-    network = place_network(network, config.device)
-    names = label_names(network, config.model)
+    device = resolve_device(config.device)
+    opened = open_network(config.model, config.num_steps, device=device).require_trained()
+    network, names = opened.network, opened.label_names
     files, problems = find_pictures(paths)
     results = dict[str, Prediction]()
     for some, images in _batches(files, network, config.batch_size, problems):
         options: dict[str, Any] = {"top": config.top, "names": names, "amp_dtype": AUTOCAST[config.precision]}
         options["exit_at"] = config.exit
-        for file, prediction in zip(some, predict(network, images.to(config.device), **options), strict=True):
+        for file, prediction in zip(some, predict(network, images.to(device), **options), strict=True):
             results[str(file)] = prediction
             console.print(_table(file, prediction, names, config))
     for problem in problems:

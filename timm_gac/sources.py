@@ -1,4 +1,4 @@
-"""Networks and pictures as a user names them on the command line, for the tools that look into a network."""
+"""Pictures and data sets as a user names them on the command line."""
 
 from __future__ import annotations
 
@@ -10,104 +10,14 @@ import timm
 import timm.data
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
-from torch import Tensor, nn
+from torch import Tensor
 
 from .data.arrays import load_arrays
 from .data.transforms import Normalizer
-from .hub import fetch_model, load_model, open_source, read_config
-from .neuron import BatchNormLIF
 
-__all__ = [
-    "PICTURES",
-    "calibrate",
-    "label_names",
-    "open_images",
-    "open_labelled",
-    "open_network",
-    "open_pictures",
-    "place_network",
-]
+__all__ = ["PICTURES", "open_images", "open_labelled", "open_pictures"]
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
-
-
-def open_network(model: str, num_steps: int | None = None, seed: int = 0) -> tuple[Any, str]:
-    """A network, and in words where its weights are from.
-
-    Args:
-        model: Registered name with a tag for its published weights; without a tag for random ones, which want
-            `calibrate`; or a model folder, a run folder or ORG/NAME on the Hub.
-        num_steps: Number of time steps T; the network's own where None.
-        seed: Of random weights.
-
-    Returns:
-        The network in eval mode on the CPU, and the origin of its weights, ``random ...`` where they are.
-
-    Raises:
-        ValueError: There is no such network, or a folder's network has another T.
-    """
-    name, _, tag = model.partition(".")
-    steps = {} if num_steps is None else {"num_steps": num_steps}
-    if name in timm.list_models(module="spiking_resnet"):
-        torch.manual_seed(seed)
-        try:
-            network = timm.create_model(model, pretrained=bool(tag), **steps)
-        except (RuntimeError, OSError) as error:
-            raise ValueError(f"expected published weights of {model!r}, got none ({error}): check the tag") from error
-        return network.eval(), f"published, {model}" if tag else f"random (seed {seed})"
-    network = load_model(open_source(model))
-    if num_steps is not None and network.num_steps != num_steps:
-        raise ValueError(f"expected num_steps={network.num_steps} as {model} has, got {num_steps}: leave it out")
-    path = Path(model.removeprefix("local-dir:"))
-    if path.is_dir():  # by its name alone: the folders above it are nobody's business where figures are published
-        path = path.resolve()
-        model = path.parent.name if path.name == "model" else path.name
-    return network, f"of {model}"
-
-
-def label_names(network: Any, model: str) -> tuple[str, ...]:
-    """Names of the classes of a network that `open_network` opened as ``model``; () where its files hold none."""
-    cfg = network.pretrained_cfg
-    names = cfg.get("label_names")
-    if not names and cfg.get("file"):  # published weights in a clone of the repository
-        config = Path(cfg["file"]).with_name("config.json")
-        names = read_config(config.parent).get("label_names") if config.is_file() else None
-    elif not names and cfg.get("hf_hub_id") and model.partition(".")[0] in timm.list_models(module="spiking_resnet"):
-        names = read_config(fetch_model(cfg["hf_hub_id"])).get("label_names")
-    return tuple(names or ())
-
-
-def place_network(network: Any, device: str) -> Any:
-    """The network on a device named by the user.
-
-    Raises:
-        ValueError: This machine has no such device.
-    """
-    try:
-        return network.to(device)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"expected a device of this machine, got {device!r}: use cpu") from error
-
-
-@torch.no_grad()
-def calibrate(model: nn.Module, batches: Iterable[Tensor]) -> nn.Module:
-    """Give batch norms the statistics of these images, so that neurons of untrained weights fire at all.
-
-    Args:
-        model: The network; it is left in eval mode.
-        batches: Images ``(B, C, H, W)``, B of at least 2.
-    """
-    norms = [module for module in model.modules() if isinstance(module, (nn.BatchNorm2d, BatchNormLIF))]
-    momenta = [norm.momentum for norm in norms]
-    for norm in norms:
-        norm.reset_running_stats()
-        norm.momentum = None  # a plain average over the batches
-    model.train()
-    for images in batches:
-        model(images)
-    for norm, momentum in zip(norms, momenta, strict=True):
-        norm.momentum = momentum
-    return model.eval()
 
 
 def open_pictures(files: Iterable[Path], model: Any) -> Tensor:

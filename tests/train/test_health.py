@@ -10,7 +10,7 @@ import timm
 import torch
 
 from timm_gac.evaluate import Evaluation, evaluate
-from timm_gac.sources import calibrate
+from timm_gac.hub import calibrate
 from timm_gac.train.health import rate_warnings, watch_rates
 
 pytest.importorskip("matplotlib", reason="draws with matplotlib")

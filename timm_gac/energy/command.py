@@ -8,7 +8,9 @@ from typing import Literal
 
 from rich.console import Console
 
-from ..sources import calibrate, open_images, open_network, place_network
+from ..device import resolve_device
+from ..hub import open_network
+from ..sources import open_images
 from .meter import measure_energy
 from .output import layer_table, totals_table, write_chart, write_csv, write_json
 from .report import EnergyReport
@@ -31,7 +33,7 @@ class EnergyConfig:
         batch_size: Images a batch.
         num_steps: Number of time steps T; the network's own where left out.
         costs: Cost table: 45nm-float32, 45nm-float16, 45nm-int8 or 45nm-int8-acc32.
-        device: Such as cpu or cuda.
+        device: auto (CUDA where there is one, else the CPU), or such as cpu or cuda:1.
         seed: Seed of random weights, used for a registered name without a tag.
         out: Folder to write energy.json, energy.csv and energy.png to.
         overwrite: Replace these files.
@@ -44,7 +46,7 @@ class EnergyConfig:
     batch_size: int = 32
     num_steps: int | None = None
     costs: str = "45nm-float32"
-    device: str = "cpu"
+    device: str = "auto"
     seed: int = 0
     out: Path | None = None
     overwrite: bool = False
@@ -68,15 +70,12 @@ def run_energy(model: str, config: EnergyConfig, console: Console | None = None)
     Raises:
         ValueError: There is no such network, image, device or cost table.
     """
-    network, weights = open_network(model, config.num_steps, config.seed)
-    images = open_images(config.data, network, config.images, config.data_dir, config.split)
-    network = place_network(network, config.device)
-    batches = [batch.to(config.device) for batch in images.split(config.batch_size)]
-    if weights.startswith("random"):
-        # A batch of one image has statistics too: of its pixels.
-        calibrate(network, batches)
-        weights += ", batch-norm statistics of these images"
-    report = measure_energy(network, batches, config.costs, weights)
+    device = resolve_device(config.device)
+    opened = open_network(model, config.num_steps, config.seed, device)
+    images = open_images(config.data, opened.network, config.images, config.data_dir, config.split)
+    batches = [batch.to(device) for batch in images.split(config.batch_size)]
+    opened.calibrate_untrained(batches)
+    report = measure_energy(opened.network, batches, config.costs, opened.origin, opened.trained)
     console = console or Console()
     console.width = console.width if console.is_terminal else 160
     console.print(layer_table(report))

@@ -116,12 +116,15 @@ class EnergyMeter:
             self._order.append(name)
         self._counters[name].add(inputs[0], output, self._batch)
 
-    def report(self, costs: EnergyCosts | str = "45nm-float32", weights: str = "") -> EnergyReport:
+    def report(
+        self, costs: EnergyCosts | str = "45nm-float32", weights: str = "", trained: bool | None = None
+    ) -> EnergyReport:
         """Everything counted so far, per image.
 
         Args:
             costs: Cost table, or its name in `COSTS`.
             weights: Where the weights are from, to be kept with the figures.
+            trained: Whether they are trained, to be kept too; None where that is not known.
 
         Raises:
             ValueError: Nothing was counted, or there is no such cost table.
@@ -147,6 +150,7 @@ class EnergyMeter:
             layers=tuple(layers),
             costs=costs,
             weights=weights,
+            trained=trained,
             not_run=tuple(name for name in self._counters if name not in self._order),
         )
 
@@ -161,7 +165,11 @@ def _kind(name: str, module: nn.Module, gates: list[str]) -> str:
 
 @torch.no_grad()
 def measure_energy(
-    model: nn.Module, batches: Iterable[Tensor], costs: EnergyCosts | str = "45nm-float32", weights: str = ""
+    model: nn.Module,
+    batches: Iterable[Tensor],
+    costs: EnergyCosts | str = "45nm-float32",
+    weights: str = "",
+    trained: bool | None = None,
 ) -> EnergyReport:
     """The energy of a network on images, in the mode (eval or training) it is in.
 
@@ -170,6 +178,7 @@ def measure_energy(
         batches: Images ``(B, C, H, W)`` or frames ``(B, T, C, H, W)``, on the network's device.
         costs: Cost table, or its name in `COSTS`.
         weights: Where the weights are from, to be kept with the figures.
+        trained: Whether they are trained, to be kept too; None where that is not known.
 
     Raises:
         ValueError: There are no images; or see `EnergyMeter`.
@@ -178,4 +187,4 @@ def measure_energy(
     with meter:
         for images in batches:
             model(images)
-    return meter.report(costs, weights)
+    return meter.report(costs, weights, trained)

@@ -36,6 +36,7 @@ def report_dict(report: EnergyReport) -> dict[str, Any]:
     return {
         "model": report.model,
         "weights": report.weights,
+        "trained": report.trained,
         "num_steps": report.num_steps,
         "images": report.images,
         "unit": "per image; energy in mJ",

@@ -22,6 +22,7 @@ class EnergyReport:
         layers: What was counted, in the order in which the layers ran.
         costs: What an operation costs.
         weights: Where the weights are from.
+        trained: Whether they are trained; None where that is not known.
         not_run: Layers that hold weights but did not run.
     """
 
@@ -32,6 +33,7 @@ class EnergyReport:
     layers: tuple[LayerCount, ...]
     costs: EnergyCosts
     weights: str = ""
+    trained: bool | None = None
     not_run: tuple[str, ...] = ()
 
     @property

@@ -221,7 +221,10 @@ def check_energy(energy: Mapping[str, Any], architecture: str, num_steps: int) -
         ValueError: It is of another network or T, of random weights, or was not written by `timm-gac energy`.
     """
     found = (energy.get("model"), energy.get("num_steps"))
-    if found != (architecture, num_steps) or str(energy.get("weights", "")).startswith("random"):
+    trained = energy.get("trained")
+    if trained is None:  # not said: a file of an earlier version names random weights in words
+        trained = not str(energy.get("weights", "")).startswith("random")
+    if found != (architecture, num_steps) or not trained:
         raise ValueError(
             f"expected {ENERGY} of {architecture} with T={num_steps} and its trained weights, got {found[0]!r} with "
             f"T={found[1]!r} and weights {energy.get('weights')!r}: measure it again with `timm-gac energy`"

@@ -8,7 +8,9 @@ from typing import Literal
 
 from rich.console import Console
 
-from ..sources import calibrate, label_names, open_images, open_network
+from ..device import resolve_device
+from ..hub import open_network
+from ..sources import open_images
 from .page import write_inspection
 from .record import Inspection, inspect_network
 
@@ -27,7 +29,7 @@ class InspectConfig:
         data_dir: Folder of the data set, for timm's names.
         split: Split of the data set.
         num_steps: Number of time steps T; the network's own where left out.
-        device: Such as cpu or cuda.
+        device: auto (CUDA where there is one, else the CPU), or such as cpu or cuda:1.
         seed: Seed of random weights, used for a registered name without a tag.
     """
 
@@ -38,7 +40,7 @@ class InspectConfig:
     data_dir: str | None = None
     split: Literal["train", "test"] = "test"
     num_steps: int | None = None
-    device: str = "cpu"
+    device: str = "auto"
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -59,17 +61,12 @@ def run_inspect(model: str, image: str, config: InspectConfig, console: Console 
     Raises:
         ValueError: There is no such network, image or device.
     """
-    network, weights = open_network(model, config.num_steps, config.seed)
-    images = open_images(image, network, config.images, config.data_dir, config.split)
-    try:
-        network = network.to(config.device)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"expected a device of this machine, got {config.device!r}: use cpu") from error
-    batches = [batch.to(config.device) for batch in images.split(config.batch_size)]
-    if weights.startswith("random"):
-        calibrate(network, batches)
-        weights += ", batch-norm statistics of these images"
-    inspection = inspect_network(network, batches, weights, label_names(network, model))
+    device = resolve_device(config.device)
+    opened = open_network(model, config.num_steps, config.seed, device)
+    images = open_images(image, opened.network, config.images, config.data_dir, config.split)
+    batches = [batch.to(device) for batch in images.split(config.batch_size)]
+    opened.calibrate_untrained(batches)
+    inspection = inspect_network(opened.network, batches, opened.origin, opened.label_names)
     console = console or Console()
     for file in write_inspection(inspection, config.out):
         console.print(f"wrote {file}", highlight=False, soft_wrap=True)

@@ -1,0 +1,33 @@
+"""The one meaning of ``--device``."""
+
+from __future__ import annotations
+
+import torch
+
+__all__ = ["device_type", "resolve_device"]
+
+
+def device_type(name: str) -> str:
+    """The kind of device that a user names, ``cuda`` or ``cpu`` among others; it need not be there.
+
+    Args:
+        name: ``auto`` for CUDA where there is one, else the CPU; or a device as PyTorch spells it: ``cpu``, ``cuda:1``.
+    """
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(name).type
+
+
+def resolve_device(name: str) -> torch.device:
+    """The device that a user names.
+
+    Args:
+        name: As for `device_type`.
+
+    Raises:
+        ValueError: This machine has no such device.
+    """
+    try:
+        return torch.empty(0, device=device_type(name) if name == "auto" else name).device
+    except (RuntimeError, AssertionError) as error:  # PyTorch without CUDA asserts
+        raise ValueError(f"expected a device of this machine, got {name!r}: use auto or cpu") from error

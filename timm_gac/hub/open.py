@@ -1,0 +1,142 @@
+"""A network as a user names it: by a registered name, a folder or a repository on the Hub."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from torch import Tensor, nn
+
+from ..neuron import BatchNormLIF
+from .folder import load_model, read_config
+from .remote import fetch_model, open_source
+
+__all__ = ["OpenedNetwork", "calibrate", "open_network"]
+
+
+@dataclass
+class OpenedNetwork:
+    """A network and what is known of its weights.
+
+    Attributes:
+        name: As the user named it.
+        network: The network, in eval mode.
+        origin: Where its weights are from, in words, without a path of this machine.
+        trained: Whether its weights are trained; False for random ones.
+    """
+
+    name: str
+    network: Any
+    origin: str
+    trained: bool
+
+    @cached_property
+    def label_names(self) -> tuple[str, ...]:
+        """Names of the classes, in order; () where its files hold none. May fetch a config.json from the Hub."""
+        cfg = self.network.pretrained_cfg
+        names = cfg.get("label_names")
+        if not names and cfg.get("file"):  # published weights in a clone of the repository
+            config = Path(cfg["file"]).with_name("config.json")
+            names = read_config(config.parent).get("label_names") if config.is_file() else None
+        elif not names and cfg.get("hf_hub_id") and _is_registered(self.name):
+            names = read_config(fetch_model(cfg["hf_hub_id"])).get("label_names")
+        return tuple(names or ())
+
+    def require_trained(self) -> OpenedNetwork:
+        """This network, where its weights are trained.
+
+        Raises:
+            ValueError: They are random.
+        """
+        if not self.trained:
+            raise ValueError(
+                f"expected a network with trained weights, got {self.name!r}: name one with a tag, or a model folder"
+            )
+        return self
+
+    def calibrate_untrained(self, batches: Iterable[Tensor]) -> None:
+        """Give random weights batch-norm statistics of these images; trained ones stay as they are.
+
+        Args:
+            batches: Images ``(B, C, H, W)``, on the network's device.
+        """
+        if not self.trained:
+            calibrate(self.network, batches)
+            self.origin += ", batch-norm statistics of these images"
+
+
+def open_network(
+    model: str, num_steps: int | None = None, seed: int = 0, device: torch.device | str = "cpu"
+) -> OpenedNetwork:
+    """Open a network.
+
+    Args:
+        model: Registered name with a tag for its published weights; without a tag for random ones, which want
+            `OpenedNetwork.calibrate_untrained`; or a model folder, a run folder or ORG/NAME on the Hub.
+        num_steps: Number of time steps T; the network's own where None.
+        seed: Of random weights.
+        device: Where the network is to be, see `timm_gac.device.resolve_device`.
+
+    Raises:
+        ValueError: There is no such network, or a folder's network has another T.
+    """
+    if _is_registered(model):
+        opened = _open_registered(model, num_steps, seed)
+    else:
+        network = load_model(open_source(model))
+        if num_steps is not None and network.num_steps != num_steps:
+            raise ValueError(f"expected num_steps={network.num_steps} as {model} has, got {num_steps}: leave it out")
+        opened = OpenedNetwork(name=model, network=network, origin=f"of {_public_name(model)}", trained=True)
+    opened.network.to(device)
+    return opened
+
+
+def _is_registered(model: str) -> bool:
+    return model.partition(".")[0] in timm.list_models(module="spiking_resnet")
+
+
+def _open_registered(model: str, num_steps: int | None, seed: int) -> OpenedNetwork:
+    tag = model.partition(".")[2]
+    steps = {} if num_steps is None else {"num_steps": num_steps}
+    torch.manual_seed(seed)
+    try:
+        network: Any = timm.create_model(model, pretrained=bool(tag), **steps).eval()
+    except (RuntimeError, OSError) as error:
+        raise ValueError(f"expected published weights of {model!r}, got none ({error}): check the tag") from error
+    origin = f"published, {model}" if tag else f"random (seed {seed})"
+    return OpenedNetwork(name=model, network=network, origin=origin, trained=bool(tag))
+
+
+def _public_name(model: str) -> str:
+    """A folder by its name alone: the folders above it are not to be published with the figures."""
+    path = Path(model.removeprefix("local-dir:"))
+    if not path.is_dir():
+        return model
+    path = path.resolve()
+    return path.parent.name if path.name == "model" else path.name
+
+
+@torch.no_grad()
+def calibrate(model: nn.Module, batches: Iterable[Tensor]) -> nn.Module:
+    """Give batch norms the statistics of these images, so that neurons of untrained weights fire at all.
+
+    Args:
+        model: The network; it is left in eval mode.
+        batches: Images ``(B, C, H, W)``. A batch of one image has statistics too, those of its pixels.
+    """
+    norms = [module for module in model.modules() if isinstance(module, (nn.BatchNorm2d, BatchNormLIF))]
+    momenta = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None  # a plain average over the batches
+    model.train()
+    for images in batches:
+        model(images)
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.momentum = momentum
+    return model.eval()
