@@ -8,9 +8,9 @@ from pathlib import Path
 
 import timm
 
+from timm_gac.cli.sources import open_images
 from timm_gac.energy import EnergyReport, measure_energy
 from timm_gac.hub import open_network
-from timm_gac.sources import open_images
 
 PAGE = Path(__file__).with_name("energy.md")
 # mJ per image as published (Qiu et al., AAAI 2024); the stem's MACs are known, so a firing rate can be told from it.

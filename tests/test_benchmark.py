@@ -13,6 +13,7 @@ from rich.console import Console
 from gac_kernels import CIFAR, IMAGENET, lif
 from timm_gac import bench_harness, bench_ops, benchmark
 from timm_gac.bench_ops import OPS, Case
+from timm_gac.bench_options import parse_options
 from timm_gac.benchmark import COLUMNS, KernelBenchConfig, bench_kernels
 
 CPU = torch.device("cpu")
@@ -178,3 +179,18 @@ def test_table_renders_failed_rows(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_unknown_names_are_refused() -> None:
     with pytest.raises(ValueError, match=r"expected ops out of .*got .'lift'"):
         KernelBenchConfig(ops=("lift",))
+
+
+def test_options_of_a_script_start_from_its_own_defaults(capsys: pytest.CaptureFixture[str]) -> None:
+    mine = KernelBenchConfig(ops=("lif",), csv=Path("mine.csv"))
+    assert parse_options(mine, [], "Mine.") == mine
+    given = ["--num-steps", "2", "8", "--no-rivals", "--png", "chart.png", "--frame", "8", "4", "4"]
+    changed = replace(mine, num_steps=(2, 8), rivals=False, png=Path("chart.png"), frame=(8, 4, 4))
+    assert parse_options(mine, given, "Mine.") == changed
+    for wrong, said in ((["--ops", "lift"], "expected ops out of"), (["--no-such-option"], "--no-such-option")):
+        with pytest.raises(SystemExit, match="2"):
+            parse_options(mine, wrong, "Mine.")
+        assert said in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="0"):
+        parse_options(mine, ["--help"], "Mine.")
+    assert "mine.csv" in capsys.readouterr().out

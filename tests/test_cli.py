@@ -3,6 +3,12 @@
 from __future__ import annotations
 
 import builtins
+import os
+import re
+import resource
+import statistics
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +17,83 @@ import timm
 
 from timm_gac import benchmark, cli, hub
 
+ROOT = Path(__file__).resolve().parents[1]
+COMMANDS = (
+    *("demo", "models", "train", "eval", "predict", "inspect", "energy", "anytime", "convert", "quantize", "push"),
+    *("verify", "bench", "bench kernels", "bench model", "bench scaling", "bench curves"),
+)
+HEAVY = {"torch", "timm", "accelerate", "matplotlib", "triton", "sklearn"}
+
+
+def run_python(*arguments: str) -> subprocess.CompletedProcess[str]:
+    paths = [str(ROOT), str(ROOT / "kernels" / "torch-ext"), os.environ.get("PYTHONPATH", "")]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in paths if path)}
+    done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    return done
+
+
+def imported(done: subprocess.CompletedProcess[str]) -> set[str]:
+    """Top-level packages in what ``python -X importtime`` wrote."""
+    return {name.split(".")[0] for name in re.findall(r"^import time:.*\| +(\S+)$", done.stderr, re.MULTILINE)}
+
+
+@pytest.mark.parametrize("command", ["", *COMMANDS])
+def test_help_imports_no_torch(command: str) -> None:
+    done = run_python("-X", "importtime", "-m", "timm_gac.cli", *command.split(), "--help")
+    assert "tyro" in imported(done) and not imported(done) & HEAVY
+    if command and command != "bench":
+        assert "Example: timm-gac " + command in " ".join(done.stdout.split())
+
+
+def test_help_lists_each_command_in_a_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    for words in ([], ["bench"]):
+        with pytest.raises(SystemExit, match="0"):
+            cli.main([*words, "--help"])
+        text = capsys.readouterr().out
+        lines = re.findall(r"^[^\w\n]+(\w+) +(\w.*?)[ │]*$", text.partition("(required)")[2], re.MULTILINE)
+        listed = {" ".join([*words, name]) for name, _ in lines}
+        assert listed == {name for name in COMMANDS if name.split()[:-1] == words}
+        assert all(line.endswith(".") for _, line in lines), lines
+
+
+@pytest.mark.parametrize("command", ["", "train", "bench model"])
+def test_help_takes_under_a_second(command: str) -> None:
+    seconds = []
+    for _ in range(5):
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        run_python("-m", "timm_gac.cli", *command.split(), "--help")
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        # Processor time, not wall time: the tests beside this one must not count.
+        seconds.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
+    assert statistics.median(seconds) < 1.0, seconds
+
+
+def test_the_console_script_has_the_public_names_and_the_models(tmp_path: Path) -> None:
+    script = tmp_path / "timm-gac"
+    script.write_text("from timm_gac.cli import main\nmain(['models', 'test_gac*'])\n")
+    assert "test_gac_msresnet" in run_python(str(script)).stdout
+    script.write_text(
+        "import sys, timm_gac\n"
+        "assert 'torch' not in sys.modules\n"
+        "assert not hasattr(timm_gac, 'no_such_name')\n"
+        "print(*(getattr(timm_gac, name) is not None for name in timm_gac.__all__))\n"
+        "from timm_gac import LIF, quantize\n"
+        "import timm, timm_gac.neuron\n"
+        "assert LIF is timm_gac.neuron.LIF and callable(quantize) and timm.list_models(module='spiking_resnet')\n"
+    )
+    assert set(run_python(str(script)).stdout.split()) == {"True"}
+
+
+def test_any_other_program_imports_everything_at_once(tmp_path: Path) -> None:
+    code = "import timm_gac, timm\nassert timm.list_models(module='spiking_resnet') and 'LIF' in vars(timm_gac)\n"
+    script = tmp_path / "timm-gac.py"
+    script.write_text(code)
+    run_python(str(script))
+    # A process that the command line spawned has its arguments, but was started otherwise.
+    run_python("-c", "import sys\nsys.argv = ['/bin/timm-gac', 'train']\n" + code)
+
 
 @pytest.mark.parametrize(
     ("arguments", "shown"),
@@ -18,6 +101,11 @@ from timm_gac import benchmark, cli, hub
         ([], ["demo", "convert", "models", "push", "verify", "bench"]),
         (["demo"], ["--out", "--epochs", "--seed"]),
         (["convert"], ["FILE", "OUT_FOLDER", "--num-classes", "--overwrite"]),
+        (["train"], ["RECIPE", "--epochs", "--no-flip", "--out", "--resume"]),
+        (["eval"], ["MODEL", "--data", "--data-dir", "--split", "--images", "--device"]),
+        (["predict"], ["IMAGE", "--model", "--exit", "--device"]),
+        (["bench", "scaling"], ["--processes", "--check"]),
+        (["bench", "curves"], ["--seeds", "--data"]),
         (["quantize"], ["MODEL", "OUT_FOLDER", "--clip", "--overwrite"]),
         (["bench"], ["kernels", "model"]),
         (["bench", "kernels"], ["--ops", "--quick", "--csv"]),
@@ -71,6 +159,8 @@ def test_models_takes_a_pattern(capsys: pytest.CaptureFixture[str]) -> None:
         ["anytime", "test_gac_msresnet", "--data", "no_such_file.npz"],
         ["bench", "kernels", "--ops", "no_such_op"],
         ["bench", "model", "--providers", "no_such_network"],
+        ["bench", "curves", "--seeds", "1"],
+        ["train", "cifar100", "--epochs", "0"],
     ],
     ids=lambda arguments: arguments[0],
 )
@@ -88,17 +178,30 @@ def test_user_errors_are_one_sentence(
     assert captured.out == "" and list(tmp_path.iterdir()) == []
 
 
-def test_unknown_subcommand_is_status_2(capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["frobnicate"], "frobnicate"),
+        (["bench", "frobnicate"], "frobnicate"),
+        (["train", "no_such_recipe"], "no_such_recipe"),
+        (["train", "cifar100", "--no-such-field", "1"], "--no-such-field"),
+        (["train", "cifar100", "--epochs", "many"], "many"),
+        (["energy", "test_gac_msresnet", "--data", "digits", "--split", "none"], "none"),
+    ],
+)
+def test_what_cannot_be_parsed_is_status_2(arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as leaving:
-        cli.main(["frobnicate"])
+        cli.main(arguments)
     assert leaving.value.code == 2
+    captured = capsys.readouterr()
+    assert said in captured.err and "Traceback" not in captured.err and captured.out == ""
 
 
 def test_convert_passes_its_arguments_on(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     calls: list[tuple[Any, ...]] = []
 
-    def convert(file: Path, out: Path, *options: Any) -> Path:
-        calls.append((file, out, *options))
+    def convert(file: Path, out: Path, **options: Any) -> Path:
+        calls.append((file, out, *options.values()))
         return out
 
     monkeypatch.setattr(hub, "convert_checkpoint", convert)

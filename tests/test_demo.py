@@ -13,8 +13,9 @@ from matplotlib.image import imread
 from rich.console import Console
 from safetensors.torch import load_file
 
-from timm_gac import demo
-from timm_gac.demo import DemoConfig, create_demo_model, load_digits, run_demo, shift
+from timm_gac.cli import digits
+from timm_gac.cli.demo import DemoConfig
+from timm_gac.cli.digits import create_demo_model, load_digits, run_demo, shift
 from timm_gac.recording import record_spikes
 
 # One epoch is far from enough for the 95 %: the status says so.
@@ -66,22 +67,22 @@ def test_raster_is_a_picture_with_content(finished: tuple[Path, int, str]) -> No
 
 
 def test_runs_again_over_its_own_folder_only(finished: tuple[Path, int, str], tmp_path: Path) -> None:
-    demo.check_folder(finished[0], overwrite=False)
-    demo.check_folder(tmp_path, overwrite=False)
+    digits.check_folder(finished[0], overwrite=False)
+    digits.check_folder(tmp_path, overwrite=False)
     (tmp_path / "thesis.tex").write_text("mine")
     with pytest.raises(ValueError, match="--overwrite"):
         run_demo(DemoConfig(out=tmp_path))
     with pytest.raises(ValueError, match="file"):
-        demo.check_folder(tmp_path / "thesis.tex", overwrite=True)
-    demo.check_folder(tmp_path, overwrite=True)
+        digits.check_folder(tmp_path / "thesis.tex", overwrite=True)
+    digits.check_folder(tmp_path, overwrite=True)
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
 
 
 def test_status_tells_of_other_logits(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     create, quiet = timm.create_model, Console(quiet=True)
-    monkeypatch.setattr(demo, "train", lambda model, *_: model.eval())
-    monkeypatch.setattr(demo, "REQUIRED_ACCURACY", 0.0)
-    monkeypatch.setattr(demo, "draw_raster", lambda *_: tmp_path)
+    monkeypatch.setattr(digits, "train", lambda model, *_: model.eval())
+    monkeypatch.setattr(digits, "REQUIRED_ACCURACY", 0.0)
+    monkeypatch.setattr(digits, "draw_raster", lambda *_: tmp_path)
     assert run_demo(DemoConfig(out=tmp_path / "same"), quiet) == 0
 
     def create_another(name: str, **options: Any) -> torch.nn.Module:

@@ -11,12 +11,12 @@ import torch
 from PIL import Image
 
 from timm_gac import cli
+from timm_gac.cli.sources import open_pictures
 from timm_gac.data import load_arrays, open_test_set
 from timm_gac.early_exit import early_exit
 from timm_gac.hub import calibrate, save_model_folder
 from timm_gac.hub.folder import CONFIG, write_config
 from timm_gac.predict import answers, predict
-from timm_gac.sources import open_pictures
 
 NAMES = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
 

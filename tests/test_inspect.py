@@ -13,9 +13,9 @@ import torch
 
 from gac_kernels import CIFAR
 from timm_gac import cli, fuse_for_inference
+from timm_gac.cli.inspect import InspectConfig, run_inspect
 from timm_gac.hub import calibrate
 from timm_gac.inspect import inspect_network, write_inspection
-from timm_gac.inspect.command import InspectConfig, run_inspect
 from timm_gac.inspect.record import BINS, HIGH, LOW
 from timm_gac.recording import current_of, membrane_of, neuron_layers, spikes_of
 

@@ -20,7 +20,6 @@ PACKAGE = ROOT / "timm_gac"
 RANKS = {
     "gac_kernels": 0,
     "timm_gac.collectives": 1,
-    "timm_gac.device": 1,
     "timm_gac.neuron": 1,
     "timm_gac.weight_gradients": 1,
     "timm_gac.encoder": 2,

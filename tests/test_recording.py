@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import timm
 import torch
+from timm_gac.sources import calibrate
 from torch import nn
 
 from gac_kernels import CIFAR
@@ -12,7 +13,6 @@ from timm_gac import LIF, fuse_for_inference, quantize
 from timm_gac.encoder import DirectCoding
 from timm_gac.hub import calibrate
 from timm_gac.recording import forward_hooks, neuron_layers, record_spikes
-from timm_gac.sources import calibrate
 
 
 def network(**options):

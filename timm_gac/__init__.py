@@ -1,15 +1,44 @@
 """Gated attention coding and spiking ResNets for timm: importing this package registers the models."""
 
+import importlib
+import sys
 from importlib.metadata import PackageNotFoundError, version
+from itertools import pairwise
+from pathlib import PurePath
+from typing import TYPE_CHECKING, Any
 
-from gac_kernels import CIFAR, IMAGENET, LIFSpec, use_backend
 
-from . import models as models
-from .encoder import DirectCoding, GatedAttentionCoding
-from .graphs import GraphedStep
-from .inference import fuse_for_inference
-from .neuron import LIF, BatchNormLIF
-from .quantize import quantize
+def _is_command_line() -> bool:
+    """Whether this very process is ``timm-gac`` or ``python -m timm_gac.cli``."""
+    program = sys.argv[0] if sys.argv else ""
+    if program == "-m":  # Python still looks for the module
+        return ("-m", "timm_gac.cli") in pairwise(sys.orig_argv)
+    # A process spawned by the command line has its sys.argv too, but was started otherwise.
+    return PurePath(program).name in ("timm-gac", "timm-gac.exe") and program in sys.orig_argv
+
+
+# PyTorch and timm take seconds to import, and `timm-gac --help` needs neither: the command line's own process imports
+# them when a command runs, or when a public name is asked for (by a reload, during which `_waits` is False).
+_waits = "_waits" not in globals() and _is_command_line()
+
+if TYPE_CHECKING or not _waits:
+    from gac_kernels import CIFAR, IMAGENET, LIFSpec, use_backend
+
+    from . import models as models
+    from .encoder import DirectCoding, GatedAttentionCoding
+    from .graphs import GraphedStep
+    from .inference import fuse_for_inference
+    from .neuron import LIF, BatchNormLIF
+    from .quantize import quantize
+
+if not TYPE_CHECKING:
+
+    def __getattr__(name: str) -> Any:
+        if not _waits or name not in __all__:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        importlib.reload(sys.modules[__name__])
+        return globals()[name]
+
 
 try:
     __version__ = version("timm-gac")

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import timm
@@ -19,64 +18,16 @@ import torch.nn.functional as F
 
 from gac_kernels import resolve_backend, use_backend
 
-from .bench_harness import Row, append_rows, parse_config
+from .bench_harness import Row, append_rows
+from .bench_options import CurveConfig, parse_options
 from .data import DeviceLoader, ImageArrays, load_arrays
-from .device import resolve_device
+from .runtime.device import resolve_device
 from .runtime.dtypes import AUTOCAST, autocast
 from .runtime.files import check_csv
 from .runtime.provenance import PROVENANCE, provenance
 
 _logger = logging.getLogger(__name__)
 COLUMNS = ("model", "data", "precision", "num_steps", "batch", "curve", "seed", "step", "loss", *PROVENANCE)
-
-
-@dataclass(frozen=True)
-class CurveConfig:
-    """What `compare_curves` trains: one run for each backend and seed.
-
-    Args:
-        model: A registered model of this package.
-        data: Small images, as ``timm-gac train`` takes them: ``digits``, an .npz file, ``torch/cifar100``.
-        data_dir: Folder of a timm data set.
-        image_size: Height and width to resize to.
-        num_steps: Time steps T.
-        steps: Training steps of a run.
-        batch: Images a step.
-        lr: Peak learning rate of SGD with Nesterov momentum, after a tenth of the steps.
-        precision: ``float32`` or ``bfloat16`` (autocast).
-        fused: Backend of the fused runs.
-        seeds: Of weights and order; at least two, for their spread.
-        window: Steps over which a curve is averaged before it is compared.
-        csv: File to append every loss to.
-        png: File for the chart.
-        device: auto (CUDA where there is one, else the CPU), or such as cpu or cuda:1.
-    """
-
-    model: str = "gac_msresnet18_cifar"
-    data: str = "digits"
-    data_dir: str = ""
-    image_size: int = 32
-    num_steps: int = 4
-    steps: int = 300
-    batch: int = 64
-    lr: float = 0.05
-    precision: str = "bfloat16"
-    fused: str = "triton"
-    seeds: tuple[int, ...] = (0, 1, 2)
-    window: int = 20
-    csv: Path | None = None
-    png: Path | None = None
-    device: str = "auto"
-
-    def __post_init__(self) -> None:
-        if len(set(self.seeds)) < 2:
-            raise ValueError(f"expected at least two seeds, got {self.seeds}: their spread is what is compared with")
-        if not 1 <= self.window <= self.steps:
-            raise ValueError(
-                f"expected 1 <= window <= steps, got {self.window} and {self.steps}: give a smaller window"
-            )
-        if self.precision not in ("float32", "bfloat16"):
-            raise ValueError(f"expected precision float32 or bfloat16, got {self.precision!r}: choose one of these")
 
 
 def train_curve(config: CurveConfig, arrays: ImageArrays, seed: int, device: torch.device) -> list[float]:
@@ -192,9 +143,13 @@ def _draw(smoothed: dict[str, torch.Tensor], config: CurveConfig) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Compare; 0 where the fused curve is within the eager seeds' span at 95 % of the steps or more, else 1."""
+    """Compare as a command line says; the exit status is that of `run`."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    config = parse_config(CurveConfig(), arguments, "Compare loss curves of fused and plain training over seeds.")
+    return run(parse_options(CurveConfig(), arguments, "Compare loss curves of fused and plain training over seeds."))
+
+
+def run(config: CurveConfig) -> int:
+    """Compare; 0 where the fused curve is within the eager seeds' span at 95 % of the steps or more, else 1."""
     return int(compare_curves(config) < 0.95)
 
 

@@ -2,29 +2,24 @@
 
 from __future__ import annotations
 
-import argparse
-import dataclasses
 import math
 import signal
 import statistics
 import threading
 import time
-import typing
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from .runtime.files import append_csv
 
 if TYPE_CHECKING:
-    from _typeshed import DataclassInstance
     from rich.table import Table
 
-Config = TypeVar("Config", bound="DataclassInstance")
 Row = dict[str, Any]
 # Larger than the L2 of any GPU we know (50 MB on an H100), so that no repetition finds its input there.
 FLUSH_BYTES = 256 * 2**20
@@ -222,28 +217,3 @@ def time_limit(seconds: float) -> Iterator[None]:
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0.0)
         signal.signal(signal.SIGALRM, previous)
-
-
-def parse_config(defaults: Config, arguments: Sequence[str] | None, description: str) -> Config:
-    """Command-line options, one per field of a config, for where the full command line is not installed.
-
-    Args:
-        defaults: The config: fields are numbers, strings, flags, paths, or tuples of numbers or strings.
-        arguments: The command line; of the process where None.
-        description: Shown by ``--help``.
-    """
-    parser = argparse.ArgumentParser(description=description)
-    hints = typing.get_type_hints(type(defaults))
-    for field in dataclasses.fields(defaults):
-        default, hint = getattr(defaults, field.name), hints[field.name]
-        options: dict[str, Any] = {"default": default, "type": Path if Path in (hint, *typing.get_args(hint)) else hint}
-        if isinstance(default, tuple):
-            options |= {"nargs": "+", "type": typing.get_args(hint)[0]}
-        elif isinstance(default, bool):
-            options = {"default": default, "action": argparse.BooleanOptionalAction}
-        parser.add_argument("--" + field.name.replace("_", "-"), **options)
-    values = {
-        name: tuple(value) if isinstance(value, list) else value
-        for name, value in vars(parser.parse_args(arguments)).items()
-    }
-    return dataclasses.replace(defaults, **values)

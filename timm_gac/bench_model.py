@@ -5,16 +5,14 @@ Run it as ``timm-gac bench model`` or ``python -m timm_gac.bench_model``.
 
 from __future__ import annotations
 
-import itertools
 import logging
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import timm
 import torch
 
 from gac_kernels import resolve_backend
@@ -25,17 +23,15 @@ from .bench_harness import (
     Row,
     append_rows,
     exit_on_sigterm,
-    parse_config,
     rows_table,
     show_table,
     time_limit,
 )
-from .bench_networks import LAUNCHES, NETWORKS, Unavailable
+from .bench_networks import Unavailable
+from .bench_options import ModelBenchConfig, parse_options
 from .bench_profile import append_json, read_json
-from .bench_session import Case, Session
-from .device import device_type, resolve_device
-from .hub import read_config
-from .runtime.dtypes import AUTOCAST
+from .bench_session import Session
+from .runtime.device import resolve_device
 from .runtime.files import check_csv
 from .runtime.provenance import PROVENANCE, provenance
 
@@ -48,107 +44,6 @@ COLUMNS = (
 TABLE = {"provider": "", "mode": "", "precision": "", "num_steps": "d", "batch": "d", "images_per_s": ".0f"}
 TABLE |= {"median_ms": ".2f", "p20_ms": ".2f", "p80_ms": ".2f", "peak_gib": ".2f", "floor_fraction": ".3f"}
 TABLE |= {"setup_s": ".0f", "status": "", "note": ""}
-
-
-@dataclass(frozen=True)
-class ModelBenchConfig:
-    """What `bench_model` runs: every provider on every combination of mode, precision and number of steps.
-
-    A provider is a network and how it is launched, such as ``timm_gac``, ``timm_gac+graph`` (the whole step as one CUDA
-    graph), ``loop+compile`` (torch.compile) or ``spikingjelly+compile+graph``. Networks: ``timm_gac``;
-    ``timm_gac_lean`` (packed spikes); ``timm_gac_fused`` (batch norm folded, inference); ``timm_gac_int8`` (quantised,
-    inference, its float parts in the precision); ``convolutions``, the floor;
-    ``ann``, timm's ResNet of the same shape on T batches; ``spikingjelly`` and ``loop``, the time-major network with
-    SpikingJelly's functional LIF and with an ordinary loop; ``published``, the published algorithm step by step.
-
-    Args:
-        model: A registered model of this package, or a model folder, quantised or not.
-        modes: Out of ``train``, ``infer``.
-        precisions: Out of ``float32``, ``tf32``, ``bfloat16``, ``float16`` (autocast); the first and third on a CPU.
-        num_steps: Numbers of time steps T; several make a curve.
-        providers: Which to run, in this order; all that apply where left out.
-        train_batch: Images a training step.
-        infer_batch: Images an inference step.
-        image_size: Height and width of the images; 0 is the model's own.
-        steps: Steps to time, in up to 10 blocks.
-        provider_limit_s: Give up a provider (its compilation, say) after so many seconds; 0 is no limit.
-        time_budget_s: Start no further provider after so many seconds; 0 is no limit. The rest is still written.
-        profile: Say where a step of ``timm_gac`` spends its time, by kind of kernel; JSON beside the CSV.
-        csv: File to append the rows to.
-        png: File for the chart.
-        commit: The source's commit, for the rows; found out where empty.
-        device: auto (CUDA where there is one, else the CPU), or such as cpu or cuda:1.
-    """
-
-    model: str = "gac_msresnet18_cifar"
-    modes: tuple[str, ...] = ("train", "infer")
-    precisions: tuple[str, ...] = ("bfloat16",)
-    num_steps: tuple[int, ...] = (4,)
-    providers: tuple[str, ...] = ()
-    train_batch: int = 128
-    infer_batch: int = 512
-    image_size: int = 0
-    steps: int = 50
-    provider_limit_s: float = 120.0
-    time_budget_s: float = 0.0
-    profile: bool = False
-    csv: Path | None = None
-    png: Path | None = None
-    commit: str = ""
-    device: str = "auto"
-
-    def __post_init__(self) -> None:
-        for name, allowed in {"modes": bench_steps.MODES, "precisions": AUTOCAST}.items():
-            unknown = set(getattr(self, name)) - set(allowed)
-            if unknown:
-                raise ValueError(f"expected {name} out of {list(allowed)}, got {sorted(unknown)}: choose among these")
-        for provider in self.providers:
-            network, *launch = provider.split("+")
-            if network not in NETWORKS or launch not in ([], ["compile"], ["graph"], ["compile", "graph"]):
-                raise ValueError(
-                    f"expected a provider such as 'timm_gac+graph', got {provider!r}: give one of {list(NETWORKS)}, "
-                    "with nothing, +compile, +graph or +compile+graph behind it"
-                )
-        for name in ("modes", "precisions", "num_steps"):
-            if not getattr(self, name):
-                raise ValueError(f"expected at least one of {name}, got none: leave the option out for its default")
-        for name in ("train_batch", "infer_batch", "steps", "num_steps"):
-            value = getattr(self, name)
-            if (min(value) if isinstance(value, tuple) else value) < 1:
-                raise ValueError(f"expected {name} >= 1, got {value}: give a positive number")
-        if self.model not in timm.list_models(module="spiking_resnet") and not Path(self.model).is_dir():
-            raise ValueError(
-                f"expected a model of this package, got {self.model!r}: `timm-gac models` lists them, or name a folder"
-            )
-        exotic = {"tf32", "float16"} & set(self.precisions)
-        if exotic and device_type(self.device) != "cuda":
-            raise ValueError(f"expected float32 or bfloat16 on a CPU, got {sorted(exotic)}: choose one of these")
-
-    def profile_path(self) -> Path | None:
-        """Where the profiles go: beside the CSV."""
-        return self.csv.with_suffix(".profile.json") if self.csv and self.profile else None
-
-    def cases(self) -> list[Case]:
-        """The combinations, in the order they run."""
-        size = self.image_size or self._own_image_size()
-        batch = {"train": self.train_batch, "infer": self.infer_batch}
-        axes = itertools.product(self.modes, self.precisions, self.num_steps)
-        return [Case(self.model, mode, precision, t, batch[mode], size) for mode, precision, t in axes]
-
-    def _own_image_size(self) -> int:
-        if Path(self.model).is_dir():
-            return int(read_config(Path(self.model))["pretrained_cfg"]["input_size"][-1])
-        return int(timm.get_pretrained_cfg_value(self.model, "input_size")[-1])
-
-    def providers_of(self, case: Case) -> list[str]:
-        """The providers of a case in the order they run: by default those that compile come last."""
-        if self.providers:
-            return list(self.providers)
-        skip = ("timm_gac_fused", "timm_gac_int8") if case.mode == "train" else ("timm_gac_lean",)
-        kept = {network: launches for network, launches in LAUNCHES.items() if network not in skip}
-        found = [network + launch for network, launches in kept.items() for launch in launches]
-        found = [name for name in found if "graph" not in name or device_type(self.device) == "cuda"]
-        return sorted(found, key=lambda name: "compile" in name)
 
 
 def bench_model(config: ModelBenchConfig) -> tuple[list[Row], list[Row]]:
@@ -316,7 +211,7 @@ def exit_code(rows: Sequence[Row]) -> int:
 def main(defaults: ModelBenchConfig | None = None, arguments: Sequence[str] | None = None) -> int:
     """Run the benchmark and show its tables; the exit status is that of `exit_code`."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    config = parse_config(defaults or ModelBenchConfig(), arguments, "Benchmark a spiking network against its rivals.")
+    config = parse_options(defaults or ModelBenchConfig(), arguments, "Benchmark a spiking network against its rivals.")
     return show_results(*bench_model(config))
 
 

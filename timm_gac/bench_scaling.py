@@ -14,8 +14,6 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
 
 import timm
 import torch
@@ -28,13 +26,12 @@ from .bench_harness import (
     Row,
     Timing,
     append_rows,
-    parse_config,
     rows_table,
     show_table,
 )
-from .bench_processes import GRADIENT_TOLERANCE, PROVIDERS, Group, gradient_error, launch
+from .bench_options import ScalingConfig, parse_options
+from .bench_processes import GRADIENT_TOLERANCE, Group, gradient_error, launch
 from .bench_session import CHECK_BATCH, Case, Session
-from .device import device_type
 from .graphs import GraphedStep
 from .runtime.dtypes import AUTOCAST
 from .runtime.files import check_csv
@@ -51,80 +48,8 @@ TABLE = {"provider": "", "batch_norm": "", "processes": "d", "batch": "d", "grad
 TABLE |= {"images_per_s_one": ".0f", "images_per_s": ".0f", "scaling": ".3f", "efficiency": ".3f"}
 TABLE |= {"median_ms_one": ".2f", "median_ms": ".2f", "p20_ms": ".2f", "p80_ms": ".2f", "peak_gib_one": ".2f"}
 TABLE |= {"peak_gib": ".2f", "status": "", "note": ""}
-BATCH_NORMS = ("local", "sync")
 CHECK_SIZE = 64  # pixels at most: in float64, on images of any size, the equations are the same
 BLOCKS, SECONDS = 10, 20.0
-
-
-@dataclass(frozen=True)
-class ScalingConfig:
-    """What `measure_scaling` runs: every provider with every kind of batch norm.
-
-    Args:
-        model: A registered model of this package.
-        processes: How many train together; 0 is one for each GPU, two on a CPU.
-        providers: Out of ``ddp``, ``all_reduce``, ``all_reduce+graph``; all that apply where left out.
-        batch_norms: ``local``, each process its own; ``sync``, over all of them.
-        batch: Images a step and process.
-        image_size: Height and width of the images; 0 is the model's own.
-        num_steps: Time steps T.
-        precision: ``float32``, ``tf32`` or ``bfloat16`` (autocast).
-        steps: Steps to time of each, in up to 10 blocks.
-        check: Only compare gradients.
-        csv: File to append each row to as soon as it is there.
-        commit: The source's commit, for the rows; found out where empty.
-        device: auto (CUDA where there is one, else the CPU), cuda or cpu.
-    """
-
-    model: str = "gac_msresnet18_cifar"
-    processes: int = 0
-    providers: tuple[str, ...] = ()
-    batch_norms: tuple[str, ...] = BATCH_NORMS
-    batch: int = 128
-    image_size: int = 0
-    num_steps: int = 4
-    precision: str = "bfloat16"
-    steps: int = 100
-    check: bool = False
-    csv: Path | None = None
-    commit: str = ""
-    device: str = "auto"
-
-    def __post_init__(self) -> None:
-        choices = {"providers": PROVIDERS, "batch_norms": BATCH_NORMS, "device": ("auto", "cuda", "cpu")}
-        choices["precision"] = ("float32", "tf32", "bfloat16")
-        for name, allowed in choices.items():
-            value = getattr(self, name)
-            unknown = set(value if isinstance(value, tuple) else (value,)) - set(allowed)
-            if unknown:
-                raise ValueError(f"expected {name} out of {list(allowed)}, got {sorted(unknown)}: choose among these")
-        for name in ("batch", "num_steps", "steps"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"expected {name} >= 1, got {getattr(self, name)}: give a positive number")
-        if self.model not in timm.list_models(module="spiking_resnet"):
-            raise ValueError(f"expected a model of this package, got {self.model!r}: `timm-gac models` lists them")
-        if self.size < 2 or (self.on_cuda and self.size > torch.cuda.device_count()):
-            raise ValueError(
-                f"expected at least 2 processes and a GPU for each, got {self.size} and "
-                f"{torch.cuda.device_count()}: run it where there are more, or give --device cpu to try it out"
-            )
-        if not self.on_cuda and any("graph" in provider for provider in self.providers):
-            raise ValueError("expected CUDA devices for a graph, got cpu: leave all_reduce+graph out")
-
-    @property
-    def on_cuda(self) -> bool:
-        """Whether it runs on GPUs."""
-        return device_type(self.device) == "cuda"
-
-    @property
-    def size(self) -> int:
-        """Number of processes that train together."""
-        return self.processes or (torch.cuda.device_count() if self.on_cuda else 2)
-
-    def combinations(self) -> list[tuple[str, str]]:
-        """Providers and batch norms, in the order they run."""
-        providers = self.providers or tuple(p for p in PROVIDERS if self.on_cuda or "graph" not in p)
-        return [(provider, norm) for provider in providers for norm in self.batch_norms]
 
 
 class _Timed:
@@ -239,7 +164,11 @@ def _measure(group: Group, session: Session, provider: str, batch_norm: str) -> 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure; 0 where every combination passed its checks, else an exception says what failed."""
-    config = parse_config(ScalingConfig(), arguments, "Measure how training scales over the GPUs of one host.")
+    return run(parse_options(ScalingConfig(), arguments, "Measure how training scales over the GPUs of one host."))
+
+
+def run(config: ScalingConfig) -> int:
+    """Measure in as many processes as the options say; 0, else an exception says what failed."""
     if config.csv:
         check_csv(config.csv, COLUMNS)
     launch(measure_scaling, config, config.size, config.on_cuda)

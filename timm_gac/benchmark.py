@@ -6,13 +6,12 @@ Run it as ``timm-gac bench kernels`` or ``python -m timm_gac.benchmark``.
 from __future__ import annotations
 
 import gc
-import itertools
 import logging
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,12 +28,12 @@ from .bench_harness import (
     measure_peak_bytes,
     measure_saved_bytes,
     measure_time,
-    parse_config,
     rows_table,
     show_table,
 )
 from .bench_ops import SPECS, BenchOp, Case
-from .device import resolve_device
+from .bench_options import KernelBenchConfig, parse_options
+from .runtime.device import resolve_device
 from .runtime.dtypes import DTYPES
 from .runtime.files import check_csv
 from .runtime.provenance import PROVENANCE, provenance
@@ -48,71 +47,6 @@ COLUMNS = (
 TABLE = {"op": "", "provider": "", "spec": "", "dtype": "", "memory_format": "", "num_steps": "d", "direction": ""}
 TABLE |= {"median_ms": ".3f", "p20_ms": ".3f", "p80_ms": ".3f", "gb_per_s": ".0f", "copy_fraction": ".3f"}
 TABLE |= {"peak_gib": ".2f", "saved_bytes_per_step": ".2f", "status": "", "note": ""}
-
-
-@dataclass(frozen=True)
-class KernelBenchConfig:
-    """What `bench_kernels` runs: every combination of the tuples, then the rivals on some of them.
-
-    Args:
-        ops: Out of ``lif``, ``gac_encode``, ``gated_lif``.
-        dtypes: Out of ``float32``, ``bfloat16``.
-        memory_formats: Out of ``contiguous``, ``channels_last``.
-        num_steps: Numbers of time steps.
-        specs: Out of ``cifar``, ``imagenet``.
-        size: Neuron-steps per case; the batch is what makes T * B * C * H * W come closest from below.
-        frame: C, H and W.
-        rivals: Whether to time the reference, the compiled reference and SpikingJelly too.
-        rival_num_steps: The one number of steps at which they run, contiguous.
-        target_ms: Timed milliseconds per measurement.
-        time_budget_s: Start no further case after so many seconds; 0 is no limit. The rest is still written.
-        quick: A smaller size, T = 4 and short measurements: a look, not a result.
-        csv: File to append the rows to.
-        png: File for the bar chart.
-        commit: The source's commit, for the rows; found out where empty.
-        device: auto (CUDA where there is one, else the CPU), or such as cpu or cuda:1.
-    """
-
-    ops: tuple[str, ...] = ("lif", "gac_encode", "gated_lif")
-    dtypes: tuple[str, ...] = ("float32", "bfloat16")
-    memory_formats: tuple[str, ...] = ("contiguous", "channels_last")
-    num_steps: tuple[int, ...] = (2, 4, 6, 8)
-    specs: tuple[str, ...] = ("cifar", "imagenet")
-    size: int = 134_217_728
-    frame: tuple[int, int, int] = (128, 32, 32)
-    rivals: bool = True
-    rival_num_steps: int = 4
-    target_ms: float = 60.0
-    time_budget_s: float = 0.0
-    quick: bool = False
-    csv: Path | None = None
-    png: Path | None = None
-    commit: str = ""
-    device: str = "auto"
-
-    def __post_init__(self) -> None:
-        formats = bench_ops.MEMORY_FORMATS
-        valid: dict[str, Iterable[str]]
-        valid = {
-            "ops": bench_ops.OPS,
-            "dtypes": bench_ops.CHECKED,
-            "memory_formats": formats,
-            "specs": SPECS,
-        }
-        for name, allowed in valid.items():
-            unknown = set(getattr(self, name)) - set(allowed)
-            if unknown:
-                raise ValueError(f"expected {name} out of {list(allowed)}, got {sorted(unknown)}: choose among these")
-
-    def cases(self) -> list[tuple[str, Case]]:
-        """Pairs of provider and case in the order they run: own ops first, since rivals are the slow part."""
-        axes = (self.ops, self.specs, self.dtypes, self.memory_formats, self.num_steps)
-        own = [("timm_gac", Case(*values)) for values in itertools.product(*axes)]
-        if not self.rivals:
-            return own
-        axes = (self.ops, self.specs, self.dtypes, ("contiguous",), (self.rival_num_steps,))
-        shared = [Case(*values) for values in itertools.product(*axes)]
-        return own + [(provider, case) for case in shared for provider in bench_ops.RIVALS]
 
 
 def bench_kernels(config: KernelBenchConfig) -> list[Row]:
@@ -277,7 +211,12 @@ def write_chart(rows: Sequence[Row], path: Path) -> None:
 def main(defaults: KernelBenchConfig | None = None, arguments: Sequence[str] | None = None) -> int:
     """Run the benchmark and show its table; 1 when an op failed its check, else 0."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    rows = bench_kernels(parse_config(defaults or KernelBenchConfig(), arguments, "Benchmark the spiking kernels."))
+    rows = bench_kernels(parse_options(defaults or KernelBenchConfig(), arguments, "Benchmark the spiking kernels."))
+    return show_results(rows)
+
+
+def show_results(rows: Sequence[Row]) -> int:
+    """Show the rows as a table; the exit status is that of `exit_code`."""
     show_table(kernel_table(rows))
     return exit_code(rows)
 

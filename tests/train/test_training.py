@@ -21,9 +21,9 @@ from safetensors.torch import load_file, save_file
 
 from children import Child
 from timm_gac.train import RECIPES, Recipe, checkpoints
-from timm_gac.train.config import parse
 from timm_gac.train.loop import RunOptions, Trainer, train
 from timm_gac.train.optim import MovingAverage, create_optimizer, freeze_stages, learning_rate
+from timm_gac.train.options import parse
 from timm_gac.train.step import tet_loss
 
 KILLS = int(os.environ.get("TIMM_GAC_KILLS", "2"))
@@ -274,12 +274,20 @@ def test_graphs_are_refused_where_there_can_be_none(recipe: Recipe, tmp_path: Pa
 
 def test_command_line(capsys: pytest.CaptureFixture) -> None:
     given = ["cifar100_fast", "--epochs", "3", "--no-flip", "--out", "x", "--trackers", "tensorboard"]
-    recipe, run = parse([*given, "--layer-decay", "0.7", "--mix-off-epochs", "1"])
+    recipe, run = parse([*given, "--layer-decay", "0.7", "--mix-off-epochs", "1"], "train")
     assert recipe == replace(RECIPES["cifar100_fast"], epochs=3, flip=False, layer_decay=0.7, mix_off_epochs=1)
     assert run.out == Path("x") and run.trackers == ("tensorboard",) and run.recipe_name == "cifar100_fast"
     with pytest.raises(SystemExit):
-        parse(["--help"])
+        parse(["--help"], "train")
     assert "--mix-probability" in capsys.readouterr().out
+    recipe, run = parse(["--dataset", "cifar10", "cifar100", "--trackers", "tensorboard", "wandb", "--cpu"], "train")
+    assert recipe == replace(RECIPES["cifar100"], dataset="cifar10") and run.recipe_name == "cifar100"
+    assert run.trackers == ("tensorboard", "wandb") and run.cpu
+    with pytest.raises(ValueError, match="expected epochs of at least 1, got 0"):
+        parse(["cifar10", "--epochs", "0"], "train")
+    for wrong in (["cifar1"], ["cifar10", "--no-such-field", "1"], []):
+        with pytest.raises(SystemExit, match="2"):
+            parse(wrong, "train")
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")

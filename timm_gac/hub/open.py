@@ -80,7 +80,7 @@ def open_network(
             `OpenedNetwork.calibrate_untrained`; or a model folder, a run folder or ORG/NAME on the Hub.
         num_steps: Number of time steps T; the network's own where None.
         seed: Of random weights.
-        device: Where the network is to be, see `timm_gac.device.resolve_device`.
+        device: Where the network is to be, see `timm_gac.runtime.device.resolve_device`.
 
     Raises:
         ValueError: There is no such network, or a folder's network has another T.

@@ -8,11 +8,11 @@ from collections.abc import Sequence
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Train; errors of use are one sentence."""
-    from .config import parse
     from .loop import train
+    from .options import parse
 
     try:
-        return train(*parse(arguments))
+        return train(*parse(sys.argv[1:] if arguments is None else arguments, "python -m timm_gac.train"))
     except (ValueError, OSError) as error:
         sys.stderr.write(f"error: {error}\n")
         return 2

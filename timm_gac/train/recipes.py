@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from ..data import Augmentation
 
-__all__ = ["RECIPES", "Recipe"]
+__all__ = ["RECIPES", "Recipe", "RecipeName"]
 
 PRECISIONS = ("float32", "bfloat16", "float16")
 _CHOICES: dict[str, tuple[str, ...]] = {
@@ -167,7 +167,7 @@ class Recipe:
         return dataclasses.asdict(self)
 
 
-Name = Literal["cifar10", "cifar100", "cifar100_fast", "imagenet"]
+RecipeName = Literal["cifar10", "cifar100", "cifar100_fast", "imagenet"]
 
 _PAPER_CIFAR = Recipe(
     epochs=250,

@@ -7,7 +7,6 @@ right, and the network that comes back from the saved folder gives exactly the s
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,47 +19,16 @@ from rich.table import Table
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from .hub import save_model_folder
-from .inspect.figures import draw_trains
-from .recording import record_spikes
-from .runtime.files import write_json
+from ..hub import save_model_folder
+from ..inspect.figures import draw_trains
+from ..recording import record_spikes
+from ..runtime.files import write_json
+from .demo import DemoConfig
 
 RESULT = "demo.json"  # also the mark of a folder that the demo made and may write again
 REQUIRED_ACCURACY = 0.95
 MODEL = "test_gac_msresnet"
 PIXELS = 8
-
-
-@dataclass(frozen=True)
-class DemoConfig:
-    """What `run_demo` does.
-
-    Args:
-        out: Folder for the model, the spike raster and the result.
-        overwrite: Write to ``out`` even if it holds files that the demo did not make.
-        epochs: Passes over the training digits.
-        num_steps: Time steps T of the spiking network.
-        batch_size: Digits per training step.
-        lr: Peak learning rate.
-        weight_decay: Weight decay of AdamW.
-        seed: Seed of the split, the weights and the order of the digits.
-    """
-
-    out: Path = Path("demo")
-    overwrite: bool = False
-    epochs: int = 15
-    num_steps: int = 4
-    batch_size: int = 64
-    lr: float = 5e-3
-    weight_decay: float = 0.02
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        for name in ("epochs", "num_steps", "batch_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"expected {name} of at least 1, got {getattr(self, name)}: raise it")
-        if not self.lr > 0:
-            raise ValueError(f"expected a positive lr, got {self.lr}: try 0.005")
 
 
 def run_demo(config: DemoConfig, console: Console | None = None) -> int:

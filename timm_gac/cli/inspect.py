@@ -4,21 +4,21 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Annotated
 
+import tyro
 from rich.console import Console
 
-from ..device import resolve_device
-from ..hub import open_network
-from ..sources import open_images
-from .page import write_inspection
-from .record import Inspection, inspect_network
+from .sources import AnyNetworkOptions, Model, SetOptions, check_positive, open_images
 
-__all__ = ["InspectConfig", "run_inspect"]
+if TYPE_CHECKING:
+    from ..inspect import Inspection
+
+__all__ = ["InspectConfig", "inspect", "run_inspect"]
 
 
-@dataclass(frozen=True)
-class InspectConfig:
+@dataclass(frozen=True, kw_only=True)
+class InspectConfig(AnyNetworkOptions, SetOptions):
     """What `run_inspect` does.
 
     Args:
@@ -26,30 +26,39 @@ class InspectConfig:
         overwrite: Write to a folder that has an index.html.
         images: At most so many images of a folder or data set; the first is drawn, all count.
         batch_size: Images a batch.
-        data_dir: Folder of the data set, for timm's names.
-        split: Split of the data set.
-        num_steps: Number of time steps T; the network's own where left out.
-        device: auto (CUDA where there is one, else the CPU), or such as cpu or cuda:1.
-        seed: Seed of random weights, used for a registered name without a tag.
     """
 
     out: Path = Path("inspect")
     overwrite: bool = False
     images: int = 64
     batch_size: int = 8
-    data_dir: str | None = None
-    split: Literal["train", "test"] = "test"
-    num_steps: int | None = None
-    device: str = "auto"
-    seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.batch_size < 1:
-            raise ValueError(f"expected batch_size of at least 1, got {self.batch_size}: raise it")
+        check_positive(self, "batch_size")
         if (self.out / "index.html").exists() and not self.overwrite:
             raise ValueError(f"expected a folder without a page, got {str(self.out)!r} with one: use --overwrite")
         if self.out.is_file():
             raise ValueError(f"expected a folder, got the file {str(self.out)!r}: choose another --out")
+
+
+def inspect(
+    model: Model,
+    image: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="IMAGE")],
+    config: Annotated[InspectConfig, tyro.conf.arg(name="")],
+) -> int:
+    """Draw spikes, gates and membranes on an HTML page.
+
+    The page shows every layer's spikes, firing rates and dead neurons too; its pictures are written as PNGs beside it.
+
+    Example: timm-gac inspect gac_msresnet18_cifar.cifar100 bicycle.png --out inspect
+
+    Args:
+        model: The network.
+        image: A picture, a folder of pictures, an .npz file, digits, or a data set's name in timm.
+        config: What to draw it on.
+    """
+    run_inspect(model, image, config)
+    return 0
 
 
 def run_inspect(model: str, image: str, config: InspectConfig, console: Console | None = None) -> Inspection:
@@ -61,6 +70,10 @@ def run_inspect(model: str, image: str, config: InspectConfig, console: Console 
     Raises:
         ValueError: There is no such network, image or device.
     """
+    from ..hub import open_network
+    from ..inspect import inspect_network, write_inspection
+    from ..runtime.device import resolve_device
+
     device = resolve_device(config.device)
     opened = open_network(model, config.num_steps, config.seed, device)
     images = open_images(image, opened.network, config.images, config.data_dir, config.split)

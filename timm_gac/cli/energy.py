@@ -4,61 +4,63 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Annotated
 
+import tyro
 from rich.console import Console
 
-from ..device import resolve_device
-from ..hub import open_network
-from ..sources import open_images
-from .meter import measure_energy
-from .output import layer_table, totals_table, write_chart, write_csv, write_json
-from .report import EnergyReport
-from .tables import COSTS
+from .sources import AnyNetworkOptions, DataOptions, Model, check_new_files, check_positive, open_images
 
-__all__ = ["EnergyConfig", "run_energy"]
+if TYPE_CHECKING:
+    from ..energy import EnergyReport
 
-FILES = {"energy.json": write_json, "energy.csv": write_csv, "energy.png": write_chart}
+__all__ = ["EnergyConfig", "energy", "run_energy"]
+
+FILES = ("energy.json", "energy.csv", "energy.png")
 
 
-@dataclass(frozen=True)
-class EnergyConfig:
+@dataclass(frozen=True, kw_only=True)
+class EnergyConfig(AnyNetworkOptions, DataOptions):
     """What `run_energy` does.
 
     Args:
-        data: A picture, a folder of pictures, an .npz file, ``digits``, or a data set's name in timm.
-        data_dir: Folder of the data set, for timm's names.
-        split: Split of the data set.
-        images: Number of images, evenly spread over the set.
+        data: A picture, a folder of pictures, an .npz file, digits, or a data set's name in timm.
+        images: At most so many images, evenly spread over the set.
         batch_size: Images a batch.
-        num_steps: Number of time steps T; the network's own where left out.
         costs: Cost table: 45nm-float32, 45nm-float16, 45nm-int8 or 45nm-int8-acc32.
-        device: auto (CUDA where there is one, else the CPU), or such as cpu or cuda:1.
-        seed: Seed of random weights, used for a registered name without a tag.
         out: Folder to write energy.json, energy.csv and energy.png to.
         overwrite: Replace these files.
     """
 
     data: str
-    data_dir: str | None = None
-    split: Literal["train", "test"] = "test"
     images: int = 256
     batch_size: int = 32
-    num_steps: int | None = None
     costs: str = "45nm-float32"
-    device: str = "auto"
-    seed: int = 0
     out: Path | None = None
     overwrite: bool = False
 
     def __post_init__(self) -> None:
+        from ..energy import COSTS
+
         if self.costs not in COSTS:
             raise ValueError(f"expected costs as one of {list(COSTS)}, got {self.costs!r}: choose one of these")
-        if self.batch_size < 1:
-            raise ValueError(f"expected batch_size of at least 1, got {self.batch_size}: raise it")
-        existing = [str(self.out / name) for name in FILES if self.out is not None and (self.out / name).exists()]
-        if existing and not self.overwrite:
-            raise ValueError(f"expected a folder without {existing[0]}, got one with it: use --overwrite")
+        check_positive(self, "batch_size")
+        check_new_files(self.out, FILES, self.overwrite)
+
+
+def energy(model: Model, config: Annotated[EnergyConfig, tyro.conf.arg(name="")]) -> int:
+    """Count each layer's operations on images, and their energy.
+
+    Energies are given under three conventions, beside the energy of the ANN of the same shape.
+
+    Example: timm-gac energy gac_msresnet18_cifar.cifar100 --data cifar100.npz --out energy
+
+    Args:
+        model: The network.
+        config: What to measure it on.
+    """
+    run_energy(model, config)
+    return 0
 
 
 def run_energy(model: str, config: EnergyConfig, console: Console | None = None) -> EnergyReport:
@@ -70,6 +72,11 @@ def run_energy(model: str, config: EnergyConfig, console: Console | None = None)
     Raises:
         ValueError: There is no such network, image, device or cost table.
     """
+    from ..energy import measure_energy
+    from ..energy.output import layer_table, totals_table, write_chart, write_csv, write_json
+    from ..hub import open_network
+    from ..runtime.device import resolve_device
+
     device = resolve_device(config.device)
     opened = open_network(model, config.num_steps, config.seed, device)
     images = open_images(config.data, opened.network, config.images, config.data_dir, config.split)
@@ -87,7 +94,7 @@ def run_energy(model: str, config: EnergyConfig, console: Console | None = None)
     )
     if config.out is not None:
         config.out.mkdir(parents=True, exist_ok=True)
-        for name, write in FILES.items():
+        for name, write in zip(FILES, (write_json, write_csv, write_chart), strict=True):
             write(report, config.out / name)
             console.print(f"wrote {config.out / name}", highlight=False, soft_wrap=True)
     return report

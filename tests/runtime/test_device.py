@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from timm_gac.device import device_type, resolve_device
+from timm_gac.runtime.device import device_type, resolve_device
 
 
 @pytest.mark.parametrize("there", [True, False])

@@ -4,69 +4,67 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
+import tyro
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from gac_kernels.backend import resolve_backend
+from .sources import DataOptions, NetworkOptions, TrainedModel, check_positive
 
-from .data import open_test_set
-from .device import resolve_device
-from .evaluate import ECE_BINS, Evaluation, evaluate
-from .hub import open_network
-from .runtime.dtypes import AUTOCAST
-from .runtime.files import write_json
-from .runtime.provenance import provenance
+if TYPE_CHECKING:
+    from ..evaluate import Evaluation
 
-__all__ = ["EvaluateConfig", "run_evaluate"]
+__all__ = ["EvaluateConfig", "evaluate", "run_evaluate"]
 
 
-@dataclass(frozen=True)
-class EvaluateConfig:
+@dataclass(frozen=True, kw_only=True)
+class EvaluateConfig(NetworkOptions, DataOptions):
     """What `run_evaluate` does.
 
     Args:
-        data: An .npz file, digits, or the name of a data set in timm, such as torch/cifar100, hfds/cifar100 or folder.
-        data_dir: Folder of the data set, for timm's names.
-        split: Split of the data set.
-        images: Only so many images, evenly spread over the set.
+        images: At most so many images, evenly spread over the set; all of them where left out.
         image_size: Side of the images in pixels; the network's own where left out.
         batch_size: Images a batch.
         num_workers: Processes that decode large images.
-        num_steps: Number of time steps T; the network's own where left out.
         precision: float32, or bfloat16 or float16 by autocast.
-        device: auto (CUDA where there is one, else the CPU), or such as cpu or cuda:1.
         firing_rates: Measure the firing rate of each layer.
         json: File to write everything to.
         overwrite: Replace that file.
     """
 
-    data: str
-    data_dir: str | None = None
-    split: Literal["train", "test"] = "test"
     images: int | None = None
     image_size: int | None = None
     batch_size: int = 256
     num_workers: int = 4
-    num_steps: int | None = None
     precision: Literal["float32", "bfloat16", "float16"] = "float32"
-    device: str = "auto"
     firing_rates: bool = True
     json: Path | None = None
     overwrite: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "images", "image_size"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"expected {name} of at least 1, got {value}: raise it")
+        check_positive(self, "batch_size", "images", "image_size")
         if self.num_workers < 0:
             raise ValueError(f"expected num_workers of at least 0, got {self.num_workers}: 0 decodes in this process")
         if self.json is not None and self.json.exists() and not self.overwrite:
             raise ValueError(f"expected a new file, got {str(self.json)!r}, which is there: use --overwrite")
+
+
+def evaluate(model: TrainedModel, config: Annotated[EvaluateConfig, tyro.conf.arg(name="")]) -> int:
+    """Evaluate a network on a labelled set, time step by time step.
+
+    Top-1, top-5, top-1 after each time step, calibration error and the firing rate of each layer.
+
+    Example: timm-gac eval gac_msresnet18_cifar.cifar100 --data torch/cifar100 --data-dir data
+
+    Args:
+        model: The network.
+        config: What to evaluate it on, and how.
+    """
+    run_evaluate(model, config)
+    return 0
 
 
 def run_evaluate(model: str, config: EvaluateConfig, console: Console | None = None) -> Evaluation:
@@ -75,6 +73,16 @@ def run_evaluate(model: str, config: EvaluateConfig, console: Console | None = N
     Raises:
         ValueError: There is no such network, data set or device, or they do not fit.
     """
+    from gac_kernels.backend import resolve_backend
+
+    from ..data import open_test_set
+    from ..evaluate import evaluate
+    from ..hub import open_network
+    from ..runtime.device import resolve_device
+    from ..runtime.dtypes import AUTOCAST
+    from ..runtime.files import write_json
+    from ..runtime.provenance import provenance
+
     console = console or Console(highlight=False, soft_wrap=True)
     device = resolve_device(config.device)
     opened = open_network(model, config.num_steps, device=device).require_trained()
@@ -110,6 +118,8 @@ def run_evaluate(model: str, config: EvaluateConfig, console: Console | None = N
 
 def tables(result: Evaluation, title: str) -> list[Table]:
     """Accuracy and calibration, and the firing rate of each layer where it was measured."""
+    from ..evaluate import ECE_BINS
+
     scores = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
     scores.add_column("")
     scores.add_column("value", justify="right")

@@ -4,77 +4,76 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
+import tyro
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from .anytime import CONFIDENCES, AnytimeReport, measure_anytime, write_anytime_chart
-from .coding import CodingReport, measure_coding, write_coding_chart
-from .device import resolve_device
-from .energy import COSTS
-from .hub import open_network
-from .runtime.dtypes import AUTOCAST
-from .runtime.files import write_json
-from .sources import open_labelled
+from .sources import AnyNetworkOptions, DataOptions, Model, check_new_files, check_positive, open_labelled
 
-__all__ = ["AnytimeConfig", "run_anytime"]
+if TYPE_CHECKING:
+    from ..anytime import AnytimeReport
+    from ..coding import CodingReport
+
+__all__ = ["AnytimeConfig", "anytime", "run_anytime"]
 
 FILES = ("anytime.json", "anytime.png", "coding.png")
 
 
-@dataclass(frozen=True)
-class AnytimeConfig:
+@dataclass(frozen=True, kw_only=True)
+class AnytimeConfig(AnyNetworkOptions, DataOptions):
     """What `run_anytime` does.
 
     Args:
-        data: An .npz file, ``digits``, or a data set's name in timm.
         against: A second network to show beside, such as the direct-coding twin.
-        data_dir: Folder of the data set, for timm's names.
-        split: Split of the data set.
-        images: Number of images, evenly spread over the set.
+        images: At most so many images, evenly spread over the set.
         coding_images: Of these, for the entropies of the encoder's output.
         batch_size: Images a batch.
         confidences: Confidences to stop at.
-        num_steps: Number of time steps T; the network's own where left out.
         costs: Cost table: 45nm-float32, 45nm-float16, 45nm-int8 or 45nm-int8-acc32.
         convention: Convention of the picture: paper, strict or neurobench.
-        precision: Autocast to bfloat16, or not.
-        device: auto (CUDA where there is one, else the CPU), or such as cpu or cuda:1.
-        seed: Seed of random weights, used for a registered name without a tag.
+        precision: float32, or bfloat16 by autocast.
         out: Folder to write anytime.json, anytime.png and coding.png to.
         overwrite: Replace these files.
     """
 
-    data: str
     against: str | None = None
-    data_dir: str | None = None
-    split: Literal["train", "test"] = "test"
     images: int = 2000
     coding_images: int = 256
     batch_size: int = 32
-    confidences: tuple[float, ...] = CONFIDENCES
-    num_steps: int | None = None
+    confidences: tuple[float, ...] = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99)
     costs: str = "45nm-float32"
     convention: Literal["paper", "strict", "neurobench"] = "strict"
     precision: Literal["float32", "bfloat16"] = "float32"
-    device: str = "auto"
-    seed: int = 0
     out: Path | None = None
     overwrite: bool = False
 
     def __post_init__(self) -> None:
+        from ..energy import COSTS
+
         if self.costs not in COSTS:
             raise ValueError(f"expected costs as one of {list(COSTS)}, got {self.costs!r}: choose one of these")
-        for name in ("images", "coding_images", "batch_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"expected {name} of at least 1, got {getattr(self, name)}: raise it")
+        check_positive(self, "images", "coding_images", "batch_size")
         if bad := [value for value in self.confidences if not 0.0 < value <= 1.0]:
             raise ValueError(f"expected confidences above 0 and at most 1, got {bad[0]}: give such as 0.9")
-        existing = [str(self.out / name) for name in FILES if self.out is not None and (self.out / name).exists()]
-        if existing and not self.overwrite:
-            raise ValueError(f"expected a folder without {existing[0]}, got one with it: use --overwrite")
+        check_new_files(self.out, FILES, self.overwrite)
+
+
+def anytime(model: Model, config: Annotated[AnytimeConfig, tyro.conf.arg(name="")]) -> int:
+    """Measure accuracy and energy after each step, and early exit.
+
+    Early exit is by confidence; also measured is how much information the encoder's output carries.
+
+    Example: timm-gac anytime gac_msresnet18_cifar.cifar100 --against msresnet18_cifar.cifar100 --data cifar100.npz
+
+    Args:
+        model: The network.
+        config: What to measure it on.
+    """
+    run_anytime(model, config)
+    return 0
 
 
 def run_anytime(
@@ -85,6 +84,10 @@ def run_anytime(
     Raises:
         ValueError: There is no such network, data set, device or cost table.
     """
+    from ..anytime import write_anytime_chart
+    from ..coding import write_coding_chart
+    from ..runtime.files import write_json
+
     names = [model] if config.against is None else [model, config.against]
     console = console or Console()
     console.width = console.width if console.is_terminal else 120
@@ -111,6 +114,12 @@ def run_anytime(
 
 
 def _measure(model: str, config: AnytimeConfig) -> tuple[AnytimeReport, CodingReport]:
+    from ..anytime import measure_anytime
+    from ..coding import measure_coding
+    from ..hub import open_network
+    from ..runtime.device import resolve_device
+    from ..runtime.dtypes import AUTOCAST
+
     device = resolve_device(config.device)
     opened = open_network(model, config.num_steps, config.seed, device)
     images, labels = open_labelled(config.data, opened.network, config.images, config.data_dir, config.split)

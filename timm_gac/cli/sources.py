@@ -1,23 +1,125 @@
-"""Pictures and data sets as a user names them on the command line."""
+"""What MODEL, --data and --device mean, in every command."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-import timm
-import timm.data
-import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
-from torch import Tensor
+import tyro
 
-from .data.arrays import load_arrays
-from .data.transforms import Normalizer
+if TYPE_CHECKING:
+    from torch import Tensor
 
-__all__ = ["PICTURES", "open_images", "open_labelled", "open_pictures"]
+__all__ = [
+    "PICTURES",
+    "AnyNetworkOptions",
+    "DataOptions",
+    "Model",
+    "NetworkOptions",
+    "SetOptions",
+    "TrainedModel",
+    "check_new_files",
+    "check_positive",
+    "open_images",
+    "open_labelled",
+    "open_pictures",
+]
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+_NAMES = (
+    "Model or run folder, ORG/NAME on the Hub, or a registered name (`timm-gac models`) with the tag of its weights"
+)
+TrainedModel = Annotated[
+    str,
+    tyro.conf.Positional,
+    tyro.conf.arg(metavar="MODEL", help=f"{_NAMES}, such as gac_msresnet18_cifar.cifar100."),
+]
+Model = Annotated[
+    str,
+    tyro.conf.Positional,
+    tyro.conf.arg(
+        metavar="MODEL",
+        help=f"{_NAMES}; without a tag for random weights, whose batch norms take the statistics of the images.",
+    ),
+]
+
+
+@dataclass(frozen=True, kw_only=True)
+class NetworkOptions:
+    """How a network is run.
+
+    Args:
+        num_steps: Number of time steps T; the network's own where left out.
+        device: auto (CUDA where there is one, else the CPU), or such as cpu or cuda:1.
+    """
+
+    num_steps: int | None = None
+    device: str = "auto"
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnyNetworkOptions(NetworkOptions):
+    """How a network is run whose weights may be random.
+
+    Args:
+        seed: Seed of random weights, used for a registered name without a tag.
+    """
+
+    seed: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class SetOptions:
+    """Which part of a data set is taken.
+
+    Args:
+        data_dir: Folder of the data set, for timm's names.
+        split: Split of the data set.
+    """
+
+    data_dir: str | None = None
+    split: Literal["train", "test"] = "test"
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataOptions(SetOptions):
+    """A labelled data set.
+
+    Args:
+        data: An .npz file, digits, or the name of a data set in timm, such as torch/cifar100, hfds/cifar100 or folder.
+    """
+
+    data: str
+
+
+def check_positive(config: object, *names: str) -> None:
+    """Refuse numbers below 1; None is none.
+
+    Raises:
+        ValueError: One of these fields is below 1.
+    """
+    for name in names:
+        value = getattr(config, name)
+        if value is not None and value < 1:
+            raise ValueError(f"expected {name} of at least 1, got {value}: raise it")
+
+
+def check_new_files(folder: Path | None, names: Iterable[str], overwrite: bool) -> None:
+    """Refuse to replace files.
+
+    Args:
+        folder: Where they will be written; None for nowhere.
+        names: Their names.
+        overwrite: Whether they may be replaced.
+
+    Raises:
+        ValueError: One of them is there and ``overwrite`` is not set.
+    """
+    existing = [] if folder is None or overwrite else [folder / name for name in names if (folder / name).exists()]
+    if existing:
+        raise ValueError(f"expected a folder without {existing[0]}, got one with it: use --overwrite")
 
 
 def open_pictures(files: Iterable[Path], model: Any) -> Tensor:
@@ -26,6 +128,10 @@ def open_pictures(files: Iterable[Path], model: Any) -> Tensor:
     Raises:
         ValueError: A file is missing or no picture, or the network takes neither grey nor colour pictures.
     """
+    import timm.data
+    import torch
+    from PIL import Image, ImageOps, UnidentifiedImageError
+
     config = timm.data.resolve_data_config(pretrained_cfg=model.pretrained_cfg)
     channels = config["input_size"][0]
     if channels not in (1, 3):
@@ -86,6 +192,11 @@ def open_labelled(
     Raises:
         ValueError: There is no such set, or it has other channels than the network takes.
     """
+    import torch
+
+    from ..data import load_arrays
+    from ..data.transforms import Normalizer
+
     if limit < 1:
         raise ValueError(f"expected at least 1 image, got {limit}: raise it")
     cfg = model.pretrained_cfg

@@ -1,0 +1,74 @@
+"""``timm-gac bench kernels`` and ``timm-gac bench model``."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import tyro
+
+from ..bench_options import CurveConfig, KernelBenchConfig, ModelBenchConfig, ScalingConfig
+
+__all__ = ["curves", "kernels", "model", "scaling"]
+
+
+def kernels(config: Annotated[KernelBenchConfig, tyro.conf.arg(name="")]) -> int:
+    """Time each kernel that passes its check against its rivals.
+
+    Status 1 where a kernel fails its check. The copy bandwidth of the same run stands beside each time.
+
+    Example: timm-gac bench kernels --quick --device cpu
+
+    Args:
+        config: What to time.
+    """
+    from .. import benchmark
+
+    return benchmark.show_results(benchmark.bench_kernels(config))
+
+
+def model(config: Annotated[ModelBenchConfig, tyro.conf.arg(name="")]) -> int:
+    """Time a whole network against its rivals.
+
+    A provider is a network and how it is launched: timm_gac, timm_gac+graph (the whole step as one CUDA graph),
+    loop+compile (torch.compile), spikingjelly+compile+graph. Networks: timm_gac; timm_gac_lean (packed spikes);
+    timm_gac_fused (batch norm folded) and timm_gac_int8 (quantised), for inference; convolutions, the floor; ann,
+    timm's ResNet of the same shape on T batches; spikingjelly, loop and published, rivals with the same weights.
+
+    Example: timm-gac bench model --model gac_msresnet18_cifar --modes infer --csv model.csv
+
+    Args:
+        config: What to time.
+    """
+    from .. import bench_model
+
+    return bench_model.show_results(*bench_model.bench_model(config))
+
+
+def scaling(config: Annotated[ScalingConfig, tyro.conf.arg(name="")]) -> int:
+    """Measure how training scales over the GPUs of one host.
+
+    Gradients of several processes are first compared with those of one, in float64.
+
+    Example: timm-gac bench scaling --csv scaling.csv
+
+    Args:
+        config: What to time.
+    """
+    from .. import bench_scaling
+
+    return bench_scaling.run(config)
+
+
+def curves(config: Annotated[CurveConfig, tyro.conf.arg(name="")]) -> int:
+    """Compare loss curves of fused and plain training over seeds.
+
+    Status 1 where fused training is outside of what seeds do to plain training at over 5 % of the steps.
+
+    Example: timm-gac bench curves --data digits --steps 100
+
+    Args:
+        config: What to train.
+    """
+    from .. import bench_curves
+
+    return bench_curves.run(config)

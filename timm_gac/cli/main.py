@@ -1,0 +1,105 @@
+"""``timm-gac``: which commands there are, and how errors are shown.
+
+The modules of the commands hold their options and import PyTorch, timm and what else they need only when they run, so
+that ``--help`` answers at once.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import logging
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import tyro
+from tyro.extras import SubcommandApp
+
+# Command to its module and function here, in the order of the list that `timm-gac --help` shows.
+COMMANDS = {
+    "demo": "demo:demo",
+    "models": "models:models",
+    "train": "train:train",
+    "eval": "evaluate:evaluate",
+    "predict": "predict:predict",
+    "inspect": "inspect:inspect",
+    "energy": "energy:energy",
+    "anytime": "anytime:anytime",
+    "convert": "hub:convert",
+    "quantize": "quantize:quantize",
+    "push": "hub:push",
+    "verify": "hub:verify",
+    "bench kernels": "bench:kernels",
+    "bench model": "bench:model",
+    "bench scaling": "bench:scaling",
+    "bench curves": "bench:curves",
+}
+# What brings an optional package; anything else is in `all`.
+EXTRAS = {"accelerate": "train", "tensorboard": "train", "matplotlib": "bench", "sklearn": "demo"}
+DESCRIPTION = (
+    "Gated attention coding and spiking ResNets for timm: train, evaluate, look inside, publish, benchmark.\n"
+    "`timm-gac COMMAND --help` explains a command. Start with `timm-gac demo`."
+)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; its exit status is 0, 1 where a check failed, 2 where the user has to change something.
+
+    Args:
+        arguments: What follows ``timm-gac``; of the process where left out.
+    """
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("timm_gac").setLevel(logging.INFO)
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        return _run(given)
+    except (ValueError, OSError) as error:
+        message = str(error)
+    except ModuleNotFoundError as error:
+        extra = EXTRAS.get(str(error.name).partition(".")[0], "all")
+        message = f"expected the optional package {error.name!r}, got none: install timm-gac[{extra}]"
+    except KeyboardInterrupt:
+        message = "interrupted"
+    sys.stderr.write(f"timm-gac: {message}\n")
+    return 2
+
+
+def _run(given: list[str]) -> int:
+    for words in (1, 2):
+        name = " ".join(given[:words])
+        if name == "train":  # parses its own options, whose defaults are those of the recipe given
+            from .train import train
+
+            return train(given[words:])
+        if name in COMMANDS:
+            return tyro.cli(_command(name), prog=f"timm-gac {name}", args=given[words:])
+    return _all_commands().cli(prog="timm-gac", description=DESCRIPTION, args=given)
+
+
+def _command(name: str) -> Callable[..., int]:
+    """A command's function, which registers the models before it does its work."""
+    module, _, function = COMMANDS[name].partition(":")
+    command: Callable[..., int] = getattr(importlib.import_module(f".{module}", __package__), function)
+
+    @functools.wraps(command)
+    def run(*values: Any, **options: Any) -> int:
+        importlib.import_module("timm_gac.models")  # `import timm_gac` has not done so in the console script's process
+        return command(*values, **options)
+
+    return run
+
+
+def _all_commands() -> SubcommandApp:
+    """The list of commands, each with the first line of its docstring; for help and for what is no command."""
+    app, benchmarks = SubcommandApp(), SubcommandApp()
+    for name in COMMANDS:
+
+        def listed() -> int:
+            raise AssertionError("expected the command itself to run: the list only describes it")
+
+        listed.__doc__ = (_command(name).__doc__ or "").partition("\n")[0]
+        group, _, subcommand = name.rpartition(" ")
+        (benchmarks if group else app).command(name=subcommand)(listed)
+    app.command(benchmarks, name="bench", help="Time kernels, networks and several GPUs; compare loss curves.")
+    return app

@@ -1,0 +1,50 @@
+"""``timm-gac models``: which networks there are."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import tyro
+
+__all__ = ["models"]
+
+
+def models(pattern: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="PATTERN")] = "*") -> int:
+    """List the models: encoder, neuron, parameters, steps, input.
+
+    Example: timm-gac models 'gac_*'
+
+    Args:
+        pattern: Show only names that match, such as 'gac_*'.
+    """
+    import timm
+    import torch
+    from rich.box import SIMPLE_HEAD
+    from rich.console import Console
+    from rich.table import Table
+
+    from gac_kernels import CIFAR, IMAGENET
+
+    from ..encoder import GatedAttentionCoding
+
+    names = timm.list_models(pattern, module="spiking_resnet")
+    if not names:
+        raise ValueError(f"expected a pattern that matches a model, got {pattern!r}: try '*resnet*'")
+    table = Table(title=f"{len(names)} models", box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    for heading in ("model", "encoder", "dialect"):
+        table.add_column(heading, no_wrap=True)
+    for heading in ("parameters", "T", "classes", "input"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for name in names:
+        network = timm.create_model(name, device=torch.device("meta"))
+        table.add_row(
+            name,
+            "GAC" if isinstance(network.encoder, GatedAttentionCoding) else "direct",
+            {CIFAR: "CIFAR", IMAGENET: "ImageNet"}[network.spec],
+            f"{sum(parameter.numel() for parameter in network.parameters()):,}",
+            str(network.num_steps),
+            str(network.num_classes),
+            "x".join(map(str, network.pretrained_cfg["input_size"])),
+        )
+    Console().print(table)
+    return 0

@@ -1,0 +1,186 @@
+"""``timm-gac predict``: what a network sees in pictures."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import tyro
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+
+from .sources import PICTURES, NetworkOptions, check_positive, open_pictures
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ..predict import Prediction
+
+__all__ = ["PredictConfig", "predict", "run_predict"]
+
+DEFAULT_MODEL = "gac_msresnet18_cifar.cifar100"
+
+
+@dataclass(frozen=True, kw_only=True)
+class PredictConfig(NetworkOptions):
+    """What `run_predict` does.
+
+    Args:
+        model: Model or run folder, ORG/NAME on the Hub, or a registered name with the tag of its weights.
+        top: So many classes a picture.
+        per_step: Show the answer after each time step too.
+        exit: Stop each picture at the first time step after which its best class is this probable, such as 0.9. Its
+            later steps are then not computed at all; only the encoder always runs for all steps, and for a picture its
+            convolutions run just once for them.
+        batch_size: Pictures a batch.
+        precision: float32, or bfloat16 or float16 by autocast.
+        json: File to write everything to.
+    """
+
+    model: str = DEFAULT_MODEL
+    top: int = 5
+    per_step: bool = False
+    exit: float | None = None
+    batch_size: int = 32
+    precision: Literal["float32", "bfloat16", "float16"] = "float32"
+    json: Path | None = None
+
+    def __post_init__(self) -> None:
+        check_positive(self, "top", "batch_size")
+        if self.exit is not None:
+            from ..early_exit import check_confidence
+
+            check_confidence(self.exit)
+
+
+def predict(
+    images: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="IMAGE")],
+    config: Annotated[PredictConfig, tyro.conf.arg(name="")],
+) -> int:
+    """Show the classes that a network sees in pictures.
+
+    A file that cannot be used is one sentence and status 1; the others still run.
+
+    Example: timm-gac predict bicycle.png holiday/ --exit 0.9
+
+    Args:
+        images: Picture files, and folders of them.
+        config: With which network, and what to show.
+    """
+    return run_predict(images, config)
+
+
+def find_pictures(paths: Iterable[Path]) -> tuple[list[Path], list[str]]:
+    """The pictures among files and directories (searched to the bottom), and a sentence for each path without one."""
+    found, problems = list[Path](), list[str]()
+    for path in paths:
+        if not path.is_dir():
+            found.append(path)
+            continue
+        inside = sorted(file for file in path.rglob("*") if file.suffix.lower() in PICTURES and file.is_file())
+        found += inside
+        if not inside:
+            problems.append(f"expected pictures in {str(path)!r}, got none of {', '.join(PICTURES)}: check the folder")
+    return found, problems
+
+
+def run_predict(paths: Sequence[Path], config: PredictConfig, console: Console | None = None) -> int:
+    """Show what a network sees in pictures; a bad file is one sentence, and the others still run.
+
+    Returns:
+        0, or 1 where a file could not be used.
+
+    Raises:
+        ValueError: There is no such network or device.
+    """
+    from ..hub import open_network
+    from ..predict import Prediction, predict
+    from ..runtime.device import resolve_device
+    from ..runtime.dtypes import AUTOCAST
+
+    console = console or Console(highlight=False, soft_wrap=True)
+    device = resolve_device(config.device)
+    opened = open_network(config.model, config.num_steps, device=device).require_trained()
+    network, names = opened.network, opened.label_names
+    files, problems = find_pictures(paths)
+    results = dict[str, Prediction]()
+    for some, images in _batches(files, network, config.batch_size, problems):
+        answers = predict(
+            network,
+            images.to(device),
+            top=config.top,
+            names=names,
+            amp_dtype=AUTOCAST[config.precision],
+            exit_at=config.exit,
+        )
+        for file, prediction in zip(some, answers, strict=True):
+            results[str(file)] = prediction
+            console.print(_table(file, prediction, names, config))
+    for problem in problems:
+        console.print(f"skipped: {problem}", markup=False)
+    if config.json is not None:
+        _write_json(config.json, config, results, problems)
+    return 1 if problems else 0
+
+
+def _batches(
+    files: list[Path], network: Any, batch_size: int, problems: list[str]
+) -> Iterator[tuple[list[Path], Tensor]]:
+    """Batches of the files that can be read; sentences about the others are added to ``problems``."""
+    import torch
+
+    good, rows = list[Path](), list[Any]()
+    for file in files:
+        try:
+            rows.append(open_pictures([file], network))
+            good.append(file)
+        except ValueError as error:
+            problems.append(str(error))
+        if len(good) == batch_size:
+            yield good, torch.cat(rows)
+            good, rows = [], []
+    if good:
+        yield good, torch.cat(rows)
+
+
+def _table(file: Path, prediction: Prediction, names: Sequence[str], config: PredictConfig) -> Table:
+    from ..predict import class_name
+
+    table = Table(title=str(file), title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
+    table.add_column("class")
+    table.add_column("confidence", justify="right")
+    for name, confidence in zip(prediction.names, prediction.confidences, strict=True):
+        table.add_row(name, f"{confidence:.2%}")
+    if config.exit is not None:
+        table.add_section()
+        exit_at = f"exit after {prediction.steps} of {prediction.num_steps} steps"
+        table.add_row(f"{exit_at}: {prediction.names[0]}", f"{prediction.confidences[0]:.2%}")
+    if config.per_step:
+        table.add_section()
+        for step, (number, confidence) in enumerate(prediction.per_step, start=1):
+            table.add_row(
+                f"after {step} of {prediction.num_steps} steps: {class_name(number, names)}", f"{confidence:.2%}"
+            )
+    return table
+
+
+def _write_json(file: Path, config: PredictConfig, results: dict[str, Prediction], problems: list[str]) -> None:
+    from ..runtime.files import write_json
+
+    content = {
+        "model": config.model,
+        "exit": config.exit,
+        "pictures": {
+            name: {
+                "classes": list(row.classes), "names": list(row.names), "confidences": list(row.confidences),
+                "per_step": [{"class": number, "confidence": sure} for number, sure in row.per_step],
+                "steps": row.steps, "num_steps": row.num_steps,
+            }
+            for name, row in results.items()
+        },
+        "skipped": problems,
+    }  # fmt: skip
+    write_json(file, content)

@@ -1,0 +1,39 @@
+"""``timm-gac quantize``: weights of 8 bits."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from .sources import TrainedModel
+
+__all__ = ["quantize"]
+
+
+def quantize(
+    model: TrainedModel,
+    out_folder: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT_FOLDER")],
+    clip: Literal["max", "mse"] = "mse",
+    overwrite: bool = False,
+) -> int:
+    """Round a network's weights to 8 bits, for integer inference.
+
+    Example: timm-gac quantize gac_msresnet18_cifar.cifar100 quantized
+
+    Args:
+        model: The network.
+        out_folder: Folder to write.
+        clip: Scale a channel by its largest weight, or by the least squared error.
+        overwrite: Replace the model in a folder that has one.
+    """
+    from rich import print as show
+
+    from ..hub import open_network, save_quantized
+
+    opened = open_network(model)
+    folder = save_quantized(opened.network, out_folder, clip, overwrite)
+    size = sum(file.stat().st_size for file in folder.iterdir()) / 2**20
+    show(f"wrote {folder} ({size:.1f} MiB; weights {opened.origin}): load it with timm_gac.hub.load_model('{folder}')")
+    return 0
