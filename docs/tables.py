@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import argparse
 import re
 from pathlib import Path
 
 import timm
+import tyro
 
 from timm_gac.cli.sources import open_images
 from timm_gac.energy import EnergyReport, measure_energy
@@ -94,20 +94,21 @@ def write(name: str, text: str) -> None:
     PAGE.write_text(page, encoding="utf-8")
 
 
-def main() -> None:
-    """Measure what is asked for."""
-    parser = argparse.ArgumentParser(description="Measure the tables of docs/energy.md anew and write them into it.")
-    parser.add_argument("--picture", help="a picture for the ImageNet networks with random weights")
-    parser.add_argument("--cifar", help="CIFAR-100 as .npz or a timm data set, for the trained networks")
-    parser.add_argument("--images", type=int, default=2000, help="images of the CIFAR-100 test set")
-    options = parser.parse_args()
-    if not (options.picture or options.cifar):
-        parser.error("expected --picture or --cifar, got neither: say what to measure")
-    if options.picture:
-        write("random", random_table(options.picture))
-    if options.cifar:
-        write("trained", trained_table(options.cifar, options.images))
+def main(picture: str | None = None, cifar: str | None = None, images: int = 2000) -> None:
+    """Measure the tables of docs/energy.md anew and write them into it.
+
+    Args:
+        picture: A picture for the ImageNet networks with random weights.
+        cifar: CIFAR-100 as .npz or a timm data set, for the trained networks.
+        images: Images of the CIFAR-100 test set.
+    """
+    if not (picture or cifar):
+        raise SystemExit("expected --picture or --cifar, got neither: say what to measure")
+    if picture:
+        write("random", random_table(picture))
+    if cifar:
+        write("trained", trained_table(cifar, images))
 
 
 if __name__ == "__main__":
-    main()
+    tyro.cli(main)
