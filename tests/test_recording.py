@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 import timm
 import torch
-from timm_gac.sources import calibrate
 from torch import nn
 
 from gac_kernels import CIFAR
