@@ -47,7 +47,7 @@ format: $(STAMP)  ## Apply style and format
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(STAMP)  ## Time the kernels against their rivals on this machine
+bench: $(STAMP)  ## Time the kernels against baselines on this machine
 	$(BIN)/timm-gac bench kernels $(ARGS)
 
 kernel: $(STAMP)  ## Stage the kernels for the Kernel Hub in build/gac-kernels

@@ -1,4 +1,4 @@
-"""The model benchmark on the CPU: its rivals, its gate, its rows and the files it writes."""
+"""The model benchmark on the CPU: its baselines, its gate, its rows and the files it writes."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_rows_and_their_arithmetic() -> None:
         assert row["batch"] == {"train": 4, "infer": 3}[row["mode"]] and row["num_steps"] == 2
         assert row["p20_ms"] <= row["median_ms"] <= row["p80_ms"]
         assert row["images_per_s"] == pytest.approx(1e3 * row["batch"] / row["median_ms"])
-        assert row["floor_fraction"] == pytest.approx(row["images_per_s"] / floors[row["mode"]])
+        assert row["roofline_fraction"] == pytest.approx(row["images_per_s"] / floors[row["mode"]])
         assert (row["repetitions"], row["steps_per_block"]) == (3, 1)
         assert row["memory_format"] == "channels_last" and row["threads"] == torch.get_num_threads()
         assert row["peak_gib"] is None  # nothing counts it on a CPU
@@ -72,21 +72,21 @@ def test_providers_that_cannot_take_part_say_why() -> None:
     assert [row["status"] for row in rows] == ["skipped"] * 4
     reasons = ("CUDA device", "stem of 64 channels, this model one of 16", "no test_gac_msresnet", "inference only")
     for row, reason in zip(rows, reasons, strict=True):
-        assert reason in row["note"] and row["median_ms"] is None and row["floor_fraction"] is None
+        assert reason in row["note"] and row["median_ms"] is None and row["roofline_fraction"] is None
     assert bench_model.exit_code(rows) == 0
 
 
-def test_lean_and_fused_follow_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_packed_and_fused_follow_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
     model, _ = prepared("test_gac_msresnet", 8)
     packed: list[bool] = []
     monkeypatch.setattr(type(model), "set_spike_packing", lambda self, enable: packed.append(enable), raising=False)
-    NETWORKS["timm_gac_lean"](model, "test_gac_msresnet", "train")
+    NETWORKS["timm_gac_packed"](model, "test_gac_msresnet", "train")
     assert packed == [True]
     with pytest.raises(Unavailable, match="backward"):
-        NETWORKS["timm_gac_lean"](model, "test_gac_msresnet", "infer")
+        NETWORKS["timm_gac_packed"](model, "test_gac_msresnet", "infer")
     monkeypatch.delattr(type(model), "set_spike_packing")
     with pytest.raises(Unavailable, match="no set_spike_packing"):
-        NETWORKS["timm_gac_lean"](model, "test_gac_msresnet", "train")
+        NETWORKS["timm_gac_packed"](model, "test_gac_msresnet", "train")
 
 
 @pytest.mark.parametrize(
@@ -98,7 +98,7 @@ def test_lean_and_fused_follow_the_model(monkeypatch: pytest.MonkeyPatch) -> Non
         ("test_gac_msresnet", 8, ("timm_gac", "spikingjelly")),
     ],
 )
-def test_rivals_compute_the_same(name: str, size: int, networks: tuple[str, ...]) -> None:
+def test_baselines_compute_the_same(name: str, size: int, networks: tuple[str, ...]) -> None:
     model, images = prepared(name, size, num_steps=3, num_classes=7)
     reference = TimeMajorNet(model, LoopNeuron(model.spec))
     logits = reference.double().eval()(images.double())
@@ -130,12 +130,12 @@ def test_gate_passes_training_in_every_precision_of_a_cpu() -> None:
     ],
     ids=("decay", "threshold", "reset", "surrogate"),
 )
-def test_gate_refuses_a_wrong_rival(monkeypatch: pytest.MonkeyPatch, spec: object, reason: str) -> None:
+def test_gate_refuses_a_wrong_baseline(monkeypatch: pytest.MonkeyPatch, spec: object, reason: str) -> None:
     monkeypatch.setitem(NETWORKS, "loop", lambda model, name, mode: TimeMajorNet(model, LoopNeuron(spec)))
     rows, _ = bench_model.bench_model(replace(TINY, modes=("train",), precisions=("bfloat16",), providers=("loop",)))
     assert [row["status"] for row in rows] == ["failed check"]
     assert reason in rows[0]["note"] and rows[0]["images_per_s"] is None
-    assert bench_model.exit_code(rows) == 0  # a rival's failure is a result; our own is not
+    assert bench_model.exit_code(rows) == 0  # a baseline's failure is a result; our own is not
 
 
 @pytest.mark.parametrize(("change", "status"), [("weights", "failed check"), ("raise", "error")])
@@ -319,7 +319,7 @@ def test_time_limit_leaves_no_alarm_behind() -> None:
 def test_defaults_put_compilers_last_and_fit_the_device() -> None:
     config = ModelBenchConfig(device="cuda")
     train, infer = config.cases()
-    for case, missing in ((train, "timm_gac_fused"), (infer, "timm_gac_lean")):
+    for case, missing in ((train, "timm_gac_fused"), (infer, "timm_gac_packed")):
         providers = config.providers_of(case)
         assert "timm_gac+graph" in providers and "spikingjelly+compile+graph" in providers
         assert not any(provider.startswith(missing) for provider in providers)
@@ -371,13 +371,13 @@ def test_rows_of_two_runs_into_one_file_are_all_kept(tmp_path: Path) -> None:
     ours, other = bench_model._GrowingTable(path), row | {"provider": "other"}
     rows = [row | {"provider": "a"}]
     ours.write(rows)
-    rows = [rows[0] | {"floor_fraction": 0.5}, row | {"provider": "b"}]
+    rows = [rows[0] | {"roofline_fraction": 0.5}, row | {"provider": "b"}]
     ours.write(rows)
     bench_model.append_rows(path, bench_model.COLUMNS, [other])
     ours.write([*rows, row | {"provider": "c"}])
     with path.open(newline="") as stream:
         found = list(csv.DictReader(stream))
-    assert [line["provider"] for line in found] == ["a", "b", "other", "c"] and found[0]["floor_fraction"] == "0.5"
+    assert [line["provider"] for line in found] == ["a", "b", "other", "c"] and found[0]["roofline_fraction"] == "0.5"
 
 
 def test_a_run_that_is_cut_keeps_what_it_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -397,4 +397,4 @@ def test_a_run_that_is_cut_keeps_what_it_measured(tmp_path: Path, monkeypatch: p
     with config.csv.open(newline="") as stream:
         rows = list(csv.DictReader(stream))
     assert [row["provider"] for row in rows] == ["convolutions", "timm_gac"]
-    assert float(rows[1]["floor_fraction"]) > 0
+    assert float(rows[1]["roofline_fraction"]) > 0

@@ -25,7 +25,7 @@ TINY = KernelBenchConfig(
     specs=("cifar",),
     size=3 * 2 * 3 * 5 * 7,
     frame=(3, 5, 7),
-    rivals=False,
+    baselines=False,
     target_ms=1.0,
     commit="abc1234",
     device="cpu",
@@ -119,15 +119,15 @@ def test_an_op_that_raises_is_a_failed_row(monkeypatch: pytest.MonkeyPatch) -> N
 
 @pytest.mark.parametrize("provider", ["reference", "spikingjelly"])
 @pytest.mark.parametrize("op", list(OPS))
-def test_rivals_compute_the_same(op: str, provider: str) -> None:
+def test_baselines_compute_the_same(op: str, provider: str) -> None:
     for spec in ("cifar", "imagenet"):
         case = Case(op, spec, "float32", "contiguous", 4)
         inputs = bench_ops.make_inputs(OPS[op], case, 2, (3, 5, 7), CPU)
-        rival = bench_ops.make_rival(provider, op, bench_ops.SPECS[spec], inputs)
-        if rival is None:
+        baseline = bench_ops.make_baseline(provider, op, bench_ops.SPECS[spec], inputs)
+        if baseline is None:
             pytest.skip(f"{provider} is not installed")
-        rivalling = replace(OPS[op], run=lambda *tensors, rival=rival: rival(*tensors[:-1]))
-        assert bench_ops.check_case(rivalling, case, inputs) == ""
+        standing_in = replace(OPS[op], run=lambda *tensors, baseline=baseline: baseline(*tensors[:-1]))
+        assert bench_ops.check_case(standing_in, case, inputs) == ""
 
 
 def test_time_budget_still_writes_the_copies() -> None:
@@ -161,7 +161,7 @@ def test_csv_appends_with_provenance_and_refuses_a_foreign_header(tmp_path: Path
 
 def test_command_line_prints_a_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "results.csv"
-    arguments = ["--ops", "lif", "--num-steps", "2", "3", "--csv", str(path), "--no-rivals"]
+    arguments = ["--ops", "lif", "--num-steps", "2", "3", "--csv", str(path), "--no-baselines"]
     assert benchmark.main(TINY, arguments) == 0
     printed = capsys.readouterr().out
     for text in ("forward+backward", "channels_last", "timm_gac", "copy"):
@@ -184,8 +184,8 @@ def test_unknown_names_are_refused() -> None:
 def test_options_of_a_script_start_from_its_own_defaults(capsys: pytest.CaptureFixture[str]) -> None:
     mine = KernelBenchConfig(ops=("lif",), csv=Path("mine.csv"))
     assert parse_options(mine, [], "Mine.") == mine
-    given = ["--num-steps", "2", "8", "--no-rivals", "--png", "chart.png", "--frame", "8", "4", "4"]
-    changed = replace(mine, num_steps=(2, 8), rivals=False, png=Path("chart.png"), frame=(8, 4, 4))
+    given = ["--num-steps", "2", "8", "--no-baselines", "--png", "chart.png", "--frame", "8", "4", "4"]
+    changed = replace(mine, num_steps=(2, 8), baselines=False, png=Path("chart.png"), frame=(8, 4, 4))
     assert parse_options(mine, given, "Mine.") == changed
     for wrong, said in ((["--ops", "lift"], "expected ops out of"), (["--no-such-option"], "--no-such-option")):
         with pytest.raises(SystemExit, match="2"):

@@ -123,8 +123,8 @@ def _draw_curves(axis: Any, curves: dict[str, dict[int, float]]) -> None:
 
 
 def _colour(provider: str) -> str:
-    """This package green, floors grey and blue, rivals warm."""
-    colours = {"timm_gac": "#0b6e4f", "timm_gac_lean": "#4fa37f", "timm_gac_fused": "#17324d"}
+    """This package in greens, lower bounds in grey and blue, baselines in warm colours."""
+    colours = {"timm_gac": "#0b6e4f", "timm_gac_packed": "#4fa37f", "timm_gac_fused": "#17324d"}
     colours |= {"timm_gac_int8": "#6a4c93", "ann": "#5b7db1"}
     colours |= {"convolutions": "#9aa5b1", "spikingjelly": "#e0a458", "published": "#7a5230"}
     return colours.get(provider.split("+")[0], "#b04a5a")

@@ -1,4 +1,4 @@
-"""Model benchmark: a network of this package, its rivals with the same weights, and the floors below them, in one run.
+"""Model benchmark: a network of this package, baselines with the same weights, and lower bounds of time, in one run.
 
 Run it as ``timm-gac bench model`` or ``python -m timm_gac.bench_model``.
 """
@@ -39,10 +39,10 @@ _logger = logging.getLogger(__name__)
 COLUMNS = (
     *("model", "provider", "mode", "precision", "num_steps", "batch", "image_size", "memory_format", "threads"),
     *("status", "images_per_s", "median_ms", "p20_ms", "p80_ms", "repetitions", "steps_per_block", "peak_gib"),
-    *("floor_fraction", "setup_s", "note", *PROVENANCE),
+    *("roofline_fraction", "setup_s", "note", *PROVENANCE),
 )
 TABLE = {"provider": "", "mode": "", "precision": "", "num_steps": "d", "batch": "d", "images_per_s": ".0f"}
-TABLE |= {"median_ms": ".2f", "p20_ms": ".2f", "p80_ms": ".2f", "peak_gib": ".2f", "floor_fraction": ".3f"}
+TABLE |= {"median_ms": ".2f", "p20_ms": ".2f", "p80_ms": ".2f", "peak_gib": ".2f", "roofline_fraction": ".3f"}
 TABLE |= {"setup_s": ".0f", "status": "", "note": ""}
 
 
@@ -86,7 +86,7 @@ def bench_model(config: ModelBenchConfig) -> tuple[list[Row], list[Row]]:
                         _logger.warning("time budget spent: no %s %s", provider, case)
                         continue
                     rows.append(_bench_provider(session, provider, min(remaining, config.provider_limit_s or math.inf)))
-                    keep()  # a rival that never comes back from its compilation takes no rows along
+                    keep()  # a baseline that never comes back from its compilation takes no rows along
                 if config.profile and deadline > time.perf_counter():
                     profiles.append(asdict(case) | session.profile() | origin)
                 del session
@@ -130,7 +130,7 @@ def _bench_provider(session: Session, provider: str, limit_s: float) -> Row:
         row |= {"status": "skipped", "note": str(reason)}
     except TimeoutError as error:
         row |= {"status": "out of time", "note": str(error)}
-    except Exception as error:  # a rival that cannot run is a row of the result, not the end of the run
+    except Exception as error:  # a baseline that cannot run is a row of the result, not the end of the run
         _logger.debug("%s", provider, exc_info=True)
         row |= {"status": "error", "note": _reason(error)}
     speed = f"{row['images_per_s']:.1f} img/s" if row["status"] == "ok" else f"{row['status']}: {row['note']}"
@@ -151,7 +151,7 @@ def _finish(row: Row, rows: list[Row]) -> Row:
     keys = ("model", "mode", "precision", "num_steps", "batch", "image_size")
     peers = [other for other in rows if all(other[key] == row[key] for key in keys) and other["status"] == "ok"]
     floor = [other["images_per_s"] for other in peers if other["provider"].startswith("convolutions")]
-    return row | {"floor_fraction": row["images_per_s"] / max(floor)} if floor and row["status"] == "ok" else row
+    return row | {"roofline_fraction": row["images_per_s"] / max(floor)} if floor and row["status"] == "ok" else row
 
 
 def model_table(rows: Sequence[Row]) -> Any:
@@ -211,7 +211,9 @@ def exit_code(rows: Sequence[Row]) -> int:
 def main(defaults: ModelBenchConfig | None = None, arguments: Sequence[str] | None = None) -> int:
     """Run the benchmark and show its tables; the exit status is that of `exit_code`."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    config = parse_options(defaults or ModelBenchConfig(), arguments, "Benchmark a spiking network against its rivals.")
+    config = parse_options(
+        defaults or ModelBenchConfig(), arguments, "Benchmark a spiking network against baselines."
+    )
     return show_results(*bench_model(config))
 
 

@@ -1,4 +1,4 @@
-"""What the model benchmark times, by name: this package's network, rivals with the same weights, floors below them."""
+"""What the model benchmark times, by name: this package's network, baselines with the same weights, lower bounds."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def _ours(model: SpikingResNet, name: str, mode: str) -> nn.Module:
     return copy.deepcopy(model)
 
 
-def _lean(model: SpikingResNet, name: str, mode: str) -> nn.Module:
+def _packed(model: SpikingResNet, name: str, mode: str) -> nn.Module:
     if mode != "train":
         raise Unavailable("packing spikes saves memory in the backward pass: only for training")
     network = copy.deepcopy(model)
@@ -161,7 +161,7 @@ def _ann(model: SpikingResNet, name: str, mode: str) -> nn.Module:
 # Name of a network to what builds it from (model, its registered name, mode); order of the default benchmark.
 NETWORKS: dict[str, Callable[[SpikingResNet, str, str], nn.Module]] = {
     "timm_gac": _ours,
-    "timm_gac_lean": _lean,
+    "timm_gac_packed": _packed,
     "timm_gac_fused": _fused,
     "timm_gac_int8": _int8,
     "convolutions": lambda model, name, mode: ConvolutionsOnly(model),
@@ -171,10 +171,10 @@ NETWORKS: dict[str, Callable[[SpikingResNet, str, str], nn.Module]] = {
     "loop": _loop,
 }
 
-# How each is launched by default. The loop alone is the compiler's rival: launched eagerly it is no contender.
+# How each is launched by default. The loop alone is the compiler's baseline: launched eagerly it is no contender.
 LAUNCHES = {
     "timm_gac": ("", "+graph", "+compile"),
-    "timm_gac_lean": ("", "+graph"),
+    "timm_gac_packed": ("", "+graph"),
     "timm_gac_fused": ("", "+graph"),
     "timm_gac_int8": ("", "+graph"),
     "convolutions": ("", "+graph"),

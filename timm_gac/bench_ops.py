@@ -1,4 +1,4 @@
-"""The kernel benchmark's cases: inputs, byte counts, the check that comes before any timing, and the rivals."""
+"""The kernel benchmark's cases: inputs, byte counts, the check that comes before any timing, and the baselines."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Op = Callable[..., Any]
 Tensors = Sequence[torch.Tensor]
 SPECS = {"cifar": CIFAR, "imagenet": IMAGENET}
 MEMORY_FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
-RIVALS = ("reference", "compiled", "spikingjelly")
+BASELINES = ("reference", "compiled", "spikingjelly")
 # Largest norm(got - expected) / norm(expected), where expected is the float32 reference on the same values. bfloat16
 # leaves only the rounding of the result (2**-9); `reduced` gradients sum a whole frame of terms that mostly cancel.
 TOLERANCES = {
@@ -100,7 +100,7 @@ def count_bytes(inputs: Tensors, output: torch.Tensor, mask: int | None) -> tupl
     Forward reads the inputs and writes the output, each once. Backward reads the inputs again (it recomputes the
     membrane), reads the output's gradient and writes the inputs' gradients. For ``lif`` that is 2 and 5 passes over
     x. Where the backward pass needs only a packed mask, the forward writes it and the backward reads it in place of
-    the inputs. A rival is held to the same count, so that fractions compare times.
+    the inputs. A baseline is held to the same count, so that fractions compare times.
     """
     read = sum(tensor.numel() * tensor.element_size() for tensor in inputs)
     written = output.numel() * output.element_size()
@@ -154,8 +154,8 @@ def _poison_free_memory(inputs: Tensors, output: torch.Tensor) -> None:
     del blocks
 
 
-def make_rival(name: str, op_name: str, spec: LIFSpec, inputs: Tensors) -> Op | None:
-    """A rival with the op's inputs as its arguments, or None where it is not installed.
+def make_baseline(name: str, op_name: str, spec: LIFSpec, inputs: Tensors) -> Op | None:
+    """A baseline with the op's inputs as its arguments, or None where it is not installed.
 
     Args:
         name: ``reference`` (eager), ``compiled`` (the reference under torch.compile) or ``spikingjelly``.

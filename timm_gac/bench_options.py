@@ -44,7 +44,7 @@ def on_cuda(device: str) -> bool:
 
 @dataclass(frozen=True)
 class KernelBenchConfig:
-    """What `bench_kernels` runs: every combination of the tuples, then the rivals on some of them.
+    """What `bench_kernels` runs: every combination of the tuples, then the baselines on some of them.
 
     Args:
         ops: Out of ``lif``, ``gac_encode``, ``gated_lif``.
@@ -54,8 +54,8 @@ class KernelBenchConfig:
         specs: Out of ``cifar``, ``imagenet``.
         size: Neuron-steps per case; the batch is what makes T * B * C * H * W come closest from below.
         frame: C, H and W.
-        rivals: Whether to time the reference, the compiled reference and SpikingJelly too.
-        rival_num_steps: The one number of steps at which they run, contiguous.
+        baselines: Whether to time the reference, the compiled reference and SpikingJelly too.
+        baseline_num_steps: The one number of steps at which they run, contiguous.
         target_ms: Timed milliseconds per measurement.
         time_budget_s: Start no further case after so many seconds; 0 is no limit. The rest is still written.
         quick: A smaller size, T = 4 and short measurements: a look, not a result.
@@ -72,8 +72,8 @@ class KernelBenchConfig:
     specs: tuple[str, ...] = ("cifar", "imagenet")
     size: int = 134_217_728
     frame: tuple[int, int, int] = (128, 32, 32)
-    rivals: bool = True
-    rival_num_steps: int = 4
+    baselines: bool = True
+    baseline_num_steps: int = 4
     target_ms: float = 60.0
     time_budget_s: float = 0.0
     quick: bool = False
@@ -93,16 +93,16 @@ class KernelBenchConfig:
                 raise ValueError(f"expected {name} out of {list(allowed)}, got {sorted(unknown)}: choose among these")
 
     def cases(self) -> list[tuple[str, bench_ops.Case]]:
-        """Pairs of provider and case in the order they run: own ops first, since rivals are the slow part."""
-        from .bench_ops import RIVALS, Case
+        """Pairs of provider and case in the order they run: own ops first, since baselines are the slow part."""
+        from .bench_ops import BASELINES, Case
 
         axes = (self.ops, self.specs, self.dtypes, self.memory_formats, self.num_steps)
         own = [("timm_gac", Case(*values)) for values in itertools.product(*axes)]
-        if not self.rivals:
+        if not self.baselines:
             return own
-        axes = (self.ops, self.specs, self.dtypes, ("contiguous",), (self.rival_num_steps,))
+        axes = (self.ops, self.specs, self.dtypes, ("contiguous",), (self.baseline_num_steps,))
         shared = [Case(*values) for values in itertools.product(*axes)]
-        return own + [(provider, case) for case in shared for provider in RIVALS]
+        return own + [(provider, case) for case in shared for provider in BASELINES]
 
 
 @dataclass(frozen=True)
@@ -111,8 +111,8 @@ class ModelBenchConfig:
 
     A provider is a network and how it is launched, such as ``timm_gac``, ``timm_gac+graph`` (the whole step as one CUDA
     graph), ``loop+compile`` (torch.compile) or ``spikingjelly+compile+graph``. Networks: ``timm_gac``;
-    ``timm_gac_lean`` (packed spikes); ``timm_gac_fused`` (batch norm folded, inference); ``timm_gac_int8`` (quantised,
-    inference, its float parts in the precision); ``convolutions``, the floor;
+    ``timm_gac_packed`` (packed spikes, training); ``timm_gac_fused`` (batch norm folded, inference); ``timm_gac_int8``
+    (quantised, inference, its float parts in the precision); ``convolutions``, the lower bound of time;
     ``ann``, timm's ResNet of the same shape on T batches; ``spikingjelly`` and ``loop``, the time-major network with
     SpikingJelly's functional LIF and with an ordinary loop; ``published``, the published algorithm step by step.
 
@@ -213,7 +213,7 @@ class ModelBenchConfig:
 
         if self.providers:
             return list(self.providers)
-        skip = ("timm_gac_fused", "timm_gac_int8") if case.mode == "train" else ("timm_gac_lean",)
+        skip = ("timm_gac_fused", "timm_gac_int8") if case.mode == "train" else ("timm_gac_packed",)
         kept = {network: launches for network, launches in LAUNCHES.items() if network not in skip}
         found = [network + launch for network, launches in kept.items() for launch in launches]
         found = [name for name in found if "graph" not in name or on_cuda(self.device)]

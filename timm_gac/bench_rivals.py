@@ -1,4 +1,4 @@
-"""The time-major rivals of the model benchmark: a model of this package as plain PyTorch modules around any neuron.
+"""The time-major baselines of the model benchmark: a model of this package as plain PyTorch modules around any neuron.
 
 They are given the arrangement of this package, channels-last and with an encoder that computes stem and attention once
 for a static image, so that what differs is the work between the convolutions.

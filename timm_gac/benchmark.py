@@ -1,4 +1,4 @@
-"""Kernel benchmark: each op, once it has passed its check, against its rivals and the copy bandwidth of the same run.
+"""Kernel benchmark: each op that passes its check, against baselines and the copy bandwidth of the same run.
 
 Run it as ``timm-gac bench kernels`` or ``python -m timm_gac.benchmark``.
 """
@@ -62,7 +62,7 @@ def bench_kernels(config: KernelBenchConfig) -> list[Row]:
     device = resolve_device(config.device)
     if config.quick:
         size = min(config.size, 2**24 if device.type == "cuda" else 2**20)
-        config = replace(config, size=size, num_steps=(4,), rival_num_steps=4, target_ms=20.0)
+        config = replace(config, size=size, num_steps=(4,), baseline_num_steps=4, target_ms=20.0)
     if config.csv:
         check_csv(config.csv, COLUMNS)
     origin = provenance(device, resolve_backend(device), config.commit)
@@ -115,13 +115,13 @@ def _bench_case(config: KernelBenchConfig, provider: str, case: Case, device: to
             def function(*tensors: torch.Tensor) -> torch.Tensor:
                 return run(*tensors, SPECS[case.spec])
         else:
-            rival = bench_ops.make_rival(provider, case.op, SPECS[case.spec], inputs)
-            if rival is None:
+            baseline = bench_ops.make_baseline(provider, case.op, SPECS[case.spec], inputs)
+            if baseline is None:
                 return []
-            function = rival
+            function = baseline
             common["note"] = _flip_note(op, case, inputs, function)
         return _time_case(config, op, case, inputs, function, common)
-    except Exception as error:  # a rival or op that cannot run is a row of the result, not the end of the run
+    except Exception as error:  # a baseline or op that cannot run is a row of the result, not the end of the run
         _logger.exception("%s %s", provider, case)
         status = "failed check" if provider == "timm_gac" else "error"
         note = f"{type(error).__name__}: {error}".splitlines()[0][:200]
@@ -131,11 +131,11 @@ def _bench_case(config: KernelBenchConfig, provider: str, case: Case, device: to
         gc.collect()
 
 
-def _flip_note(op: BenchOp, case: Case, inputs: Sequence[torch.Tensor], rival: Callable[..., torch.Tensor]) -> str:
-    """The share of spikes on which a rival and the reference differ: SpikingJelly also fires at the threshold."""
+def _flip_note(op: BenchOp, case: Case, inputs: Sequence[torch.Tensor], baseline: Callable[..., torch.Tensor]) -> str:
+    """The share of spikes on which a baseline and the reference differ: SpikingJelly also fires at the threshold."""
     with torch.no_grad():
         expected = op.reference(*(tensor.float() for tensor in inputs), SPECS[case.spec]) != 0
-        flips = ((rival(*inputs) != 0) != expected).float().mean().item()
+        flips = ((baseline(*inputs) != 0) != expected).float().mean().item()
     return f"{flips:.1e} of spikes differ"
 
 

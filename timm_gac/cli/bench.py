@@ -12,7 +12,7 @@ __all__ = ["curves", "kernels", "model", "scaling"]
 
 
 def kernels(config: Annotated[KernelBenchConfig, tyro.conf.arg(name="")]) -> int:
-    """Time each kernel that passes its check against its rivals.
+    """Time each kernel that passes its check against its baselines.
 
     Status 1 where a kernel fails its check. The copy bandwidth of the same run stands beside each time.
 
@@ -27,12 +27,12 @@ def kernels(config: Annotated[KernelBenchConfig, tyro.conf.arg(name="")]) -> int
 
 
 def model(config: Annotated[ModelBenchConfig, tyro.conf.arg(name="")]) -> int:
-    """Time a whole network against its rivals.
+    """Time a whole network against its baselines.
 
     A provider is a network and how it is launched: timm_gac, timm_gac+graph (the whole step as one CUDA graph),
-    loop+compile (torch.compile), spikingjelly+compile+graph. Networks: timm_gac; timm_gac_lean (packed spikes);
+    loop+compile (torch.compile), spikingjelly+compile+graph. Networks: timm_gac; timm_gac_packed (packed spikes);
     timm_gac_fused (batch norm folded) and timm_gac_int8 (quantised), for inference; convolutions, the floor; ann,
-    timm's ResNet of the same shape on T batches; spikingjelly, loop and published, rivals with the same weights.
+    timm's ResNet of the same shape on T batches; spikingjelly, loop and published, baselines with the same weights.
 
     Example: timm-gac bench model --model gac_msresnet18_cifar --modes infer --csv model.csv
 
