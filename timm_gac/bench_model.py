@@ -211,9 +211,7 @@ def exit_code(rows: Sequence[Row]) -> int:
 def main(defaults: ModelBenchConfig | None = None, arguments: Sequence[str] | None = None) -> int:
     """Run the benchmark and show its tables; the exit status is that of `exit_code`."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    config = parse_options(
-        defaults or ModelBenchConfig(), arguments, "Benchmark a spiking network against baselines."
-    )
+    config = parse_options(defaults or ModelBenchConfig(), arguments, "Benchmark a spiking network against baselines.")
     return show_results(*bench_model(config))
 
 
