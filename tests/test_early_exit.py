@@ -8,11 +8,11 @@ import pytest
 import timm
 import torch
 
-from timm_gac import fuse_for_inference, inference, quantize, recording
+from timm_gac import fuse_for_inference, inference, quantize
 from timm_gac.early_exit import early_exit, forward_early_exit
 from timm_gac.hub import calibrate
 from timm_gac.models.integer import SpikeConv
-from timm_gac.recording import current_of, membrane_of
+from timm_gac.recording import membrane_of
 
 
 def network(encoder="gac", name="test_gac_msresnet"):
@@ -64,8 +64,7 @@ def test_early_exit_refuses_what_it_cannot_use():
 @pytest.mark.parametrize("name", ["test_gac_msresnet", "gac_spiking_resnet18"])
 def test_steps_are_those_of_the_whole_pass(name, change, encoder, monkeypatch):
     if change is fused_as_on_a_gpu:  # there the neuron adds the shift, and convolution and neuron are one op
-        for module in (inference, recording):
-            monkeypatch.setattr(module, "shift_in_neuron", lambda x: True)
+        monkeypatch.setattr(inference, "shift_in_neuron", lambda x: True)
     model, images = network(encoder, name)
     model = change(model)
     with torch.no_grad():
@@ -121,7 +120,7 @@ def test_integer_currents_leave_no_rounding():
 
     def check(module, inputs, output):
         nonlocal checked
-        fired = membrane_of(current_of(module, inputs, 4), module.spec) > module.spec.threshold
+        fired = membrane_of(module.input_current(inputs, 4), module.spec) > module.spec.threshold
         spikes = output[-1] if isinstance(output, tuple) else output
         assert torch.equal(fired.flatten(0, 1), spikes.bool()) and spikes.any()
         checked += 1

@@ -21,6 +21,7 @@ RANKS = {
     "gac_kernels": 0,
     "timm_gac.collectives": 1,
     "timm_gac.neuron": 1,
+    "timm_gac.neuron_layer": 1,
     "timm_gac.weight_gradients": 1,
     "timm_gac.encoder": 2,
     "timm_gac.convolution": 2,

@@ -80,7 +80,7 @@ def assert_layers_exact(network: nn.Module, images: torch.Tensor) -> dict[str, f
                 stride=module.stride, residual=residual, grid=module.grid, return_membrane=True,
             )  # fmt: skip
             assert torch.equal(spikes, expected), f"{name}: {(spikes != expected).sum()} of {spikes.numel()} differ"
-            assert torch.equal(module.current(inputs[0], residual, module.num_steps).double(), exact), name
+            assert torch.equal(module.input_current(inputs, module.num_steps).flatten(0, 1).double(), exact), name
             membrane = membrane_of(exact.unflatten(0, (module.num_steps, -1)), module.spec)
             assert torch.equal(membrane.float().double(), membrane), name
             rates[name] = spikes.float().mean().item()

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import timm
 import torch
 from torch import nn
 
 from gac_kernels import CIFAR
-from timm_gac import LIF, fuse_for_inference, quantize
+from timm_gac import LIF, BatchNormLIF, fuse_for_inference, quantize
+from timm_gac.coding import measure_coding
+from timm_gac.early_exit import forward_early_exit
 from timm_gac.encoder import DirectCoding
+from timm_gac.evaluate import evaluate
 from timm_gac.hub import calibrate
-from timm_gac.recording import forward_hooks, neuron_layers, record_spikes
+from timm_gac.inspect import inspect_network
+from timm_gac.neuron_layer import NeuronLayer
+from timm_gac.recording import forward_hooks, membrane_of, neuron_layers, record_spikes
 
 
 def network(**options):
@@ -131,3 +138,78 @@ def test_direct_coding_is_listed_only_where_it_is_asked_for():
     with record_spikes(model) as recording, torch.no_grad():
         model(images)
     assert recording.gate is None and next(iter(recording.spikes)) == "lif"
+
+
+class OwnNeuron(nn.Module):
+    """A neuron that a user wrote, a loop in PyTorch: members of a `NeuronLayer`, no class of this package."""
+
+    returns_pair = False
+    spikes_dtype = None
+
+    def __init__(self, spec, num_steps):
+        super().__init__()
+        self.spec, self.num_steps = spec, num_steps
+
+    def forward(self, x):
+        membrane, spikes = 0.0, []
+        for current in x.chunk(self.num_steps):
+            membrane = self.spec.decay * membrane + current
+            fired = (membrane > self.spec.threshold).to(x.dtype)
+            membrane = membrane * (1 - fired)
+            spikes.append(fired)
+        return torch.cat(spikes)
+
+    def input_current(self, inputs, num_steps):
+        return inputs[0].unflatten(0, (num_steps, -1))
+
+    def output_spikes(self, output):
+        return output
+
+
+def test_which_modules_are_neuron_layers():
+    model, _ = network()
+    folded, integer = fuse_for_inference(copy.deepcopy(model)), quantize(model)
+    plain = quantize(timm.create_model("gac_spiking_resnet18"))
+    kinds = {type(layer).__name__ for one in (model, folded, integer, plain) for layer in neuron_layers(one).values()}
+    expected = {"LIF", "MembraneBatchNormLIF", "BatchNormLIF", "FoldedLIF", "IntegerLIF", "SpikeConv"}
+    assert kinds == expected | {"GatedAttentionCoding"}
+    for module in (model, model.conv1, model.layer1[0], nn.ReLU(), DirectCoding(4)):
+        assert not isinstance(module, NeuronLayer), type(module)
+    for name in ("spec", "returns_pair", "spikes_dtype", "input_current", "output_spikes"):
+        assert hasattr(OwnNeuron(CIFAR, 2), name)
+    assert isinstance(OwnNeuron(CIFAR, 2), NeuronLayer)
+    own = OwnNeuron(CIFAR, 2)
+    del own.spec
+    assert not isinstance(own, NeuronLayer)
+
+
+def test_time_may_be_an_axis_of_its_own():
+    x, residual = torch.randn(3, 2, 4, 5, 5), torch.randn(3, 2, 4, 5, 5)
+    pairs = [(LIF(), LIF(num_steps=3), (x,)), (BatchNormLIF(4), BatchNormLIF(4, num_steps=3), (x, residual))]
+    for apart, folded, inputs in pairs:
+        given = [tensor.flatten(0, 1) for tensor in inputs]
+        assert torch.equal(apart.eval().input_current(inputs, 3), folded.eval().input_current(tuple(given), 3))
+        spikes = folded(*given)
+        assert torch.equal(apart.output_spikes(apart(*inputs)), spikes) and folded.output_spikes(spikes) is spikes
+        fires = membrane_of(folded.input_current(tuple(given), 3), CIFAR) > CIFAR.threshold
+        assert torch.equal(fires.flatten(0, 1), spikes != 0) and spikes.any()
+
+
+def test_the_tools_see_a_neuron_of_ones_own():
+    model, images = network()
+    own = copy.deepcopy(model)
+    own.lif = OwnNeuron(model.spec, model.num_steps)
+    batches = [(images, torch.tensor([0, 1]))]
+    with record_spikes(own) as recording, torch.no_grad():
+        own(images)
+    with record_spikes(model) as expected, torch.no_grad():
+        model(images)
+    assert list(recording.spikes) == list(expected.spikes)
+    assert all(torch.equal(spikes, expected.spikes[name]) for name, spikes in recording.spikes.items())
+    assert evaluate(own, batches).firing_rates == evaluate(model, batches).firing_rates
+    assert measure_coding(own, [images]) == measure_coding(model, [images])
+    inspected = zip(inspect_network(own, [images]).layers, inspect_network(model, [images]).layers, strict=True)
+    for mine, theirs in inspected:
+        assert mine.name == theirs.name and torch.equal(mine.histogram, theirs.histogram)
+    rows = zip(forward_early_exit(own, images, 0.5), forward_early_exit(model, images, 0.5), strict=True)
+    assert all(torch.equal(mine, theirs) for mine, theirs in rows)

@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from .neuron import LIF
-from .recording import forward_hooks, spikes_of
+from .neuron_layer import NeuronLayer
+from .recording import forward_hooks
 
 __all__ = ["Coding", "CodingReport", "entropy_bits", "measure_coding", "write_coding_chart"]
 
@@ -139,7 +139,7 @@ def measure_coding(
         raise ValueError(f"expected bins >= 2 and samples >= 1, got {bins} and {samples_per_image}: raise them")
     codes = _Codes(int(model.num_steps), bins, samples_per_image, seed)
     parts = {"encoder": model.encoder}
-    if isinstance(model.lif, LIF):
+    if isinstance(model.lif, NeuronLayer):  # a network of plain blocks has none here
         parts["lif"] = model.lif
     with forward_hooks(parts, codes.keep):
         for batch in batches:
@@ -174,12 +174,12 @@ class _Codes:
         self._bins: dict[str, _Bins] = {}  # of the first batch
         self._codes: dict[str, list[Tensor]] = {}
 
-    def keep(self, name: str, layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+    def keep(self, name: str, layer: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         """Keep what went through the encoder, or what the neuron behind it emitted."""
         if name == "encoder":
             self._kept.update(stem=inputs[0], coded=output)
         else:
-            self._kept.update(spikes=spikes_of(layer, output).unflatten(0, (self.num_steps, -1)))
+            self._kept.update(spikes=layer.output_spikes(output).unflatten(0, (self.num_steps, -1)))
 
     def add_batch(self) -> None:
         """Draw neurons of the batch that was kept, and code them."""

@@ -17,13 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gac_kernels import LIFSpec, lif
+from gac_kernels import lif
 
-from .inference import FoldedLIF
-from .models.integer import IntegerLIF, SpikeConv
 from .models.network import SpikingResNet
-from .neuron import BatchNormLIF, MembraneBatchNormLIF
-from .recording import current_of, neuron_layers
+from .neuron_layer import NeuronLayer
+from .recording import neuron_layers
 
 __all__ = ["Exit", "check_confidence", "early_exit", "first_confident_step", "forward_early_exit", "mean_logits"]
 
@@ -156,24 +154,19 @@ def _logits(network: Any, coded: Tensor) -> Tensor:
 class _SteppedNeuron:
     """A neuron layer's forward for a single step, going on from the membrane of the step before."""
 
-    def __init__(self, layer: Any) -> None:
+    def __init__(self, layer: NeuronLayer) -> None:
         self.layer = layer
-        self.spec: LIFSpec = layer.lif.spec if isinstance(layer, BatchNormLIF | FoldedLIF) else layer.spec
-        self.pair = isinstance(layer, MembraneBatchNormLIF) or getattr(layer, "pair", False)
         self.membrane: Tensor | None = None  # after the reset, [B, ...]
 
     def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
-        current = current_of(self.layer, (x, residual), 1)
-        integer = isinstance(self.layer, IntegerLIF | SpikeConv)
+        layer = self.layer
+        current = layer.input_current((x, residual), 1)
         stored = current[0].to(_stored_dtype(x, residual, current))
         # Neurons of floating-point networks see what is kept for the membrane shortcut; integer ones the exact sum.
-        made, self.membrane = lif(stored[None] if self.pair else current, self.spec, self.membrane, return_state=True)
-        spikes = made[0].to(torch.int8 if integer else x.dtype)
-        if isinstance(self.layer, SpikeConv):
-            return (stored, spikes) if self.layer.keep_membrane else spikes
-        if isinstance(self.layer, FoldedLIF) and not self.layer.keep_membrane:
-            stored = spikes
-        return (stored, spikes) if self.pair else spikes
+        rounded = layer.returns_pair and x.is_floating_point()
+        fired, self.membrane = lif(stored[None] if rounded else current, layer.spec, self.membrane, return_state=True)
+        spikes = fired[0].to(layer.spikes_dtype or x.dtype)
+        return (stored, spikes) if layer.returns_pair else spikes
 
     def keep(self, rows: Tensor) -> None:
         """Go on with these samples alone."""

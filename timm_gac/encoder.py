@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from timm.layers import register_notrace_module
@@ -11,6 +13,7 @@ from gac_kernels import CIFAR, LIFSpec, gac_encode, gac_fire, gated_lif
 
 from .checks import check_num_steps
 from .convolution import Conv2d
+from .neuron_layer import at_least_float32
 
 __all__ = ["DirectCoding", "GatedAttentionCoding", "SpatialChannelAttention", "TemporalAttention"]
 
@@ -109,6 +112,9 @@ class GatedAttentionCoding(nn.Module):
     Source: Qiu et al., AAAI 2024 (arXiv 2308.06582), section "Gated attention coding".
     """
 
+    returns_pair = False
+    spikes_dtype = None  # that of its input
+
     def __init__(
         self,
         channels: int,
@@ -160,6 +166,15 @@ class GatedAttentionCoding(nn.Module):
         spatial = self.spatial(folded).to(stem.dtype)
         spatial = spatial.view_as(stem) if static else spatial.unflatten(0, [stem.shape[0], stem.shape[1]])
         return spatial, temporal
+
+    def input_current(self, inputs: tuple[Any, ...], num_steps: int) -> Tensor:
+        """See `NeuronLayer`."""
+        stem = at_least_float32(inputs[0])
+        return stem.unsqueeze(0).expand(num_steps, *stem.shape) if stem.ndim == 4 else stem
+
+    def output_spikes(self, output: Tensor) -> Tensor:
+        """See `NeuronLayer`; they are gated, so real values in [0, 1)."""
+        return output.flatten(0, 1)
 
     def extra_repr(self) -> str:
         """Channels, steps and the spec's fields."""

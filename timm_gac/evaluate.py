@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .encoder import DirectCoding
+from .neuron_layer import NeuronLayer
 from .recording import forward_hooks, neuron_layers
 
 __all__ = ["Evaluation", "evaluate", "evaluate_state"]
@@ -91,9 +92,9 @@ class _Rates:
         self.index = {name: index for index, name in enumerate(self.layers)}
         self.sums = torch.zeros(2, len(self.layers), dtype=torch.float64, device=device)
 
-    def add(self, name: str, _module: nn.Module, _inputs: tuple[Any, ...], output: Any) -> None:
+    def add(self, name: str, layer: nn.Module, _inputs: tuple[Any, ...], output: Any) -> None:
         """Count what a layer emitted."""
-        spikes = output[-1] if isinstance(output, tuple) else output
+        spikes = layer.output_spikes(output) if isinstance(layer, NeuronLayer) else output
         self.sums[0, self.index[name]] += torch.count_nonzero(spikes)
         self.sums[1, self.index[name]] += spikes.numel()
 

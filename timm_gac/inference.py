@@ -8,12 +8,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from gac_kernels import LIFSpec
 from gac_kernels.convolution.conv_lif import UNIT_EPS
 
 from .checks import has_hooks
 from .convolution import shortcut_operands
 from .models.blocks import MSBlock, SpikingBlock, Stage
-from .neuron import BatchNormLIF, MembraneBatchNormLIF
+from .neuron import BatchNormLIF
+from .neuron_layer import add_residual, at_least_float32, spikes_of
 
 __all__ = [
     "FoldedBlock", "FoldedConv2d", "FoldedLIF", "FoldedStem", "bias_in_channel", "fold_batch_norm",
@@ -109,10 +111,12 @@ class FoldedLIF(nn.Module):
         keep_membrane: Write the neuron's input current, which the next membrane shortcut reads.
     """
 
+    spikes_dtype = None  # that of its input
+
     def __init__(self, norm: BatchNormLIF, shift: Tensor, keep_membrane: bool) -> None:
         super().__init__()
         self.lif, self.num_steps = norm.lif, norm.num_steps
-        self.pair, self.keep_membrane = isinstance(norm, MembraneBatchNormLIF), keep_membrane
+        self.returns_pair, self.keep_membrane = norm.returns_pair, keep_membrane
         self.register_buffer("shift", shift.clone())
         self.register_buffer("minus_shift", -shift)
         self.register_buffer("variance", torch.full_like(shift, 1.0 - UNIT_EPS))
@@ -143,7 +147,25 @@ class FoldedLIF(nn.Module):
 
     def returned(self, current: Tensor, spikes: Tensor) -> Tensor | tuple[Tensor, Tensor]:
         """What `forward` returns of the neuron's input current and spikes."""
-        return (current if self.keep_membrane else spikes, spikes) if self.pair else spikes
+        return (current if self.keep_membrane else spikes, spikes) if self.returns_pair else spikes
+
+    @property
+    def spec(self) -> LIFSpec:
+        """What its neurons compute."""
+        return self.lif.spec
+
+    @torch.no_grad()
+    def input_current(self, inputs: tuple[Any, ...], num_steps: int) -> Tensor:
+        """See `NeuronLayer`."""
+        x = at_least_float32(inputs[0])
+        if shift_in_neuron(x):
+            shift: Tensor = self.minus_shift  # type: ignore[assignment]
+            x = x - shift.to(x.dtype)[:, None, None]
+        return add_residual(x, inputs).unflatten(0, (num_steps, -1))
+
+    def output_spikes(self, output: Tensor | tuple[Tensor, Tensor]) -> Tensor:
+        """See `NeuronLayer`."""
+        return spikes_of(output)
 
 
 class FoldedBlock(nn.Module):
@@ -258,7 +280,7 @@ def _fuse_block(block: Any, last: bool) -> None:
     if block.downsample is not None:
         shift = shift + fold_batch_norm(block.downsample[0], block.downsample[1])
         block.downsample = block.downsample[:1]
-    keep = isinstance(block.bn2, MembraneBatchNormLIF) and not last
+    keep = block.bn2.returns_pair and not last
     _replace(block, "conv2", "bn2", shift, keep_membrane=keep)
 
 

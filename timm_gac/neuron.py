@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -13,6 +15,7 @@ from gac_kernels import CIFAR, LIFSpec, lif, pack_spikes
 
 from .checks import check_num_steps
 from .collectives import combine_statistics
+from .neuron_layer import add_residual, at_least_float32, spikes_of
 
 __all__ = ["LIF", "BatchNormLIF", "MembraneBatchNormLIF"]
 
@@ -33,6 +36,9 @@ class LIF(nn.Module):
         ValueError: ``num_steps`` is no integer >= 1, or the first axis of an input is no multiple of it.
     """
 
+    returns_pair = False
+    spikes_dtype = None  # that of its input
+
     def __init__(self, spec: LIFSpec = CIFAR, num_steps: int | None = None) -> None:
         super().__init__()
         self.spec = spec
@@ -51,6 +57,15 @@ class LIF(nn.Module):
         spikes = lif(x, self.spec)
         assert isinstance(spikes, Tensor)  # a pair only where the state is asked for
         return spikes if num_steps is None else spikes.flatten(0, 1)
+
+    def input_current(self, inputs: tuple[Any, ...], num_steps: int) -> Tensor:
+        """See `NeuronLayer`."""
+        x = at_least_float32(inputs[0])
+        return x if self.num_steps is None else x.unflatten(0, (num_steps, -1))
+
+    def output_spikes(self, output: Tensor) -> Tensor:
+        """See `NeuronLayer`."""
+        return output.flatten(0, 1) if self.num_steps is None else output
 
     def extra_repr(self) -> str:
         """The spec's fields, and the number of steps where time is folded."""
@@ -82,6 +97,9 @@ class BatchNormLIF(_NormBase):
         device: Device of the parameters.
         dtype: Dtype of the parameters.
     """
+
+    returns_pair = False
+    spikes_dtype = None  # that of its input
 
     def __init__(
         self,
@@ -258,6 +276,27 @@ class BatchNormLIF(_NormBase):
             scale = scale * self.weight
         return (wide * scale[:, None, None] + shift[:, None, None]).to(x.dtype)
 
+    @property
+    def spec(self) -> LIFSpec:
+        """What its neurons compute."""
+        return self.lif.spec
+
+    @torch.no_grad()
+    def input_current(self, inputs: tuple[Any, ...], num_steps: int) -> Tensor:
+        """See `NeuronLayer`."""
+        x = at_least_float32(inputs[0])
+        shape = x.shape if self.num_steps is None else (num_steps, -1, *x.shape[1:])
+        norm = (self.running_mean, self.running_var, self.weight, self.bias)
+        mean, var, weight, bias = (None if value is None else value.to(x.dtype) for value in norm)
+        folded = x.flatten(0, 1) if self.num_steps is None else x
+        x = F.batch_norm(folded, mean, var, weight, bias, training=mean is None, eps=self.eps).view_as(x)
+        return add_residual(x, inputs).reshape(shape)
+
+    def output_spikes(self, output: Tensor | tuple[Tensor, Tensor]) -> Tensor:
+        """See `NeuronLayer`."""
+        spikes = spikes_of(output)
+        return spikes.flatten(0, 1) if self.num_steps is None else spikes
+
     def extra_repr(self) -> str:
         """Batch norm's fields, the number of steps and the drop probability."""
         return f"{super().extra_repr()}, num_steps={self.num_steps}, drop_path={self.drop_path}"
@@ -269,6 +308,8 @@ class MembraneBatchNormLIF(BatchNormLIF):
 
     ``membrane = BN(x) + residual``, ``spikes = LIF(membrane)``, both in the shape and dtype of ``x``.
     """
+
+    returns_pair = True
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:  # type: ignore[override]
         """The pair (membrane, spikes)."""

@@ -12,36 +12,29 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from gac_kernels import LIFSpec
 
 from .encoder import GatedAttentionCoding
-from .inference import FoldedLIF, shift_in_neuron
-from .models.integer import IntegerLIF, SpikeConv
-from .neuron import LIF, BatchNormLIF
+from .neuron_layer import NeuronLayer
 
 __all__ = [
     "Recording",
-    "current_of",
     "forward_hooks",
     "gate_scores",
     "membrane_of",
     "neuron_layers",
     "record_spikes",
-    "spikes_of",
 ]
-
-NEURONS = (LIF, BatchNormLIF, FoldedLIF, IntegerLIF, SpikeConv, GatedAttentionCoding)
 
 After = Callable[[str, Any, tuple[Any, ...], Any], None]  # name, module, inputs, output
 Before = Callable[[str, Any, tuple[Any, ...]], None]  # name, module, inputs
 
 
 def neuron_layers(model: nn.Module, also: tuple[type[nn.Module], ...] = ()) -> dict[str, Any]:
-    """A network's neuron layers by name, in the order of its modules.
+    """A network's neuron layers, modules that are a `NeuronLayer`, by name and in the order of its modules.
 
     A layer that is shared is listed once, under its first name. Parts of a layer are not listed: of a batch norm with
     a neuron in it, the norm stands for both.
@@ -57,7 +50,7 @@ def neuron_layers(model: nn.Module, also: tuple[type[nn.Module], ...] = ()) -> d
         if module in seen:
             return
         seen.add(module)
-        if isinstance(module, (*NEURONS, *also)):
+        if isinstance(module, (NeuronLayer, *also)):
             layers[name] = module
             return  # its parts stay unseen: one of them may be a neuron of its own elsewhere
         for child_name, child in module.named_children():
@@ -104,10 +97,11 @@ def _hook_after(name: str, module: nn.Module, after: After) -> RemovableHandle:
     return module.register_forward_hook(hook)
 
 
-def gate_scores(encoder: nn.Module) -> dict[str, nn.Module]:
+def gate_scores(encoder: nn.Module | None) -> dict[str, nn.Module]:
     """The modules that score an encoder's gate: ``temporal`` and ``spatial``; none where it has no gate."""
-    gated = isinstance(encoder, GatedAttentionCoding)
-    return {"temporal": encoder.temporal, "spatial": encoder.spatial} if gated else {}
+    if not isinstance(encoder, GatedAttentionCoding):
+        return {}
+    return {"temporal": encoder.temporal, "spatial": encoder.spatial}
 
 
 @dataclass
@@ -152,7 +146,8 @@ def record_spikes(model: Any) -> Iterator[Recording]:
     recording = Recording()
 
     def keep_spikes(name: str, layer: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        recording.spikes[name] = spikes_of(layer, output)
+        spikes = layer.output_spikes(output)
+        recording.spikes[name] = spikes if spikes.is_floating_point() else spikes.float()  # int8 of integer networks
 
     def keep_score(name: str, module: Any, inputs: tuple[Any, ...], output: Any) -> None:
         recording.scores[name] = output
@@ -160,47 +155,6 @@ def record_spikes(model: Any) -> Iterator[Recording]:
     scores = gate_scores(getattr(model, "encoder", None))
     with forward_hooks(neuron_layers(model), keep_spikes), forward_hooks(scores, keep_score):
         yield recording
-
-
-def spikes_of(module: nn.Module, output: Any) -> Tensor:
-    """Spikes that a neuron layer gave out, time-folded ``(T*B, C, H, W)``; gated ones of the encoder as they are."""
-    spikes: Tensor = output[-1] if isinstance(output, tuple) else output  # (membrane, spikes), or spikes alone
-    spikes = spikes if spikes.is_floating_point() else spikes.float()  # integer networks send int8
-    return spikes.flatten(0, 1) if isinstance(module, GatedAttentionCoding) else spikes
-
-
-@torch.no_grad()
-def current_of(module: Any, inputs: tuple[Any, ...], num_steps: int) -> Tensor:
-    """The input current of a neuron layer in eval mode, ``(T, B, C, H, W)`` in at least float32.
-
-    Args:
-        module: A neuron layer.
-        inputs: What it was called with, as a forward hook sees it.
-        num_steps: Number of time steps T.
-
-    Raises:
-        ValueError: The module is no neuron layer.
-    """
-    if isinstance(module, SpikeConv):
-        return module.current(inputs[0], inputs[1] if len(inputs) > 1 else None, num_steps).unflatten(
-            0, (num_steps, -1)
-        )
-    x = _wide(inputs[0])
-    if isinstance(module, GatedAttentionCoding):
-        return x.unsqueeze(0).expand(num_steps, *x.shape) if x.ndim == 4 else x
-    if isinstance(module, BatchNormLIF):
-        norm = (module.running_mean, module.running_var, module.weight, module.bias)
-        mean, var, weight, bias = (None if value is None else value.to(x.dtype) for value in norm)
-        x = F.batch_norm(x, mean, var, weight, bias, training=mean is None, eps=module.eps)
-    elif isinstance(module, FoldedLIF):
-        if shift_in_neuron(x):
-            shift: Tensor = module.minus_shift  # type: ignore[assignment]
-            x = x - shift.to(x.dtype)[:, None, None]
-    elif not isinstance(module, LIF | IntegerLIF):
-        raise ValueError(f"expected a neuron layer, got {type(module).__name__}: see `neuron_layers`")
-    if len(inputs) > 1 and inputs[1] is not None:
-        x = x + inputs[1].to(x.dtype)
-    return x.unflatten(0, (num_steps, -1))
 
 
 @torch.no_grad()
@@ -214,7 +168,3 @@ def membrane_of(current: Tensor, spec: LIFSpec) -> Tensor:
         fired = u > spec.threshold
         v = torch.where(fired, u - spec.threshold if spec.soft_reset else torch.zeros_like(u), u)
     return torch.stack(potentials)
-
-
-def _wide(x: Tensor) -> Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))

@@ -10,7 +10,8 @@ import timm.data
 import torch
 from torch import Tensor, nn
 
-from ..recording import current_of, forward_hooks, gate_scores, membrane_of, neuron_layers, spikes_of
+from ..neuron_layer import NeuronLayer
+from ..recording import forward_hooks, gate_scores, membrane_of, neuron_layers
 
 __all__ = ["Inspection", "LayerActivity", "inspect_network"]
 
@@ -88,18 +89,16 @@ class Inspection:
 class _Sums:
     """Running sums of one layer over batches."""
 
-    def __init__(self, name: str, module: Any) -> None:
-        self.name, self.module = name, module
-        # A batch norm's neuron is its child; an encoder holds its neuron's spec itself.
-        self.spec = module.lif.spec if hasattr(module, "lif") else module.spec
+    def __init__(self, name: str, layer: NeuronLayer) -> None:
+        self.name, self.layer, self.spec = name, layer, layer.spec
         self.fired: Tensor | None = None  # [C, H, W]
         self.step_rates: Tensor = torch.zeros(0)
         self.histogram = torch.zeros(BINS, dtype=torch.float64)
         self.spikes = torch.zeros(0)
 
     def add(self, inputs: tuple[Any, ...], output: Any, num_steps: int) -> None:
-        spikes = spikes_of(self.module, output).unflatten(0, (num_steps, -1)) != 0  # [T, B, C, H, W]
-        potentials = membrane_of(current_of(self.module, inputs, num_steps), self.spec)
+        spikes = self.layer.output_spikes(output).unflatten(0, (num_steps, -1)) != 0  # [T, B, C, H, W]
+        potentials = membrane_of(self.layer.input_current(inputs, num_steps), self.spec)
         scaled = (potentials.flatten() / self.spec.threshold).clamp(LOW, HIGH)
         self.histogram += torch.histc(scaled, BINS, LOW, HIGH).double().cpu()
         fired = spikes.sum((0, 1)).cpu()
@@ -144,7 +143,7 @@ class _Recorder:
             steps: Tensor = self.model.forward_steps(images)
         return steps
 
-    def _count(self, name: str, layer: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    def _count(self, name: str, layer: NeuronLayer, inputs: tuple[Any, ...], output: Any) -> None:
         if name not in self.sums:
             self.sums[name] = _Sums(name, layer)
         self.sums[name].add(inputs, output, self.num_steps)

@@ -18,6 +18,7 @@ from gac_kernels import LIFSpec, firing_rate, integer_lif, spike_conv, spike_con
 
 from ..checks import has_hooks
 from ..convolution import shortcut_operands
+from ..neuron_layer import at_least_float32, spikes_of
 from .network import SpikingResNet
 
 __all__ = ["IntegerBlock", "IntegerLIF", "IntegerSpikingResNet", "RealConv", "SpikeConv", "current_grid"]
@@ -47,6 +48,8 @@ class IntegerLIF(nn.Module):
         num_steps: Number of time steps T folded into the first axis.
     """
 
+    returns_pair, spikes_dtype = False, torch.int8
+
     def __init__(self, spec: LIFSpec, num_steps: int) -> None:
         super().__init__()
         self.spec, self.num_steps = spec, num_steps
@@ -54,6 +57,14 @@ class IntegerLIF(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """The spikes."""
         return integer_lif(x, self.num_steps, self.spec)
+
+    def input_current(self, inputs: tuple[Any, ...], num_steps: int) -> Tensor:
+        """See `NeuronLayer`."""
+        return at_least_float32(inputs[0]).unflatten(0, (num_steps, -1))
+
+    def output_spikes(self, output: Tensor) -> Tensor:
+        """See `NeuronLayer`."""
+        return output
 
     def extra_repr(self) -> str:
         """The spec's fields and the number of steps."""
@@ -107,6 +118,8 @@ class SpikeConv(nn.Module):
     # The rest of its geometry, as nn.Conv2d names it.
     kernel_size, padding, dilation, groups = (3, 3), (1, 1), (1, 1), 1
 
+    spikes_dtype = torch.int8
+
     def __init__(
         self, in_channels: int, out_channels: int, stride: int, spec: LIFSpec, num_steps: int, keep_membrane: bool,
         grid: float = 0.0,
@@ -131,11 +144,23 @@ class SpikeConv(nn.Module):
         """Spikes, or the pair (membrane, spikes); with the weight of a 1x1 shortcut, which convolves the residual."""
         return self._run(spikes, residual, self.num_steps, self.keep_membrane, shortcut)
 
-    def current(self, spikes: Tensor, residual: Tensor | None, num_steps: int) -> Tensor:
-        """The neuron's input current alone, in at least float32, for any number of steps."""
-        if residual is not None and residual.is_floating_point():
-            residual = residual.to(torch.promote_types(residual.dtype, torch.float32))
-        return self._run(spikes, residual, num_steps, True)[0]
+    @property
+    def returns_pair(self) -> bool:
+        """Whether `forward` returns the pair (membrane, spikes)."""
+        return self.keep_membrane
+
+    @torch.no_grad()
+    def input_current(self, inputs: tuple[Any, ...], num_steps: int) -> Tensor:
+        """See `NeuronLayer`; exact, where a membrane of 16 bits is rounded."""
+        # Residual and the weight of its 1x1 shortcut: the current has the residual's dtype.
+        real = [x if x is None or not x.is_floating_point() else at_least_float32(x) for x in inputs[1:]]
+        residual, shortcut = (*real, None, None)[:2]
+        current: Tensor = self._run(inputs[0], residual, num_steps, True, shortcut)[0]
+        return current.unflatten(0, (num_steps, -1))
+
+    def output_spikes(self, output: Tensor | tuple[Tensor, Tensor]) -> Tensor:
+        """See `NeuronLayer`."""
+        return spikes_of(output)
 
     def _run(
         self, spikes: Tensor, residual: Tensor | None, num_steps: int, keep_membrane: bool,
