@@ -13,7 +13,7 @@ RESETS = ("hard", "soft")
 class LIFSpec:
     """One leaky integrate-and-fire neuron: dynamics and surrogate gradient.
 
-    With u the membrane before reset, v after it, s the spike, and d = u - threshold::
+    With u the membrane before reset, v after it, s the spike, and d = u - threshold:
 
         u[t] = decay * v[t-1] + x[t]
         s[t] = 1 if u[t] > threshold else 0
@@ -22,15 +22,12 @@ class LIFSpec:
 
     The derivative ds/du is replaced, in the backward pass only, by a surrogate of unit area:
 
-    ==========  ============================================  =============================
-    surrogate   value at d                                    ``width``
-    ==========  ============================================  =============================
-    triangle    max(0, width - abs(d)) / width**2             half-width of the support
-    rectangle   1 / (2 * width) where abs(d) < width, else 0  half-width of the support
-    atan        1 / (width * (1 + (pi * d / width)**2))       reciprocal of the peak
-    sigmoid     a * p * (1 - p), a = 4 / width,               reciprocal of the peak
-                p = sigmoid(a * d)
-    ==========  ============================================  =============================
+    | surrogate | value at d | `width` |
+    |---|---|---|
+    | triangle | `max(0, width - abs(d)) / width**2` | half-width of the support |
+    | rectangle | `1 / (2 * width) where abs(d) < width, else 0` | half-width of the support |
+    | atan | `1 / (width * (1 + (pi * d / width)**2))` | reciprocal of the peak |
+    | sigmoid | `a * p * (1 - p), a = 4 / width, p = sigmoid(a * d)` | reciprocal of the peak |
 
     Args:
         threshold: Membrane potential above which (strictly) the neuron fires.
