@@ -78,6 +78,7 @@ def test_converted_folder_reloads_with_equal_logits(
     model_args = {"num_steps": num_steps} | ({} if in_chans == 3 else {"in_chans": in_chans})
     assert config(folder)["architecture"] == name
     assert config(folder)["num_classes"] == num_classes
+    assert config(folder)["dtype"] == "float32"  # also of weights stored as float64: what timm computes in
     assert config(folder)["model_args"] == model_args
     stored = safetensors.torch.load_file(folder / "model.safetensors")
     assert {t.dtype for t in stored.values() if t.is_floating_point()} == {dtype}

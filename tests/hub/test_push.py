@@ -135,6 +135,7 @@ def test_a_run_is_published_with_what_it_measured(model_folder: Path, tmp_path: 
     assert sorted(result.files) == sorted([*FILES, "eval.json", "metrics.csv", "training.json"])
     config = json.loads((out / "config.json").read_text())
     assert config["label_names"] == ["ant", "bee", "cat"] and "num_classes" not in config["model_args"]
+    assert config["dtype"] == "float32"
     assert json.loads((out / "training.json").read_text())["epochs"] == 7
 
 

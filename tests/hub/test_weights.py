@@ -16,6 +16,7 @@ import pytest
 import timm
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 import timm_gac  # noqa: F401 (registers the models)
 from timm_gac.hub import verify
@@ -42,6 +43,23 @@ def test_golden_output_and_report(name: str) -> None:
     assert float(rows[name.partition(".")[0]]["top1"]) == pytest.approx(report["top1"])
     assert f"value: {100 * report['top1']:.2f}" in (folder / "README.md").read_text(encoding="utf-8")
     assert f"{report['top1']:.2%}".replace("%", " %") in (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_transformers_computes_as_timm(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both in float32, though the weights are stored as float16."""
+    folder = ROOT / "hub" / "models" / name
+    assert json.loads((folder / "config.json").read_text(encoding="utf-8"))["dtype"] == "float32"
+    # A torchaudio built for another CUDA than torch makes transformers unimportable; no model here needs it.
+    monkeypatch.setitem(sys.modules, "torchaudio", None)
+    transformers = pytest.importorskip("transformers", minversion="5")
+    images = load_file(folder / "golden.safetensors")["input"].float()
+    theirs = transformers.AutoModelForImageClassification.from_pretrained(folder).eval()
+    ours = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+    with torch.no_grad():
+        logits = theirs(pixel_values=images).logits
+        assert logits.dtype == torch.float32
+        assert torch.equal(logits, ours(images))
 
 
 def test_reads_pictures() -> None:

@@ -18,6 +18,8 @@ from ..runtime.files import write_json
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
+# What timm computes in, whatever type the weights are stored in.
+COMPUTE_DTYPE = "float32"
 # The largest config.json of timm's own is 40 KB (ImageNet-12k's label names); a larger one than this is not a config.
 MAX_CONFIG_BYTES = 1 << 20
 # What a config.json may say of the architecture, and the values allowed: enough for every model here, and too little
@@ -95,9 +97,13 @@ def write_config(file: Path, config: dict[str, Any]) -> None:
 
     timm >= 1.0.31 puts num_classes into ``model_args`` too, beside its place at the top level; transformers then
     refuses the folder ("multiple values for keyword argument 'num_classes'"), so it is left out there.
+
+    transformers >= 5 computes in the type of the stored weights unless the config names another; timm always computes
+    in float32. For weights stored as float16 their logits differed by up to 0.8, so ``dtype`` is named.
     """
     args = {key: value for key, value in config.get("model_args", {}).items() if key != "num_classes"}
-    write_json(file, config | {"model_args": args})
+    head = {"architecture": config["architecture"], "dtype": COMPUTE_DTYPE}
+    write_json(file, head | config | head | {"model_args": args})
 
 
 def read_config(folder: Path) -> dict[str, Any]:
