@@ -2,7 +2,6 @@
 
 import importlib
 import sys
-from importlib.metadata import PackageNotFoundError, version
 from itertools import pairwise
 from pathlib import PurePath
 from typing import TYPE_CHECKING, Any
@@ -40,10 +39,7 @@ if not TYPE_CHECKING:
         return globals()[name]
 
 
-try:
-    __version__ = version("timm-gac")
-except PackageNotFoundError:  # run from a source tree that was never installed
-    __version__ = "0.1.0"
+__version__ = "0.1.0"  # the one place: pyproject.toml reads it
 
 __all__ = [
     "CIFAR",
