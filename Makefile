@@ -13,8 +13,12 @@ SHELL := /bin/bash
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
+# Adds the packages of an extra to .venv.
+add = $(BIN)/python -m pip install --disable-pip-version-check --no-input --quiet --editable '.[$(1)]'
+
 .DEFAULT_GOAL := help
-.PHONY: help install demo test timm-suite lint format bench kernel space clean
+.PHONY: help install demo check lint types test wheel test-oldest timm-suite format tokens docs bench kernel space release \
+	publish clean
 
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -32,20 +36,44 @@ $(STAMP): pyproject.toml
 demo: $(STAMP)  ## Train, save, reload and draw a small spiking network on real handwritten digits
 	@$(BIN)/timm-gac demo $(ARGS)
 
+# The tests come last: their closing line is the one that counts them.
+check: lint types wheel test  ## Run all checks, as continuous integration does: lint, types, wheel, test
+
+lint: $(STAMP)  ## Check style and format
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(STAMP)  ## Check types
+	$(BIN)/mypy
+
 test: $(STAMP)  ## Run all tests (on a GPU the kernels run on it, elsewhere in Triton's interpreter)
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -q -n $(WORKERS) $(ARGS)
+
+wheel: $(STAMP)  ## Build the wheel, compare its requirements with its imports, import it from a second environment
+	rm -rf build/wheel build/lib build/bdist.*
+	$(BIN)/python -m build --wheel --outdir build/wheel > build-wheel.log 2>&1 || { cat build-wheel.log; exit 1; }
+	@rm build-wheel.log
+	$(BIN)/python tools/check_wheel.py build/wheel
+
+test-oldest:  ## Run all tests with the oldest supported versions: torch 2.11, timm 1.0.29 (.venv-oldest)
+	$(PYTHON) -m venv .venv-oldest
+	.venv-oldest/bin/python -m pip install --disable-pip-version-check --no-input --quiet \
+		--editable '.[test]' --constraint tests/oldest.txt
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} .venv-oldest/bin/python -m pytest -q -n $(WORKERS) $(ARGS)
 
 timm-suite: $(STAMP)  ## Run timm's own model tests on every registered model
 	$(BIN)/python tests/timm_suite/run.py --models all $(if $(ARGS),-- $(ARGS))
 
-lint: $(STAMP)  ## Check style, format and types
-	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
-	$(BIN)/mypy
-
 format: $(STAMP)  ## Apply style and format
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+tokens: $(STAMP)  ## Count tokens, longest function and file, words of README.md
+	@$(BIN)/python tools/count_tokens.py $(ARGS)
+
+docs: $(STAMP)  ## Build the documentation as a site in build/site
+	@$(BIN)/python -c 'import mkdocs, material, mkdocstrings_handlers.python' 2>/dev/null || $(call add,docs)
+	$(BIN)/python -m mkdocs build --strict --clean --site-dir build/site $(ARGS)
 
 bench: $(STAMP)  ## Time the kernels against baselines on this machine
 	$(BIN)/timm-gac bench kernels $(ARGS)
@@ -54,9 +82,20 @@ kernel: $(STAMP)  ## Stage the kernels for the Kernel Hub in build/gac-kernels
 	$(BIN)/python kernels/stage.py $(ARGS)
 
 space: $(STAMP)  ## Serve the demonstration Space on this machine, http://127.0.0.1:7860
-	@$(BIN)/python -c 'import gradio' 2>/dev/null \
-		|| $(BIN)/python -m pip install --disable-pip-version-check --no-input --quiet --editable '.[space]'
+	@$(BIN)/python -c 'import gradio' 2>/dev/null || $(call add,space)
 	$(BIN)/python hub/space/app.py $(ARGS)
+
+release: $(STAMP)  ## Build wheel and source distribution in dist/ and check them
+	@$(BIN)/python -c 'import twine' 2>/dev/null || $(call add,release)
+	rm -rf dist build/wheel build/lib build/bdist.*
+	$(BIN)/python -m build --wheel --outdir build/wheel
+	$(BIN)/python -m build --outdir dist  # the source distribution, and the wheel from it
+	$(BIN)/python -m twine check --strict dist/*
+	$(BIN)/python tools/check_wheel.py dist --same-as build/wheel
+	tar -tzf dist/*.tar.gz
+
+publish: release kernel  ## Show what would be published where; with PUBLISH=yes publish it
+	$(BIN)/python tools/publish.py $(if $(filter yes,$(PUBLISH)),--publish) $(ARGS)
 
 clean:  ## Remove build products and caches, but not .venv
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache
