@@ -18,7 +18,7 @@ add = $(BIN)/python -m pip install --disable-pip-version-check --no-input --quie
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo check lint types test wheel test-oldest timm-suite format tokens docs bench kernel space release \
-	publish clean
+	check-tag publish clean
 
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -93,6 +93,9 @@ release: $(STAMP)  ## Build wheel and source distribution in dist/ and check the
 	$(BIN)/python -m twine check --strict dist/*
 	$(BIN)/python tools/check_wheel.py dist --same-as build/wheel
 	tar -tzf dist/*.tar.gz
+
+check-tag: $(STAMP)  ## Check that tag, version, CHANGELOG.md and dist/ are of one release
+	$(BIN)/python tools/publish.py --only package --check
 
 publish: release kernel  ## Show what would be published where; with PUBLISH=yes publish it
 	$(BIN)/python tools/publish.py $(if $(filter yes,$(PUBLISH)),--publish) $(ARGS)

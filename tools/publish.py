@@ -59,8 +59,8 @@ def list_files(folder: Path) -> tuple[str, ...]:
     return tuple(found)
 
 
-def targets() -> list[Target]:
-    """Everything that is published, in the order of publishing."""
+def targets(only: str | None = None) -> list[Target]:
+    """What is published, in the order of publishing; of one kind where `only` names it."""
     build = (ROOT / "kernels" / "build.toml").read_text(encoding="utf-8")
     kernel = re.search(r'^repo-id = "(.+)"$', build, re.MULTILINE)
     if kernel is None:
@@ -75,7 +75,7 @@ def targets() -> list[Target]:
         ),
         ("space", SPACE, ROOT / "hub" / "space"),
     ]
-    return [Target(kind, where, folder, list_files(folder)) for kind, where, folder in places]
+    return [Target(kind, where, folder, list_files(folder)) for kind, where, folder in places if only in (None, kind)]
 
 
 def check(found: list[Target], tag: str, changes: str) -> None:
@@ -144,17 +144,19 @@ def publish(target: Target) -> None:
 def main() -> int:
     """Run from the command line."""
     parser = argparse.ArgumentParser(description="Show what would be published where; publish it with --publish.")
-    parser.add_argument("--publish", action="store_true", help="really publish: needs PyPI's and the Hub's tokens")
+    action = parser.add_mutually_exclusive_group()
+    action.add_argument("--publish", action="store_true", help="really publish: needs PyPI's and the Hub's tokens")
+    action.add_argument("--check", action="store_true", help="fail where this is not a release that can be published")
     parser.add_argument("--only", choices=["package", "kernel", "model", "space"], help="only this kind")
     options = parser.parse_args()
     try:
-        found = [target for target in targets() if options.only in (None, target.kind)]
+        found = targets(options.only)
         for target in found:
             show(target)
         try:
             check(found, current_tag(), (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"))
         except ValueError as error:
-            if options.publish:
+            if options.publish or options.check:
                 raise
             print(f"\nnot ready to be published: {error}")
         if not options.publish:
