@@ -35,6 +35,8 @@ POOLS = ("", "avg", "max", "avgmax", "catavgmax")
 # Fields with which a config would make timm take its weights from elsewhere than from beside it.
 ELSEWHERE = ("url", "file", "state_dict", "hf_hub_id", "hf_hub_filename", "custom_load")
 MAX_IMAGE_SIZE = 4096
+# The newest format of model folders that this version writes and reads.
+FORMAT = 1
 
 
 def save_model_folder(model: nn.Module, out: Path, model_args: dict[str, Any] | None = None) -> Path:
@@ -128,6 +130,21 @@ def read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
+def folder_format(config: dict[str, Any]) -> int:
+    """The version of a model folder's format, derived from its config.json.
+
+    Formats 0 and 1 have no number in the file, which timm and transformers read too: format 1 names the ``dtype``
+    of the computation, format 0 (before release 0.1.0) does not. A later format will state its number as ``format``.
+
+    Raises:
+        ValueError: The format is newer than this version of the package.
+    """
+    version = config.get("format", int("dtype" in config))
+    if version not in range(FORMAT + 1):
+        raise ValueError(f"expected a model folder of format 0 to {FORMAT}, got {version!r}: install a newer timm-gac")
+    return version
+
+
 def check_config(config: Any) -> None:
     """Refuse a config.json that is not one of this package's models, or that reaches beyond its folder.
 
@@ -140,6 +157,7 @@ def check_config(config: Any) -> None:
     """
     if not isinstance(config, dict):
         raise ValueError(f"expected {CONFIG} as a JSON object, got {type(config).__name__}: it is no model's")
+    folder_format(config)
     name = config.get("architecture")
     if not isinstance(name, str) or not is_model_in_modules(name, ["spiking_resnet"]):
         raise ValueError(
