@@ -24,11 +24,11 @@ if TYPE_CHECKING or not _waits:
     from gac_kernels import CIFAR, IMAGENET, LIFSpec, use_backend
 
     from . import models as models
-    from .encoder import DirectCoding, GatedAttentionCoding
-    from .graphs import GraphedStep
-    from .inference import fuse_for_inference
-    from .neuron import LIF, BatchNormLIF
-    from .quantize import quantize
+    from .inference.fold import fuse_for_inference
+    from .inference.quantize import quantize
+    from .layers.encoder import DirectCoding, GatedAttentionCoding
+    from .layers.neuron import LIF, BatchNormLIF
+    from .runtime.graphs import GraphedStep
 
 if not TYPE_CHECKING:
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from timm_gac.energy import EnergyMeter, EnergyReport
 from timm_gac.hub import load_model
 from timm_gac.hub.facts import DIGITS, Facts, gather
-from timm_gac.recording import record_spikes
+from timm_gac.inference.record import record_spikes
 
 MAX_FILE_BYTES = 20 << 20
 MAX_PIXELS = 50_000_000

@@ -18,7 +18,7 @@ from loopback import WRITE_TOKEN, LoopbackHub, loopback_hub
 pytest.importorskip("sklearn", reason="the round trip trains on scikit-learn's digits")
 pytest.importorskip("accelerate", reason="the round trip trains with accelerate")
 
-from timm_gac.cli.demo import DemoConfig
+from timm_gac.cli.demo_config import DemoConfig
 from timm_gac.cli.digits import create_demo_model, load_digits, run_demo
 from timm_gac.hub import load_model
 

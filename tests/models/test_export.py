@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from torch.export import Dim, export
 
 from gac_kernels import IMAGENET
-from timm_gac import LIF, BatchNormLIF, fuse_for_inference, quantize
-from timm_gac.neuron import MembraneBatchNormLIF
+from timm_gac import LIF, BatchNormLIF, fuse_for_inference
+from timm_gac.inference.fold import quantize
+from timm_gac.layers.neuron import MembraneBatchNormLIF
 
 T = 3
 CHANGES: dict[str, Callable[[nn.Module], nn.Module]] = {

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from gac_kernels import IMAGENET
-from timm_gac.bench_check import prepare_weights
-from timm_gac.bench_harness import measure_saved_bytes
+from timm_gac.bench.check import prepare_weights
+from timm_gac.bench.harness import measure_saved_bytes
 from timm_gac.models.blocks import SpikingBlock
 
 VARIANTS = {

@@ -16,7 +16,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 import timm_gac  # noqa: F401 (registers the models)
-from timm_gac import bench_processes, bench_scaling
+from timm_gac.bench import processes as bench_processes
+from timm_gac.bench import scaling as bench_scaling
 from timm_gac.train import Recipe
 from timm_gac.train import step as step_module
 from timm_gac.train.optim import create_optimizer

@@ -9,7 +9,7 @@ import pytest
 import timm
 import torch
 
-from timm_gac.evaluate import Evaluation, evaluate
+from timm_gac.analysis.evaluate import Evaluation, evaluate
 from timm_gac.hub import calibrate
 from timm_gac.train.health import rate_warnings, watch_rates
 

@@ -23,8 +23,8 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import shared_step
-from timm_gac.bench_ops import relative_error
-from timm_gac.bench_processes import GRADIENT_TOLERANCE, launch
+from timm_gac.bench.ops import relative_error
+from timm_gac.bench.processes import GRADIENT_TOLERANCE, launch
 from timm_gac.train import Recipe, checkpoints
 from timm_gac.train.__main__ import main
 from timm_gac.train.setup import create_accelerator

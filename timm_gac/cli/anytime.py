@@ -14,8 +14,8 @@ from rich.table import Table
 from .sources import AnyNetworkOptions, DataOptions, Model, check_new_files, check_positive, open_labelled
 
 if TYPE_CHECKING:
-    from ..anytime import AnytimeReport
-    from ..coding import CodingReport
+    from ..analysis.anytime import AnytimeReport
+    from ..analysis.coding import CodingReport
 
 __all__ = ["AnytimeConfig", "anytime", "run_anytime"]
 
@@ -84,8 +84,8 @@ def run_anytime(
     Raises:
         ValueError: There is no such network, data set, device or cost table.
     """
-    from ..anytime import write_anytime_chart
-    from ..coding import write_coding_chart
+    from ..analysis.anytime import write_anytime_chart
+    from ..analysis.coding import write_coding_chart
     from ..runtime.files import write_json
 
     names = [model] if config.against is None else [model, config.against]
@@ -114,8 +114,8 @@ def run_anytime(
 
 
 def _measure(model: str, config: AnytimeConfig) -> tuple[AnytimeReport, CodingReport]:
-    from ..anytime import measure_anytime
-    from ..coding import measure_coding
+    from ..analysis.anytime import measure_anytime
+    from ..analysis.coding import measure_coding
     from ..hub import open_network
     from ..runtime.device import resolve_device
     from ..runtime.dtypes import AUTOCAST

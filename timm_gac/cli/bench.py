@@ -6,7 +6,7 @@ from typing import Annotated
 
 import tyro
 
-from ..bench_options import CurveConfig, KernelBenchConfig, ModelBenchConfig, ScalingConfig
+from ..bench.options import CurveConfig, KernelBenchConfig, ModelBenchConfig, ScalingConfig
 
 __all__ = ["curves", "kernels", "model", "scaling"]
 
@@ -21,7 +21,7 @@ def kernels(config: Annotated[KernelBenchConfig, tyro.conf.arg(name="")]) -> int
     Args:
         config: What to time.
     """
-    from .. import benchmark
+    from ..bench import kernels as benchmark
 
     return benchmark.show_results(benchmark.bench_kernels(config))
 
@@ -39,7 +39,7 @@ def model(config: Annotated[ModelBenchConfig, tyro.conf.arg(name="")]) -> int:
     Args:
         config: What to time.
     """
-    from .. import bench_model
+    from ..bench import model as bench_model
 
     return bench_model.show_results(*bench_model.bench_model(config))
 
@@ -54,7 +54,7 @@ def scaling(config: Annotated[ScalingConfig, tyro.conf.arg(name="")]) -> int:
     Args:
         config: What to time.
     """
-    from .. import bench_scaling
+    from ..bench import scaling as bench_scaling
 
     return bench_scaling.run(config)
 
@@ -69,6 +69,6 @@ def curves(config: Annotated[CurveConfig, tyro.conf.arg(name="")]) -> int:
     Args:
         config: What to train.
     """
-    from .. import bench_curves
+    from ..bench import curves as bench_curves
 
     return bench_curves.run(config)

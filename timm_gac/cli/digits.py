@@ -19,11 +19,11 @@ from rich.table import Table
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from ..analysis.inspect.figures import draw_trains
 from ..hub import save_model_folder
-from ..inspect.figures import draw_trains
-from ..recording import record_spikes
+from ..inference.record import record_spikes
 from ..runtime.files import write_json
-from .demo import DemoConfig
+from .demo_config import DemoConfig
 
 RESULT = "demo.json"  # also the mark of a folder that the demo made and may write again
 REQUIRED_ACCURACY = 0.95

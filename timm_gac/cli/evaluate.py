@@ -15,7 +15,7 @@ from rich.table import Table
 from .sources import DataOptions, NetworkOptions, TrainedModel, check_positive
 
 if TYPE_CHECKING:
-    from ..evaluate import Evaluation
+    from ..analysis.evaluate import Evaluation
 
 __all__ = ["EvaluateConfig", "evaluate", "run_evaluate"]
 
@@ -75,8 +75,8 @@ def run_evaluate(model: str, config: EvaluateConfig, console: Console | None = N
     """
     from gac_kernels.backend import resolve_backend
 
+    from ..analysis.evaluate import evaluate
     from ..data import open_test_set
-    from ..evaluate import evaluate
     from ..hub import open_network
     from ..runtime.device import resolve_device
     from ..runtime.dtypes import AUTOCAST
@@ -118,7 +118,7 @@ def run_evaluate(model: str, config: EvaluateConfig, console: Console | None = N
 
 def tables(result: Evaluation, title: str) -> list[Table]:
     """Accuracy and calibration, and the firing rate of each layer where it was measured."""
-    from ..evaluate import ECE_BINS
+    from ..analysis.evaluate import ECE_BINS
 
     scores = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
     scores.add_column("")

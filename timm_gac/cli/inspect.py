@@ -12,7 +12,7 @@ from rich.console import Console
 from .sources import AnyNetworkOptions, Model, SetOptions, check_positive, open_images
 
 if TYPE_CHECKING:
-    from ..inspect import Inspection
+    from ..analysis.inspect import Inspection
 
 __all__ = ["InspectConfig", "inspect", "run_inspect"]
 
@@ -70,8 +70,8 @@ def run_inspect(model: str, image: str, config: InspectConfig, console: Console 
     Raises:
         ValueError: There is no such network, image or device.
     """
+    from ..analysis.inspect import inspect_network, write_inspection
     from ..hub import open_network
-    from ..inspect import inspect_network, write_inspection
     from ..runtime.device import resolve_device
 
     device = resolve_device(config.device)

@@ -25,7 +25,7 @@ def models(pattern: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="
 
     from gac_kernels import CIFAR, IMAGENET
 
-    from ..encoder import GatedAttentionCoding
+    from ..layers.encoder import GatedAttentionCoding
 
     names = timm.list_models(pattern, module="spiking_resnet")
     if not names:

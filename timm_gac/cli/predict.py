@@ -17,7 +17,7 @@ from .sources import PICTURES, NetworkOptions, check_positive, open_pictures
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ..predict import Prediction
+    from ..inference.predict import Prediction
 
 __all__ = ["PredictConfig", "predict", "run_predict"]
 
@@ -51,7 +51,7 @@ class PredictConfig(NetworkOptions):
     def __post_init__(self) -> None:
         check_positive(self, "top", "batch_size")
         if self.exit is not None:
-            from ..early_exit import check_confidence
+            from ..inference.early_exit import check_confidence
 
             check_confidence(self.exit)
 
@@ -97,7 +97,7 @@ def run_predict(paths: Sequence[Path], config: PredictConfig, console: Console |
         ValueError: There is no such network or device.
     """
     from ..hub import open_network
-    from ..predict import Prediction, predict
+    from ..inference.predict import Prediction, predict
     from ..runtime.device import resolve_device
     from ..runtime.dtypes import AUTOCAST
 
@@ -147,7 +147,7 @@ def _batches(
 
 
 def _table(file: Path, prediction: Prediction, names: Sequence[str], config: PredictConfig) -> Table:
-    from ..predict import class_name
+    from ..inference.predict import class_name
 
     table = Table(title=str(file), title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
     table.add_column("class")

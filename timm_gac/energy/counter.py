@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from gac_kernels import count_spikes
 
-from ..models.integer import SpikeConv
+from ..inference.integer import SpikeConv
 from .tables import LayerCount
 
 __all__ = ["LAYERS", "Counter", "Layer"]

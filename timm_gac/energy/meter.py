@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..encoder import GatedAttentionCoding
-from ..recording import forward_hooks
+from ..inference.record import forward_hooks
+from ..layers.encoder import GatedAttentionCoding
 from .counter import LAYERS, Counter
 from .report import EnergyReport
 from .tables import COSTS, EnergyCosts

@@ -11,9 +11,9 @@ from typing import Any
 
 from gac_kernels import LIFSpec
 
-from ..encoder import GatedAttentionCoding
+from ..inference.integer import IntegerBlock, SpikeConv
+from ..layers.encoder import GatedAttentionCoding
 from ..models.blocks import MSBlock
-from ..models.integer import IntegerBlock, SpikeConv
 from .folder import CONFIG, load_model, read_config
 
 EVALUATIONS = ("eval.json", "demo.json")  # the trainer's evaluation, and the demonstration's result

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from timm.models import is_model_in_modules, save_for_hf
 from torch import nn
 
-from ..quantize import SCHEME, quantize
+from ..inference.quantize import SCHEME, quantize
 from ..runtime.files import write_json
 
 CONFIG = "config.json"

@@ -12,7 +12,7 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from ..neuron import BatchNormLIF
+from ..layers.neuron import BatchNormLIF
 from .folder import load_model, read_config
 from .remote import fetch_model, open_source
 

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from gac_kernels import CIFAR, LIFSpec
 
-from ..convolution import Conv2d, SpikeConv2d
-from ..neuron import BatchNormLIF, MembraneBatchNormLIF
+from ..layers.convolution import Conv2d, SpikeConv2d
+from ..layers.neuron import BatchNormLIF, MembraneBatchNormLIF
 
 __all__ = ["MSBlock", "SpikingBlock", "Stage"]
 

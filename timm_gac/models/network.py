@@ -19,11 +19,11 @@ from torch import Tensor, nn
 
 from gac_kernels import IMAGENET, LIFSpec
 
-from ..checks import check_num_steps, has_hooks
-from ..convolution import Conv2d
-from ..encoder import DirectCoding, GatedAttentionCoding
-from ..neuron import LIF, BatchNormLIF
-from ..weight_gradients import overlap_enabled, with_cast_weights
+from ..layers.checks import check_num_steps, has_hooks
+from ..layers.convolution import Conv2d
+from ..layers.encoder import DirectCoding, GatedAttentionCoding
+from ..layers.neuron import LIF, BatchNormLIF
+from ..runtime.weight_gradients import overlap_enabled, with_cast_weights
 from .blocks import MSBlock, SpikingBlock, Stage
 from .checkpoint import checkpoint_filter_fn as checkpoint_filter_fn  # timm expects it beside the model's class
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from ..evaluate import Evaluation, evaluate, evaluate_state
+from ..analysis.evaluate import Evaluation, evaluate, evaluate_state
 from ..hub.folder import CONFIG, load_model, save_model_folder, write_config
 from ..runtime.dtypes import AUTOCAST, DTYPES
 from ..runtime.files import append_csv, write_json

@@ -11,8 +11,8 @@ from pathlib import Path
 
 from torch import nn
 
-from ..encoder import DirectCoding
-from ..evaluate import Evaluation
+from ..analysis.evaluate import Evaluation
+from ..layers.encoder import DirectCoding
 from ..runtime.files import write_csv
 
 __all__ = ["FALL", "SATURATED_ABOVE", "SILENT_BELOW", "rate_warnings", "watch_rates"]

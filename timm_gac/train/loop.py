@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from ..evaluate import Evaluation
+from ..analysis.evaluate import Evaluation
 from .finish import finish
 from .health import watch_rates
 from .options import RunOptions

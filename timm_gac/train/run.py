@@ -9,8 +9,8 @@ import torch
 from accelerate.utils import gather_object, set_seed
 from torch import Tensor
 
-from ..collectives import share_tensors
-from ..evaluate import Evaluation, evaluate, evaluate_state
+from ..analysis.evaluate import Evaluation, evaluate, evaluate_state
+from ..runtime.collectives import share_tensors
 from ..runtime.dtypes import AUTOCAST
 from ..runtime.files import check_csv, write_json
 from .checkpoints import (

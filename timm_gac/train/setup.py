@@ -11,8 +11,8 @@ import torch.distributed as dist
 from accelerate import Accelerator, DistributedType
 from torch import nn
 
-from ..collectives import share_tensors
 from ..data import DeviceLoader, ImageArrays, StreamLoader, create_stream_loaders, load_arrays
+from ..runtime.collectives import share_tensors
 from .recipes import Recipe
 
 __all__ = ["Loaders", "create_accelerator", "create_loaders", "create_network", "describe_input", "prepare"]

@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from ..collectives import average_gradients
-from ..graphs import GraphedStep
+from ..runtime.collectives import average_gradients
+from ..runtime.graphs import GraphedStep
 from .optim import MovingAverage, learning_rate, set_learning_rate
 from .recipes import Recipe
 

@@ -8,8 +8,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ..collectives import combine_statistics
-from ..neuron import BatchNormLIF
+from ..layers.neuron import BatchNormLIF
+from ..runtime.collectives import combine_statistics
 
 __all__ = ["AnyDeviceSyncBatchNorm", "synchronise_norms"]
 

@@ -30,8 +30,8 @@ from gac_kernels import conv_lif, spike_conv
 from gac_kernels.convolution.dispatch import Shape
 from gac_kernels.convolution.hopper import launch as hopper
 
-from ...models.integer import IntegerBlock, SpikeConv
-from ...quantize import quantize
+from ...inference.integer import IntegerBlock, SpikeConv
+from ...inference.quantize import quantize
 from .shared import compile_in_processes, say, start_from_defaults, update, use
 
 DTYPES = {"int8": torch.int8, "bfloat16": torch.bfloat16, "float16": torch.float16}

@@ -28,9 +28,9 @@ from triton.runtime.errors import OutOfResources
 from gac_kernels import tuning
 from gac_kernels.norm import batch_stats, norm_lif
 
-from ... import graphs
-from ...bench_steps import make_step
+from ...runtime import graphs
 from ...runtime.dtypes import DTYPES
+from ..steps import make_step
 from .shared import say, start_from_defaults, update, use
 
 # Kernel in a profile, and the op whose launch parameters it takes.

@@ -1,0 +1,196 @@
+"""timm-gac eval and timm-gac predict: against sums by hand, options, files, and what they refuse."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+
+from timm_gac import cli
+from timm_gac.cli.sources import open_pictures
+from timm_gac.data import load_arrays, open_test_set
+from timm_gac.hub import calibrate, save_model_folder
+from timm_gac.hub.folder import CONFIG, write_config
+from timm_gac.inference.early_exit import early_exit
+from timm_gac.inference.predict import answers, predict
+
+NAMES = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A model folder for 8x8 digits: random weights, firing neurons, names of the classes."""
+    torch.manual_seed(0)
+    cfg = {"input_size": (1, 8, 8), "mean": (0.5,), "std": (0.5,), "crop_pct": 1.0}
+    model = timm.create_model("test_gac_msresnet", num_classes=10, in_chans=1, num_steps=3, pretrained_cfg_overlay=cfg)
+    images = load_arrays("digits", "train").images[:64].float() / 127.5 - 1
+    calibrate(model, [images])
+    out = save_model_folder(model, tmp_path_factory.mktemp("digits") / "model")
+    write_config(out / CONFIG, json.loads((out / CONFIG).read_text()) | {"label_names": NAMES})
+    return out
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    digits = load_arrays("digits", "test").images
+    (tmp_path / "inside" / "deeper").mkdir(parents=True)
+    files = [tmp_path / "a.png", tmp_path / "inside" / "b.png", tmp_path / "inside" / "deeper" / "c.png"]
+    for digit, file in zip(digits, files, strict=False):
+        Image.fromarray(digit[0].numpy()).save(file)
+    return files
+
+
+def test_eval_agrees_with_sums_by_hand(folder, tmp_path, capsys):
+    file = tmp_path / "out" / "eval.json"
+    assert cli.main(["eval", str(folder), "--data", "digits", "--batch-size", "100", "--json", str(file)]) == 0
+    text = capsys.readouterr().out
+    result = json.loads(file.read_text())
+    model = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+    arrays = load_arrays("digits", "test")
+    with torch.no_grad():
+        steps = model.forward_steps(arrays.images.float() / 127.5 - 1).double()
+    means = torch.stack([steps[:, : t + 1].mean(1) for t in range(3)])
+    right = (means.argmax(-1) == arrays.labels).double().mean(1)
+    assert result["images"] == 360
+    assert result["top1_per_step"] == pytest.approx(right.tolist(), abs=0.006)  # one logit may tie
+    assert result["top1"] == result["top1_per_step"][-1]
+    top5 = (means[-1].topk(5).indices == arrays.labels[:, None]).any(1).double().mean().item()
+    assert result["top5"] == pytest.approx(top5, abs=0.006)
+    assert result["loss"] == pytest.approx(torch.nn.functional.cross_entropy(means[-1], arrays.labels).item(), abs=1e-3)
+    assert 0 < result["ece"] < 1 and result["num_steps"] == 3 and result["split"] == "test"
+    assert f"{result['top1']:.2%}" in text and "top-1 after 2 of 3 steps" in text
+    for layer, rate in result["firing_rates"].items():
+        assert f"{layer} " in text and f"{rate:.2%}" in text
+    assert cli.main(["eval", str(folder), "--data", "digits", "--json", str(file)]) == 2
+    assert "--overwrite" in capsys.readouterr().err
+
+
+def test_eval_takes_some_images_and_other_precisions(folder, tmp_path):
+    file = tmp_path / "eval.json"
+    common = ["eval", str(folder), "--data", "digits", "--images", "7", "--json", str(file), "--overwrite"]
+    results = {}
+    for precision in ("float32", "bfloat16"):
+        assert cli.main([*common, "--precision", precision, "--no-firing-rates"]) == 0
+        results[precision] = json.loads(file.read_text())
+    assert [row["images"] for row in results.values()] == [7, 7]
+    assert results["float32"]["firing_rates"] == {}
+    assert results["float32"]["loss"] != results["bfloat16"]["loss"]
+    assert results["float32"]["loss"] == pytest.approx(results["bfloat16"]["loss"], rel=0.2)
+
+
+def test_a_folder_of_large_pictures_is_streamed_as_predict_prepares_them(tmp_path):
+    rng = np.random.default_rng(0)
+    for label in ("cat", "dog"):
+        (tmp_path / "val" / label).mkdir(parents=True)
+        for number in range(3):
+            pixels = rng.integers(256, size=(90, 120, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(tmp_path / "val" / label / f"{number}.png")
+    model = timm.create_model("test_gac_msresnet", num_classes=2, pretrained_cfg_overlay={"input_size": (3, 80, 80)})
+    options = {"num_classes": 2, "data_dir": str(tmp_path), "batch_size": 4}
+    batches = list(open_test_set("folder", model.pretrained_cfg, **options).batches(0))
+    images, labels = (torch.cat(part) for part in zip(*batches, strict=True))
+    files = sorted((tmp_path / "val").rglob("*.png"))
+    assert labels.tolist() == [0, 0, 0, 1, 1, 1]
+    torch.testing.assert_close(images, open_pictures(files, model), rtol=0, atol=1e-3)
+    some = open_test_set("folder", model.pretrained_cfg, images=2, **options)
+    assert some.num_images == 2
+    ((images_of_some, labels_of_some),) = some.batches(0)
+    torch.testing.assert_close(images_of_some, images[[0, 3]], rtol=0, atol=0)
+    assert labels_of_some.tolist() == [0, 1]
+    with pytest.raises(ValueError, match="at most the network's 1 classes"):
+        open_test_set("folder", model.pretrained_cfg, **options | {"num_classes": 1})
+
+
+def test_predict_agrees_with_the_network(folder, pictures, tmp_path, capsys):
+    bad = tmp_path / "bad.png"
+    bad.write_bytes(b"no picture")
+    file = tmp_path / "out.json"
+    given = [str(pictures[0]), str(bad), str(tmp_path / "inside"), str(tmp_path / "gone.png")]
+    status = cli.main(["predict", *given, "--model", str(folder), "--top", "3", "--per-step", "--json", str(file)])
+    assert status == 1  # two of the files could not be used
+    text = capsys.readouterr().out
+    assert text.count("skipped: expected a picture") == 2 and "after 2 of 3 steps" in text
+    content = json.loads(file.read_text())
+    assert list(content["pictures"]) == list(map(str, pictures)) and len(content["skipped"]) == 2
+    model = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+    images = load_arrays("digits", "test").images[:3].float() / 127.5 - 1
+    with torch.no_grad():
+        steps = model.forward_steps(images).double()
+    for index, row in enumerate(content["pictures"].values()):
+        confidence, classes = steps[index].mean(0).softmax(-1).topk(3)
+        assert row["classes"] == classes.tolist() and row["steps"] == 3
+        assert row["names"] == [NAMES[number] for number in row["classes"]]
+        assert row["confidences"] == pytest.approx(confidence.tolist(), abs=1e-4)
+        first = steps[index, 0].softmax(-1)
+        assert row["per_step"][0]["class"] == int(first.argmax())
+        assert row["per_step"][0]["confidence"] == pytest.approx(first.max().item(), abs=1e-4)
+        assert all(f"{value:.2%}" in text for value in row["confidences"])
+    assert cli.main(["predict", str(pictures[0]), "--model", str(folder)]) == 0
+
+
+def test_predict_exits_when_it_is_sure(folder, pictures, tmp_path, capsys):
+    model = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+    with torch.no_grad():
+        steps = model.forward_steps(load_arrays("digits", "test").images[:3].float() / 127.5 - 1)
+    first = early_exit(steps[:, :1], 1.0).confidence.sort().values
+    threshold = ((first[1] + first[2]) / 2).item()  # one picture is as sure after one step
+    expected = early_exit(steps, threshold)
+    assert expected.steps.min() == 1 < expected.steps.max()
+    file = tmp_path / "out.json"
+    given = ["predict", *map(str, pictures), "--model", str(folder), "--exit", str(threshold), "--per-step"]
+    assert cli.main([*given, "--json", str(file)]) == 0
+    text = capsys.readouterr().out
+    content = json.loads(file.read_text())
+    assert content["exit"] == threshold
+    for index, row in enumerate(content["pictures"].values()):
+        assert row["steps"] == expected.steps[index] == len(row["per_step"]) and row["num_steps"] == 3
+        assert row["classes"][0] == expected.logits[index].argmax()
+        assert row["confidences"][0] == pytest.approx(expected.confidence[index].item(), abs=1e-4)
+        assert f"exit after {row['steps']} of 3 steps: {row['names'][0]}" in text
+    assert text.count("after 1 of 3 steps") == 3 + 1  # per step for all three, and one exit
+    (row,) = predict(model, torch.zeros(1, 1, 8, 8), exit_at=1e-9)
+    assert (row.steps, row.num_steps) == (1, 3)
+
+
+def test_answers_by_hand_and_classes_without_a_name():
+    logits = torch.tensor([[[0.0, 1.0, 0.0], [3.0, 0.0, 0.0]]])
+    (row,) = answers(logits, 5, ("a",))
+    mean = torch.tensor([1.5, 0.5, 0.0]).softmax(0)
+    assert row.classes == (0, 1, 2) and row.names == ("a", "1", "2")
+    assert row.confidences == pytest.approx(mean.tolist(), abs=1e-6)
+    assert [number for number, _ in row.per_step] == [1, 0]
+    with pytest.raises(ValueError, match="top"):
+        predict(timm.create_model("test_gac_msresnet").eval(), torch.zeros(1, 3, 8, 8), top=0)
+    with pytest.raises(ValueError, match="forward_steps"):
+        predict(torch.nn.Identity(), torch.zeros(1))
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["eval", "test_gac_msresnet", "--data", "digits"],
+        ["eval", "no_such_model", "--data", "digits"],
+        ["eval", "FOLDER", "--data", "no_such.npz"],
+        ["eval", "FOLDER", "--data", "digits", "--batch-size", "0"],
+        ["eval", "FOLDER", "--data", "digits", "--device", "cuda:99"],
+        ["eval", "FOLDER", "--data", "digits", "--num-steps", "9"],
+        ["predict", "a.png", "--model", "test_gac_msresnet"],
+        ["predict", "a.png", "--model", "FOLDER", "--top", "0"],
+        ["predict", "a.png", "--model", "FOLDER", "--exit", "0"],
+        ["predict", "a.png", "--model", "FOLDER", "--exit", "1.5"],
+    ],
+)
+def test_refusals_are_one_sentence(arguments, folder, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    given = [str(folder) if part == "FOLDER" else part for part in arguments]
+    try:
+        status = cli.main(given)
+    except SystemExit as leaving:
+        status = leaving.code
+    assert status == 2
+    captured = capsys.readouterr()
+    assert "expected" in captured.err and "Traceback" not in captured.err and not list(tmp_path.iterdir())

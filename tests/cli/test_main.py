@@ -1,0 +1,244 @@
+"""The command line: help, what it lists, and errors in one sentence."""
+
+from __future__ import annotations
+
+import builtins
+import os
+import re
+import resource
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+
+from timm_gac import cli, hub
+from timm_gac.bench import kernels as benchmark
+
+ROOT = Path(__file__).resolve().parents[2]
+COMMANDS = (
+    *("demo", "models", "train", "eval", "predict", "inspect", "energy", "anytime", "convert", "quantize", "push"),
+    *("verify", "bench", "bench kernels", "bench model", "bench scaling", "bench curves"),
+)
+HEAVY = {"torch", "timm", "accelerate", "matplotlib", "triton", "sklearn"}
+
+
+def run_python(*arguments: str) -> subprocess.CompletedProcess[str]:
+    paths = [str(ROOT), str(ROOT / "kernels" / "torch-ext"), os.environ.get("PYTHONPATH", "")]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in paths if path)}
+    done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    return done
+
+
+def imported(done: subprocess.CompletedProcess[str]) -> set[str]:
+    """Top-level packages in what ``python -X importtime`` wrote."""
+    return {name.split(".")[0] for name in re.findall(r"^import time:.*\| +(\S+)$", done.stderr, re.MULTILINE)}
+
+
+@pytest.mark.parametrize("command", ["", *COMMANDS])
+def test_help_imports_no_torch(command: str) -> None:
+    done = run_python("-X", "importtime", "-m", "timm_gac.cli", *command.split(), "--help")
+    assert "tyro" in imported(done) and not imported(done) & HEAVY
+    if command and command != "bench":
+        assert "Example: timm-gac " + command in " ".join(done.stdout.split())
+
+
+def test_help_lists_each_command_in_a_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    for words in ([], ["bench"]):
+        with pytest.raises(SystemExit, match="0"):
+            cli.main([*words, "--help"])
+        text = capsys.readouterr().out
+        lines = re.findall(r"^[^\w\n]+(\w+) +(\w.*?)[ │]*$", text.partition("(required)")[2], re.MULTILINE)
+        listed = {" ".join([*words, name]) for name, _ in lines}
+        assert listed == {name for name in COMMANDS if name.split()[:-1] == words}
+        assert all(line.endswith(".") for _, line in lines), lines
+
+
+@pytest.mark.parametrize("command", ["", "train", "bench model"])
+def test_help_takes_under_a_second(command: str) -> None:
+    seconds = []
+    for _ in range(5):
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        run_python("-m", "timm_gac.cli", *command.split(), "--help")
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        # Processor time, not wall time: the tests beside this one must not count.
+        seconds.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
+    assert statistics.median(seconds) < 1.0, seconds
+
+
+def test_the_console_script_has_the_public_names_and_the_models(tmp_path: Path) -> None:
+    script = tmp_path / "timm-gac"
+    script.write_text("from timm_gac.cli import main\nmain(['models', 'test_gac*'])\n")
+    assert "test_gac_msresnet" in run_python(str(script)).stdout
+    script.write_text(
+        "import sys, timm_gac\n"
+        "assert 'torch' not in sys.modules\n"
+        "assert not hasattr(timm_gac, 'no_such_name')\n"
+        "print(*(getattr(timm_gac, name) is not None for name in timm_gac.__all__))\n"
+        "from timm_gac import LIF, quantize\n"
+        "import timm, timm_gac.layers.neuron\n"
+        "assert LIF is timm_gac.layers.neuron.LIF and callable(quantize)\n"
+        "assert timm.list_models(module='spiking_resnet')\n"
+    )
+    assert set(run_python(str(script)).stdout.split()) == {"True"}
+
+
+def test_any_other_program_imports_everything_at_once(tmp_path: Path) -> None:
+    code = "import timm_gac, timm\nassert timm.list_models(module='spiking_resnet') and 'LIF' in vars(timm_gac)\n"
+    script = tmp_path / "timm-gac.py"
+    script.write_text(code)
+    run_python(str(script))
+    # A process that the command line spawned has its arguments, but was started otherwise.
+    run_python("-c", "import sys\nsys.argv = ['/bin/timm-gac', 'train']\n" + code)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "shown"),
+    [
+        ([], ["demo", "convert", "models", "push", "verify", "bench"]),
+        (["demo"], ["--out", "--epochs", "--seed"]),
+        (["convert"], ["FILE", "OUT_FOLDER", "--num-classes", "--overwrite"]),
+        (["train"], ["RECIPE", "--epochs", "--no-flip", "--out", "--resume"]),
+        (["eval"], ["MODEL", "--data", "--data-dir", "--split", "--images", "--device"]),
+        (["predict"], ["IMAGE", "--model", "--exit", "--device"]),
+        (["bench", "scaling"], ["--processes", "--check"]),
+        (["bench", "curves"], ["--seeds", "--data"]),
+        (["quantize"], ["MODEL", "OUT_FOLDER", "--clip", "--overwrite"]),
+        (["bench"], ["kernels", "model"]),
+        (["bench", "kernels"], ["--ops", "--quick", "--csv"]),
+        (["bench", "model"], ["--providers", "--num-steps", "--profile"]),
+        (["models"], ["PATTERN"]),
+        (["push"], ["RUN_OR_FOLDER", "--repo-id", "--dry-run", "--overwrite", "--label-names"]),
+        (["verify"], ["REPO_OR_FOLDER", "--revision"]),
+        (["energy"], ["MODEL", "--data", "--costs", "--num-steps", "--out"]),
+        (["inspect"], ["MODEL", "IMAGE", "--images", "--num-steps", "--out"]),
+        (["anytime"], ["MODEL", "--data", "--against", "--confidences", "--out"]),
+    ],
+    ids=lambda value: "-".join(value) or "top" if isinstance(value, list) else None,
+)
+def test_help(arguments: list[str], shown: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as leaving:
+        cli.main([*arguments, "--help"])
+    assert leaving.value.code == 0
+    text = capsys.readouterr().out
+    assert [word for word in shown if word not in text] == []
+
+
+def test_models_lists_every_model_with_its_parameters(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    assert cli.main(["models"]) == 0
+    text = capsys.readouterr().out
+    assert [name for name in timm.list_models(module="spiking_resnet") if f"{name} " not in text] == []
+    row = next(line for line in text.splitlines() if line.split()[:1] == ["gac_msresnet34"])
+    assert row.split() == ["gac_msresnet34", "GAC", "ImageNet", "21,932,984", "4", "1000", "3x224x224"]
+
+
+def test_models_takes_a_pattern(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["models", "test_gac*"]) == 0
+    text = capsys.readouterr().out
+    assert "test_gac_msresnet" in text and "msresnet34" not in text
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["models", "no_such_model"],
+        ["convert", "no_such_file.pth", "folder"],
+        ["demo", "--epochs", "0"],
+        ["push", "no_such_folder", "--repo-id", "me/x"],
+        ["push", "no_such_folder", "--repo-id", "x", "--dry-run"],
+        ["verify", "no_such_folder"],
+        ["energy", "no_such_model", "--data", "digits"],
+        ["energy", "test_gac_msresnet", "--data", "digits", "--costs", "x"],
+        ["inspect", "test_gac_msresnet", "no_such_picture.png"],
+        ["anytime", "test_gac_msresnet", "--data", "no_such_file.npz"],
+        ["bench", "kernels", "--ops", "no_such_op"],
+        ["bench", "model", "--providers", "no_such_network"],
+        ["bench", "curves", "--seeds", "1"],
+        ["train", "cifar100", "--epochs", "0"],
+    ],
+    ids=lambda arguments: arguments[0],
+)
+def test_user_errors_are_one_sentence(
+    arguments: list[str], capfd: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    try:
+        status = cli.main(arguments)
+    except SystemExit as leaving:
+        status = leaving.code
+    assert status == 2
+    captured = capfd.readouterr()
+    assert "expected" in captured.err and "Traceback" not in captured.err
+    assert captured.out == "" and list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["frobnicate"], "frobnicate"),
+        (["bench", "frobnicate"], "frobnicate"),
+        (["train", "no_such_recipe"], "no_such_recipe"),
+        (["train", "cifar100", "--no-such-field", "1"], "--no-such-field"),
+        (["train", "cifar100", "--epochs", "many"], "many"),
+        (["energy", "test_gac_msresnet", "--data", "digits", "--split", "none"], "none"),
+    ],
+)
+def test_what_cannot_be_parsed_is_status_2(arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as leaving:
+        cli.main(arguments)
+    assert leaving.value.code == 2
+    captured = capsys.readouterr()
+    assert said in captured.err and "Traceback" not in captured.err and captured.out == ""
+
+
+def test_convert_passes_its_arguments_on(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    calls: list[tuple[Any, ...]] = []
+
+    def convert(file: Path, out: Path, **options: Any) -> Path:
+        calls.append((file, out, *options.values()))
+        return out
+
+    monkeypatch.setattr(hub, "convert_checkpoint", convert)
+    assert cli.main(["convert", "a.pth", "b", "--model", "gac_msresnet34", "--num-classes", "10", "--overwrite"]) == 0
+    assert calls == [(Path("a.pth"), Path("b"), "gac_msresnet34", 10, None, True)]
+    assert "local-dir:b" in capsys.readouterr().out
+
+
+def test_bench_kernels_reports_a_failed_check(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    configs: list[benchmark.KernelBenchConfig] = []
+    row = dict.fromkeys(benchmark.COLUMNS) | {"op": "lif", "status": "failed check"}
+
+    def measure(config: benchmark.KernelBenchConfig) -> list[dict[str, Any]]:
+        configs.append(config)
+        return [row]
+
+    monkeypatch.setattr(benchmark, "bench_kernels", measure)
+    assert cli.main(["bench", "kernels", "--ops", "lif", "--quick"]) == 1
+    assert configs == [benchmark.KernelBenchConfig(ops=("lif",), quick=True)]
+    assert "failed check" in capsys.readouterr().out
+
+
+def test_a_missing_extra_is_named(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    real_import = builtins.__import__
+
+    def without_sklearn(name: str, *arguments: Any, **options: Any) -> Any:
+        if name.startswith("sklearn"):
+            raise ModuleNotFoundError("No module named 'sklearn'", name="sklearn")
+        return real_import(name, *arguments, **options)
+
+    monkeypatch.setattr(builtins, "__import__", without_sklearn)
+    assert cli.main(["demo", "--out", str(tmp_path / "demo")]) == 2
+    errors = capsys.readouterr().err
+    assert "'sklearn'" in errors and "install timm-gac[demo]" in errors

@@ -1,0 +1,351 @@
+"""Quantised networks: the same bits as float64 layer by layer, near the float network, and the same after a reload."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
+
+from gac_kernels import CIFAR, IMAGENET, LIFSpec, spike_conv_reference, use_backend
+from gac_kernels.reference import on_grid
+from timm_gac import cli, fuse_for_inference
+from timm_gac.analysis.evaluate import evaluate
+from timm_gac.bench.check import check_integer
+from timm_gac.bench.model import ModelBenchConfig, bench_model
+from timm_gac.hub.folder import load_model, save_model_folder
+from timm_gac.inference.fold import quantize
+from timm_gac.inference.integer import IntegerSpikingResNet, SpikeConv, current_grid
+from timm_gac.inference.quantize import quantize_weight
+from timm_gac.inference.record import membrane_of, neuron_layers, record_spikes
+
+MODELS = ("test_gac_msresnet", "msresnet18_cifar", "gac_spiking_resnet18", "spiking_resnet19", "gac_msresnet34")
+
+
+def firing(name: str, num_steps: int = 3) -> nn.Module:
+    """A model whose norms all do something and whose neurons fire."""
+    model = timm.create_model(name, num_steps=num_steps, num_classes=7).eval()
+    for norm in (module for module in model.modules() if isinstance(module, _NormBase) and module.affine):
+        nn.init.uniform_(norm.weight, 0.5, 1.5)
+        nn.init.normal_(norm.bias, 0.2, 0.3)
+        nn.init.uniform_(norm.running_var, 0.5, 1.5)
+        nn.init.normal_(norm.running_mean, 0.0, 0.3)
+    return model
+
+
+def layers(network: nn.Module) -> dict[str, SpikeConv]:
+    return {name: module for name, module in network.named_modules() if isinstance(module, SpikeConv)}
+
+
+def with_float64_neurons(network: nn.Module) -> nn.Module:
+    """A copy whose spike convolutions compute in float64, between the float parts as they are."""
+    exact = copy.deepcopy(network)
+    for layer in layers(exact).values():
+        layer.double()
+    for module in exact.modules():
+        if isinstance(module, nn.Conv2d):
+            module.register_forward_pre_hook(lambda module, inputs: inputs[0].to(module.weight.dtype))
+    return exact
+
+
+def round_residuals(model: nn.Module, network: nn.Module) -> None:
+    """Give a float network the residuals of the integer network, rounded to its grid."""
+    for name, layer in layers(network).items():
+        if layer.grid:
+            neuron = model.get_submodule(name.replace("conv", "bn"))
+            neuron.register_forward_pre_hook(lambda _, inputs, grid=layer.grid: (inputs[0], on_grid(inputs[1], grid)))
+
+
+@torch.no_grad()
+def assert_layers_exact(network: nn.Module, images: torch.Tensor) -> dict[str, float]:
+    """Every spike convolution returns, on its input in this pass, the spikes of float64; its firing rates.
+
+    By construction: float32 has its currents without rounding, and holds its membranes.
+    """
+    rates = {}
+
+    def check(name):
+        def hook(module, inputs, output):
+            spikes = output[-1] if isinstance(output, tuple) else output
+            residual = inputs[1] if len(inputs) > 1 else None
+            exact, expected = spike_conv_reference(
+                inputs[0], module.kernel, module.scale, module.bias, module.num_steps, module.spec,
+                stride=module.stride, residual=residual, grid=module.grid, return_membrane=True,
+            )  # fmt: skip
+            assert torch.equal(spikes, expected), f"{name}: {(spikes != expected).sum()} of {spikes.numel()} differ"
+            assert torch.equal(module.input_current(inputs, module.num_steps).flatten(0, 1).double(), exact), name
+            membrane = membrane_of(exact.unflatten(0, (module.num_steps, -1)), module.spec)
+            assert torch.equal(membrane.float().double(), membrane), name
+            rates[name] = spikes.float().mean().item()
+
+        return hook
+
+    handles = [module.register_forward_hook(check(name)) for name, module in layers(network).items()]
+    network(images)
+    for handle in handles:
+        handle.remove()
+    return rates
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_every_layer_and_the_whole_network_equal_float64(name: str) -> None:
+    network, images = quantize(firing(name)), torch.randn(2, 3, 15, 17)
+    rates = assert_layers_exact(network, images)
+    assert rates and all(0.005 < rate < 0.995 for rate in rates.values()), rates
+    with torch.no_grad():
+        exact = with_float64_neurons(network)
+        assert torch.equal(network.forward_features(images), exact.forward_features(images))
+        assert torch.equal(network(images), exact(images))
+        steps = network.forward_steps(images)
+        torch.testing.assert_close(steps.mean(1), network(images), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "num_steps"),
+    [("test_gac_msresnet", 4), ("test_gac_msresnet", 6), ("spiking_resnet19", 4), ("msresnet18", 4), ("msresnet18", 2)],
+)
+def test_float_parts_of_any_dtype_leave_the_neurons_exact(name: str, num_steps: int) -> None:
+    network, images = quantize(firing(name, num_steps)), torch.randn(1, 3, 17, 15)
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        rates = assert_layers_exact(network.to(dtype), images.to(dtype))
+        assert len(rates) > 4
+
+
+def test_the_grid_follows_from_neuron_and_steps() -> None:
+    for spec, num_steps, exponent in (
+        (CIFAR, 1, -15), (CIFAR, 4, -15), (CIFAR, 5, -14), (CIFAR, 7, -12), (CIFAR, 16, -12),
+        (IMAGENET, 2, -15), (IMAGENET, 3, -14), (IMAGENET, 4, -12), (IMAGENET, 6, -12),
+        (LIFSpec(decay=1.0), 9, -15), (LIFSpec(decay=0.0), 9, -15), (LIFSpec(decay=0.9), 9, -15),
+    ):  # fmt: skip
+        assert current_grid(spec, num_steps) == 2.0**exponent
+    network = quantize(firing("test_gac_msresnet", 6), clip="max")
+    for layer in layers(network).values():
+        assert not layer.scale.remainder(2.0**-13).any() and not layer.bias.remainder(2.0**-13).any()
+    # What comes from the encoder or a 1x1 shortcut has to be rounded, the membrane of the block before is so already.
+    rounded = {name for name, layer in layers(network).items() if layer.grid}
+    with_shortcut = {f"{name}.conv2" for name, block in network.named_modules() if getattr(block, "downsample", None)}
+    assert rounded == with_shortcut | {"layer1.0.conv2"} and {network.layer1[0].conv2.grid} == {2.0**-13}
+
+
+@pytest.mark.parametrize("name", ["test_gac_msresnet", "spiking_resnet19"])
+def test_interpreted_kernels_give_the_network_of_the_eager_path(name: str, device: torch.device) -> None:
+    if name == "spiking_resnet19" and device.type == "cpu":
+        pytest.skip("too wide for the interpreter")
+    network, images = quantize(firing(name)).to(device), torch.randn(1, 3, 7, 5, device=device)
+    with torch.no_grad():
+        with use_backend("eager"):
+            expected = network._forward_spikes(images)
+        with use_backend("triton"):
+            got = network._forward_spikes(images)
+    assert expected.float().mean() > 0.01 and torch.equal(got, expected)
+
+
+@pytest.mark.parametrize("name", ["test_gac_msresnet", "gac_spiking_resnet18"])
+def test_only_the_weights_are_rounded(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A float network with the rounded weights computes the same, where the grid is too fine to matter."""
+    monkeypatch.setattr(sys.modules[quantize.__module__], "current_grid", lambda *_: 2.0**-30)
+    model, images = firing(name), torch.randn(2, 3, 16, 16)
+    network = quantize(model)
+    rounded, parts = copy.deepcopy(model).double(), layers(network)
+    fuse_for_inference(rounded)
+    with torch.no_grad():
+        for layer, part in parts.items():
+            float_weight = rounded.get_submodule(layer).weight
+            exact = (part.weight.double() * part.scale[:, None, None]).unflatten(1, (3, 3)).permute(0, 3, 1, 2)
+            step = part.scale.double()[:, None, None, None]
+            clipped = (exact.abs() >= 127 * step * 0.999).double()
+            assert (((float_weight - exact).abs() / step) * (1 - clipped) <= 1.5001).all(), layer
+            float_weight.copy_(exact)
+        expected = rounded.forward_features(images.double())
+        got = copy.deepcopy(network).double().forward_features(images.double())
+    assert (got - expected).abs().mean() < 1e-3  # a few currents at the threshold fall otherwise: bias in float32
+
+
+def test_weight_rounding() -> None:
+    weight = torch.randn(6, 200, 3, 3, dtype=torch.float64)
+    weight[1] = 0.0
+    peak = weight.abs().amax((1, 2, 3))
+    for grid in (2.0**-15, 2.0**-8, 2.0):
+        errors = {}
+        for clip in ("max", "mse"):
+            integers, scale = quantize_weight(weight, clip, grid)
+            assert integers.dtype == torch.int8 and scale.dtype == torch.float32
+            assert not scale[peak > 0].remainder(grid).any() and (scale > 0).all()
+            errors[clip] = integers * scale.double()[:, None, None, None] - weight
+        # Nothing is clipped by "max", whose scales are the least that do not clip; "mse" clips where that is better.
+        step = torch.where(peak > 0, (peak / 127 / grid).ceil() * grid, 0.0)
+        assert (errors["max"].abs().amax((1, 2, 3)) <= step * 1.0000001).all()
+        squares = {clip: error.square().sum((1, 2, 3)) for clip, error in errors.items()}
+        assert squares["mse"][1] == 0 and (squares["mse"] <= squares["max"] * 1.01).all()
+        assert squares["mse"].sum() < squares["max"].sum() or grid == 2.0  # no choice there: coarser than all weights
+        # Errors cancel over an output channel and, up to the few moved for that, within each window.
+        assert (errors["max"].sum((1, 2, 3)).abs() <= step * 0.51).all()
+        windows = errors["max"].sum((2, 3)).abs() / step.clamp(min=1e-12)[:, None]
+        assert windows.max() <= 2.51 and (windows <= 0.51).double().mean() > 0.9
+    assert quantize_weight(weight, "mse", 2.0**-15)[0].abs().max() == 127
+
+
+def test_rounding_errors_cancel_on_spikes_and_keep_zeros() -> None:
+    """Against rounding to nearest: less error of the convolution of spikes that come in patches, zeros stay zeros."""
+    weight = torch.randn(24, 32, 3, 3, dtype=torch.float64)
+    weight[:, ::4] = 0.0
+    integers, scale = quantize_weight(weight, "mse", 2.0**-15)
+    step = scale.double()[:, None, None, None]
+    nearest = (weight / step).round().clamp(-127, 127)
+    assert not integers[:, ::4].any() and not torch.equal(integers.double(), nearest)
+    patches = torch.nn.functional.avg_pool2d(torch.rand(8, 32, 20, 20, dtype=torch.float64), 5, 1)
+    spikes = (patches > 0.52).double()
+    assert 0.1 < spikes.mean() < 0.6
+    errors = [torch.nn.functional.conv2d(spikes, q * step - weight).square().mean() for q in (integers, nearest)]
+    assert errors[0] < 0.7 * errors[1]
+
+
+@pytest.mark.parametrize("name", ["test_gac_msresnet", "gac_spiking_resnet18"])
+def test_folder_round_trip(name: str, tmp_path: Path) -> None:
+    network, images = quantize(firing(name)), torch.randn(2, 3, 16, 16)
+    folder = save_model_folder(network, tmp_path / "int8")
+    config = json.loads((folder / "config.json").read_text())
+    assert config["quantization"] == {"scheme": "int8-weights-per-channel-on-grid", "clip": "mse"}
+    stored = load_file(folder / "model.safetensors")
+    assert stored["layer2.0.conv2.weight"].dtype == torch.int8
+    loaded = load_model(folder)
+    with torch.no_grad():
+        assert isinstance(loaded, IntegerSpikingResNet) and loaded.quantization == network.quantization
+        assert torch.equal(loaded(images), network(images)) and not loaded.training
+        assert {n: part.grid for n, part in layers(loaded).items()} == {n: p.grid for n, p in layers(network).items()}
+        # timm alone, which knows no integer networks, gets a float network with the rounded weights.
+        plain = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+        expected = network.forward_features(images)
+        assert not isinstance(plain, IntegerSpikingResNet)
+        round_residuals(plain, network)
+        assert (plain.forward_features(images) - expected).abs().mean() < 1e-3
+
+
+def test_damaged_folders(tmp_path: Path) -> None:
+    folder = save_model_folder(quantize(firing("test_gac_msresnet")), tmp_path / "int8")
+    config = json.loads((folder / "config.json").read_text())
+    for scheme in ("int4", "int8-weights-per-channel"):  # the latter had scales and biases that are on no grid
+        (folder / "config.json").write_text(json.dumps(config | {"quantization": {"scheme": scheme}}))
+        with pytest.raises(ValueError, match=f"int8-weights-per-channel-on-grid.*'{scheme}': quantise anew"):
+            load_model(folder)
+    (folder / "config.json").write_text(json.dumps(config))
+    tensors = load_file(folder / "model.safetensors")
+    for name in ("layer2.0.conv1.scale", "layer1.0.conv2.bias"):
+        save_file(tensors | {name: tensors[name] + 2.0**-16}, folder / "model.safetensors")
+        with pytest.raises(ValueError, match=rf"{name.rpartition('.')[0]} with scales and biases that are multiples"):
+            load_model(folder)
+    del tensors["layer2.0.conv1.scale"]
+    save_file(tensors, folder / "model.safetensors")
+    with pytest.raises(ValueError, match=r"layer2\.0\.conv1\.scale"):
+        load_model(folder)
+
+
+def test_dtypes_move_only_what_is_real() -> None:
+    network, images = quantize(firing("test_gac_msresnet")), torch.randn(2, 3, 8, 8)
+    scales = {name: layer.scale.clone() for name, layer in layers(network).items()}
+    half = copy.deepcopy(network).to(torch.bfloat16)
+    for name, layer in layers(half).items():
+        assert layer.weight.dtype == torch.int8 and torch.equal(layer.scale, scales[name])
+    with torch.no_grad():
+        logits = half(images.bfloat16())
+        assert logits.dtype == torch.bfloat16 and logits.isfinite().all()
+        assert_layers_exact(half, images.bfloat16())
+        with torch.autocast("cpu", torch.bfloat16):
+            assert_layers_exact(network, images)
+        exact = copy.deepcopy(network).double()
+        torch.testing.assert_close(exact(images.double()), network(images).double(), rtol=1e-5, atol=1e-5)
+        assert torch.equal(exact.float()(images), network(images))
+    features, intermediates = network.forward_intermediates(images)
+    torch.testing.assert_close(features, network.forward_features(images))
+    assert all(rate.min() >= 0 and rate.max() <= 1 and rate.is_floating_point() for rate in intermediates)
+
+
+def test_whole_network_compiles_and_is_evaluated() -> None:
+    network, images = quantize(firing("test_gac_msresnet")), torch.randn(4, 3, 8, 8)
+    with torch.no_grad():
+        compiled = torch.compile(network, fullgraph=True, backend="aot_eager")
+        torch.testing.assert_close(compiled(images), network(images), rtol=1e-5, atol=1e-5)
+    labels = network(images).argmax(1)
+    result = evaluate(network, [(images, labels)])
+    assert result.top1 == 1.0 and set(layers(network)) <= set(result.firing_rates)
+
+
+def test_leaves_the_model_alone_and_refuses_what_it_cannot_do() -> None:
+    model = firing("test_gac_msresnet")
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    network = quantize(model, clip="max")
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    for wrong, message in (
+        (network, "folded or quantised"),
+        (fuse_for_inference(copy.deepcopy(model)), "folded or quantised"),
+        (nn.Linear(2, 2), "spiking network"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            quantize(wrong)
+    with pytest.raises(ValueError, match="clip out of"):
+        quantize(model, clip="best")
+    model.bn1.running_mean = None
+    with pytest.raises(ValueError, match="running statistics"):
+        quantize(model)
+
+
+def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder, out = save_model_folder(firing("test_gac_msresnet"), tmp_path / "float"), tmp_path / "int8"
+    assert cli.main(["quantize", str(folder), str(out), "--clip", "max"]) == 0
+    assert str(out) in capsys.readouterr().out.replace("\n", "")
+    images = torch.randn(2, 3, 8, 8)
+    with torch.no_grad():
+        assert torch.equal(load_model(out)(images), quantize(load_model(folder), "max")(images))
+    for arguments, message in (
+        ([str(folder), str(out)], "new or empty folder"),
+        ([str(out), str(tmp_path / "again")], "quantised"),
+        (["no_such_model", str(tmp_path / "none")], "expected"),
+    ):
+        assert cli.main(["quantize", *arguments]) == 2
+        assert message in capsys.readouterr().err
+
+
+def test_benchmark_checks_and_times_it(tmp_path: Path) -> None:
+    folder = save_model_folder(quantize(firing("test_gac_msresnet", 2)), tmp_path / "int8")
+    for model in ("test_gac_msresnet", str(folder)):
+        config = ModelBenchConfig(
+            model=model, modes=("infer",), precisions=("float32", "bfloat16"), num_steps=(2,), infer_batch=2, steps=1,
+            image_size=8, providers=("timm_gac", "timm_gac_int8"), device="cpu",
+        )  # fmt: skip
+        rows, _ = bench_model(config)
+        assert [row["status"] for row in rows] == ["ok"] * 4, rows
+        assert all(row["images_per_s"] > 0 for row in rows)
+    with pytest.raises(ValueError, match="num_steps=2"):
+        bench_model(dataclasses.replace(config, num_steps=(3,)))
+    with pytest.raises(ValueError, match="a model of this package"):
+        ModelBenchConfig(model=str(tmp_path / "none"))
+
+
+def test_benchmark_notices_wrong_spikes() -> None:
+    network, images = quantize(firing("test_gac_msresnet")), torch.randn(2, 3, 8, 8)
+    assert check_integer(network, images, "float32") == ""
+    layer = network.layer2[0].conv2
+    layer.register_forward_hook(lambda module, inputs, output: (output[0], output[1] ^ 1), prepend=True)
+    assert "layer2.0.conv2" in check_integer(network, images, "float32")
+
+
+@pytest.mark.parametrize("name", ["test_gac_msresnet", "gac_spiking_resnet18"])
+def test_every_neuron_of_the_float_network_is_recorded(name: str) -> None:
+    model = firing(name)
+    network = quantize(model)
+    # A norm with its neuron stands behind its convolution there; here the convolution holds the neuron.
+    expected = {layer.replace("bn", "conv") for layer in neuron_layers(model)}
+    assert {layer.replace(".lif", "") for layer in neuron_layers(network)} == expected and len(expected) > 6
+    images = torch.randn(2, 3, 16, 16)
+    with record_spikes(network) as recording, torch.no_grad():
+        network(images)
+    seen = recording.spikes
+    assert len(seen) == len(expected) and all(spikes.is_floating_point() for spikes in seen.values())

@@ -1,0 +1,100 @@
+"""An inspection as one HTML page without any other file: pictures are inside, it works offline and on a phone."""
+
+from __future__ import annotations
+
+import base64
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from ...runtime.files import write_json, write_text
+from .figures import FIGURES
+from .record import Inspection
+
+__all__ = ["inspection_dict", "write_inspection"]
+
+_STYLE = """
+:root{color-scheme:light}
+body{font:16px/1.5 system-ui,sans-serif;color:#1c2733;background:#fff;margin:0 auto;padding:1rem;max-width:44rem}
+h1{font-size:1.45rem;line-height:1.25;margin:.2rem 0 .6rem;overflow-wrap:anywhere}
+h2{font-size:1.15rem;margin:2rem 0 .2rem}
+p{margin:.3rem 0 .6rem}
+img{display:block;width:100%;height:auto}
+.note{color:#5a6672;font-size:.92rem}
+.wide{overflow-x:auto}
+table{border-collapse:collapse;font-size:.86rem;width:100%}
+th,td{padding:.25rem .5rem;text-align:right;border-bottom:1px solid #e3e8ee;white-space:nowrap}
+th:first-child,td:first-child{text-align:left}
+"""
+
+
+def inspection_dict(inspection: Inspection) -> dict[str, Any]:
+    """The numbers of an inspection, ready for JSON."""
+    return {
+        "model": inspection.model,
+        "weights": inspection.weights,
+        "num_steps": inspection.num_steps,
+        "images": inspection.images,
+        "layers": [
+            {
+                "name": layer.name, "rate": layer.rate, "step_rates": list(layer.step_rates), "neurons": layer.neurons,
+                "dead": layer.dead, "saturated": layer.saturated, "dead_channels": layer.dead_channels,
+                "channels": layer.channels, "threshold": layer.threshold,
+            }
+            for layer in inspection.layers
+        ],
+        "temporal_score": None if inspection.temporal is None else inspection.temporal.tolist(),
+        "gate_mean_by_step": None if inspection.gate is None else inspection.gate.mean((1, 2)).tolist(),
+        "likeliest_by_step": inspection.scores.argmax(1).tolist(),
+    }  # fmt: skip
+
+
+def write_inspection(inspection: Inspection, out: Path) -> list[Path]:
+    """Write ``index.html``, ``inspect.json`` and a PNG for each figure; the files, the page first.
+
+    Args:
+        inspection: What to show.
+        out: Folder, made where it is not there.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    files, sections = [], []
+    for name, (heading, caption, draw) in FIGURES.items():
+        figure, file = draw(inspection), out / f"{name}.png"
+        body = '<p class="note">None: this network codes directly, every step sees the same real-valued image.</p>'
+        if figure is None:
+            file.unlink(missing_ok=True)  # of an earlier network in this folder
+        else:
+            figure.savefig(file)
+            files.append(file)
+            picture = base64.b64encode(file.read_bytes()).decode("ascii")
+            body = f'<img alt="{escape(heading)}" src="data:image/png;base64,{picture}">'
+        sections.append(f'<h2>{escape(heading)}</h2>\n<p class="note">{escape(caption)}</p>\n{body}')
+    page, numbers = out / "index.html", out / "inspect.json"
+    write_text(page, _page(inspection, sections))
+    write_json(numbers, inspection_dict(inspection))
+    return [page, numbers, *files]
+
+
+def _page(inspection: Inspection, sections: list[str]) -> str:
+    title = f"{inspection.model} from inside"
+    best = int(inspection.scores[-1].argmax())
+    answer = inspection.label_names[best] if inspection.label_names else f"class {best}"
+    pictures = "1 image" if inspection.images == 1 else f"{inspection.images:,} images, of which the first is drawn"
+    rows = "\n".join(
+        f"<tr><td>{escape(layer.name)}</td><td>{layer.neurons:,}</td><td>{layer.rate:.2%}</td><td>{layer.dead:.1%}</td>"
+        f"<td>{layer.dead_channels} of {layer.channels}</td><td>{layer.saturated:.2%}</td></tr>"
+        for layer in inspection.layers
+    )
+    lines = [
+        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">',
+        '<meta name="viewport" content="width=device-width, initial-scale=1">',
+        f"<title>{escape(title)}</title>\n<style>{_STYLE}</style>\n</head>\n<body>\n<h1>{escape(title)}</h1>",
+        f"<p>T = {inspection.num_steps} time steps; weights: {escape(inspection.weights or 'as given')}; "
+        f"{pictures}. Answer: <b>{escape(answer)}</b> ({inspection.scores[-1, best]:.0%}).</p>",
+        *sections,
+        '<h2>Numbers</h2>\n<div class="wide"><table>',
+        "<tr><th>layer</th><th>neurons</th><th>rate</th><th>dead</th><th>dead channels</th><th>saturated</th></tr>",
+        rows,
+        "</table></div>\n</body>\n</html>\n",
+    ]
+    return "\n".join(lines)

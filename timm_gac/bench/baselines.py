@@ -1,0 +1,161 @@
+"""The time-major baselines of the model benchmark: a model of this package as plain PyTorch modules around any neuron.
+
+They are given the arrangement of this package, channels-last and with an encoder that computes stem and attention once
+for a static image, so that what differs is the work between the convolutions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from gac_kernels import LIFSpec
+
+from ..models.blocks import MSBlock
+from ..models.network import SpikingResNet
+from ..models.published import Spike
+from .ops import spikingjelly_neuron
+
+STAGES = ("layer1", "layer2", "layer3", "layer4")
+Neuron = Callable[[Tensor, int], Tensor]  # time-folded (T*B, ...) and T -> spikes (T*B, ...)
+
+
+class LoopNeuron(nn.Module):
+    """Multi-step LIF as an ordinary loop over time, with a float32 (or float64) membrane."""
+
+    def __init__(self, spec: LIFSpec) -> None:
+        super().__init__()
+        self.spec = spec
+
+    def forward(self, x: Tensor, num_steps: int) -> Tensor:
+        """Spikes of a folded input, ``(T*B, ...)``, in its dtype and memory format."""
+        membrane: Tensor | float = 0.0
+        spikes = []
+        for current in x.chunk(num_steps):
+            membrane = self.spec.decay * membrane + current.to(torch.promote_types(x.dtype, torch.float32))
+            spike = Spike.apply(membrane, self.spec)
+            membrane = (1 - (spike.detach() if self.spec.detach_reset else spike)) * membrane
+            spikes.append(spike.to(x.dtype))
+        return torch.cat(spikes)
+
+
+class SpikingJellyNeuron(nn.Module):
+    """SpikingJelly's functional multi-step LIF with a float32 state, whose zeros are made once a shape."""
+
+    def __init__(self, spec: LIFSpec) -> None:
+        super().__init__()
+        self.fire = spikingjelly_neuron(spec)
+        self.zeros: dict[tuple[int, ...], Tensor] = {}
+
+    def forward(self, x: Tensor, num_steps: int) -> Tensor:
+        """Spikes of a folded input, ``(T*B, ...)``, in its dtype."""
+        frames = x.unflatten(0, (num_steps, x.shape[0] // num_steps))
+        shape = tuple(frames.shape[1:])
+        if shape not in self.zeros:
+            self.zeros[shape] = torch.zeros_like(frames[0], dtype=torch.float32, requires_grad=False)
+        return self.fire(frames, self.zeros[shape]).flatten(0, 1)
+
+
+class PlainEncoder(nn.Module):
+    """Gated attention coding of a static image in plain PyTorch: ``(B, C, H, W)`` -> folded ``(T*B, C, H, W)``."""
+
+    def __init__(self, channels: int, num_steps: int, neuron: Neuron) -> None:
+        super().__init__()
+        self.num_steps, self.neuron = num_steps, neuron
+        hidden = max(1, num_steps // 2)
+        fc1, fc2 = nn.Linear(num_steps, hidden, bias=False), nn.Linear(hidden, num_steps, bias=False)
+        self.temporal = nn.ModuleDict({"fc1": fc1, "fc2": fc2})
+        convolutions = {name: nn.Conv2d(channels, channels, 4, bias=False) for name in ("conv_a", "conv_b")}
+        self.spatial = nn.ModuleDict(convolutions)
+
+    def forward(self, stem: Tensor) -> Tensor:
+        """Gated spikes."""
+        wide = stem.to(torch.promote_types(stem.dtype, torch.float32))
+        pools = torch.stack([wide.mean((1, 2, 3)), wide.amax((1, 2, 3))])  # (2, B)
+        pools = pools.unsqueeze(2).expand(-1, -1, self.num_steps).to(stem.dtype)
+        temporal = self.temporal["fc2"](F.relu(self.temporal["fc1"](pools))).sum(0)  # (B, T)
+        spatial = F.relu(self.spatial["conv_a"](F.pad(stem, [1, 2, 1, 2])))
+        spatial = self.spatial["conv_b"](F.pad(spatial, [1, 2, 1, 2]))
+        gate = torch.sigmoid(temporal.t()[:, :, None, None, None] * spatial).flatten(0, 1)
+        spikes = self.neuron(torch.cat([stem] * self.num_steps), self.num_steps)
+        return (gate * spikes).to(stem.dtype)
+
+
+class PlainBlock(nn.Module):
+    """A residual block on the folded pair (membrane, spikes), with the interface of the blocks here."""
+
+    def __init__(self, block: Any, num_steps: int, neuron: Neuron) -> None:
+        super().__init__()
+        self.num_steps, self.neuron = num_steps, neuron
+        self.membrane_shortcut = isinstance(block, MSBlock)
+        self.conv1, self.conv2 = like(block.conv1), like(block.conv2)
+        self.bn1, self.bn2 = (nn.BatchNorm2d(conv.out_channels) for conv in (self.conv1, self.conv2))
+        self.downsample: nn.Module | None = None
+        if block.downsample is not None:
+            conv = like(block.downsample[0])
+            self.downsample = nn.Sequential(conv, nn.BatchNorm2d(conv.out_channels))
+
+    def forward(self, membrane: Tensor, spikes: Tensor) -> tuple[Tensor, Tensor]:
+        """The pair (membrane, spikes); a plain spiking block has spikes only, and returns them twice."""
+        shortcut = membrane if self.membrane_shortcut else spikes
+        if self.downsample is not None:
+            shortcut = self.downsample(shortcut)
+        hidden = self.neuron(self.bn1(self.conv1(spikes)), self.num_steps)
+        membrane = self.bn2(self.conv2(hidden)) + shortcut
+        spikes = self.neuron(membrane, self.num_steps)
+        return (membrane if self.membrane_shortcut else spikes), spikes
+
+
+class TimeMajorNet(nn.Module):
+    """A model of this package as plain PyTorch modules around any neuron: images -> logits; same state_dict.
+
+    Args:
+        model: The model whose shape and weights it takes.
+        neuron: What fires.
+    """
+
+    def __init__(self, model: SpikingResNet, neuron: Neuron) -> None:
+        super().__init__()
+        self.num_steps, self.neuron = model.num_steps, neuron
+        self.conv1, self.bn1 = like(model.conv1), nn.BatchNorm2d(model.conv1.out_channels)
+        gated = is_gated(model)
+        self.encoder = PlainEncoder(self.conv1.out_channels, self.num_steps, neuron) if gated else None
+        self.stages = [name for name in STAGES if len(getattr(model, name))]
+        for name in self.stages:
+            self.add_module(name, _blocks(getattr(model, name), self.num_steps, neuron))
+        self.fc = nn.Linear(model.fc.in_features, model.fc.out_features)
+        self.load_state_dict(model.state_dict())
+
+    def encode(self, x: Tensor) -> Tensor:
+        """The encoder's output, folded."""
+        stem = self.bn1(self.conv1(x))
+        return torch.cat([stem] * self.num_steps) if self.encoder is None else self.encoder(stem)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits ``(B, num_classes)`` of images ``(B, C, H, W)``."""
+        membrane = spikes = self.encode(x)
+        blocks = [block for name in self.stages for block in getattr(self, name)]
+        if blocks[0].membrane_shortcut:
+            spikes = self.neuron(membrane, self.num_steps)
+        for block in blocks:
+            membrane, spikes = block(membrane, spikes)
+        return self.fc(spikes.unflatten(0, (self.num_steps, -1)).mean((0, 3, 4)))
+
+
+def like(conv: Any) -> nn.Conv2d:
+    """A new convolution of the same shape, without bias."""
+    shape = (conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, conv.padding)
+    return nn.Conv2d(*shape, bias=False)
+
+
+def _blocks(stage: Any, num_steps: int, neuron: Neuron) -> nn.ModuleList:
+    return nn.ModuleList(PlainBlock(block, num_steps, neuron) for block in stage)
+
+
+def is_gated(model: SpikingResNet) -> bool:
+    """Whether the model's encoder is gated attention coding; direct coding has no parameters."""
+    return any(name.startswith("encoder.") for name, _ in model.named_parameters())

@@ -1,0 +1,204 @@
+"""The gate of the model benchmark: a network is timed only after it has computed what the plain loop computes.
+
+A randomly initialised spiking network is chaotic: one rounding error in its first layer flips spikes, and a few flips
+there change a tenth of the spikes at its end. So the whole network is compared in float64, where errors are too small
+to flip anything, and the arithmetic that will be timed part by part, on inputs that both sides share.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+
+from gac_kernels import spike_conv_reference, use_backend
+
+from ..inference.integer import SpikeConv
+from ..inference.record import forward_hooks
+from ..models.network import SpikingResNet
+from ..runtime.dtypes import AUTOCAST, autocast
+from .baselines import STAGES, TimeMajorNet
+from .ops import relative_error
+from .steps import precision_settings
+
+# In float64, norm(got - expected) / norm(expected) of the logits.
+LOGITS_TOLERANCE = 1e-9
+# Part by part against float32: the share of spikes that differ; relative errors of membrane, encoder and gradients.
+# A 16-bit convolution rounds to 2**-9 (2**-11 in float16) before the threshold, which flips about a hundredth of the
+# spikes, so 16-bit arithmetic is held to what shows a wrong equation. In float32 a few spikes in a million flip, which
+# moves what the second convolution of a block returns by up to some thousandths.
+TOLERANCES = {
+    "float32": {"spikes": 1e-4, "values": 1e-2, "gradients": 3e-2},
+    "tf32": {"spikes": 1e-2, "values": 1e-1, "gradients": 2e-1},
+    "bfloat16": {"spikes": 3e-2, "values": 1.5e-1, "gradients": 4e-1},
+    "float16": {"spikes": 1e-2, "values": 1e-1, "gradients": 2e-1},
+}
+
+
+@torch.no_grad()
+def prepare_weights(model: SpikingResNet, images: Tensor) -> None:
+    """Give a new model weights that make a check and a timing mean something, in place.
+
+    Its scales are drawn around the threshold (a residual branch that starts at zero would hide every error in it), its
+    shifts around 0, the encoder's attention is widened (gates near 1/2 let hardly a neuron behind them fire), but not
+    so far that a sigmoid saturates: a gate of exactly 1 meets a threshold of 1, where ``u > threshold`` here and
+    SpikingJelly's ``u >= threshold`` part. The running statistics are set to those of ``images``.
+    """
+    norms = [module for module in model.modules() if isinstance(module, _NormBase) and module.affine]
+    before = [norm.momentum for norm in norms]
+    for norm in norms:
+        nn.init.uniform_(norm.weight, 0.75 * model.spec.threshold, 1.25 * model.spec.threshold)
+        nn.init.normal_(norm.bias, std=0.1 * model.spec.threshold)
+        norm.momentum = 1.0
+    for name, parameter in model.named_parameters():
+        if name.startswith("encoder.temporal."):
+            nn.init.uniform_(parameter, 0.25, 0.75)
+        elif name.startswith("encoder.spatial."):
+            parameter.mul_(2.0)
+    model.train()
+    model(images)
+    for norm, momentum in zip(norms, before, strict=True):
+        norm.momentum = momentum
+
+
+def check_logits(network: nn.Module, reference: TimeMajorNet, images: Tensor) -> str:
+    """Compare the logits in eval mode and float64 with the plain loop's; empty when they agree, else the reason."""
+    with torch.no_grad(), use_backend("eager"), precision_settings("float32", search=False):
+        expected = copy.deepcopy(reference).double().eval()(images.double())
+        got = copy.deepcopy(network).double().eval()(images.double())
+    error = relative_error(got.double(), expected)
+    if not error <= LOGITS_TOLERANCE:  # a NaN must not pass
+        return f"logits in float64: relative error {error:.1e} > {LOGITS_TOLERANCE:.0e}"
+    return ""
+
+
+def check_parts(network: nn.Module, reference: TimeMajorNet, images: Tensor, precision: str, *, train: bool) -> str:
+    """Compare encoder and blocks with the plain loop's, each on the same input; empty when they agree, else why not.
+
+    Args:
+        network: Has the reference's module names and parameters.
+        reference: The plain loop, computed in float32.
+        images: Images ``(B, C, H, W)``.
+        precision: That of the network.
+        train: In training mode, and every gradient too.
+    """
+    network, reference = copy.deepcopy(network).train(train), copy.deepcopy(reference).train(train)
+    device, dtype = images.device, AUTOCAST[precision] or torch.float32
+    for name, captured in _inputs_of_parts(reference, images):
+        inputs = [tensor.to(dtype) for tensor in captured]
+        with precision_settings(precision, search=False), autocast(device, precision):
+            got = _run_part(network.get_submodule(name), inputs, train)
+        with precision_settings("float32", search=False):
+            expected = _run_part(reference.get_submodule(name), [tensor.float() for tensor in inputs], train)
+        if got.keys() != expected.keys():
+            return f"{name}: has {sorted(got.keys() ^ expected.keys())} on one side only"
+        for quantity, value in got.items():
+            kind, wanted = quantity.partition(" ")[0], expected[quantity]
+            differ = (value.float() != wanted).float().mean().item() if value.shape == wanted.shape else float("inf")
+            error = differ if kind == "spikes" else relative_error(value, wanted)
+            if not error <= TOLERANCES[precision][kind]:
+                return f"{name}, {quantity}: error {error:.1e} > {TOLERANCES[precision][kind]:.0e} in {precision}"
+    return ""
+
+
+# Neurons this near to their threshold, relatively, may fire otherwise in float32 than in float64: with so many steps
+# that membranes are no longer exact (`timm_gac.inference.integer.current_grid`).
+BAND = 1e-5
+
+
+@torch.no_grad()
+def check_integer(network: nn.Module, images: Tensor, precision: str) -> str:
+    """Compare every integer convolution of a run with float64 on its own inputs; empty when they agree, else why not.
+
+    Every spike has to be the same, but for neurons whose membrane float64 puts within `BAND` of the threshold, and
+    for what such a neuron does at later steps.
+    """
+    failures: list[str] = []
+
+    def compare(name: str, module: SpikeConv, inputs: tuple[Tensor, ...], output: Any) -> None:
+        residual = inputs[1] if len(inputs) > 1 else None
+        current, expected = spike_conv_reference(
+            inputs[0],
+            module.kernel,
+            module.scale,
+            module.bias,
+            module.num_steps,
+            module.spec,
+            stride=module.stride,
+            residual=residual,
+            return_membrane=True,
+            grid=module.grid,
+        )
+        membrane, spikes = output if isinstance(output, tuple) else (None, output)
+        differ = (spikes != expected).unflatten(0, (module.num_steps, -1)).any(0)
+        near = _near_threshold(current.unflatten(0, (module.num_steps, -1)), module.spec)
+        if (differ & ~near).any():
+            failures.append(f"{name}: {int((differ & ~near).sum())} neurons fire otherwise than in float64")
+        if membrane is not None:
+            error = relative_error(membrane.double(), current)
+            allowed = 2 * torch.finfo(membrane.dtype).eps
+            if not error <= allowed:
+                failures.append(f"{name}: relative error of the membrane {error:.1e} > {allowed:.0e}")
+
+    layers = {name: module for name, module in network.named_modules() if isinstance(module, SpikeConv)}
+    network.eval()
+    arithmetic = precision_settings(precision, search=False)
+    with forward_hooks(layers, compare), arithmetic, autocast(images.device, precision):
+        network(images)
+    return failures[0] if failures else "" if layers else "no integer convolution was found"
+
+
+def _near_threshold(current: Tensor, spec: Any) -> Tensor:
+    """Neurons that come within `BAND` of the threshold at any step, from currents (T, ...) in float64."""
+    membrane, near = torch.zeros_like(current[0]), torch.zeros_like(current[0], dtype=torch.bool)
+    for step in current:
+        membrane = spec.decay * membrane + step
+        near |= (membrane - spec.threshold).abs() <= BAND * spec.threshold
+        fired = (membrane > spec.threshold).to(membrane.dtype)
+        membrane = membrane - spec.threshold * fired if spec.soft_reset else membrane * (1.0 - fired)
+    return near
+
+
+def _inputs_of_parts(reference: TimeMajorNet, images: Tensor) -> list[tuple[str, list[Tensor]]]:
+    """Name and inputs of the encoder and of every block, as they occur in the reference's forward pass."""
+    captured: list[tuple[str, list[Tensor]]] = []
+
+    def keep(name: str, _module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        captured.append((name, [tensor.clone() for tensor in inputs]))
+
+    parts = {
+        name: module
+        for name, module in reference.named_modules()
+        if name == "encoder" or (name.split(".")[0] in STAGES and name.count(".") == 1)
+    }
+    with torch.no_grad(), precision_settings("float32", search=False), forward_hooks(parts, before=keep):
+        reference(images)
+    return captured
+
+
+def _run_part(part: nn.Module, inputs: Sequence[Tensor], train: bool) -> dict[str, Tensor]:
+    """Outputs and, in training, gradients of a part, by kind and name."""
+    leaves = [tensor.detach().requires_grad_(train) for tensor in inputs]
+    with torch.set_grad_enabled(train):
+        result: Any = part(*leaves)
+    if isinstance(result, tuple):
+        result = result[:2]  # the bits of packed spikes say the same once more
+        # A plain spiking block has no membrane to return: it returns its spikes twice.
+        outputs = list(result) if result[0] is not result[1] else [result[1]]
+        names = ["values of the membrane", "spikes"][-len(outputs) :]
+    else:
+        outputs, names = [result.reshape(-1, *result.shape[-3:])], ["values"]
+    found = {name: output.detach() for name, output in zip(names, outputs, strict=True)}
+    if not train:
+        return found
+    generator = torch.Generator(outputs[0].device).manual_seed(0)
+    upstream = [torch.randn(o.shape, generator=generator, device=o.device).to(o.dtype) for o in outputs]
+    parameters = dict(part.named_parameters())
+    targets = [*leaves, *parameters.values()]
+    gradients = torch.autograd.grad(outputs, targets, upstream, allow_unused=True)
+    labels = [*(f"gradients of input {i}" for i in range(len(leaves))), *(f"gradients of {n}" for n in parameters)]
+    return found | {label: grad for label, grad in zip(labels, gradients, strict=True) if grad is not None}

@@ -1,0 +1,157 @@
+"""Loss curves of fused and plain training on real data: do they differ by more than seeds do?
+
+A spiking network is chaotic at its initialisation, so gradients of whole networks cannot be compared; what training
+makes of them can. Every run with one seed has the same initial weights, images and order on both backends.
+
+Run it as ``python -m timm_gac.bench.curves``; see --help.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+import timm
+import torch
+import torch.nn.functional as F
+
+from gac_kernels import resolve_backend, use_backend
+
+from ..data import DeviceLoader, ImageArrays, load_arrays
+from ..runtime.device import resolve_device
+from ..runtime.dtypes import AUTOCAST, autocast
+from ..runtime.files import check_csv
+from ..runtime.provenance import PROVENANCE, provenance
+from .harness import Row, append_rows
+from .options import CurveConfig, parse_options
+
+_logger = logging.getLogger(__name__)
+COLUMNS = ("model", "data", "precision", "num_steps", "batch", "curve", "seed", "step", "loss", *PROVENANCE)
+
+
+def train_curve(config: CurveConfig, arrays: ImageArrays, seed: int, device: torch.device) -> list[float]:
+    """The loss of every step of one run, on the backend that is set."""
+    torch.manual_seed(seed)
+    classes, channels = arrays.num_classes, arrays.images.shape[1]
+    network = timm.create_model(config.model, num_classes=classes, in_chans=channels, num_steps=config.num_steps)
+    network = network.to(device, memory_format=torch.channels_last).train()
+    optimizer = torch.optim.SGD(network.parameters(), lr=config.lr, momentum=0.9, nesterov=True, weight_decay=5e-4)
+    loader = DeviceLoader(
+        arrays, config.batch, device=device, mean=[0.5] * channels, std=[0.5] * channels, augmentation=None,
+        num_classes=classes, seed=seed, training=True,
+    )  # fmt: skip
+    losses: list[torch.Tensor] = []
+    for epoch in range(-(-config.steps // len(loader))):
+        for images, targets in loader.batches(epoch):
+            if len(losses) == config.steps:
+                break
+            optimizer.param_groups[0]["lr"] = config.lr * min(1.0, 10 * (len(losses) + 1) / config.steps)
+            with autocast(device, config.precision):
+                logits = network(images.contiguous(memory_format=torch.channels_last))
+            loss = F.cross_entropy(logits.float(), targets)
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.detach())
+    return torch.stack(losses).tolist()
+
+
+def smooth(curves: Sequence[Sequence[float]], window: int) -> torch.Tensor:
+    """Running means, (curves, steps - window + 1)."""
+    return F.avg_pool1d(torch.tensor(curves)[:, None], window, stride=1)[:, 0]
+
+
+def share_within(fused: torch.Tensor, eager: torch.Tensor) -> float:
+    """Share of the steps at which the mean fused curve lies within what the eager seeds span.
+
+    The span is from their smallest to their largest value, widened by a tenth of their mean: a few seeds span less than
+    all would, the less so late in training, where their curves come together.
+    """
+    margin = 0.1 * eager.mean(0)
+    mean = fused.mean(0)
+    return ((mean >= eager.amin(0) - margin) & (mean <= eager.amax(0) + margin)).float().mean().item()
+
+
+def compare_curves(config: CurveConfig) -> float:
+    """Train every backend and seed, write what the config names, and give `share_within`."""
+    if config.csv:
+        check_csv(config.csv, COLUMNS)
+    device = resolve_device(config.device)
+    arrays = load_arrays(config.data, "train", data_dir=config.data_dir or None, image_size=config.image_size)
+    curves: dict[str, list[list[float]]] = {}
+    rows: list[Row] = []
+    for curve, backend in {"fused": config.fused, "eager": "eager"}.items():
+        for seed in config.seeds:
+            with use_backend(backend):
+                losses = train_curve(config, arrays, seed, device)
+                origin = provenance(device, resolve_backend(device, AUTOCAST[config.precision] or torch.float32))
+            curves.setdefault(curve, []).append(losses)
+            _logger.info("%s (%s), seed %d: loss %.4f to %.4f", curve, backend, seed, losses[0], losses[-1])
+            shared: Row = {
+                "model": config.model,
+                "data": _name(config.data),
+                "precision": config.precision,
+                "num_steps": config.num_steps,
+                "batch": config.batch,
+                "curve": curve,
+                "seed": seed,
+                **origin,
+            }
+            rows += [shared | {"step": step, "loss": loss} for step, loss in enumerate(losses)]
+    if config.csv:
+        append_rows(config.csv, COLUMNS, rows)
+    smoothed = {name: smooth(losses, config.window) for name, losses in curves.items()}
+    if config.png:
+        _draw(smoothed, config)
+    share = share_within(smoothed["fused"], smoothed["eager"])
+    final = {name: [round(x, 4) for x in losses[:, -1].tolist()] for name, losses in smoothed.items()}
+    _logger.info("mean fused loss within the span of eager seeds at %.1f %% of the steps; last %s", 100 * share, final)
+    return share
+
+
+def _name(data: str) -> str:
+    """A data set's name, of a file its own: where it lies is nobody else's business."""
+    return Path(data).stem if Path(data).exists() else data
+
+
+def _draw(smoothed: dict[str, torch.Tensor], config: CurveConfig) -> None:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MultipleLocator, NullLocator, StrMethodFormatter
+
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    FigureCanvasAgg(figure)
+    axis = figure.subplots()
+    for name, colour in (("eager", "#9aa5b1"), ("fused", "#0b6e4f")):
+        for nth, losses in enumerate(smoothed[name]):
+            steps = range(config.window, config.window + len(losses))
+            axis.plot(
+                steps, losses, color=colour, linewidth=1, label=None if nth else f"{name}, {len(config.seeds)} seeds"
+            )
+    axis.set(xlabel="step", ylabel=f"loss, mean of {config.window} steps", yscale="log")
+    axis.yaxis.set_major_locator(MultipleLocator(0.2))
+    axis.yaxis.set_major_formatter(StrMethodFormatter("{x:.1f}"))
+    axis.yaxis.set_minor_locator(NullLocator())
+    title = f"{config.model}, {_name(config.data)}, T={config.num_steps}, {config.precision}"
+    axis.set_title(title, fontsize=9, loc="left")
+    axis.legend(frameon=False, fontsize=8)
+    axis.spines[["top", "right"]].set_visible(False)
+    assert config.png is not None
+    config.png.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(config.png, dpi=150)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Compare as a command line says; the exit status is that of `run`."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    return run(parse_options(CurveConfig(), arguments, "Compare loss curves of fused and plain training over seeds."))
+
+
+def run(config: CurveConfig) -> int:
+    """Compare; 0 where the fused curve is within the eager seeds' span at 95 % of the steps or more, else 1."""
+    return int(compare_curves(config) < 0.95)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

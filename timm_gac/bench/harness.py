@@ -1,0 +1,219 @@
+"""What every benchmark of this project shares: timing, memory, and the table of its rows."""
+
+from __future__ import annotations
+
+import math
+import signal
+import statistics
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ..runtime.files import append_csv
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+Row = dict[str, Any]
+# Larger than the L2 of any GPU we know (50 MB on an H100), so that no repetition finds its input there.
+FLUSH_BYTES = 256 * 2**20
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Median and spread of repeated runs, in milliseconds."""
+
+    median_ms: float
+    p20_ms: float
+    p80_ms: float
+    repetitions: int
+
+    @classmethod
+    def of(cls, times_ms: Sequence[float]) -> Timing:
+        """Summarise one time per repetition."""
+        ordered = sorted(times_ms)
+        last = len(ordered) - 1
+        return cls(statistics.median(ordered), ordered[round(0.2 * last)], ordered[round(0.8 * last)], len(ordered))
+
+
+def measure_time(
+    function: Callable[[], object], device: torch.device, *, target_ms: float = 100.0, warmup_ms: float = 25.0
+) -> Timing:
+    """Time a function that is already compiled: the median of many repetitions.
+
+    On a CUDA device each repetition is bracketed by events. Between repetitions a buffer larger than the L2 cache is
+    written, which also leaves the cache full of dirty lines: an op pays for the lines it finds and is spared those it
+    leaves. The stream then sleeps for about half a millisecond, so that the host runs ahead and launch overhead stays
+    out. On a CPU the clock is ``time.perf_counter``.
+
+    Args:
+        function: What to time; its result is dropped.
+        device: Where it runs.
+        target_ms: Total time of the timed repetitions, at least 10 of them and at most 1000.
+        warmup_ms: Total time of the repetitions before those.
+    """
+    function()
+    if device.type != "cuda":
+        estimate = _perf_counter_ms(function)
+        for _ in range(min(100, int(warmup_ms / estimate))):
+            function()
+        return Timing.of([_perf_counter_ms(function) for _ in range(_repetitions(target_ms, estimate))])
+    flush = torch.empty(FLUSH_BYTES, dtype=torch.int8, device=device)
+    estimate = statistics.median(_event_ms(function, flush, 3))
+    _event_ms(function, flush, min(1000, int(warmup_ms / estimate)))
+    return Timing.of(_event_ms(function, flush, _repetitions(target_ms, estimate)))
+
+
+def _repetitions(target_ms: float, estimate_ms: float) -> int:
+    return max(10, min(1000, int(target_ms / max(estimate_ms, 1e-3))))
+
+
+def _perf_counter_ms(function: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    function()
+    return max(1e3 * (time.perf_counter() - start), 1e-6)
+
+
+def _event_ms(function: Callable[[], object], flush: torch.Tensor, repetitions: int) -> list[float]:
+    starts = [torch.cuda.Event(enable_timing=True) for _ in range(repetitions)]
+    ends = [torch.cuda.Event(enable_timing=True) for _ in range(repetitions)]
+    for start, end in zip(starts, ends, strict=True):
+        flush.zero_()
+        torch.cuda._sleep(6_000_000)  # cycles: about 3 ms, longer than autograd takes to launch a step
+        start.record()
+        function()
+        end.record()
+    torch.cuda.synchronize(flush.device)
+    return [start.elapsed_time(end) for start, end in zip(starts, ends, strict=True)]
+
+
+def measure_copy(size: int, dtype: torch.dtype, device: torch.device, *, target_ms: float = 100.0) -> Timing:
+    """Time an out-of-place copy of ``size`` random elements, which reads and writes each once."""
+    source = torch.randn(size, device=device, dtype=dtype)
+    target = torch.empty_like(source)
+    return measure_time(lambda: target.copy_(source), device, target_ms=target_ms)
+
+
+def measure_peak_bytes(function: Callable[[], object], device: torch.device) -> int | None:
+    """Most device memory held during a call beyond what was held before it; None where nothing counts it (CPU)."""
+    if device.type != "cuda":
+        return None
+    torch.cuda.synchronize(device)
+    before = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    function()
+    torch.cuda.synchronize(device)
+    return torch.cuda.max_memory_allocated(device) - before
+
+
+def measure_saved_bytes(forward: Callable[[], torch.Tensor]) -> int:
+    """Bytes that a forward pass keeps alive for its backward pass, its own output not counted.
+
+    Tensors that share a storage count once, and saved inputs count: they live for as long as the graph does.
+    """
+    storages: dict[int, int] = {}
+    keep: list[torch.Tensor] = []  # an address is only unique while its owner lives
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        keep.append(tensor)
+        storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        output = forward()
+    storages.pop(output.untyped_storage().data_ptr(), None)
+    return sum(storages.values())
+
+
+def append_rows(path: Path, columns: Sequence[str], rows: Iterable[Row], keep_bytes: int | None = None) -> None:
+    """Append rows to a table, floats with six digits; see `timm_gac.runtime.files.append_csv`.
+
+    Args:
+        path: The file; its folder is made where it is missing.
+        columns: The header, in order.
+        rows: One mapping from column to value each.
+        keep_bytes: Cut the file to this size first.
+
+    Raises:
+        ValueError: The file has another header.
+    """
+    rounded = [
+        {name: f"{value:.6g}" if isinstance(value, float) else value for name, value in row.items()} for row in rows
+    ]
+    append_csv(path, columns, rounded, keep_bytes)
+
+
+def rows_table(rows: Iterable[Row], columns: dict[str, str], title: str) -> Table:
+    """A rich table of some columns of the rows.
+
+    Args:
+        rows: One mapping from column to value each.
+        columns: Column name to a format specification such as ``.3f``; text columns have an empty one.
+        title: Printed above the table.
+    """
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left")
+    for name, form in columns.items():
+        table.add_column(name.replace("_", " "), justify="right" if form else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*("" if row[name] is None else format(row[name], form) for name, form in columns.items()))
+    return table
+
+
+def show_table(table: Table) -> None:
+    """Print a table to the standard output."""
+    from rich.console import Console
+
+    console = Console()
+    # Off a terminal rich assumes 80 columns and would fold every cell of a log.
+    console.width = console.width if console.is_terminal else 220
+    console.print(table)
+
+
+@contextmanager
+def exit_on_sigterm() -> Iterator[None]:
+    """SIGTERM, as ``timeout`` sends it, ends the block like an exception, so that what is known can be written."""
+
+    def leave(number: int, frame: object) -> None:
+        raise SystemExit(128 + number)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield  # only the main thread can take signals
+        return
+    before = signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@contextmanager
+def time_limit(seconds: float) -> Iterator[None]:
+    """Raise `TimeoutError` inside the block after so many seconds; infinity is no limit.
+
+    It is a Unix signal, which Python acts upon between two of its own instructions: a long compilation ends soon after,
+    a single long call into C++ only when it returns. Off the main thread, and on systems without that signal, no limit
+    holds.
+    """
+    timed = math.isfinite(seconds) and hasattr(signal, "setitimer")
+    if not timed or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(*_: object) -> None:
+        raise TimeoutError(f"not done within {seconds:.0f} s")
+
+    previous = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, max(seconds, 1e-3), 5.0)  # once more, should an `except Exception` swallow it
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0.0)
+        signal.signal(signal.SIGALRM, previous)

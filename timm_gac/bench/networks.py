@@ -1,0 +1,185 @@
+"""What the model benchmark times, by name: this package's network, baselines with the same weights, lower bounds."""
+
+from __future__ import annotations
+
+import copy
+import importlib
+import importlib.util
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from timm.models.resnet import BasicBlock, ResNet
+from torch import Tensor, nn
+
+from gac_kernels import pad_frames
+
+from ..hub import load_model
+from ..inference.integer import IntegerSpikingResNet
+from ..inference.quantize import quantize
+from ..models.checkpoint import canonical_name
+from ..models.network import SpikingResNet
+from ..models.published import NETWORKS as PUBLISHED
+from ..models.published import PublishedNet
+from .baselines import STAGES, LoopNeuron, SpikingJellyNeuron, TimeMajorNet, is_gated, like
+
+
+class Unavailable(ValueError):  # noqa: N818 (not an error: the row says why it was skipped)
+    """A network cannot take part; the message is the reason."""
+
+
+class _Tee(torch.autograd.Function):
+    """Give x to two branches; its gradient is that of the first branch, not the sum of both."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+        return x.view_as(x), x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        return grads[0]
+
+
+class _Join(torch.autograd.Function):
+    """The first of two branches, not their sum; both receive the gradient of the output."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, side: Tensor) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
+        return grads[0], grads[0]
+
+
+class ConvolutionsOnly(nn.Module):
+    """Only the convolutions and the classifier of a model, at its shapes: a lower bound of its time.
+
+    Weights are drawn so that activations keep their size: the power that a GPU takes, and with it its clock, depends on
+    the values.
+    """
+
+    def __init__(self, model: SpikingResNet) -> None:
+        super().__init__()
+        self.num_steps = model.num_steps
+        self.stem = like(model.conv1)
+        width = self.stem.out_channels
+        gates = 2 if is_gated(model) else 0
+        self.gates = nn.ModuleList(nn.Conv2d(width, width, 4, bias=False) for _ in range(gates))
+        self.blocks: list[dict[str, nn.Conv2d]] = []
+        for block in (block for name in STAGES for block in getattr(model, name)):
+            layers = {"conv1": like(block.conv1), "conv2": like(block.conv2)}
+            if block.downsample is not None:
+                layers["side"] = like(block.downsample[0])
+            self.blocks.append(layers)
+        self.layers = nn.ModuleList(nn.ModuleDict(layers) for layers in self.blocks)  # registers them
+        self.fc = nn.Linear(model.fc.in_features, model.fc.out_features)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, nonlinearity="linear")
+
+    def forward(self, x: Tensor) -> Tensor:
+        """A tensor of the logits' shape ``(B, num_classes)``."""
+        x = self.stem(x)
+        for gate in self.gates:
+            x = gate(pad_frames(x, 1, 2))
+        x = torch.cat([x] * self.num_steps)
+        for block in self.blocks:
+            if "side" in block:
+                x, branch = _Tee.apply(x)
+                x = _Join.apply(block["conv2"](block["conv1"](x)), block["side"](branch))
+            else:
+                x = block["conv2"](block["conv1"](x))
+        return self.fc(x.unflatten(0, (self.num_steps, -1)).mean((0, 3, 4)))
+
+
+def _ours(model: SpikingResNet, name: str, mode: str) -> nn.Module:
+    return copy.deepcopy(model)
+
+
+def _packed(model: SpikingResNet, name: str, mode: str) -> nn.Module:
+    if mode != "train":
+        raise Unavailable("packing spikes saves memory in the backward pass: only for training")
+    network = copy.deepcopy(model)
+    pack = getattr(network, "set_spike_packing", None)
+    if pack is None:
+        raise Unavailable(f"{type(network).__name__} has no set_spike_packing")
+    pack(True)
+    return network
+
+
+def _fused(model: SpikingResNet, name: str, mode: str) -> nn.Module:
+    if mode != "infer":
+        raise Unavailable("batch norm is folded for inference only")
+    if importlib.util.find_spec("timm_gac.inference.fold") is None:
+        raise Unavailable("this version has no fuse_for_inference")
+    return importlib.import_module("timm_gac.inference.fold").fuse_for_inference(copy.deepcopy(model).eval())
+
+
+def _int8(model: SpikingResNet, name: str, mode: str) -> nn.Module:
+    if mode != "infer":
+        raise Unavailable("integer networks are for inference only")
+    stored = load_model(Path(name)) if Path(name).is_dir() else None
+    return stored if isinstance(stored, IntegerSpikingResNet) else quantize(copy.deepcopy(model).eval())
+
+
+def _loop(model: SpikingResNet, name: str, mode: str) -> nn.Module:
+    return TimeMajorNet(model, LoopNeuron(model.spec))
+
+
+def _spikingjelly(model: SpikingResNet, name: str, mode: str) -> nn.Module:
+    if importlib.util.find_spec("spikingjelly") is None:
+        raise Unavailable("spikingjelly is not installed: pip install 'timm-gac[spikingjelly]'")
+    return TimeMajorNet(model, SpikingJellyNeuron(model.spec))
+
+
+def _published(model: SpikingResNet, name: str, mode: str) -> nn.Module:
+    if name.removeprefix("gac_") not in PUBLISHED:
+        raise Unavailable(f"the published algorithm has no {name}")
+    network = PublishedNet(name, model.num_classes, model.num_steps, model.in_chans)
+    weights = model.state_dict()
+    with torch.no_grad():
+        for key, value in network.state_dict(keep_vars=True).items():
+            value.copy_(weights[canonical_name(key)].view_as(value))
+    return network
+
+
+def _ann(model: SpikingResNet, name: str, mode: str) -> nn.Module:
+    stem, stages = model.conv1, [getattr(model, stage) for stage in STAGES if len(getattr(model, stage))]
+    if stem.out_channels != 64:
+        raise Unavailable(f"timm's ResNet has a stem of 64 channels, this model one of {stem.out_channels}")
+    layers, channels = [len(stage) for stage in stages], [stage[0].conv1.out_channels for stage in stages]
+    network = ResNet(BasicBlock, layers, model.num_classes, model.in_chans, channels=channels)
+    for missing in STAGES[len(stages) :]:
+        network.add_module(missing, nn.Identity())
+    if stem.kernel_size == (3, 3):  # for small images: no stride and no pooling in the stem
+        network.conv1, network.maxpool = like(stem), nn.Identity()
+    return network
+
+
+# Name of a network to what builds it from (model, its registered name, mode); order of the default benchmark.
+NETWORKS: dict[str, Callable[[SpikingResNet, str, str], nn.Module]] = {
+    "timm_gac": _ours,
+    "timm_gac_packed": _packed,
+    "timm_gac_fused": _fused,
+    "timm_gac_int8": _int8,
+    "convolutions": lambda model, name, mode: ConvolutionsOnly(model),
+    "ann": _ann,
+    "spikingjelly": _spikingjelly,
+    "published": _published,
+    "loop": _loop,
+}
+
+# How each is launched by default. The loop alone is the compiler's baseline: launched eagerly it is no contender.
+LAUNCHES = {
+    "timm_gac": ("", "+graph", "+compile"),
+    "timm_gac_packed": ("", "+graph"),
+    "timm_gac_fused": ("", "+graph"),
+    "timm_gac_int8": ("", "+graph"),
+    "convolutions": ("", "+graph"),
+    "ann": ("", "+graph"),
+    "spikingjelly": ("", "+graph", "+compile", "+compile+graph"),
+    "published": ("", "+graph"),
+    "loop": ("+compile", "+compile+graph"),
+}

@@ -1,0 +1,350 @@
+"""Options of the benchmarks, and their command line. Help needs no PyTorch: what a method needs, it imports itself."""
+
+from __future__ import annotations
+
+import itertools
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
+
+import tyro
+
+if TYPE_CHECKING:
+    from . import ops as bench_ops
+    from . import session as bench_session
+
+__all__ = ["CurveConfig", "KernelBenchConfig", "ModelBenchConfig", "ScalingConfig", "parse_options"]
+
+BATCH_NORMS = ("local", "sync")
+Options = TypeVar("Options")
+
+
+def parse_options(defaults: Options, arguments: Sequence[str] | None, description: str) -> Options:
+    """Command-line options, one for each field of a dataclass; what is wrong is one sentence and status 2.
+
+    Args:
+        defaults: The options where none is given.
+        arguments: The command line; of the process where None.
+        description: Shown by ``--help``.
+    """
+    try:
+        return tyro.cli(type(defaults), args=arguments, default=defaults, description=description)
+    except ValueError as error:
+        sys.stderr.write(f"error: {error}\n")
+        raise SystemExit(2) from error
+
+
+def on_cuda(device: str) -> bool:
+    """Whether a device's name means CUDA on this machine."""
+    from ..runtime.device import device_type
+
+    return device_type(device) == "cuda"
+
+
+@dataclass(frozen=True)
+class KernelBenchConfig:
+    """What `bench_kernels` runs: every combination of the tuples, then the baselines on some of them.
+
+    Args:
+        ops: Out of ``lif``, ``gac_encode``, ``gated_lif``.
+        dtypes: Out of ``float32``, ``bfloat16``.
+        memory_formats: Out of ``contiguous``, ``channels_last``.
+        num_steps: Numbers of time steps.
+        specs: Out of ``cifar``, ``imagenet``.
+        size: Neuron-steps per case; the batch is what makes T * B * C * H * W come closest from below.
+        frame: C, H and W.
+        baselines: Whether to time the reference, the compiled reference and SpikingJelly too.
+        baseline_num_steps: The one number of steps at which they run, contiguous.
+        target_ms: Timed milliseconds per measurement.
+        time_budget_s: Start no further case after so many seconds; 0 is no limit. The rest is still written.
+        quick: A smaller size, T = 4 and short measurements: a look, not a result.
+        csv: File to append the rows to.
+        png: File for the bar chart.
+        commit: The source's commit, for the rows; found out where empty.
+        device: auto (CUDA where there is one, else the CPU), or such as cpu or cuda:1.
+    """
+
+    ops: tuple[str, ...] = ("lif", "gac_encode", "gated_lif")
+    dtypes: tuple[str, ...] = ("float32", "bfloat16")
+    memory_formats: tuple[str, ...] = ("contiguous", "channels_last")
+    num_steps: tuple[int, ...] = (2, 4, 6, 8)
+    specs: tuple[str, ...] = ("cifar", "imagenet")
+    size: int = 134_217_728
+    frame: tuple[int, int, int] = (128, 32, 32)
+    baselines: bool = True
+    baseline_num_steps: int = 4
+    target_ms: float = 60.0
+    time_budget_s: float = 0.0
+    quick: bool = False
+    csv: Path | None = None
+    png: Path | None = None
+    commit: str = ""
+    device: str = "auto"
+
+    def __post_init__(self) -> None:
+        from .ops import CHECKED, MEMORY_FORMATS, OPS, SPECS
+
+        valid: dict[str, Iterable[str]]
+        valid = {"ops": OPS, "dtypes": CHECKED, "memory_formats": MEMORY_FORMATS, "specs": SPECS}
+        for name, allowed in valid.items():
+            unknown = set(getattr(self, name)) - set(allowed)
+            if unknown:
+                raise ValueError(f"expected {name} out of {list(allowed)}, got {sorted(unknown)}: choose among these")
+
+    def cases(self) -> list[tuple[str, bench_ops.Case]]:
+        """Pairs of provider and case in the order they run: own ops first, since baselines are the slow part."""
+        from .ops import BASELINES, Case
+
+        axes = (self.ops, self.specs, self.dtypes, self.memory_formats, self.num_steps)
+        own = [("timm_gac", Case(*values)) for values in itertools.product(*axes)]
+        if not self.baselines:
+            return own
+        axes = (self.ops, self.specs, self.dtypes, ("contiguous",), (self.baseline_num_steps,))
+        shared = [Case(*values) for values in itertools.product(*axes)]
+        return own + [(provider, case) for case in shared for provider in BASELINES]
+
+
+@dataclass(frozen=True)
+class ModelBenchConfig:
+    """What `bench_model` runs: every provider on every combination of mode, precision and number of steps.
+
+    A provider is a network and how it is launched, such as ``timm_gac``, ``timm_gac+graph`` (the whole step as one CUDA
+    graph), ``loop+compile`` (torch.compile) or ``spikingjelly+compile+graph``. Networks: ``timm_gac``;
+    ``timm_gac_packed`` (packed spikes, training); ``timm_gac_fused`` (batch norm folded, inference); ``timm_gac_int8``
+    (quantised, inference, its float parts in the precision); ``convolutions``, the lower bound of time;
+    ``ann``, timm's ResNet of the same shape on T batches; ``spikingjelly`` and ``loop``, the time-major network with
+    SpikingJelly's functional LIF and with an ordinary loop; ``published``, the published algorithm step by step.
+
+    Args:
+        model: A registered model of this package, or a model folder, quantised or not.
+        modes: Out of ``train``, ``infer``.
+        precisions: Out of ``float32``, ``tf32``, ``bfloat16``, ``float16`` (autocast); the first and third on a CPU.
+        num_steps: Numbers of time steps T; several make a curve.
+        providers: Which to run, in this order; all that apply where left out.
+        train_batch: Images a training step.
+        infer_batch: Images an inference step.
+        image_size: Height and width of the images; 0 is the model's own.
+        steps: Steps to time, in up to 10 blocks.
+        provider_limit_s: Give up a provider (its compilation, say) after so many seconds; 0 is no limit.
+        time_budget_s: Start no further provider after so many seconds; 0 is no limit. The rest is still written.
+        profile: Say where a step of ``timm_gac`` spends its time, by kind of kernel; JSON beside the CSV.
+        csv: File to append the rows to.
+        png: File for the chart.
+        commit: The source's commit, for the rows; found out where empty.
+        device: auto (CUDA where there is one, else the CPU), or such as cpu or cuda:1.
+    """
+
+    model: str = "gac_msresnet18_cifar"
+    modes: tuple[str, ...] = ("train", "infer")
+    precisions: tuple[str, ...] = ("bfloat16",)
+    num_steps: tuple[int, ...] = (4,)
+    providers: tuple[str, ...] = ()
+    train_batch: int = 128
+    infer_batch: int = 512
+    image_size: int = 0
+    steps: int = 50
+    provider_limit_s: float = 120.0
+    time_budget_s: float = 0.0
+    profile: bool = False
+    csv: Path | None = None
+    png: Path | None = None
+    commit: str = ""
+    device: str = "auto"
+
+    def __post_init__(self) -> None:
+        import timm
+
+        from ..runtime.dtypes import AUTOCAST
+        from .networks import NETWORKS
+        from .steps import MODES
+
+        for name, allowed in {"modes": MODES, "precisions": AUTOCAST}.items():
+            unknown = set(getattr(self, name)) - set(allowed)
+            if unknown:
+                raise ValueError(f"expected {name} out of {list(allowed)}, got {sorted(unknown)}: choose among these")
+        for provider in self.providers:
+            network, *launch = provider.split("+")
+            if network not in NETWORKS or launch not in ([], ["compile"], ["graph"], ["compile", "graph"]):
+                raise ValueError(
+                    f"expected a provider such as 'timm_gac+graph', got {provider!r}: give one of {list(NETWORKS)}, "
+                    "with nothing, +compile, +graph or +compile+graph behind it"
+                )
+        for name in ("modes", "precisions", "num_steps"):
+            if not getattr(self, name):
+                raise ValueError(f"expected at least one of {name}, got none: leave the option out for its default")
+        for name in ("train_batch", "infer_batch", "steps", "num_steps"):
+            value = getattr(self, name)
+            if (min(value) if isinstance(value, tuple) else value) < 1:
+                raise ValueError(f"expected {name} >= 1, got {value}: give a positive number")
+        if self.model not in timm.list_models(module="spiking_resnet") and not Path(self.model).is_dir():
+            raise ValueError(
+                f"expected a model of this package, got {self.model!r}: `timm-gac models` lists them, or name a folder"
+            )
+        exotic = {"tf32", "float16"} & set(self.precisions)
+        if exotic and not on_cuda(self.device):
+            raise ValueError(f"expected float32 or bfloat16 on a CPU, got {sorted(exotic)}: choose one of these")
+
+    def profile_path(self) -> Path | None:
+        """Where the profiles go: beside the CSV."""
+        return self.csv.with_suffix(".profile.json") if self.csv and self.profile else None
+
+    def cases(self) -> list[bench_session.Case]:
+        """The combinations, in the order they run."""
+        from .session import Case
+
+        size = self.image_size or self._own_image_size()
+        batch = {"train": self.train_batch, "infer": self.infer_batch}
+        axes = itertools.product(self.modes, self.precisions, self.num_steps)
+        return [Case(self.model, mode, precision, t, batch[mode], size) for mode, precision, t in axes]
+
+    def _own_image_size(self) -> int:
+        import timm
+
+        from ..hub import read_config
+
+        if Path(self.model).is_dir():
+            return int(read_config(Path(self.model))["pretrained_cfg"]["input_size"][-1])
+        return int(timm.get_pretrained_cfg_value(self.model, "input_size")[-1])
+
+    def providers_of(self, case: bench_session.Case) -> list[str]:
+        """The providers of a case in the order they run: by default those that compile come last."""
+        from .networks import LAUNCHES
+
+        if self.providers:
+            return list(self.providers)
+        skip = ("timm_gac_fused", "timm_gac_int8") if case.mode == "train" else ("timm_gac_packed",)
+        kept = {network: launches for network, launches in LAUNCHES.items() if network not in skip}
+        found = [network + launch for network, launches in kept.items() for launch in launches]
+        found = [name for name in found if "graph" not in name or on_cuda(self.device)]
+        return sorted(found, key=lambda name: "compile" in name)
+
+
+@dataclass(frozen=True)
+class ScalingConfig:
+    """What `measure_scaling` runs: every provider with every kind of batch norm.
+
+    Args:
+        model: A registered model of this package.
+        processes: How many train together; 0 is one for each GPU, two on a CPU.
+        providers: Out of ``ddp``, ``all_reduce``, ``all_reduce+graph``; all that apply where left out.
+        batch_norms: ``local``, each process its own; ``sync``, over all of them.
+        batch: Images a step and process.
+        image_size: Height and width of the images; 0 is the model's own.
+        num_steps: Time steps T.
+        precision: ``float32``, ``tf32`` or ``bfloat16`` (autocast).
+        steps: Steps to time of each, in up to 10 blocks.
+        check: Only compare gradients.
+        csv: File to append each row to as soon as it is there.
+        commit: The source's commit, for the rows; found out where empty.
+        device: auto (CUDA where there is one, else the CPU), cuda or cpu.
+    """
+
+    model: str = "gac_msresnet18_cifar"
+    processes: int = 0
+    providers: tuple[str, ...] = ()
+    batch_norms: tuple[str, ...] = BATCH_NORMS
+    batch: int = 128
+    image_size: int = 0
+    num_steps: int = 4
+    precision: str = "bfloat16"
+    steps: int = 100
+    check: bool = False
+    csv: Path | None = None
+    commit: str = ""
+    device: str = "auto"
+
+    def __post_init__(self) -> None:
+        import timm
+        import torch
+
+        from .processes import PROVIDERS
+
+        choices = {"providers": PROVIDERS, "batch_norms": BATCH_NORMS, "device": ("auto", "cuda", "cpu")}
+        choices["precision"] = ("float32", "tf32", "bfloat16")
+        for name, allowed in choices.items():
+            value = getattr(self, name)
+            unknown = set(value if isinstance(value, tuple) else (value,)) - set(allowed)
+            if unknown:
+                raise ValueError(f"expected {name} out of {list(allowed)}, got {sorted(unknown)}: choose among these")
+        for name in ("batch", "num_steps", "steps"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"expected {name} >= 1, got {getattr(self, name)}: give a positive number")
+        if self.model not in timm.list_models(module="spiking_resnet"):
+            raise ValueError(f"expected a model of this package, got {self.model!r}: `timm-gac models` lists them")
+        if self.size < 2 or (self.on_cuda and self.size > torch.cuda.device_count()):
+            raise ValueError(
+                f"expected at least 2 processes and a GPU for each, got {self.size} and "
+                f"{torch.cuda.device_count()}: run it where there are more, or give --device cpu to try it out"
+            )
+        if not self.on_cuda and any("graph" in provider for provider in self.providers):
+            raise ValueError("expected CUDA devices for a graph, got cpu: leave all_reduce+graph out")
+
+    @property
+    def on_cuda(self) -> bool:
+        """Whether it runs on GPUs."""
+        return on_cuda(self.device)
+
+    @property
+    def size(self) -> int:
+        """Number of processes that train together."""
+        import torch
+
+        return self.processes or (torch.cuda.device_count() if self.on_cuda else 2)
+
+    def combinations(self) -> list[tuple[str, str]]:
+        """Providers and batch norms, in the order they run."""
+        from .processes import PROVIDERS
+
+        providers = self.providers or tuple(p for p in PROVIDERS if self.on_cuda or "graph" not in p)
+        return [(provider, norm) for provider in providers for norm in self.batch_norms]
+
+
+@dataclass(frozen=True)
+class CurveConfig:
+    """What `compare_curves` trains: one run for each backend and seed.
+
+    Args:
+        model: A registered model of this package.
+        data: Small images, as ``timm-gac train`` takes them: ``digits``, an .npz file, ``torch/cifar100``.
+        data_dir: Folder of a timm data set.
+        image_size: Height and width to resize to.
+        num_steps: Time steps T.
+        steps: Training steps of a run.
+        batch: Images a step.
+        lr: Peak learning rate of SGD with Nesterov momentum, after a tenth of the steps.
+        precision: ``float32`` or ``bfloat16`` (autocast).
+        fused: Backend of the fused runs.
+        seeds: Of weights and order; at least two, for their spread.
+        window: Steps over which a curve is averaged before it is compared.
+        csv: File to append every loss to.
+        png: File for the chart.
+        device: auto (CUDA where there is one, else the CPU), or such as cpu or cuda:1.
+    """
+
+    model: str = "gac_msresnet18_cifar"
+    data: str = "digits"
+    data_dir: str = ""
+    image_size: int = 32
+    num_steps: int = 4
+    steps: int = 300
+    batch: int = 64
+    lr: float = 0.05
+    precision: str = "bfloat16"
+    fused: str = "triton"
+    seeds: tuple[int, ...] = (0, 1, 2)
+    window: int = 20
+    csv: Path | None = None
+    png: Path | None = None
+    device: str = "auto"
+
+    def __post_init__(self) -> None:
+        if len(set(self.seeds)) < 2:
+            raise ValueError(f"expected at least two seeds, got {self.seeds}: their spread is what is compared with")
+        if not 1 <= self.window <= self.steps:
+            raise ValueError(
+                f"expected 1 <= window <= steps, got {self.window} and {self.steps}: give a smaller window"
+            )
+        if self.precision not in ("float32", "bfloat16"):
+            raise ValueError(f"expected precision float32 or bfloat16, got {self.precision!r}: choose one of these")

@@ -1,0 +1,1 @@
+"""Networks made faster or smaller for inference, and what runs them: folding, 8-bit weights, early exit, recording."""

@@ -1,0 +1,302 @@
+"""Batch norm folded away for inference: its scale into the convolution before it, its shift into the neuron."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from gac_kernels import LIFSpec
+from gac_kernels.convolution.conv_lif import UNIT_EPS
+
+from ..layers.checks import has_hooks
+from ..layers.convolution import shortcut_operands
+from ..layers.neuron import BatchNormLIF
+from ..layers.neuron_layer import add_residual, at_least_float32, spikes_of
+from ..models.blocks import MSBlock, SpikingBlock, Stage
+
+__all__ = [
+    "FoldedBlock", "FoldedConv2d", "FoldedLIF", "FoldedStem", "bias_in_channel", "fold_batch_norm",
+    "fuse_for_inference", "shift_in_neuron",
+]  # fmt: skip
+
+# cuDNN fills the channels of 16-bit operands up to a multiple of this.
+_CHANNELS = 8
+# Outputs below which more launches could outweigh the pass that adds a bias: on an H100 3 us per million outputs.
+_FEW_OUTPUTS = 2**22
+
+
+def shift_in_neuron(x: Tensor) -> bool:
+    """Whether the neuron adds a folded norm's shift, and not the convolution.
+
+    On a CPU a convolution's bias costs nothing. On a GPU it would be a pass of its own over the convolution's output,
+    while the neuron's kernel adds it for nothing. Asked at every call, so a model may be folded before it is moved.
+    """
+    return x.is_cuda
+
+
+def bias_in_channel(x: Tensor, conv: nn.Conv2d) -> bool:
+    """Whether a stem's bias is the weight of a channel of ones, and not added by PyTorch's convolution.
+
+    On a GPU that would be a pass of its own over the output, while cuDNN fills the channels of 16-bit images up
+    anyway. What torch.compile or torch.export make of the addition is left to them.
+    """
+    if not (isinstance(x, Tensor) and x.is_cuda) or torch.compiler.is_compiling():  # under fx it is no tensor
+        return False
+    outputs = x.numel() // conv.in_channels * conv.out_channels // (conv.stride[0] * conv.stride[1])
+    return conv.in_channels % _CHANNELS != 0 and _dtype_on_gpu(conv).itemsize == 2 and outputs >= _FEW_OUTPUTS
+
+
+class _ShiftedConv2d(nn.Conv2d):
+    """A convolution with another's weight and geometry, and a folded norm's shift as its bias.
+
+    Args:
+        conv: The convolution to replace, without bias; its weight is taken over.
+        shift: (C',).
+    """
+
+    def __init__(self, conv: nn.Conv2d, shift: Tensor) -> None:
+        names = ("kernel_size", "stride", "padding", "dilation", "groups", "padding_mode")
+        geometry: dict[str, Any] = {name: getattr(conv, name) for name in names}
+        meta = torch.device("meta")  # the weight comes from elsewhere
+        super().__init__(conv.in_channels, conv.out_channels, **geometry, bias=False, device=meta)
+        self.weight = conv.weight
+        self.bias = nn.Parameter(shift.to(conv.weight.dtype), requires_grad=False)
+        self.train(conv.training)
+
+
+class FoldedConv2d(_ShiftedConv2d):
+    """A convolution that adds a folded norm's shift where the neuron behind it does not."""
+
+    def forward(self, x: Tensor, bits: Tensor | None = None) -> Tensor:
+        """The convolution of x; there is no backward pass for which ``bits`` would be kept."""
+        return self._conv_forward(x, self.weight, None if shift_in_neuron(x) else self.bias)
+
+
+class FoldedStem(_ShiftedConv2d):
+    """A network's first convolution with a folded norm's shift as its bias, added where that costs least."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The convolution of images x with its bias."""
+        if self._sees_every_centre() and bias_in_channel(x, self):
+            return self._with_ones(x)
+        return self._conv_forward(x, self.weight, self.bias)
+
+    def _sees_every_centre(self) -> bool:
+        """Whether the centre of each window lies inside the image, where added channels are 1, and not in padding."""
+        centres = tuple(step * (size // 2) for size, step in zip(self.kernel_size, self.dilation, strict=True))
+        odd = all(size % 2 == 1 for size in self.kernel_size)
+        return odd and self.padding == centres and self.padding_mode == "zeros" and self.groups == 1
+
+    def _with_ones(self, x: Tensor) -> Tensor:
+        """The convolution of x and channels of ones, to the first of which the bias is the weight at the centre."""
+        assert self.bias is not None
+        added = (0, 0, 0, 0, 0, _CHANNELS - self.in_channels % _CHANNELS)
+        weight = F.pad(self.weight, added)
+        weight[:, self.in_channels, self.kernel_size[0] // 2, self.kernel_size[1] // 2] = self.bias
+        return self._conv_forward(F.pad(x, added, value=1.0), weight, None)
+
+
+class FoldedLIF(nn.Module):
+    """What is left of a `BatchNormLIF` whose scale went into a convolution: shift, residual and neuron in one pass.
+
+    Shape:
+        - ``x``, ``residual`` and spikes: ``(T*B, C, H, W)``
+
+    Args:
+        norm: The module to replace, with ``num_steps``.
+        shift: (C,).
+        keep_membrane: Write the neuron's input current, which the next membrane shortcut reads.
+    """
+
+    spikes_dtype = None  # that of its input
+
+    def __init__(self, norm: BatchNormLIF, shift: Tensor, keep_membrane: bool) -> None:
+        super().__init__()
+        self.lif, self.num_steps = norm.lif, norm.num_steps
+        self.returns_pair, self.keep_membrane = norm.returns_pair, keep_membrane
+        self.register_buffer("shift", shift.clone())
+        self.register_buffer("minus_shift", -shift)
+        self.register_buffer("variance", torch.full_like(shift, 1.0 - UNIT_EPS))
+
+    def _apply(self, fn: Any, recurse: bool = True) -> FoldedLIF:
+        """As for any module, but shift and scale keep at least float32: the kernel reads them once, and adds in it."""
+        before = dict(self._buffers)
+        super()._apply(fn, recurse)
+        for name, buffer in before.items():
+            after = self._buffers[name]
+            if buffer is not None and after is not None and after.dtype.itemsize < 4:
+                self._buffers[name] = buffer.to(after.device)
+        return self
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
+        """Spikes; where a membrane shortcut follows the block, the pair (membrane, spikes)."""
+        if shift_in_neuron(x):
+            if residual is not None:
+                residual = residual.to(x.dtype)
+            spikes, current, _ = torch.ops.gac_kernels.norm_lif(
+                x, residual, None, None, self.minus_shift, self.variance, None, UNIT_EPS, self.num_steps,
+                *self.lif.spec.op_arguments, False, self.keep_membrane, "",
+            )  # fmt: skip
+        else:
+            current = x if residual is None else x + residual
+            spikes = self.lif(current.unflatten(0, (self.num_steps, -1))).flatten(0, 1)
+        return self.returned(current, spikes)
+
+    def returned(self, current: Tensor, spikes: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        """What `forward` returns of the neuron's input current and spikes."""
+        return (current if self.keep_membrane else spikes, spikes) if self.returns_pair else spikes
+
+    @property
+    def spec(self) -> LIFSpec:
+        """What its neurons compute."""
+        return self.lif.spec
+
+    @torch.no_grad()
+    def input_current(self, inputs: tuple[Any, ...], num_steps: int) -> Tensor:
+        """See `NeuronLayer`."""
+        x = at_least_float32(inputs[0])
+        if shift_in_neuron(x):
+            shift: Tensor = self.minus_shift  # type: ignore[assignment]
+            x = x - shift.to(x.dtype)[:, None, None]
+        return add_residual(x, inputs).unflatten(0, (num_steps, -1))
+
+    def output_spikes(self, output: Tensor | tuple[Tensor, Tensor]) -> Tensor:
+        """See `NeuronLayer`."""
+        return spikes_of(output)
+
+
+class FoldedBlock(nn.Module):
+    """A residual block without norms; on a GPU each convolution and its neuron are one op, `gac_kernels.conv_lif`.
+
+    Shape:
+        - membrane and spikes ``(T*B, C, H, W)``, in and out; bits, of which there are none, are ignored
+
+    Args:
+        block: The block to replace; its submodules are taken over.
+    """
+
+    def __init__(self, block: MSBlock | SpikingBlock) -> None:
+        super().__init__()
+        self.conv1, self.bn1, self.conv2, self.bn2 = block.conv1, block.bn1, block.conv2, block.bn2
+        self.downsample = block.downsample
+
+    def forward(
+        self, membrane: Tensor, spikes: Tensor, bits: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Membrane and spikes, or the spikes twice where no membrane is needed; no bits."""
+        hidden = _convolve_and_fire(self.conv1, self.bn1, spikes)
+        out = _convolve_and_fire(self.conv2, self.bn2, hidden, self.downsample, membrane)
+        return (*out, None) if isinstance(out, tuple) else (out, out, None)
+
+
+def _convolve_and_fire(
+    conv: Any, neuron: Any, x: Tensor, downsample: Any = None, residual: Tensor | None = None
+) -> Any:
+    """A folded convolution and its neuron, as one op where nobody watches what goes on between them or wants gradients.
+
+    The op has none; convolution and neuron apart have, at the input for instance.
+    """
+    gradients = torch.is_grad_enabled() and (x.requires_grad or conv.weight.requires_grad)
+    watched = has_hooks(conv) or has_hooks(neuron)
+    if (
+        not shift_in_neuron(x)
+        or gradients
+        or watched
+        or conv.kernel_size != (3, 3)
+        or conv.stride not in ((1, 1), (2, 2))
+    ):
+        current = conv(x)
+        if residual is None:
+            return neuron(current)
+        beside = residual if downsample is None else downsample(residual)
+        if gradients or watched or shift_in_neuron(x) or beside.dtype != current.dtype:
+            return neuron(current, beside)
+        return neuron(current.add_(beside))  # in memory that is there: fresh memory costs a CPU more than the sum
+    dtype = _dtype_on_gpu(conv)
+    x, weight = x.to(dtype), conv.weight.to(dtype)
+    kernel = None
+    if residual is not None and downsample is not None:
+        operands = None if has_hooks(downsample) else shortcut_operands(downsample[0], residual)
+        residual, kernel = operands if operands is not None else (downsample(residual), None)
+    residual, kernel = (None if tensor is None else tensor.to(dtype) for tensor in (residual, kernel))
+    spikes, current = torch.ops.gac_kernels.conv_lif(
+        x, weight, neuron.shift, residual, neuron.num_steps, conv.stride[0], *neuron.lif.spec.forward_arguments,
+        neuron.keep_membrane, kernel,
+    )  # fmt: skip
+    return neuron.returned(current, spikes)
+
+
+def _dtype_on_gpu(conv: nn.Conv2d) -> torch.dtype:
+    return torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else conv.weight.dtype
+
+
+@torch.no_grad()
+def fuse_for_inference(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
+    """Fold every batch norm of a spiking network into its convolutions, in place, and put it into eval mode.
+
+    The network then gives the same logits up to rounding, in fewer passes over memory, and can no longer be trained;
+    its state_dict is another. To undo it, create the model anew and load its weights.
+
+    Args:
+        model: A network of this package, with running statistics.
+        dtype: Convert the weights to this dtype afterwards, such as torch.bfloat16; None leaves them.
+
+    Returns:
+        The same model.
+
+    Raises:
+        ValueError: The model has no spiking blocks, is fused already, or has a batch norm without running statistics.
+
+    Example:
+        >>> import timm, timm_gac
+        >>> model = timm_gac.fuse_for_inference(timm.create_model("gac_msresnet18_cifar"))
+    """
+    if any(isinstance(module, FoldedLIF) for module in model.modules()):
+        raise ValueError("expected a network with batch norm, got one that is fused already: create it anew")
+    blocks = [module for module in model.modules() if isinstance(module, MSBlock | SpikingBlock)]
+    if not blocks or not hasattr(model, "conv1"):
+        raise ValueError(f"expected a spiking network of this package, got {type(model).__name__}: see timm-gac models")
+    norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d | BatchNormLIF) and m.track_running_stats]
+    if any(norm.running_mean is None or norm.running_var is None for norm in norms):
+        raise ValueError("expected batch norms with running statistics, got one without: it cannot be folded")
+    model.eval()
+    network: Any = model
+    network.set_spike_packing(False)
+    network.conv1 = FoldedStem(network.conv1, fold_batch_norm(network.conv1, network.bn1))
+    network.bn1 = nn.Identity()
+    for stage in [module for module in model.modules() if isinstance(module, Stage)]:
+        for index, block in enumerate(stage):
+            _fuse_block(block, last=block is blocks[-1])
+            stage[index] = FoldedBlock(block)  # type: ignore[arg-type]
+    return model if dtype is None else model.to(dtype)
+
+
+def _fuse_block(block: Any, last: bool) -> None:
+    _replace(block, "conv1", "bn1", fold_batch_norm(block.conv1, block.bn1), keep_membrane=False)
+    shift = fold_batch_norm(block.conv2, block.bn2)
+    if block.downsample is not None:
+        shift = shift + fold_batch_norm(block.downsample[0], block.downsample[1])
+        block.downsample = block.downsample[:1]
+    keep = block.bn2.returns_pair and not last
+    _replace(block, "conv2", "bn2", shift, keep_membrane=keep)
+
+
+def _replace(block: Any, conv: str, norm: str, shift: Tensor, keep_membrane: bool) -> None:
+    """A convolution and its norm by those that share a folded shift."""
+    before = getattr(block, conv)
+    shift = shift.to(torch.promote_types(before.weight.dtype, torch.float32))
+    setattr(block, conv, FoldedConv2d(before, shift))
+    setattr(block, norm, FoldedLIF(getattr(block, norm), shift, keep_membrane))
+
+
+def fold_batch_norm(conv: nn.Conv2d, norm: Any) -> Tensor:
+    """Scale a convolution's weights by the batch norm that follows it; the shift that is left, (C,) in float64."""
+    scale = torch.rsqrt(norm.running_var.double() + norm.eps)
+    shift = torch.zeros_like(scale)
+    if norm.affine:
+        scale, shift = scale * norm.weight.double(), norm.bias.double()
+    conv.weight.copy_(conv.weight.double() * scale[:, None, None, None])
+    return shift - norm.running_mean.double() * scale

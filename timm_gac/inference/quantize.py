@@ -1,0 +1,167 @@
+"""Post-training quantisation: 8-bit weights, which with spikes make the convolutions of a network exact integers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..layers.neuron import LIF, BatchNormLIF
+from ..models.blocks import MSBlock, SpikingBlock
+from ..models.network import SpikingResNet
+from .fold import FoldedLIF, FoldedStem, fold_batch_norm
+from .integer import IntegerBlock, IntegerLIF, IntegerSpikingResNet, RealConv, SpikeConv, current_grid
+
+__all__ = ["CLIPS", "SCHEME", "quantize"]
+
+# Its grid follows from spec and T (`current_grid`); another grid would be another scheme.
+SCHEME = "int8-weights-per-channel-on-grid"
+CLIPS = ("max", "mse")
+_LEVELS = 127
+# Fractions of a channel's largest weight at which "mse" looks for the least squared error.
+_FRACTIONS = tuple(1.0 - 0.02 * i for i in range(16))
+_STAGES = ("layer1", "layer2", "layer3", "layer4")
+
+
+@torch.no_grad()
+def quantize(model: nn.Module, clip: str = "mse") -> IntegerSpikingResNet:
+    """A copy of a trained network whose 3x3 convolutions of spikes have int8 weights, for inference.
+
+    Batch norms are folded; each output channel gets one scale, symmetric around 0; the weights are rounded so that
+    their errors cancel within each window and each output channel (`quantize_weight`), which needs no data.
+    Spikes are integers already, so the convolutions are exact. Scales, biases and what encoder and 1x1 shortcuts add to
+    the neurons' currents are rounded to multiples of a power of two, 2**-15 at T=4 and decay 1/2, so that float32
+    computes the neurons behind them exactly too, with the spikes of float64; `timm_gac.inference.integer.current_grid`
+    says up to which T.
+    Stem, encoder, 1x1 shortcuts and classifier stay as they are, and so does the first convolution of a plain network,
+    whose input is real-valued.
+    ``.to(torch.bfloat16)`` and autocast change those alone; ``.double()`` evaluates the quantised network in float64.
+    The convolutions run in Triton on GPUs and as oneDNN's int8 convolutions on x86 CPUs; elsewhere, which is logged, as
+    exact float32 ones.
+
+    Args:
+        model: A network of this package with running statistics; it is left alone.
+        clip: ``max`` scales a channel so that its largest weight is not clipped, ``mse`` by what rounds and clips with
+            the least squared error.
+
+    Returns:
+        The integer network, in eval mode, on the model's device and with its floating dtype.
+
+    Raises:
+        ValueError: The model is no spiking network of this package, is folded or quantised already, has a batch norm
+            without running statistics or a stride above 2, or ``clip`` is unknown.
+
+    Example:
+        >>> import timm, timm_gac
+        >>> network = timm_gac.quantize(timm.create_model("gac_msresnet18_cifar"))
+    """
+    if clip not in CLIPS:
+        raise ValueError(f"expected clip out of {CLIPS}, got {clip!r}: choose one of these")
+    if isinstance(model, IntegerSpikingResNet) or any(isinstance(m, FoldedLIF) for m in model.modules()):
+        raise ValueError("expected a network with batch norm, got one that is folded or quantised: create it anew")
+    if not isinstance(model, SpikingResNet):
+        raise ValueError(f"expected a spiking network of this package, got {type(model).__name__}: see timm-gac models")
+    norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d | BatchNormLIF) and m.track_running_stats]
+    if any(norm.running_mean is None or norm.running_var is None for norm in norms):
+        raise ValueError("expected batch norms with running statistics, got one without: it cannot be folded")
+    dtype, device = model.conv1.weight.dtype, model.conv1.weight.device
+    network = IntegerSpikingResNet.like(model, {"scheme": SCHEME, "clip": clip})
+    network.double().eval()  # so that weights are rounded once, to int8
+    parts: Any = network
+    parts.conv1 = FoldedStem(parts.conv1, fold_batch_norm(parts.conv1, parts.bn1))
+    parts.bn1 = nn.Identity()
+    if isinstance(parts.lif, LIF):
+        parts.lif = IntegerLIF(network.spec, network.num_steps)
+    stages = [getattr(network, name) for name in _STAGES]
+    blocks = [block for stage in stages for block in stage]
+    for stage in stages:
+        for index, block in enumerate(stage):
+            stage[index] = _integer_block(block, network, clip, first=block is blocks[0], last=block is blocks[-1])
+    return network.to(device, dtype).requires_grad_(False)
+
+
+def _integer_block(
+    block: MSBlock | SpikingBlock, network: SpikingResNet, clip: str, first: bool, last: bool
+) -> IntegerBlock:
+    shift = fold_batch_norm(block.conv1, block.bn1)
+    membrane = isinstance(block, MSBlock)
+    conv1: nn.Module
+    if first and not membrane:
+        conv1 = RealConv(block.conv1, network.spec, network.num_steps)
+        conv1.weight.copy_(block.conv1.weight)
+        assert conv1.bias is not None
+        conv1.bias.copy_(shift)
+    else:
+        conv1 = _spike_conv(block.conv1, shift, network, clip, keep_membrane=False)
+    shift = fold_batch_norm(block.conv2, block.bn2)
+    downsample: nn.Conv2d | None = None
+    if block.downsample is not None:
+        first_of_shortcut = block.downsample[0]
+        assert isinstance(first_of_shortcut, nn.Conv2d)
+        downsample = first_of_shortcut
+        shift = shift + fold_batch_norm(downsample, block.downsample[1])
+    conv2 = _spike_conv(block.conv2, shift, network, clip, keep_membrane=membrane and not last)
+    if first or downsample is not None:  # else the shortcut carries spikes, or the currents of the block before
+        conv2.grid = current_grid(network.spec, network.num_steps)
+    return IntegerBlock(conv1, conv2, downsample, membrane)
+
+
+def _spike_conv(conv: nn.Conv2d, shift: Tensor, network: SpikingResNet, clip: str, keep_membrane: bool) -> SpikeConv:
+    stride = conv.stride[0]
+    if stride > 2:
+        raise ValueError(f"expected strides 1 or 2, got {stride}: this network cannot be quantised")
+    layer = SpikeConv(conv.in_channels, conv.out_channels, stride, network.spec, network.num_steps, keep_membrane)
+    grid = current_grid(network.spec, network.num_steps)
+    weight, scale = quantize_weight(conv.weight, clip, grid)
+    layer.weight.copy_(weight.flatten(2).transpose(1, 2))
+    layer.scale.copy_(scale)
+    layer.bias.copy_((shift / grid).round_() * grid)
+    return layer.to(conv.weight.device)
+
+
+def quantize_weight(weight: Tensor, clip: str, grid: float) -> tuple[Tensor, Tensor]:
+    """Symmetric 8-bit rounding per output channel, whose errors cancel.
+
+    Error-balanced rounding: flip the fewest integers, nearest to a tie first, until the rounding errors of each 3x3
+    window, then of each output channel, sum to at most about half a unit. Spikes are 0 or 1 and come in patches, so
+    these sums act as a shift of the threshold; rounding to nearest leaves them to chance.
+
+    Args:
+        weight: (C', C, 3, 3) float64.
+        clip: ``max`` or ``mse``, see `quantize`.
+        grid: A power of two, of which scales are multiples.
+
+    Returns:
+        Integers from -127 to 127, int8 in the shape of ``weight``, and the scale (C',) in float32; their product is
+        the rounded weight.
+    """
+    peak = weight.abs().amax((1, 2, 3))
+    best = torch.full_like(peak, float("inf"))
+    scale = torch.ones_like(peak, dtype=torch.float32)
+    for fraction in _FRACTIONS if clip == "mse" else (1.0,):
+        tried = torch.where(peak > 0, (peak * (fraction / _LEVELS) / grid).ceil() * grid, 1.0).float()
+        error = (_round(weight, tried) * tried.double()[:, None, None, None] - weight).square().sum((1, 2, 3))
+        better = error < best
+        best, scale = torch.where(better, error, best), torch.where(better, tried, scale)
+    exact, rounded = weight / scale.double()[:, None, None, None], _round(weight, scale)
+    for first in (2, 1):  # each window, then each output channel
+        rounded = _balance(exact.flatten(first), rounded.flatten(first)).view_as(weight)
+    return rounded.to(torch.int8), scale
+
+
+def _balance(exact: Tensor, rounded: Tensor) -> Tensor:
+    """Integers of which some have gone to the other side of ``exact``, so that errors cancel along the last axis.
+
+    Weights that are 0 stay so.
+    """
+    error = exact - rounded
+    total = error.sum(-1, keepdim=True)
+    direction = total.sign()
+    free = (exact != 0) & ((rounded + direction).abs() <= _LEVELS)
+    rank = torch.where(free, error * direction, -torch.inf).sort(stable=True, descending=True).indices.argsort(-1)
+    return rounded + direction * (free & (rank < total.abs().round()))
+
+
+def _round(weight: Tensor, scale: Tensor) -> Tensor:
+    return (weight / scale.double()[:, None, None, None]).round_().clamp_(-_LEVELS, _LEVELS)

@@ -1,0 +1,1 @@
+"""Modules that networks are built of: neurons, encoders and convolutions."""
