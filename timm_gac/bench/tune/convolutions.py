@@ -32,6 +32,7 @@ from gac_kernels.convolution.hopper import launch as hopper
 
 from ...inference.integer import IntegerBlock, SpikeConv
 from ...inference.quantize import quantize
+from ...inference.record import forward_hooks
 from .shared import compile_in_processes, say, start_from_defaults, update, use
 
 DTYPES = {"int8": torch.int8, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -98,7 +99,8 @@ def layers_of(model: str, image_size: int) -> list[Layer]:
     network = quantize(timm.create_model(model, num_steps=1).eval())
     found: dict[Layer, None] = {}
 
-    def note(module: SpikeConv, inputs: tuple[Tensor, ...], side: nn.Conv2d | None) -> None:
+    def note(name: str, module: SpikeConv, inputs: tuple[Tensor, ...], _output: Any) -> None:
+        side = sides[name]
         _, channels, height, width = inputs[0].shape
         layer = Layer(
             channels, len(module.weight), height, width, module.stride, len(inputs) > 1, module.keep_membrane,
@@ -106,12 +108,15 @@ def layers_of(model: str, image_size: int) -> list[Layer]:
         )  # fmt: skip
         found[layer] = None
 
-    for block in network.modules():
+    layers: dict[str, nn.Module] = {}
+    sides: dict[str, nn.Conv2d | None] = {}  # 1x1 shortcuts that layers take along
+    for name, block in network.named_modules():
         if isinstance(block, IntegerBlock):
-            for module, side in ((block.conv1, None), (block.conv2, block.downsample)):
-                if isinstance(module, SpikeConv):
-                    module.register_forward_hook(lambda module, inputs, _, side=side: note(module, inputs, side))
-    network(torch.zeros(1, 3, image_size, image_size))
+            for part, side in (("conv1", None), ("conv2", block.downsample)):
+                if isinstance(getattr(block, part), SpikeConv):
+                    layers[f"{name}.{part}"], sides[f"{name}.{part}"] = getattr(block, part), side
+    with forward_hooks(layers, note):
+        network(torch.zeros(1, 3, image_size, image_size))
     return list(found)
 
 
