@@ -92,7 +92,7 @@ def check(found: list[Target], tag: str, changes: str) -> None:
     version = timm_gac.__version__
     if tag != f"v{version}":
         raise ValueError(f"expected a clean checkout of the tag v{version}, got {tag or 'none'}: commit and tag first")
-    if f"## [{version}] - " not in changes:
+    if not re.search(rf"^## \[{re.escape(version)}\] - \d{{4}}-\d\d-\d\d$", changes, re.MULTILINE):
         raise ValueError(f"expected '## [{version}] - DATE' in CHANGELOG.md, got none: name the release there")
     for target in found:
         if target.kind == "package":
