@@ -159,3 +159,15 @@ def test_models_and_parameters_are_the_real_ones(page: str) -> None:
 def test_links_to_files_lead_somewhere(page: str) -> None:
     for target in re.findall(r"\]\((?!https?:|#)([^)#]+)(?:#[^)]*)?\)", TEXTS[page]):
         assert (PAGES[page].parent / target).exists(), target
+
+
+@pytest.mark.parametrize("package", ["timm_gac", "gac_kernels"])
+def test_architecture_shows_the_rooms_in_their_order(package: str) -> None:
+    (tree,) = [block for _, block in blocks("docs/architecture.md", "text") if f"{package}/" in block.splitlines()[0]]
+    shown = [line.split()[0].removesuffix("/").removesuffix(".py") for line in tree.splitlines()[1:]]
+    toml = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    rule = re.search(rf'containers = \["{package}"\].*?^layers = (\[.*?^\])', toml, flags=re.MULTILINE | re.DOTALL)
+    layers = [layer.split(" | ") for layer in ast.literal_eval(rule[1])]
+    assert len(shown) == len(set(shown)) == sum(map(len, layers))
+    places = [next(place for place, layer in enumerate(layers) if room in layer) for room in shown]
+    assert places == sorted(places)
