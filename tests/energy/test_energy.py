@@ -14,12 +14,11 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from gac_kernels import CIFAR, use_backend
-from timm_gac import cli, fuse_for_inference
+from timm_gac import cli, fuse_for_inference, quantize
 from timm_gac.analysis.evaluate import evaluate
 from timm_gac.energy import COSTS, EnergyMeter, measure_energy
 from timm_gac.energy.counter import Counter
 from timm_gac.hub import calibrate
-from timm_gac.inference.fold import quantize
 from timm_gac.layers.neuron import LIF
 
 

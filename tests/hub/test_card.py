@@ -12,10 +12,10 @@ import timm
 from huggingface_hub import ModelCard
 
 from gac_kernels import CIFAR
+from timm_gac import quantize
 from timm_gac.hub import save_model_folder
 from timm_gac.hub.card import write_card
 from timm_gac.hub.facts import Facts, check_energy, gather, read_public
-from timm_gac.inference.fold import quantize
 
 FACTS = Facts(
     architecture="gac_msresnet18_cifar",

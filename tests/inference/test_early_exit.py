@@ -8,11 +8,10 @@ import pytest
 import timm
 import torch
 
-from timm_gac import fuse_for_inference
+from timm_gac import fuse_for_inference, quantize
 from timm_gac.hub import calibrate
+from timm_gac.inference import fold as inference
 from timm_gac.inference.early_exit import early_exit, forward_early_exit
-from timm_gac.inference.fold import fold as inference
-from timm_gac.inference.fold import quantize
 from timm_gac.inference.integer import SpikeConv
 from timm_gac.inference.record import membrane_of
 

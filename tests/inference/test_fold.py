@@ -12,9 +12,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.modules.batchnorm import _NormBase
 
 from gac_kernels import use_backend
-from timm_gac import fuse_for_inference
-from timm_gac.inference.fold import FoldedStem, bias_in_channel, quantize
-from timm_gac.inference.fold import fold as inference
+from timm_gac import fuse_for_inference, quantize
+from timm_gac.inference import fold as inference
+from timm_gac.inference.fold import FoldedStem, bias_in_channel
 
 MODELS = ("test_gac_msresnet", "gac_msresnet18_cifar", "msresnet18_cifar", "gac_spiking_resnet19")
 

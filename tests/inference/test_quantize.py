@@ -17,12 +17,11 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from gac_kernels import CIFAR, IMAGENET, LIFSpec, spike_conv_reference, use_backend
 from gac_kernels.reference import on_grid
-from timm_gac import cli, fuse_for_inference
+from timm_gac import cli, fuse_for_inference, quantize
 from timm_gac.analysis.evaluate import evaluate
 from timm_gac.bench.check import check_integer
 from timm_gac.bench.model import ModelBenchConfig, bench_model
 from timm_gac.hub.folder import load_model, save_model_folder
-from timm_gac.inference.fold import quantize
 from timm_gac.inference.integer import IntegerSpikingResNet, SpikeConv, current_grid
 from timm_gac.inference.quantize import quantize_weight
 from timm_gac.inference.record import membrane_of, neuron_layers, record_spikes

@@ -10,13 +10,12 @@ import torch
 from torch import nn
 
 from gac_kernels import CIFAR
-from timm_gac import LIF, BatchNormLIF, fuse_for_inference
+from timm_gac import LIF, BatchNormLIF, fuse_for_inference, quantize
 from timm_gac.analysis.coding import measure_coding
 from timm_gac.analysis.evaluate import evaluate
 from timm_gac.analysis.inspect import inspect_network
 from timm_gac.hub import calibrate
 from timm_gac.inference.early_exit import forward_early_exit
-from timm_gac.inference.fold import quantize
 from timm_gac.inference.record import forward_hooks, membrane_of, neuron_layers, record_spikes
 from timm_gac.layers.encoder import DirectCoding
 from timm_gac.layers.neuron_layer import NeuronLayer

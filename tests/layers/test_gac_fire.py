@@ -11,8 +11,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from gac_kernels import CIFAR, IMAGENET, use_backend
-from timm_gac import LIF, GatedAttentionCoding, fuse_for_inference
-from timm_gac.inference.fold import quantize
+from timm_gac import LIF, GatedAttentionCoding, fuse_for_inference, quantize
 from timm_gac.inference.integer import IntegerLIF
 from timm_gac.models.blocks import SpikingBlock
 

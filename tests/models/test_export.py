@@ -11,8 +11,7 @@ from torch import Tensor, nn
 from torch.export import Dim, export
 
 from gac_kernels import IMAGENET
-from timm_gac import LIF, BatchNormLIF, fuse_for_inference
-from timm_gac.inference.fold import quantize
+from timm_gac import LIF, BatchNormLIF, fuse_for_inference, quantize
 from timm_gac.layers.neuron import MembraneBatchNormLIF
 
 T = 3
