@@ -57,7 +57,7 @@ def test_shift_in_the_neuron_is_shift_in_the_bias(
     norm_lif = torch.ops.gac_kernels.norm_lif
 
     def seen(*arguments: object) -> tuple[torch.Tensor, ...]:
-        shifts.append(arguments[4])
+        shifts.append(arguments[3])
         return norm_lif(*arguments)
 
     monkeypatch.setattr(torch.ops.gac_kernels, "norm_lif", seen)

@@ -81,6 +81,19 @@ def test_dtypes_affine_and_frozen_statistics(backend, affine, batch, shape, dtyp
     case.check(TOLERANCE[dtype] if batch or dtype != torch.float64 else 1e-6)  # the given statistics are float32
 
 
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize(("residual", "membrane", "bias"), [(0, 0, 1), (1, 1, 1), (1, 0, 0)])
+def test_without_normalisation(backend, residual, membrane, bias, dtype, device):
+    if dtype == torch.float64 and backend == "triton":
+        pytest.skip("float64 always runs as plain PyTorch")
+    spec = LIFSpec(surrogate="atan")
+    case = Case(SHAPES["wide"], 3, dtype, device, torch.channels_last, residual, bias, False, membrane, spec)
+    case.stats, case.weight = (None, None), None
+    kept = None if case.residual is None else case.residual.detach().clone()
+    case.check(TOLERANCE[dtype])
+    assert kept is None or torch.equal(case.residual, kept)
+
+
 def test_smooth_twin_passes_gradcheck():
     x, residual = (torch.randn(4, 2, 2, 1, dtype=torch.float64, requires_grad=True) for _ in range(2))
     weight, bias = (torch.rand(2, dtype=torch.float64, requires_grad=True) for _ in range(2))
@@ -157,8 +170,13 @@ def test_no_samples_is_no_error(backend, device):
 def test_opcheck(backend, device):
     case = Case(SHAPES["narrow"], 2, torch.float32, device, torch.channels_last, True, True, True, True, CIFAR)
     norm = (case.weight, case.bias, *case.stats, None, 1e-5)
-    for residual, keep in ((case.residual, True), (None, False)):
-        args = (case.x, residual, *norm, 2, *CIFAR.op_arguments, True, keep, "")
+    bias_alone = (None, case.bias, None, None, None, 0.0)
+    for residual, of_norm, batch in (
+        (case.residual, norm, True),
+        (None, norm, False),
+        (case.residual, bias_alone, False),
+    ):
+        args = (case.x, residual, *of_norm, 2, *CIFAR.op_arguments, batch, batch, "")
         torch.library.opcheck(torch.ops.gac_kernels.norm_lif, args)
     running = torch.zeros(5, device=device), torch.ones(5, device=device)
     batches = torch.zeros((), dtype=torch.int64, device=device)
@@ -173,6 +191,9 @@ def test_opcheck(backend, device):
         (dict(x=torch.zeros(4, 3, 2, 2, dtype=torch.int32)), "convert"),
         (dict(mean=torch.zeros(2)), "mean of shape"),
         (dict(weight=torch.ones(3)), "weight and bias"),
+        (dict(var=None), "mean and var both or neither"),
+        (dict(mean=None, var=None, weight=torch.ones(3), bias=torch.ones(3)), "or a bias alone"),
+        (dict(mean=None, var=None, batch_stats=True), "or a bias alone"),
         (dict(residual=torch.zeros(4, 3, 2, 1)), "residual of shape"),
         (dict(residual=torch.zeros(4, 3, 2, 2, dtype=torch.float64)), "residual of shape"),
         (dict(spec="cifar"), "LIFSpec"),

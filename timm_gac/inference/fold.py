@@ -9,7 +9,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gac_kernels import LIFSpec
-from gac_kernels.convolution.conv_lif import UNIT_EPS
 
 from ..layers.checks import has_hooks
 from ..layers.convolution import shortcut_operands
@@ -111,6 +110,7 @@ class FoldedLIF(nn.Module):
         keep_membrane: Write the neuron's input current, which the next membrane shortcut reads.
     """
 
+    shift: Tensor
     spikes_dtype = None  # that of its input
 
     def __init__(self, norm: BatchNormLIF, shift: Tensor, keep_membrane: bool) -> None:
@@ -118,17 +118,13 @@ class FoldedLIF(nn.Module):
         self.lif, self.num_steps = norm.lif, norm.num_steps
         self.returns_pair, self.keep_membrane = norm.returns_pair, keep_membrane
         self.register_buffer("shift", shift.clone())
-        self.register_buffer("minus_shift", -shift)
-        self.register_buffer("variance", torch.full_like(shift, 1.0 - UNIT_EPS))
 
     def _apply(self, fn: Any, recurse: bool = True) -> FoldedLIF:
-        """As for any module, but shift and scale keep at least float32: the kernel reads them once, and adds in it."""
-        before = dict(self._buffers)
+        """As for any module, but the shift keeps at least float32: the kernel reads it once, and adds in it."""
+        before = self.shift
         super()._apply(fn, recurse)
-        for name, buffer in before.items():
-            after = self._buffers[name]
-            if buffer is not None and after is not None and after.dtype.itemsize < 4:
-                self._buffers[name] = buffer.to(after.device)
+        if self.shift.dtype.itemsize < 4:
+            self.shift = before.to(self.shift.device)
         return self
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
@@ -137,7 +133,7 @@ class FoldedLIF(nn.Module):
             if residual is not None:
                 residual = residual.to(x.dtype)
             spikes, current, _ = torch.ops.gac_kernels.norm_lif(
-                x, residual, None, None, self.minus_shift, self.variance, None, UNIT_EPS, self.num_steps,
+                x, residual, None, self.shift, None, None, None, 0.0, self.num_steps,
                 *self.lif.spec.op_arguments, False, self.keep_membrane, "",
             )  # fmt: skip
         else:
@@ -159,8 +155,7 @@ class FoldedLIF(nn.Module):
         """See `NeuronLayer`."""
         x = at_least_float32(inputs[0])
         if shift_in_neuron(x):
-            shift: Tensor = self.minus_shift  # type: ignore[assignment]
-            x = x - shift.to(x.dtype)[:, None, None]
+            x = x + self.shift.to(x.dtype)[:, None, None]
         return add_residual(x, inputs).unflatten(0, (num_steps, -1))
 
     def output_spikes(self, output: Tensor | tuple[Tensor, Tensor]) -> Tensor:

@@ -100,8 +100,8 @@ def check_residual_norm(
 
 
 def check_norm(
-    x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, mean: Tensor, var: Tensor,
-    num_steps: int,
+    x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, mean: Tensor | None,
+    var: Tensor | None, num_steps: int, batch_stats: bool,
 ) -> None:  # fmt: skip
     """Raise unless residual, scale, shift and statistics fit the time-folded (T*B, C, H, W) tensor ``x``."""
     check_current("x", x, min_dims=4, max_dims=4)
@@ -115,7 +115,11 @@ def check_norm(
             f"expected residual of shape {tuple(x.shape)}, {x.dtype}, on {x.device} like x, got "
             f"{tuple(residual.shape)}, {residual.dtype}, on {residual.device}: bring it to x's with .to(x)"
         )
-    if (weight is None) != (bias is None):
+    if (mean is None) != (var is None):
+        raise ValueError("expected mean and var both or neither, got one: give both, or None for no normalisation")
+    if mean is None and (weight is not None or batch_stats):
+        raise ValueError("expected mean and var with a weight or batch_stats, got none: give them, or a bias alone")
+    if mean is not None and (weight is None) != (bias is None):
         raise ValueError("expected weight and bias both or neither, got one: give ones or zeros for the other")
     for name, tensor in (("weight", weight), ("bias", bias), ("mean", mean), ("var", var)):
         if tensor is not None and (tensor.shape != x.shape[1:2] or tensor.device != x.device):

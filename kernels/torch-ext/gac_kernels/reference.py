@@ -175,8 +175,8 @@ def gac_fire_reference(
 
 def norm_lif_reference(
     x: Tensor,
-    mean: Tensor,
-    var: Tensor,
+    mean: Tensor | None,
+    var: Tensor | None,
     num_steps: int,
     spec: LIFSpec = CIFAR,
     *,
@@ -196,9 +196,13 @@ def norm_lif_reference(
     wide = x.to(state_dtype(x.dtype))
     if batch_stats:
         var, mean = torch.var_mean(wide, (0, 2, 3), correction=0)
-    a = (wide - mean[:, None, None]) * torch.rsqrt(var + eps)[:, None, None]
-    if weight is not None and bias is not None:
-        a = a * weight[:, None, None] + bias[:, None, None]
+    a = wide
+    if mean is not None and var is not None:
+        a = (wide - mean[:, None, None]) * torch.rsqrt(var + eps)[:, None, None]
+    if weight is not None:
+        a = a * weight[:, None, None]
+    if bias is not None:
+        a = a + bias[:, None, None]
     if residual is not None:
         a = a + residual
     if return_membrane:

@@ -31,16 +31,22 @@ def tile_offsets(tile, channel, rows, C, S, CHANNELS_LAST: tl.constexpr, BLOCK_R
 
 
 @triton.jit
-def norm_affine(channel, C, w_ptr, b_ptr, mean_ptr, var_ptr, EPS: tl.constexpr, AFFINE: tl.constexpr):
-    """Batch norm of channels as ``x * scale + shift``; also mean and 1 / standard deviation, [1, BLOCK_C] each."""
+def norm_affine(channel, C, w_ptr, b_ptr, mean_ptr, var_ptr, EPS: tl.constexpr):
+    """Batch norm of channels as ``x * scale + shift``; also mean and 1 / standard deviation, [1, BLOCK_C] each.
+
+    A pointer that is None stands for weights of 1, biases of 0, or, where mean and var are None, for no normalisation.
+    """
     inside = channel < C
-    mean = tl.load(mean_ptr + channel, mask=inside, other=0.0).to(tl.float32)
-    rstd = 1.0 / tl.sqrt(tl.load(var_ptr + channel, mask=inside, other=1.0).to(tl.float32) + EPS)
+    mean = tl.zeros_like(channel).to(tl.float32)
+    rstd = mean + 1.0
+    if mean_ptr is not None:
+        mean = tl.load(mean_ptr + channel, mask=inside, other=0.0).to(tl.float32)
+        rstd = 1.0 / tl.sqrt(tl.load(var_ptr + channel, mask=inside, other=1.0).to(tl.float32) + EPS)
     scale = rstd
-    if AFFINE:
+    if w_ptr is not None:
         scale = rstd * tl.load(w_ptr + channel, mask=inside, other=0.0).to(tl.float32)
     shift = -mean * scale
-    if AFFINE:
+    if b_ptr is not None:
         shift += tl.load(b_ptr + channel, mask=inside, other=0.0).to(tl.float32)
     return scale[None, :], shift[None, :], mean[None, :], rstd[None, :]
 

@@ -19,9 +19,6 @@ from .dispatch import Shape, spike_conv_config
 from .hopper import launch as hopper
 from .hopper.plan import one_pass_fills
 
-# Some versions of PyTorch refuse a norm with eps 0; this one and its complement add up to 1 without rounding.
-UNIT_EPS = 2.0**-10
-
 _lib = torch.library.Library("gac_kernels", "FRAGMENT")
 _lib.define(
     "conv_lif(Tensor x, Tensor weight, Tensor bias, Tensor? residual, int num_steps, int stride, float threshold, "
@@ -43,9 +40,8 @@ def _two_passes(
     size = [stride, stride]
     current = torch.ops.aten.convolution(x, weight, None, size, [1, 1], [1, 1], False, [0, 0], 1)
     current = current.contiguous(memory_format=torch.channels_last)  # as it mostly is already
-    variance = torch.full_like(bias, 1.0 - UNIT_EPS)
     spikes, membrane, _ = torch.ops.gac_kernels.norm_lif(
-        current, residual, None, None, -bias, variance, None, UNIT_EPS, num_steps, threshold, decay, 0, 1.0, False,
+        current, residual, None, bias, None, None, None, 0.0, num_steps, threshold, decay, 0, 1.0, False,
         soft_reset, False, keep_membrane, "",
     )  # fmt: skip
     return spikes, membrane

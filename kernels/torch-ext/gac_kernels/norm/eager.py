@@ -13,8 +13,7 @@ from ..neuron.eager import lif_backward, lif_forward
 from ..reference import state_dtype
 from ..spikes.bits import pack_eager
 
-Norm = tuple[Tensor | None, Tensor | None, Tensor, Tensor]
-ResNorm = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]  # no mean: no norm
+Norm = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]  # weight, bias, mean, var; no mean: no norm
 Neuron = tuple[float, float, int, float, bool, bool]
 
 
@@ -24,20 +23,21 @@ def resolve_group(name: Any) -> dist.ProcessGroup:
 
 
 def _normed(x: Tensor, norm: Norm, eps: float) -> Tensor:
-    """Batch norm of x with given statistics, in the state's dtype."""
+    """Batch norm of x with given statistics, or x + bias without them, in the state's dtype; a new tensor."""
     dtype = state_dtype(x.dtype)
     weight, bias, mean, var = (None if v is None else v.to(dtype) for v in norm)
+    if mean is None:
+        return x.to(dtype, copy=True) if bias is None else x.to(dtype) + bias[:, None, None]
     return F.batch_norm(x.to(dtype), mean, var, weight, bias, False, 0.0, eps)
 
 
-def _current(x: Tensor, residual: Tensor | None, norm: Norm, res_norm: ResNorm, eps: float, res_eps: float) -> Tensor:
+def _current(x: Tensor, residual: Tensor | None, norm: Norm, res_norm: Norm, eps: float, res_eps: float) -> Tensor:
     """Input current of the neuron in the state's dtype, (T*B, C, H, W)."""
     current = _normed(x, norm, eps)
     if residual is None:
         return current
-    weight, bias, mean, var = res_norm
-    if mean is not None and var is not None:
-        residual = _normed(residual, (weight, bias, mean, var), res_eps)
+    if res_norm[2] is not None:
+        residual = _normed(residual, res_norm, res_eps)
     return current.add_(residual)
 
 
@@ -46,7 +46,7 @@ def _steps(tensor: Tensor, num_steps: int) -> Tensor:
 
 
 def forward(
-    x: Tensor, residual: Tensor | None, norm: Norm, res_norm: ResNorm, eps: float, res_eps: float, num_steps: int,
+    x: Tensor, residual: Tensor | None, norm: Norm, res_norm: Norm, eps: float, res_eps: float, num_steps: int,
     neuron: Neuron, batch_stats: bool, spikes: Tensor, membrane: Tensor, bits: Tensor,
 ) -> None:  # fmt: skip
     """Write spikes and, where they have elements, the neuron's input current and the spikes' bits."""
@@ -66,7 +66,7 @@ def forward(
 
 def backward(
     gs: Tensor | None, gy: Tensor | None, x: Tensor, residual: Tensor | None, membrane: Tensor | None, norm: Norm,
-    res_norm: ResNorm, total: Tensor | None, eps: float, res_eps: float, num_steps: int, neuron: Neuron,
+    res_norm: Norm, total: Tensor | None, eps: float, res_eps: float, num_steps: int, neuron: Neuron,
     batch_stats: bool, ga: Tensor, gx: Tensor, gw: Tensor, gb: Tensor, grw: Tensor, grb: Tensor, group: str,
 ) -> None:  # fmt: skip
     """Write the gradients at x and, where they have elements, at the residual, the weights and the biases."""
@@ -82,10 +82,8 @@ def backward(
     if gy is not None:
         at_current.add_(gy)
     gx.copy_(_at_input(at_current, x, norm, eps, total, batch_stats, gw, gb, group))
-    weight, bias, mean, var = res_norm
-    if residual is not None and mean is not None and var is not None:
-        residual_norm = (weight, bias, mean, var)
-        at_current = _at_input(at_current, residual, residual_norm, res_eps, total, batch_stats, grw, grb, "")
+    if residual is not None and res_norm[2] is not None:
+        at_current = _at_input(at_current, residual, res_norm, res_eps, total, batch_stats, grw, grb, "")
     if ga.numel():
         ga.copy_(at_current)
 
@@ -95,8 +93,12 @@ def _at_input(
     group: str,
 ) -> Tensor:  # fmt: skip
     """Gradient at a norm's input x from that at its output; those at its scale and shift are written."""
-    weight, _, mean, var = norm
+    weight, bias, mean, var = norm
     dtype = grad.dtype
+    if mean is None or var is None:
+        if bias is not None:
+            gb.copy_(grad.sum((0, 2, 3)))
+        return grad
     rstd = torch.rsqrt(var.to(dtype) + eps)
     centred = x.to(dtype) - mean.to(dtype)[:, None, None]
     sums = torch.stack((grad.sum((0, 2, 3)), (grad * centred).sum((0, 2, 3))))

@@ -28,14 +28,14 @@ from .norm_lif_kernels import apply_kernel, finish_kernel, forward_kernel, reduc
 _lib = torch.library.Library("gac_kernels", "FRAGMENT")
 _NEURON = "float threshold, float decay, int surrogate, float width, bool detach_reset, bool soft_reset"
 _lib.define(
-    "norm_lif(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, Tensor mean, Tensor var, Tensor? total, "
-    f"float eps, int num_steps, {_NEURON}, bool batch_stats, bool keep_membrane, str group, "
+    "norm_lif(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, Tensor? mean, Tensor? var, "
+    f"Tensor? total, float eps, int num_steps, {_NEURON}, bool batch_stats, bool keep_membrane, str group, "
     "Tensor? res_weight=None, Tensor? res_bias=None, Tensor? res_mean=None, Tensor? res_var=None, float res_eps=0.0, "
     "bool pack=False) -> (Tensor, Tensor, Tensor)"
 )
 _lib.define(
     "norm_lif_backward(Tensor? grad_spikes, Tensor? grad_membrane, Tensor x, Tensor? residual, Tensor? membrane, "
-    "Tensor? weight, Tensor? bias, Tensor mean, Tensor var, Tensor? total, float eps, int num_steps, "
+    "Tensor? weight, Tensor? bias, Tensor? mean, Tensor? var, Tensor? total, float eps, int num_steps, "
     f"{_NEURON}, bool batch_stats, bool need_residual, str group, Tensor? res_weight=None, Tensor? res_bias=None, "
     "Tensor? res_mean=None, Tensor? res_var=None, float res_eps=0.0) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
@@ -54,9 +54,8 @@ def _forward_triton(
         forward_kernel[tiles.grid](
             x, residual, *norm, *res_norm, spikes, membrane, bits, tiles.rows, tiles.channels, tiles.spatial,
             x.numel() // num_steps, T=num_steps, STEPS=min(num_steps, CHUNK), EPS=eps, R_EPS=res_eps,
-            THRESHOLD=threshold, DECAY=decay, SOFT=soft_reset, AFFINE=norm[0] is not None,
-            RESIDUAL=residual is not None, NORMED=res_norm[2] is not None, KEEP=membrane.numel() > 0,
-            PACK=bits.numel() > 0, **tiles.meta,
+            THRESHOLD=threshold, DECAY=decay, SOFT=soft_reset, RESIDUAL=residual is not None,
+            NORMED=res_norm[2] is not None, KEEP=membrane.numel() > 0, PACK=bits.numel() > 0, **tiles.meta,
         )  # fmt: skip
 
 
@@ -82,8 +81,8 @@ def _backward_triton(
     partial = torch.empty((programs, rows_of_sums, channels), dtype=torch.float32, device=x.device)
     sums = torch.empty((rows_of_sums, channels), dtype=torch.float32, device=x.device)
     scratch = torch.empty(chunks * frame if chunks > 1 else 0, dtype=torch.float32, device=x.device)
-    affine, written = norm[0] is not None, ga.numel() > 0
-    shared = dict(EPS=eps, R_EPS=res_eps, AFFINE=affine, NORMED=normed, T=num_steps, **_constants(neuron))
+    written = ga.numel() > 0
+    shared = dict(EPS=eps, R_EPS=res_eps, NORMED=normed, T=num_steps, **_constants(neuron))
     with on_device(x):
         reduce_kernel[tiles.grid](
             gs, gy, x, source, residual, *norm, *res_norm, ga, partial, scratch, tiles.rows, channels, tiles.spatial,
@@ -92,7 +91,7 @@ def _backward_triton(
         )  # fmt: skip
         finish_kernel[(cdiv(channels, FINISH["BLOCK_C"]),)](
             partial, norm[3], res_norm[3], sums, gw, gb, grw, grb, programs, channels, EPS=eps, R_EPS=res_eps,
-            AFFINE=affine, NORMED=normed, SUMS=rows_of_sums, **FINISH,
+            AFFINE=norm[0] is not None, BIAS=norm[1] is not None, NORMED=normed, SUMS=rows_of_sums, **FINISH,
         )  # fmt: skip
         if group and batch_stats:
             dist.all_reduce(sums, group=eager.resolve_group(group))
@@ -116,7 +115,7 @@ def _norm_lif(
     soft_reset, batch_stats, keep_membrane, group, res_weight=None, res_bias=None, res_mean=None, res_var=None,
     res_eps=0.0, pack=False,
 ):  # fmt: skip
-    check_norm(x, residual, weight, bias, mean, var, num_steps)
+    check_norm(x, residual, weight, bias, mean, var, num_steps, batch_stats)
     res_norm = (res_weight, res_bias, res_mean, res_var)
     check_residual_norm(x, residual, weight, *res_norm, group)
     spikes, membrane, bits = _outputs(x, num_steps, keep_membrane, pack)
@@ -132,13 +131,13 @@ def _norm_lif(
 
 
 def _gradients(
-    x: Tensor, weight: Tensor | None, res_weight: Tensor | None, written: bool
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, res_weight: Tensor | None, written: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Unwritten gradients at x, at the residual, weights and biases; what is not needed has no elements."""
     gx = torch.empty_like(dense(x))
     ga = torch.empty_like(gx) if written else x.new_empty(0)
-    gw, grw = (x.new_empty(0) if scale is None else torch.empty_like(scale) for scale in (weight, res_weight))
-    return gx, ga, gw, torch.empty_like(gw), grw, torch.empty_like(grw)
+    gw, gb, grw = (x.new_empty(0) if v is None else torch.empty_like(v) for v in (weight, bias, res_weight))
+    return gx, ga, gw, gb, grw, torch.empty_like(grw)
 
 
 @torch.library.impl(_lib, "norm_lif_backward", "CompositeExplicitAutograd")
@@ -149,7 +148,7 @@ def _norm_lif_backward(
 ):  # fmt: skip
     # The second pass recomputes where that costs no more than reading the gradient at the current back.
     written = need_residual or residual is not None or membrane is not None or num_steps > CHUNK or grad_spikes is None
-    gx, ga, gw, gb, grw, grb = _gradients(x, weight, res_weight, written)
+    gx, ga, gw, gb, grw, grb = _gradients(x, weight, bias, res_weight, written)
     if x.numel():
         gs, gy, shortcut, kept = (
             None if tensor is None else as_layout(tensor, gx)
@@ -182,7 +181,7 @@ def _norm_lif_backward_fake(
     decay, surrogate, width, detach_reset, soft_reset, batch_stats, need_residual, group, res_weight=None,
     res_bias=None, res_mean=None, res_var=None, res_eps=0.0,
 ):  # fmt: skip
-    return _gradients(x, weight, res_weight, need_residual)
+    return _gradients(x, weight, bias, res_weight, need_residual)
 
 
 _OP = torch.ops.gac_kernels.norm_lif.default
@@ -201,7 +200,8 @@ class _NormLIF(torch.autograd.Function):
         x, residual, weight, bias, mean, var, total, *rest = args
         *ctx.args, ctx.batch_stats, ctx.keep_membrane, ctx.group = rest[:-6]
         *res_norm, ctx.res_eps, _ = rest[-6:]
-        ctx.has_residual, ctx.affine, ctx.normed = residual is not None, weight is not None, res_norm[2] is not None
+        ctx.has_residual, ctx.normed = residual is not None, res_norm[2] is not None
+        ctx.has_weight, ctx.has_bias = weight is not None, bias is not None
         ctx.set_materialize_grads(False)
         # The stored current stands for the residual too: where it is kept, the residual serves its own norm only.
         residual = None if ctx.keep_membrane and not ctx.normed else residual
@@ -222,8 +222,8 @@ class _NormLIF(torch.autograd.Function):
             grad_spikes, grad_membrane, x, residual, membrane, weight, bias, mean, var, total, *ctx.args,
             ctx.batch_stats, ctx.has_residual, ctx.group, *res_norm, ctx.res_eps,
         )  # fmt: skip
-        of_norm = (gw, gb) if ctx.affine else (None, None)
-        of_residual_norm = (grw, grb) if ctx.affine and ctx.normed else (None, None)
+        of_norm = (gw if ctx.has_weight else None, gb if ctx.has_bias else None)
+        of_residual_norm = (grw, grb) if ctx.has_weight and ctx.normed else (None, None)
         return gx, ga if ctx.has_residual else None, *of_norm, *[None] * 14, *of_residual_norm, *[None] * 4
 
 
@@ -255,20 +255,21 @@ class ResidualNorm(NamedTuple):
 
 
 def norm_lif(
-    x: Tensor, mean: Tensor, var: Tensor, num_steps: int, spec: LIFSpec = CIFAR, *, weight: Tensor | None = None,
-    bias: Tensor | None = None, residual: Tensor | None = None, eps: float = 1e-5, batch_stats: bool = False,
-    return_membrane: bool = False, residual_norm: ResidualNorm | None = None, return_bits: bool = False,
+    x: Tensor, mean: Tensor | None, var: Tensor | None, num_steps: int, spec: LIFSpec = CIFAR, *,
+    weight: Tensor | None = None, bias: Tensor | None = None, residual: Tensor | None = None, eps: float = 1e-5,
+    batch_stats: bool = False, return_membrane: bool = False, residual_norm: ResidualNorm | None = None,
+    return_bits: bool = False,
 ) -> Tensor | tuple[Tensor, ...]:  # fmt: skip
     """``lif((x - mean) / sqrt(var + eps) * weight + bias + residual)`` over T steps, in one pass over x.
 
     Args:
         x: (T*B, C, H, W), row ``t * B + b`` being sample b at step t; float32, float16, bfloat16 or float64; contiguous
             or channels-last without a copy.
-        mean: (C,), of the batch (`batch_stats`) or running.
+        mean: (C,), of the batch (`batch_stats`) or running; None, with var, for no normalisation.
         var: (C,), likewise, biased.
         num_steps: T.
         spec: Dynamics and surrogate gradient.
-        weight: (C,) scale, with ``bias``; 1 if None.
+        weight: (C,) scale, with ``bias``; 1 if None, as it has to be without normalisation.
         bias: (C,) shift; 0 if None.
         residual: Shape and dtype of x, added to the norm's output.
         eps: Added to the variance.
@@ -287,7 +288,7 @@ def norm_lif(
         ValueError: A tensor has the wrong shape, dtype or device, or T does not divide the first axis.
     """
     check_spec(spec)
-    check_norm(x, residual, weight, bias, mean, var, num_steps)
+    check_norm(x, residual, weight, bias, mean, var, num_steps, batch_stats)
     res_norm = residual_norm or ResidualNorm(None, None)
     res_args = (res_norm.weight, res_norm.bias, res_norm.mean, res_norm.var)
     check_residual_norm(x, residual, weight, *res_args)

@@ -24,16 +24,16 @@ def forward_kernel(
     x_ptr, res_ptr, w_ptr, b_ptr, mean_ptr, var_ptr, rw_ptr, rb_ptr, rmean_ptr, rvar_ptr, s_ptr, y_ptr, bits_ptr,
     rows, C, S, frame,
     T: tl.constexpr, STEPS: tl.constexpr, EPS: tl.constexpr, R_EPS: tl.constexpr, THRESHOLD: tl.constexpr,
-    DECAY: tl.constexpr, SOFT: tl.constexpr, AFFINE: tl.constexpr, RESIDUAL: tl.constexpr, NORMED: tl.constexpr,
-    KEEP: tl.constexpr, PACK: tl.constexpr, CHANNELS_LAST: tl.constexpr, REVERSE: tl.constexpr,
-    BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
+    DECAY: tl.constexpr, SOFT: tl.constexpr, RESIDUAL: tl.constexpr, NORMED: tl.constexpr, KEEP: tl.constexpr,
+    PACK: tl.constexpr, CHANNELS_LAST: tl.constexpr, REVERSE: tl.constexpr, BLOCK_R: tl.constexpr,
+    BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """Spikes, with KEEP the current and with PACK the spikes' bits, of one tile at all steps; frame is B*C*H*W."""
     frame = tl.cast(frame, tl.int64)
     channel = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
-    scale, shift, _, _ = norm_affine(channel, C, w_ptr, b_ptr, mean_ptr, var_ptr, EPS, AFFINE)
+    scale, shift, _, _ = norm_affine(channel, C, w_ptr, b_ptr, mean_ptr, var_ptr, EPS)
     if NORMED:
-        r_scale, r_shift, _, _ = norm_affine(channel, C, rw_ptr, rb_ptr, rmean_ptr, rvar_ptr, R_EPS, AFFINE)
+        r_scale, r_shift, _, _ = norm_affine(channel, C, rw_ptr, rb_ptr, rmean_ptr, rvar_ptr, R_EPS)
         shift += r_shift
     tile = tl.num_programs(0) - 1 - tl.program_id(0) if REVERSE else tl.program_id(0)
     at, inside = tile_offsets(tile, channel, rows, C, S, CHANNELS_LAST, BLOCK_R)
@@ -89,19 +89,19 @@ def reduce_kernel(
     ga_ptr, partial_ptr, scratch_ptr, rows, C, S, frame, tiles,
     T: tl.constexpr, STEPS: tl.constexpr, EPS: tl.constexpr, R_EPS: tl.constexpr, THRESHOLD: tl.constexpr,
     DECAY: tl.constexpr, SURROGATE: tl.constexpr, WIDTH: tl.constexpr, DETACH: tl.constexpr, SOFT: tl.constexpr,
-    AFFINE: tl.constexpr, RESIDUAL: tl.constexpr, NORMED: tl.constexpr, KEEP: tl.constexpr, HAS_GS: tl.constexpr,
-    HAS_GY: tl.constexpr, WRITE: tl.constexpr, SUMS: tl.constexpr, CHANNELS_LAST: tl.constexpr, REVERSE: tl.constexpr,
+    RESIDUAL: tl.constexpr, NORMED: tl.constexpr, KEEP: tl.constexpr, HAS_GS: tl.constexpr, HAS_GY: tl.constexpr,
+    WRITE: tl.constexpr, SUMS: tl.constexpr, CHANNELS_LAST: tl.constexpr, REVERSE: tl.constexpr,
     STAGES: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """First backward pass: the sums of each channel (SUMS = 2, or 3 with NORMED) and, with WRITE, the gradient ga."""
     frame = tl.cast(frame, tl.int64)
     CHUNKS: tl.constexpr = (T + STEPS - 1) // STEPS
     channel = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
-    scale, shift, mean, _ = norm_affine(channel, C, w_ptr, b_ptr, mean_ptr, var_ptr, EPS, AFFINE)
+    scale, shift, mean, _ = norm_affine(channel, C, w_ptr, b_ptr, mean_ptr, var_ptr, EPS)
     r_scale = scale
     r_mean = mean
     if NORMED:
-        r_scale, r_shift, r_mean, _ = norm_affine(channel, C, rw_ptr, rb_ptr, rmean_ptr, rvar_ptr, R_EPS, AFFINE)
+        r_scale, r_shift, r_mean, _ = norm_affine(channel, C, rw_ptr, rb_ptr, rmean_ptr, rvar_ptr, R_EPS)
         shift += r_shift
     sum_a = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
     sum_b = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
@@ -182,8 +182,8 @@ def reduce_kernel(
 @triton.jit
 def finish_kernel(
     partial_ptr, var_ptr, rvar_ptr, sums_ptr, gw_ptr, gb_ptr, grw_ptr, grb_ptr, programs, C,
-    EPS: tl.constexpr, R_EPS: tl.constexpr, AFFINE: tl.constexpr, NORMED: tl.constexpr, SUMS: tl.constexpr,
-    BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
+    EPS: tl.constexpr, R_EPS: tl.constexpr, AFFINE: tl.constexpr, BIAS: tl.constexpr, NORMED: tl.constexpr,
+    SUMS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """Sums over programs, in a fixed order, and the gradients of weights and biases."""
     channel = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -200,6 +200,7 @@ def finish_kernel(
     if AFFINE:
         rstd = 1.0 / tl.sqrt(tl.load(var_ptr + channel, mask=inside, other=1.0).to(tl.float32) + EPS)
         tl.store(gw_ptr + channel, (b * rstd).to(gw_ptr.dtype.element_ty), mask=inside)
+    if BIAS:
         tl.store(gb_ptr + channel, a.to(gb_ptr.dtype.element_ty), mask=inside)
 
 
@@ -221,18 +222,18 @@ def apply_kernel(
     g_ptr, x_ptr, res_ptr, w_ptr, b_ptr, mean_ptr, var_ptr, rw_ptr, rb_ptr, rmean_ptr, rvar_ptr, sums_ptr, total_ptr,
     gx_ptr, gr_ptr, rows, C, S, frame, count,
     T: tl.constexpr, EPS: tl.constexpr, R_EPS: tl.constexpr, THRESHOLD: tl.constexpr, DECAY: tl.constexpr,
-    SURROGATE: tl.constexpr, WIDTH: tl.constexpr, DETACH: tl.constexpr, SOFT: tl.constexpr, AFFINE: tl.constexpr,
+    SURROGATE: tl.constexpr, WIDTH: tl.constexpr, DETACH: tl.constexpr, SOFT: tl.constexpr,
     NORMED: tl.constexpr, BATCH: tl.constexpr, HAS_TOTAL: tl.constexpr, RECOMPUTE: tl.constexpr,
     CHANNELS_LAST: tl.constexpr, REVERSE: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """Second backward pass: the gradient at x and, with NORMED, that at the residual."""
     frame = tl.cast(frame, tl.int64)
     channel = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
-    scale, shift, mean, rstd = norm_affine(channel, C, w_ptr, b_ptr, mean_ptr, var_ptr, EPS, AFFINE)
+    scale, shift, mean, rstd = norm_affine(channel, C, w_ptr, b_ptr, mean_ptr, var_ptr, EPS)
     values = tl.load(total_ptr).to(tl.float32) if HAS_TOTAL else tl.cast(count, tl.float32)
     k1, k2 = _input_gradient(sums_ptr, 1, channel, C, values, scale, mean, rstd, BATCH)
     if NORMED:
-        r_scale, _, r_mean, r_rstd = norm_affine(channel, C, rw_ptr, rb_ptr, rmean_ptr, rvar_ptr, R_EPS, AFFINE)
+        r_scale, _, r_mean, r_rstd = norm_affine(channel, C, rw_ptr, rb_ptr, rmean_ptr, rvar_ptr, R_EPS)
         r_k1, r_k2 = _input_gradient(sums_ptr, 2, channel, C, values, r_scale, r_mean, r_rstd, BATCH)
     tile = tl.num_programs(0) - 1 - tl.program_id(0) if REVERSE else tl.program_id(0)
     at, here = tile_offsets(tile, channel, rows, C, S, CHANNELS_LAST, BLOCK_R)
