@@ -20,7 +20,7 @@ def network(encoder="gac", name="test_gac_msresnet"):
     model = timm.create_model(name, num_steps=4, num_classes=3, encoder=encoder)
     images = torch.randn(6, 3, 16, 16)
     calibrate(model, [images, images.flip(0)])
-    torch.nn.init.normal_(model.fc.weight, std=5.0)  # some images are sure at once, others late or never
+    torch.nn.init.normal_(model.fc.weight, std=5.0)  # some images leave at once, others late or never
     return model, images
 
 
@@ -37,18 +37,18 @@ def same(model):
 
 
 def test_early_exit_by_hand():
-    sure, even = math.log(9.0), 0.0  # two classes: 9 to 1 is a probability of 0.9
+    high, even = math.log(9.0), 0.0  # two classes: 9 to 1 is a probability of 0.9
     logits = torch.tensor([
-        [[2 * sure, even], [even, even], [even, even]],  # 0.988 at once
-        [[sure, even], [sure, even], [sure, even]],  # 0.9 at every step
-        [[even, even], [even, 2 * sure], [even, even]],  # means 0, 9 to 1 for the second class, then less
-        [[even, even], [even, even], [even, sure]],  # never sure: runs to the end
+        [[2 * high, even], [even, even], [even, even]],  # 0.988 at once
+        [[high, even], [high, even], [high, even]],  # 0.9 at every step
+        [[even, even], [even, 2 * high], [even, even]],  # means 0, 9 to 1 for the second class, then less
+        [[even, even], [even, even], [even, high]],  # never: runs to the end
     ])  # fmt: skip
     out = early_exit(logits, 0.899)
     assert out.steps.tolist() == [1, 1, 2, 3]
     assert out.confidence.tolist() == pytest.approx([81 / 82, 0.9, 0.9, 9 ** (1 / 3) / (1 + 9 ** (1 / 3))])
     assert out.logits.argmax(1).tolist() == [0, 0, 1, 1]
-    assert torch.allclose(out.logits[2], torch.tensor([0.0, sure]))
+    assert torch.allclose(out.logits[2], torch.tensor([0.0, high]))
     assert early_exit(logits, 0.95).steps.tolist() == [1, 3, 3, 3]
 
 
@@ -71,14 +71,14 @@ def test_steps_are_those_of_the_whole_pass(name, change, encoder, monkeypatch):
     with torch.no_grad():
         whole = model.forward_steps(images)
     assert torch.unique(whole[:, 1:] - whole[:, :-1]).numel() > 1  # what neurons carry over matters
-    sures = torch.stack([early_exit(whole[:, :t], 1.0).confidence for t in range(1, 5)])
+    confidences = torch.stack([early_exit(whole[:, :t], 1.0).confidence for t in range(1, 5)])
     # Some leave at once and some do not, and no rounding takes a confidence to the other side.
-    least, most = sures[0].aminmax()
-    between = sures[(sures >= least) & (sures <= most)].sort().values
+    least, most = confidences[0].aminmax()
+    between = confidences[(confidences >= least) & (confidences <= most)].sort().values
     widest = between.diff().argmax()
-    some = between[widest : widest + 2].mean().item()
-    expected = early_exit(whole, some)
-    rows = forward_early_exit(model, images, some)
+    at = between[widest : widest + 2].mean().item()
+    expected = early_exit(whole, at)
+    rows = forward_early_exit(model, images, at)
     assert [len(row) for row in rows] == expected.steps.tolist() and len(set(map(len, rows))) > 1
     for row, steps in zip(rows, whole, strict=True):
         torch.testing.assert_close(row, steps[: len(row)], rtol=1e-4, atol=1e-4)
@@ -91,12 +91,12 @@ def test_what_left_is_not_computed():
     rows = []
     model.layer2[0].conv1.register_forward_hook(lambda _module, inputs, _output: rows.append(len(inputs[0])))
     with torch.no_grad():
-        sure = early_exit(model.forward_steps(images)[:, :1], 1.0).confidence.sort().values
+        first = early_exit(model.forward_steps(images)[:, :1], 1.0).confidence.sort().values
     rows.clear()
-    between = ((sure[2] + sure[3]) / 2).item()
+    between = ((first[2] + first[3]) / 2).item()
     out = forward_early_exit(model, images, between)
-    still = [sum(len(row) > step for row in out) for step in range(4)]
-    assert rows == [count for count in still if count] and rows[:2] == [6, 3]
+    running = [sum(len(row) > step for row in out) for step in range(4)]
+    assert rows == [count for count in running if count] and rows[:2] == [6, 3]
     rows.clear()
     assert [len(row) for row in forward_early_exit(model, images, 1e-9)] == [1] * 6 and rows == [6]
 

@@ -76,9 +76,17 @@ def assert_layers_exact(network: nn.Module, images: torch.Tensor) -> dict[str, f
             spikes = output[-1] if isinstance(output, tuple) else output
             residual = inputs[1] if len(inputs) > 1 else None
             exact, expected = spike_conv_reference(
-                inputs[0], module.kernel, module.scale, module.bias, module.num_steps, module.spec,
-                stride=module.stride, residual=residual, grid=module.grid, return_membrane=True,
-            )  # fmt: skip
+                inputs[0],
+                module.kernel,
+                module.scale,
+                module.bias,
+                module.num_steps,
+                module.spec,
+                stride=module.stride,
+                residual=residual,
+                grid=module.grid,
+                return_membrane=True,
+            )
             assert torch.equal(spikes, expected), f"{name}: {(spikes != expected).sum()} of {spikes.numel()} differ"
             assert torch.equal(module.input_current(inputs, module.num_steps).flatten(0, 1).double(), exact), name
             membrane = membrane_of(exact.unflatten(0, (module.num_steps, -1)), module.spec)
@@ -316,9 +324,16 @@ def test_benchmark_checks_and_times_it(tmp_path: Path) -> None:
     folder = save_model_folder(quantize(firing("test_gac_msresnet", 2)), tmp_path / "int8")
     for model in ("test_gac_msresnet", str(folder)):
         config = ModelBenchConfig(
-            model=model, modes=("infer",), precisions=("float32", "bfloat16"), num_steps=(2,), infer_batch=2, steps=1,
-            image_size=8, providers=("timm_gac", "timm_gac_int8"), device="cpu",
-        )  # fmt: skip
+            model=model,
+            modes=("infer",),
+            precisions=("float32", "bfloat16"),
+            num_steps=(2,),
+            infer_batch=2,
+            steps=1,
+            image_size=8,
+            providers=("timm_gac", "timm_gac_int8"),
+            device="cpu",
+        )
         rows, _ = bench_model(config)
         assert [row["status"] for row in rows] == ["ok"] * 4, rows
         assert all(row["images_per_s"] > 0 for row in rows)

@@ -216,8 +216,12 @@ def test_parameter_groups_follow_depth() -> None:
     model = tiny()
     groups = timm.models.group_parameters(model, model.group_matcher())
     assert [sorted({n.split(".")[0] for n in names}) for names in groups.values()] == [
-        ["bn1", "conv1", "encoder"], ["layer1"], ["layer2"], ["layer3"], ["fc"],
-    ]  # fmt: skip
+        ["bn1", "conv1", "encoder"],
+        ["layer1"],
+        ["layer2"],
+        ["layer3"],
+        ["fc"],
+    ]
     names = {"temporal.fc1", "temporal.fc2", "spatial.conv_a", "spatial.conv_b"}
     assert model.no_weight_decay() == {f"encoder.{name}.weight" for name in names}
     assert timm.create_model("msresnet18_cifar").no_weight_decay() == set()

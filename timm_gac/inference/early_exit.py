@@ -1,10 +1,9 @@
 """Early exit: each sample stops at the first time step whose answer is confident enough.
 
 `early_exit` picks that step from the logits of all steps. `forward_early_exit` saves the work too: it runs a network
-one time step after another, and a sample that has left is not computed any further. Elsewhere a network runs all time
-steps of a layer before the next layer. Here each neuron's membrane is handed from step to step. The encoder runs first
-and for all steps: gated attention coding scores all steps of the input at once, and of a static image its stem and its
-convolutions run only once anyway.
+one time step after another, with each neuron's membrane handed from step to step, and computes no further step of a
+sample that has left. The encoder runs first and for all steps: gated attention coding scores all steps at once, and of
+a static image its convolutions run only once anyway.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ __all__ = ["Exit", "check_confidence", "early_exit", "first_confident_step", "fo
 
 @dataclass(frozen=True)
 class Exit:
-    """Answers of samples that stopped when they were confident enough.
+    """Answers of samples, each at the step where it stopped.
 
     Attributes:
         logits: Mean logits of the steps that ran, ``(B, classes)``.
@@ -169,13 +168,13 @@ class _SteppedNeuron:
         return (stored, spikes) if layer.returns_pair else spikes
 
     def keep(self, rows: Tensor) -> None:
-        """Go on with these samples alone."""
+        """Keep the membranes of these samples alone."""
         assert self.membrane is not None
         self.membrane = self.membrane[rows]
 
 
 def _stored_dtype(x: Tensor, residual: Tensor | None, current: Tensor) -> torch.dtype:
-    """What the layer keeps its input current in, where a membrane shortcut follows."""
+    """Dtype in which the layer stores its input current for a membrane shortcut."""
     dtype = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
     return dtype if dtype.is_floating_point else current.dtype
 

@@ -72,14 +72,21 @@ class IntegerLIF(nn.Module):
 
 
 class RealConv(nn.Conv2d):
-    """Floating-point 3x3 convolution with bias, then LIF: what opens a plain network, whose encoder's output is real.
+    """Floating-point 3x3 convolution with bias, then LIF: the first of a plain network, whose encoder's output is real.
 
     ``(T*B, C, H, W)`` -> spikes ``(T*B, C', H', W')`` int8.
     """
 
     def __init__(self, conv: nn.Conv2d, spec: LIFSpec, num_steps: int) -> None:
         stride = (conv.stride[0], conv.stride[1])
-        super().__init__(conv.in_channels, conv.out_channels, 3, stride, 1, dtype=conv.weight.dtype)
+        super().__init__(
+            conv.in_channels,
+            conv.out_channels,
+            kernel_size=3,
+            stride=stride,
+            padding=1,
+            dtype=conv.weight.dtype,
+        )
         self.lif = IntegerLIF(spec, num_steps)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -115,15 +122,21 @@ class SpikeConv(nn.Module):
     weight: Tensor
     scale: Tensor
     bias: Tensor
-    # The rest of its geometry, as nn.Conv2d names it.
+    # The rest of the geometry, under nn.Conv2d's names.
     kernel_size, padding, dilation, groups = (3, 3), (1, 1), (1, 1), 1
 
     spikes_dtype = torch.int8
 
     def __init__(
-        self, in_channels: int, out_channels: int, stride: int, spec: LIFSpec, num_steps: int, keep_membrane: bool,
+        self,
+        in_channels: int,
+        out_channels: int,
+        stride: int,
+        spec: LIFSpec,
+        num_steps: int,
+        keep_membrane: bool,
         grid: float = 0.0,
-    ) -> None:  # fmt: skip
+    ) -> None:
         super().__init__()
         self.stride, self.spec, self.num_steps, self.keep_membrane = stride, spec, num_steps, keep_membrane
         self.grid = grid
@@ -141,7 +154,7 @@ class SpikeConv(nn.Module):
     def forward(
         self, spikes: Tensor, residual: Tensor | None = None, shortcut: Tensor | None = None
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """Spikes, or the pair (membrane, spikes); with the weight of a 1x1 shortcut, which convolves the residual."""
+        """Spikes, or the pair (membrane, spikes); ``shortcut`` is the weight of a 1x1 convolution of the residual."""
         return self._run(spikes, residual, self.num_steps, self.keep_membrane, shortcut)
 
     @property
@@ -163,14 +176,27 @@ class SpikeConv(nn.Module):
         return spikes_of(output)
 
     def _run(
-        self, spikes: Tensor, residual: Tensor | None, num_steps: int, keep_membrane: bool,
+        self,
+        spikes: Tensor,
+        residual: Tensor | None,
+        num_steps: int,
+        keep_membrane: bool,
         shortcut: Tensor | None = None,
-    ) -> Any:  # fmt: skip
+    ) -> Any:
         run: Callable[..., Any] = spike_conv if self.scale.dtype == torch.float32 else spike_conv_reference
         return run(
-            spikes, self.kernel, self.scale, self.bias, num_steps, self.spec, stride=self.stride, residual=residual,
-            return_membrane=keep_membrane, grid=self.grid, shortcut=shortcut,
-        )  # fmt: skip
+            spikes,
+            self.kernel,
+            self.scale,
+            self.bias,
+            num_steps,
+            self.spec,
+            stride=self.stride,
+            residual=residual,
+            return_membrane=keep_membrane,
+            grid=self.grid,
+            shortcut=shortcut,
+        )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SpikeConv:
         before = {"scale": self.scale, "bias": self.bias}
@@ -209,7 +235,7 @@ class IntegerBlock(nn.Module):
     def forward(
         self, membrane: Tensor, spikes: Tensor, bits: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Membrane and spikes, or spikes twice where no membrane is needed any more; bits serve training alone."""
+        """Membrane and spikes, or the spikes twice where no membrane is needed; bits are for training alone."""
         hidden = self.conv1(spikes)
         shortcut = membrane if self.membrane_shortcut else spikes
         weight = None
@@ -230,7 +256,7 @@ class IntegerSpikingResNet(SpikingResNet):
     """What `timm_gac.quantize` makes of a `SpikingResNet`; for inference only.
 
     Attributes:
-        quantization: How it was quantised, as kept in its folder's config.json.
+        quantization: Scheme and options of the quantisation, as in its folder's config.json.
     """
 
     quantization: dict[str, Any]

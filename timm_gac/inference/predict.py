@@ -1,4 +1,4 @@
-"""What a network sees in pictures: its best classes, how sure it is, and what it would have said after each step."""
+"""Predictions for images: the best classes with their probabilities, and the answer after each time step."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ __all__ = ["Prediction", "answers", "class_name", "predict"]
 
 @dataclass(frozen=True)
 class Prediction:
-    """A network's answer to one picture.
+    """A network's answer to one image.
 
     Attributes:
         classes: The best classes, the most probable first.
         names: Their names; the number as text where a class has none.
         confidences: Their softmax probabilities.
         per_step: Best class and its confidence by the mean logits of the first t steps, for each step that ran.
-        steps: Time steps that ran: where the picture left, with early exit.
+        steps: Time steps that ran; with early exit fewer than T.
         num_steps: T of the network.
     """
 
@@ -80,11 +80,15 @@ def answers(logits: Tensor, top: int, names: Sequence[str] = (), num_steps: int 
     rows = zip(classes.tolist(), best.tolist(), step_classes.tolist(), step_best.tolist(), strict=True)
     return [
         Prediction(
-            tuple(chosen), tuple(class_name(number, names) for number in chosen), tuple(sure),
-            tuple(zip(after, how_sure, strict=True)), len(after), num_steps or len(after),
+            classes=tuple(chosen),
+            names=tuple(class_name(number, names) for number in chosen),
+            confidences=tuple(confidences),
+            per_step=tuple(zip(after, confidences_after, strict=True)),
+            steps=len(after),
+            num_steps=num_steps or len(after),
         )
-        for chosen, sure, after, how_sure in rows
-    ]  # fmt: skip
+        for chosen, confidences, after, confidences_after in rows
+    ]
 
 
 def class_name(number: int, names: Sequence[str]) -> str:

@@ -1,4 +1,4 @@
-"""Post-training quantisation: 8-bit weights, which with spikes make the convolutions of a network exact integers."""
+"""Post-training quantisation to 8-bit weights: with spikes as input the convolutions are exact in integers."""
 
 from __future__ import annotations
 
@@ -30,10 +30,9 @@ def quantize(model: nn.Module, clip: str = "mse") -> IntegerSpikingResNet:
 
     Batch norms are folded; each output channel gets one scale, symmetric around 0; the weights are rounded so that
     their errors cancel within each window and each output channel (`quantize_weight`), which needs no data.
-    Spikes are integers already, so the convolutions are exact. Scales, biases and what encoder and 1x1 shortcuts add to
-    the neurons' currents are rounded to multiples of a power of two, 2**-15 at T=4 and decay 1/2, so that float32
-    computes the neurons behind them exactly too, with the spikes of float64; `timm_gac.inference.integer.current_grid`
-    says up to which T.
+    Spikes are integers, so the convolutions are exact. Scales, biases and the currents from encoder and 1x1 shortcuts
+    are rounded to multiples of a power of two, 2**-15 at T=4 and decay 1/2. Float32 then computes the neurons exactly
+    too, with the spikes of float64; `timm_gac.inference.integer.current_grid` says up to which T.
     Stem, encoder, 1x1 shortcuts and classifier stay as they are, and so does the first convolution of a plain network,
     whose input is real-valued.
     ``.to(torch.bfloat16)`` and autocast change those alone; ``.double()`` evaluates the quantised network in float64.
@@ -42,8 +41,8 @@ def quantize(model: nn.Module, clip: str = "mse") -> IntegerSpikingResNet:
 
     Args:
         model: A network of this package with running statistics; it is left alone.
-        clip: ``max`` scales a channel so that its largest weight is not clipped, ``mse`` by what rounds and clips with
-            the least squared error.
+        clip: ``max`` scales a channel so that its largest weight is not clipped, ``mse`` so that the squared error of
+            rounding and clipping is least.
 
     Returns:
         The integer network, in eval mode, on the model's device and with its floating dtype.
@@ -111,7 +110,14 @@ def _spike_conv(conv: nn.Conv2d, shift: Tensor, network: SpikingResNet, clip: st
     stride = conv.stride[0]
     if stride > 2:
         raise ValueError(f"expected strides 1 or 2, got {stride}: this network cannot be quantised")
-    layer = SpikeConv(conv.in_channels, conv.out_channels, stride, network.spec, network.num_steps, keep_membrane)
+    layer = SpikeConv(
+        conv.in_channels,
+        conv.out_channels,
+        stride=stride,
+        spec=network.spec,
+        num_steps=network.num_steps,
+        keep_membrane=keep_membrane,
+    )
     grid = current_grid(network.spec, network.num_steps)
     weight, scale = quantize_weight(conv.weight, clip, grid)
     layer.weight.copy_(weight.flatten(2).transpose(1, 2))
@@ -151,9 +157,9 @@ def quantize_weight(weight: Tensor, clip: str, grid: float) -> tuple[Tensor, Ten
 
 
 def _balance(exact: Tensor, rounded: Tensor) -> Tensor:
-    """Integers of which some have gone to the other side of ``exact``, so that errors cancel along the last axis.
+    """Move some of the integers to the other side of ``exact``, so that errors cancel along the last axis.
 
-    Weights that are 0 stay so.
+    Weights that are 0 stay 0.
     """
     error = exact - rounded
     total = error.sum(-1, keepdim=True)

@@ -1,7 +1,7 @@
-"""The recorder of neurons: finds a network's neuron layers and puts hooks on them, for every tool that looks inside.
+"""The recorder of neurons: finds a network's neuron layers and registers hooks on them, for all tools that look inside.
 
-Hooks see the modules' real inputs and outputs, so kernels that would skip a module step aside while it has hooks.
-They do not see into a compiled network or a CUDA graph's replay.
+Hooks see the modules' real inputs and outputs: a kernel that computes several modules at once is not used while one of
+them has hooks. They do not see into a compiled network or a CUDA graph's replay.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def neuron_layers(model: nn.Module, also: tuple[type[nn.Module], ...] = ()) -> d
         seen.add(module)
         if isinstance(module, (NeuronLayer, *also)):
             layers[name] = module
-            return  # its parts stay unseen: one of them may be a neuron of its own elsewhere
+            return  # its parts are not marked as seen: one of them may be a layer of its own elsewhere
         for child_name, child in module.named_children():
             visit(f"{name}.{child_name}" if name else child_name, child)
 
@@ -159,7 +159,7 @@ def record_spikes(model: Any) -> Iterator[Recording]:
 
 @torch.no_grad()
 def membrane_of(current: Tensor, spec: LIFSpec) -> Tensor:
-    """Membrane potentials before the reset, in the shape of the current ``(T, ...)``: what meets the threshold."""
+    """Membrane potentials before the reset, which meet the threshold; in the shape of the current, ``(T, ...)``."""
     v = torch.zeros_like(current[0])
     potentials = []
     for x in current:

@@ -1,8 +1,8 @@
 """Residual blocks of spiking ResNets, and the stages made of them.
 
-A block takes and returns membrane and spikes, both time-folded ``(T*B, C, H, W)``, so every neuron stands at the end of
-a batch norm, where one kernel can do norm, residual and neuron together. Where spikes are packed it takes and returns
-their bits too, which are all that a convolution then keeps of them for its backward pass.
+A block takes and returns membrane and spikes, both time-folded ``(T*B, C, H, W)``. So every neuron follows a batch
+norm, and one kernel computes norm, residual and neuron. With packed spikes it takes and returns their bits too: a
+convolution then saves only these for its backward pass.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ __all__ = ["MSBlock", "SpikingBlock", "Stage"]
 
 
 class _Block(nn.Module):
-    """What both blocks share: two 3x3 convolutions and, where the shape changes, a 1x1 shortcut.
+    """Base of both blocks: two 3x3 convolutions and, where the shape changes, a 1x1 shortcut.
 
     Args:
         in_chs: Channels of the input.
         out_chs: Channels of the output.
         stride: Stride of the first convolution and of the shortcut.
         num_steps: Number of time steps T folded into the first axis.
-        spec: What the neurons compute.
+        spec: Neuron model.
         drop_path: Probability, in training, of dropping the residual branch of a sample at all of its time steps.
         device: Device of the parameters.
         dtype: Dtype of the parameters.
@@ -50,9 +50,9 @@ class _Block(nn.Module):
     ) -> None:
         super().__init__()
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.conv1 = SpikeConv2d(in_chs, out_chs, 3, stride, 1, num_steps, **dd)
+        self.conv1 = SpikeConv2d(in_chs, out_chs, kernel_size=3, stride=stride, padding=1, num_steps=num_steps, **dd)
         self.bn1 = BatchNormLIF(out_chs, spec, num_steps, **dd)
-        self.conv2 = SpikeConv2d(out_chs, out_chs, 3, 1, 1, num_steps, **dd)
+        self.conv2 = SpikeConv2d(out_chs, out_chs, kernel_size=3, padding=1, num_steps=num_steps, **dd)
         self.bn2 = self.last_norm(out_chs, spec, num_steps, drop_path=drop_path, **dd)
         self.downsample: nn.Sequential | None = None
         if stride != 1 or in_chs != out_chs:

@@ -69,7 +69,7 @@ class SpikingResNet(nn.Module):
         stem_width: Channels of the stem.
         stem_kernel: Kernel size of the stem, 7 (stride 2) or 3 (stride 1).
         encoder: Input encoder, ``gac`` or ``direct``.
-        spec: What the neurons compute.
+        spec: Neuron model: threshold, decay, reset and surrogate gradient.
         num_steps: Number of time steps T.
         num_classes: Number of classes; 0 for pooled features instead of logits.
         in_chans: Channels of the input.
@@ -131,7 +131,15 @@ class SpikingResNet(nn.Module):
         self.scaled_init = scaled_init
 
         stride = 2 if stem_kernel > 3 else 1
-        self.conv1 = Conv2d(in_chans, stem_width, stem_kernel, stride, stem_kernel // 2, bias=False, **dd)
+        self.conv1 = Conv2d(
+            in_chans,
+            stem_width,
+            kernel_size=stem_kernel,
+            stride=stride,
+            padding=stem_kernel // 2,
+            bias=False,
+            **dd,
+        )
         self.bn1 = nn.BatchNorm2d(stem_width, **dd)
         gated = encoder == "gac"
         self.encoder = GatedAttentionCoding(stem_width, num_steps, spec, **dd) if gated else DirectCoding(num_steps)
@@ -144,8 +152,17 @@ class SpikingResNet(nn.Module):
         for i, name in enumerate(_STAGES):
             blocks = []
             for j in range(layers[i] if i < len(layers) else 0):  # a missing fourth stage is an empty one
-                first = strides[i] if j == 0 else 1
-                blocks.append(block(width, channels[i], first, num_steps, spec, rates[i][j], **dd))
+                blocks.append(
+                    block(
+                        width,
+                        channels[i],
+                        stride=strides[i] if j == 0 else 1,
+                        num_steps=num_steps,
+                        spec=spec,
+                        drop_path=rates[i][j],
+                        **dd,
+                    )
+                )
                 width = channels[i]
             self.add_module(name, Stage(*blocks))
             if blocks:
@@ -174,10 +191,10 @@ class SpikingResNet(nn.Module):
         return dict(stem=r"^(?:conv1|bn1|encoder)\.", blocks=r"^layer(\d+)" if coarse else r"^layer(\d+)\.(\d+)")
 
     def no_weight_decay(self) -> set[str]:
-        """Names of parameters without weight decay beyond timm's rule (one-dimensional ones): the encoder's attention.
+        """Names of parameters without weight decay, beside timm's one-dimensional ones: the encoder's attention.
 
-        The gate is the sigmoid of a product of two scores, each of which scales the other's gradient, so decay takes
-        both to 0, from where no gradient leads back: at 5e-4 all of these weights were below 1e-5 after 165 epochs.
+        The gate is the sigmoid of a product of two scores, and each scales the other's gradient. Decay takes both to
+        0, where both gradients vanish: at 5e-4 all of these weights were below 1e-5 after 165 epochs.
         """
         return {f"encoder.{name}" for name, _ in self.encoder.named_parameters()}
 
@@ -251,7 +268,7 @@ class SpikingResNet(nn.Module):
             return self._run_stages(self._encode(x))
 
     def _run_stages(self, membrane: Tensor, spikes: Tensor | None = None) -> Tensor:
-        """Spikes of the last stage from the encoder's output and, where the first neuron has run, its spikes."""
+        """Spikes of the last stage, from the encoder's output and the first neuron's spikes where they are computed."""
         if spikes is None:
             spikes = self.lif(membrane)
         membrane, spikes, bits = self.layer1(membrane, spikes, None)
@@ -275,7 +292,7 @@ class SpikingResNet(nn.Module):
             x: Images ``(B, C, H, W)`` or event frames ``(B, T, C, H, W)``.
             indices: The last n if an integer, all if None, else which ones.
             norm: Without effect: there is no final norm.
-            stop_early: Run no stage beyond the last one asked for.
+            stop_early: Skip the stages after the last one asked for.
             output_fmt: ``NCHW``.
             intermediates_only: Return the intermediates alone.
 

@@ -108,13 +108,13 @@ class Block(nn.Module):
     def __init__(self, in_width: int, width: int, stride: int, spec: LIFSpec, aliased: bool) -> None:
         super().__init__()
         self.spec = spec
-        self.conv1 = nn.Conv2d(in_width, width, 3, stride, 1, bias=False)
+        self.conv1 = nn.Conv2d(in_width, width, kernel_size=3, stride=stride, padding=1, bias=False)
         self.bn1 = FrameNorm(width, aliased)
-        self.conv2 = nn.Conv2d(width, width, 3, 1, 1, bias=False)
+        self.conv2 = nn.Conv2d(width, width, kernel_size=3, padding=1, bias=False)
         self.bn2 = FrameNorm(width, aliased)
         self.projection: list[str] = []  # names of the layers on the shortcut, in order
         if stride != 1 or in_width != width:
-            conv, norm = nn.Conv2d(in_width, width, 1, stride, bias=False), FrameNorm(width, aliased)
+            conv, norm = nn.Conv2d(in_width, width, kernel_size=1, stride=stride, bias=False), FrameNorm(width, aliased)
             if aliased:
                 self.downsample = alias(conv, norm)
                 self.projection = ["downsample.layer.module", "downsample.bn"]
@@ -159,11 +159,11 @@ class PublishedNet(nn.Module):
         self.num_steps = num_steps
         cifar, width = self.spec == CIFAR, 64
         if cifar:
-            self.conv1: nn.Module = nn.Conv2d(in_chans, width, 3, 1, 1, bias=False)
+            self.conv1: nn.Module = nn.Conv2d(in_chans, width, kernel_size=3, padding=1, bias=False)
             self.bn1: nn.Module = FrameNorm(width, aliased=True)
             self.conv1_s = alias(self.conv1, self.bn1)
         else:
-            stem_conv = nn.Conv2d(in_chans, width, 7, 2, 3, bias=False)
+            stem_conv = nn.Conv2d(in_chans, width, kernel_size=7, stride=2, padding=3, bias=False)
             self.conv1 = nn.Sequential(stem_conv, FrameNorm(width, aliased=False))
             self.bn1 = nn.Identity()
         self.encoding = nn.Identity() if name == base else Encoding(num_steps, width, self.spec)

@@ -48,19 +48,31 @@ def _repository(variant: str, cfg: Any) -> str:
 
 
 def _cfg(**kwargs: Any) -> dict[str, Any]:
-    imagenet = {
-        "num_classes": 1000, "input_size": (3, 224, 224), "pool_size": (7, 7), "crop_pct": 0.875,
-        "interpolation": "bicubic", "mean": IMAGENET_DEFAULT_MEAN, "std": IMAGENET_DEFAULT_STD,
-        "first_conv": "conv1", "classifier": "fc", "license": "apache-2.0", "paper_ids": "arXiv:2308.06582",
-    }  # fmt: skip
+    imagenet = dict(
+        num_classes=1000,
+        input_size=(3, 224, 224),
+        pool_size=(7, 7),
+        crop_pct=0.875,
+        interpolation="bicubic",
+        mean=IMAGENET_DEFAULT_MEAN,
+        std=IMAGENET_DEFAULT_STD,
+        first_conv="conv1",
+        classifier="fc",
+        license="apache-2.0",
+        paper_ids="arXiv:2308.06582",
+    )
     return imagenet | kwargs
 
 
 def _cifar_cfg(**kwargs: Any) -> dict[str, Any]:
-    cifar = {
-        "num_classes": 100, "input_size": (3, 32, 32), "pool_size": (8, 8), "crop_pct": 1.0,
-        "mean": (0.50708, 0.48655, 0.44092), "std": (0.26733, 0.25644, 0.27615),
-    }  # fmt: skip
+    cifar = dict(
+        num_classes=100,
+        input_size=(3, 32, 32),
+        pool_size=(8, 8),
+        crop_pct=1.0,
+        mean=(0.50708, 0.48655, 0.44092),
+        std=(0.26733, 0.25644, 0.27615),
+    )
     return _cfg(**cifar | kwargs)
 
 

@@ -1,4 +1,4 @@
-"""Where published weights are: in a clone of the repository, else on the Hub."""
+"""Sources of published weights: a clone of the repository, else the Hub."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _CLONE = Path(__file__).resolve().parents[2] / "hub" / "models"
 
 
 def weights_cfg(model: str, tag: str) -> dict[str, Any]:
-    """Fields of a pretrained_cfg that lead timm to published weights.
+    """Fields of a pretrained_cfg by which timm finds published weights.
 
     From a clone of the repository they are a file, so that loading works offline; from an installed wheel they are the
     Hub's ``ORGANISATION/MODEL.TAG``, of which only safetensors are read.
