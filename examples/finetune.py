@@ -9,6 +9,7 @@ import argparse
 import timm
 import torch
 from accelerate import Accelerator
+from accelerate.utils import set_seed
 from timm.optim import create_optimizer_v2
 
 import timm_gac  # noqa: F401 (registers the models)
@@ -21,13 +22,18 @@ parser.add_argument("--num-steps", type=int, default=4, help="time steps T")
 parser.add_argument("--epochs", type=int, default=3)
 parser.add_argument("--batch-size", type=int, default=32, help="images per step and process")
 parser.add_argument("--lr", type=float, default=1e-3, help="peak learning rate of AdamW")
+parser.add_argument("--freeze", action="store_true", help="train the classifier alone: a linear probe of the features")
+parser.add_argument("--seed", type=int, default=0, help="of the new weights, the order of the pictures and their crops")
 parser.add_argument("--out", default="finetuned", help="folder for config.json and model.safetensors")
 args = parser.parse_args()
 
 accelerator = Accelerator()
+set_seed(args.seed)
 sets = {split: timm.data.create_dataset("", args.folder, split=split) for split in ("train", "val")}
 classes = sets["train"].reader.class_to_idx
 model = timm.create_model(args.model, args.pretrained, num_classes=len(classes), num_steps=args.num_steps)
+if args.freeze:
+    model.requires_grad_(False).get_classifier().requires_grad_(True)
 config = timm.data.resolve_data_config(model=model)
 for split, dataset in sets.items():
     dataset.transform = timm.data.create_transform(**config, is_training=split == "train")
@@ -40,7 +46,7 @@ schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, total_steps=a
 model, optimizer, train, val, schedule = accelerator.prepare(model, optimizer, train, val, schedule)
 
 for epoch in range(args.epochs):
-    model.train()
+    model.train(not args.freeze)  # frozen batch norms keep their statistics
     for images, labels in train:
         accelerator.backward(torch.nn.functional.cross_entropy(model(images), labels))
         optimizer.step()
