@@ -33,7 +33,7 @@ class AnytimeConfig(AnyNetworkOptions, DataOptions):
         batch_size: Images a batch.
         confidences: Confidences to stop at.
         costs: Cost table: 45nm-float32, 45nm-float16, 45nm-int8 or 45nm-int8-acc32.
-        convention: Convention of the picture: paper, strict or neurobench.
+        convention: Convention of the picture: paper, strict or neurobench, see docs/energy.md.
         precision: float32, or bfloat16 by autocast.
         out: Folder to write anytime.json, anytime.png and coding.png to.
         overwrite: Replace these files.
@@ -98,8 +98,9 @@ def run_anytime(
         console.print(_step_table(anytime, coding))
         console.print(_exit_table(anytime))
     console.print(
-        "Energies are estimated from counted operations; an early exit is charged the mean energy of an answer after "
-        "as many steps. Entropies: binned plug-in estimates, compare their growth over time.",
+        "Row t is the answer after t steps. Energies are estimated from counted operations; an early exit is charged "
+        "the mean energy of an answer after as many steps. Bits: entropy of the encoder's output of the first t steps, "
+        "and what step t adds; binned plug-in estimates, so compare their growth over time.",
         highlight=False,
     )
     if config.out is not None:
@@ -146,7 +147,14 @@ def _step_table(report: AnytimeReport, coding: CodingReport) -> Table:
     energy = report.energy
     title = f"{energy.model}, T={energy.num_steps}, weights {energy.weights or 'as given'}, {energy.images:,} images"
     table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
-    headings = ("after t", "top-1", "sure", *(f"{name} mJ" for name in report.energy_mj), "H(Y_t)", "new bits")
+    headings = (
+        "step t",
+        "top-1",
+        "confidence",
+        *(f"{name} mJ" for name in report.energy_mj),
+        "bits so far",
+        "new bits",
+    )
     for heading in headings:
         table.add_column(heading, justify="right", no_wrap=True)
     for step in range(energy.num_steps):

@@ -31,8 +31,9 @@ def model(config: Annotated[ModelBenchConfig, tyro.conf.arg(name="")]) -> int:
 
     A provider is a network and how it is launched: timm_gac, timm_gac+graph (the whole step as one CUDA graph),
     loop+compile (torch.compile), spikingjelly+compile+graph. Networks: timm_gac; timm_gac_packed (packed spikes);
-    timm_gac_fused (batch norm folded) and timm_gac_int8 (quantised), for inference; convolutions, the floor; ann,
-    timm's ResNet of the same shape on T batches; spikingjelly, loop and published, baselines with the same weights.
+    timm_gac_fused (batch norm folded) and timm_gac_int8 (quantised), for inference; convolutions, the network's
+    convolutions alone; ann, timm's ResNet of the same shape on T batches; and with the same weights the baselines
+    spikingjelly, loop and published.
 
     Example: timm-gac bench model --model gac_msresnet18_cifar --modes infer --csv model.csv
 
@@ -62,7 +63,8 @@ def scaling(config: Annotated[ScalingConfig, tyro.conf.arg(name="")]) -> int:
 def curves(config: Annotated[CurveConfig, tyro.conf.arg(name="")]) -> int:
     """Compare loss curves of fused and plain training over seeds.
 
-    Status 1 where fused training is outside of what seeds do to plain training at over 5 % of the steps.
+    Status 1 where the loss of fused training leaves the spread of plain training over seeds at more than 5 % of the
+    steps.
 
     Example: timm-gac bench curves --data digits --steps 100
 

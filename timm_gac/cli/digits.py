@@ -64,11 +64,18 @@ def run_demo(config: DemoConfig, console: Console | None = None) -> int:
     raster = draw_raster(reloaded, images, labels, config.out / "spikes.png")
 
     result = {
-        "model": MODEL, "accuracy": accuracy, "test_digits": len(labels), "parameters": parameters,
-        "num_steps": config.num_steps, "epochs": config.epochs, "seed": config.seed,
-        "train_seconds": round(train_seconds, 1), "firing_rates": rates, "reload_equal": equal,
+        "model": MODEL,
+        "accuracy": accuracy,
+        "test_digits": len(labels),
+        "parameters": parameters,
+        "num_steps": config.num_steps,
+        "epochs": config.epochs,
+        "seed": config.seed,
+        "train_seconds": round(train_seconds, 1),
+        "firing_rates": rates,
+        "reload_equal": equal,
         "versions": {"torch": torch.__version__, "timm": timm.__version__},
-    }  # fmt: skip
+    }
     write_json(config.out / RESULT, result)
     seconds = time.perf_counter() - started
     console.print(rate_table(rates))
@@ -159,7 +166,7 @@ def train(model: nn.Module, digits: TensorDataset, config: DemoConfig, console: 
 
 
 def shift(images: Tensor) -> Tensor:
-    """Each image ``(B, 1, H, W)`` moved by -1, 0 or 1 pixel in each direction; what comes in is background."""
+    """Images ``(B, 1, H, W)``, each shifted by -1, 0 or 1 pixel in each direction and padded with background (-1)."""
     rows, columns = images.shape[-2:]
     windows = F.pad(images, (1, 1, 1, 1), value=-1.0).unfold(2, rows, 1).unfold(3, columns, 1)  # (B, 1, 3, 3, H, W)
     which = torch.arange(len(images)), 0, torch.randint(3, (len(images),)), torch.randint(3, (len(images),))

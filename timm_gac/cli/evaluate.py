@@ -88,10 +88,17 @@ def run_evaluate(model: str, config: EvaluateConfig, console: Console | None = N
     opened = open_network(model, config.num_steps, device=device).require_trained()
     network = opened.network
     test_set = open_test_set(
-        config.data, network.pretrained_cfg, num_classes=network.num_classes, split=config.split,
-        data_dir=config.data_dir, image_size=config.image_size, images=config.images, batch_size=config.batch_size,
-        num_workers=config.num_workers, device=device,
-    )  # fmt: skip
+        config.data,
+        network.pretrained_cfg,
+        num_classes=network.num_classes,
+        split=config.split,
+        data_dir=config.data_dir,
+        image_size=config.image_size,
+        images=config.images,
+        batch_size=config.batch_size,
+        num_workers=config.num_workers,
+        device=device,
+    )
     columns = (TextColumn("evaluating"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("", total=test_set.num_images)
@@ -107,10 +114,15 @@ def run_evaluate(model: str, config: EvaluateConfig, console: Console | None = N
     console.print(f"{result.images:,} images in {result.seconds:.1f} s, {result.images / result.seconds:,.0f} img/s")
     if config.json is not None:
         content = result.to_dict() | {
-            "model": model, "weights": opened.origin, "data": config.data, "split": config.split,
-            "num_steps": len(result.top1_per_step), "precision": config.precision,
-            "mean_firing_rate": result.firing_rate, **provenance(device, resolve_backend(device)),
-        }  # fmt: skip
+            "model": model,
+            "weights": opened.origin,
+            "data": config.data,
+            "split": config.split,
+            "num_steps": len(result.top1_per_step),
+            "precision": config.precision,
+            "mean_firing_rate": result.firing_rate,
+            **provenance(device, resolve_backend(device)),
+        }
         write_json(config.json, content)
         console.print(f"wrote {config.json}")
     return result

@@ -32,9 +32,8 @@ class PredictConfig(NetworkOptions):
         model: Model or run folder, ORG/NAME on the Hub, or a registered name with the tag of its weights.
         top: So many classes a picture.
         per_step: Show the answer after each time step too.
-        exit: Stop each picture at the first time step after which its best class is this probable, such as 0.9. Its
-            later steps are then not computed at all; only the encoder always runs for all steps, and for a picture its
-            convolutions run just once for them.
+        exit: Stop each picture at the first time step after which its best class has this probability, such as 0.9.
+            Its later steps are not computed, except in the encoder.
         batch_size: Pictures a batch.
         precision: float32, or bfloat16 or float16 by autocast.
         json: File to write everything to.
@@ -62,7 +61,7 @@ def predict(
 ) -> int:
     """Show the classes that a network sees in pictures.
 
-    A file that cannot be used is one sentence and status 1; the others still run.
+    A file that cannot be used is named, and the others are still answered; the status is 1 then.
 
     Example: timm-gac predict bicycle.png holiday/ --exit 0.9
 
@@ -88,7 +87,7 @@ def find_pictures(paths: Iterable[Path]) -> tuple[list[Path], list[str]]:
 
 
 def run_predict(paths: Sequence[Path], config: PredictConfig, console: Console | None = None) -> int:
-    """Show what a network sees in pictures; a bad file is one sentence, and the others still run.
+    """Show what a network sees in pictures; a file that cannot be used is named, and the others are answered.
 
     Returns:
         0, or 1 where a file could not be used.
@@ -175,12 +174,15 @@ def _write_json(file: Path, config: PredictConfig, results: dict[str, Prediction
         "exit": config.exit,
         "pictures": {
             name: {
-                "classes": list(row.classes), "names": list(row.names), "confidences": list(row.confidences),
-                "per_step": [{"class": number, "confidence": sure} for number, sure in row.per_step],
-                "steps": row.steps, "num_steps": row.num_steps,
+                "classes": list(row.classes),
+                "names": list(row.names),
+                "confidences": list(row.confidences),
+                "per_step": [{"class": number, "confidence": confidence} for number, confidence in row.per_step],
+                "steps": row.steps,
+                "num_steps": row.num_steps,
             }
             for name, row in results.items()
         },
         "skipped": problems,
-    }  # fmt: skip
+    }
     write_json(file, content)

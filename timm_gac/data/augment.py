@@ -1,4 +1,4 @@
-"""What happens to each training image, drawn on the host for many images at once; `transforms` carries it out."""
+"""Random draws of the augmentation of training images, made on the host for many at once; `transforms` applies them."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ ERASED_AREA = (0.02, 1 / 3)  # of the image, Zhong et al., AAAI 2020
 ERASED_ASPECT = (0.3, 1 / 0.3)
 NOISE_FIELDS = 64
 
-# One row of draws per image, by column: see `transforms.BatchAugmenter`, which alone reads them.
+# One row of draws per image; the columns that `transforms.BatchAugmenter` reads, and how wide each is.
 _WIDTHS = {
     "grid_x": 2,  # normalised source position (x, y) = grid_x * x + grid_y * y + grid_0
     "grid_y": 2,
@@ -227,7 +227,7 @@ def _draw_mixing(table: Floats, augmentation: Augmentation, size: tuple[int, int
     # The target follows the area that the clipped, whole pixels of the box really have.
     target = weight + np.prod(end - start, axis=1) / (size[0] * size[1])
     columns = np.concatenate([_box(start, end), weight[:, None], target[:, None]], 1)
-    # cutmix, mixup and partner lie side by side.
+    # The columns cutmix, mixup and partner are adjacent.
     table[:, COLUMNS["cutmix"].start : COLUMNS["partner"].stop] = np.repeat(columns, 2, axis=0)[: len(table)]
 
 

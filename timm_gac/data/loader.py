@@ -25,11 +25,11 @@ def generator(purpose: str, *keys: int) -> np.random.Generator:
 class DeviceLoader:
     """Batches of a set of small images that lies whole on the device.
 
-    In training an epoch is one permutation of the set, cut into batches of ``batch_size * world_size`` of which each
-    process takes its part, and the last incomplete one is dropped. What happens to an image is drawn for its place in
-    the epoch. So everything is a pure function of seed and epoch: two processes with batches of 64 see what one
-    with 128 sees (with an even ``batch_size``, also the same pairs mixed), and to resume, the epoch and the step are
-    enough. In evaluation the processes take consecutive parts of the set, in order, each image once.
+    In training an epoch is one permutation of the set, cut into batches of ``batch_size * world_size``. Each process
+    takes its part of a batch, and the last, incomplete batch is dropped. The augmentation is drawn by an image's place
+    in the epoch. Everything is a pure function of seed and epoch: two processes with batches of 64 see what one with
+    128 sees (with an even ``batch_size``, also the same pairs mixed), and epoch and step are enough to resume.
+    In evaluation the processes take consecutive parts of the set, in order, each image once.
 
     No step waits for the device. The draws of a whole epoch, some 100 bytes an image, are made on the host when it
     begins.
@@ -38,7 +38,7 @@ class DeviceLoader:
         arrays: The images.
         batch_size: Images per batch and process.
         device: Where images and targets are to be.
-        mean: Per channel, of values in 0 to 1.
+        mean: Per channel, of values in [0, 1].
         std: Likewise.
         augmentation: Of training images; None is none, as ``Augmentation()``.
         num_classes: Of the network.
@@ -85,7 +85,13 @@ class DeviceLoader:
         self._size = (images.shape[2], images.shape[3])
         self._normalizer = Normalizer(mean, std, self.device, dtype)
         shape = (images.shape[1], *self._size)
-        self._augmenter = BatchAugmenter(augmentation, shape, num_classes, self._normalizer, self.device)
+        self._augmenter = BatchAugmenter(
+            augmentation,
+            shape=shape,
+            num_classes=num_classes,
+            normalizer=self._normalizer,
+            device=self.device,
+        )
 
     def __len__(self) -> int:
         """Steps of an epoch on this process."""

@@ -33,13 +33,11 @@ class _Order:
 class StreamLoader:
     """Batches of a timm data set, decoded by worker processes, augmented on the device.
 
-    It iterates as `DeviceLoader` does: order and parts for the processes are the same function of seed and epoch. The
-    augmentation on the device is a function of seed, epoch, step and rank, so two processes draw others than one. The
-    crops that the workers draw depend on the step at which the iteration began: an epoch that is resumed at ``start``
-    continues with exactly the images that the interrupted one had left, but with other crops of them, and with
-    ``num_workers=0`` the crops follow the global random numbers. A data set that can only be read in
-    sequence (``wds``, ``hfids``, ``tfds``) is shuffled and divided by timm, and ``start`` reads and
-    drops what comes before.
+    Order and parts are the same function of seed and epoch as `DeviceLoader`'s. The augmentation on the device is drawn
+    by seed, epoch, step and rank, so two processes draw others than one. The workers' crops depend on the step at which
+    the iteration began: an epoch resumed at ``start`` continues with the images that were left, but with other crops
+    of them; with ``num_workers=0`` the crops follow the global random numbers. A data set that can only be read in
+    sequence (``wds``, ``hfids``, ``tfds``) is shuffled and divided by timm; ``start`` reads what precedes it too.
 
     Args:
         loader: Of timm's `create_loader`, its normalisation left out (mean 0, std 1) and its sampler ours.
@@ -169,7 +167,7 @@ def create_stream_loaders(
         image_size: Side of the crops, pixels: a random resized crop in training, the centre in the test.
         batch_size: Images per batch and process.
         device: Where images and targets are to be.
-        mean: Per channel, of values in 0 to 1.
+        mean: Per channel, of values in [0, 1].
         std: Likewise.
         augmentation: After the crop, as `DeviceLoader` does it. None: none, also no mirroring.
         num_classes: Of the network.
@@ -192,17 +190,40 @@ def create_stream_loaders(
         raise ValueError(f"expected mean and std of 3 channels, got {len(mean)}: images are read as RGB")
     device = torch.device(device)
     normalizer = Normalizer(mean, std, device, dtype)
-    augmenter = BatchAugmenter(augmentation, (len(mean), image_size, image_size), num_classes, normalizer, device)
     size = (len(mean), image_size, image_size)
+    augmenter = BatchAugmenter(
+        augmentation,
+        shape=size,
+        num_classes=num_classes,
+        normalizer=normalizer,
+        device=device,
+    )
     loaders = []
     for split, training in (("train", augmenter), ("test", None)):
         seeded = {"is_training": training is not None, "batch_size": batch_size, "seed": seed}
         dataset = open_dataset(data, split, data_dir, **seeded)
         _check_dataset(dataset, split, batch_size * world_size if training else 1, num_classes)
         options: dict[str, Any] = {"is_training": training is not None, **loader_options}
-        loaders.append(create_plain_loader(dataset, size, batch_size, device, num_workers, **options))
+        loaders.append(
+            create_plain_loader(
+                dataset,
+                input_size=size,
+                batch_size=batch_size,
+                device=device,
+                num_workers=num_workers,
+                **options,
+            )
+        )
     train, test = (
-        StreamLoader(loader, part, normalizer, batch_size, seed, rank, world_size)
+        StreamLoader(
+            loader,
+            augmenter=part,
+            normalizer=normalizer,
+            batch_size=batch_size,
+            seed=seed,
+            rank=rank,
+            world_size=world_size,
+        )
         for loader, part in zip(loaders, (augmenter, None), strict=True)
     )
     if train.label_names != test.label_names:

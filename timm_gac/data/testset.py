@@ -1,4 +1,4 @@
-"""A labelled set to evaluate on: small images whole in memory, large ones and sequences decoded on the way."""
+"""A labelled set to evaluate on: small images in memory, large ones and sequences decoded batch by batch."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ def open_test_set(
     Args:
         data: What `load_arrays` takes, or any other name of `timm.data.create_dataset`.
         cfg: The network's ``pretrained_cfg``: size, mean and std, and for large images crop and interpolation.
-        num_classes: Of the network.
-        split: Of the data set.
+        num_classes: Classes of the network.
+        split: Split of the data set.
         data_dir: Folder of the data set, for timm's names.
         image_size: Side in pixels; the network's own where None.
         images: Only so many, evenly spread over the set.
@@ -76,6 +76,21 @@ def open_test_set(
     if channels != 3:
         raise ValueError(f"expected a network for 3 channels, as pictures are read, got one for {channels}")
     options = {"crop_pct": cfg.get("crop_pct"), "interpolation": cfg.get("interpolation", "bilinear")}
-    loader = create_plain_loader(dataset, (channels, *size), batch_size, torch.device(device), num_workers, **options)
-    normalizer = Normalizer(cfg["mean"], cfg["std"], torch.device(device), torch.float32)
-    return StreamLoader(loader, None, normalizer, batch_size, 0, 0, 1, images=images)
+    loader = create_plain_loader(
+        dataset,
+        input_size=(channels, *size),
+        batch_size=batch_size,
+        device=torch.device(device),
+        num_workers=num_workers,
+        **options,
+    )
+    return StreamLoader(
+        loader,
+        augmenter=None,
+        normalizer=Normalizer(cfg["mean"], cfg["std"], torch.device(device), torch.float32),
+        batch_size=batch_size,
+        seed=0,
+        rank=0,
+        world_size=1,
+        images=images,
+    )

@@ -1,4 +1,4 @@
-"""Augmentation of a whole batch on its device: every image is varied on its own, by some sixty kernels in all."""
+"""Augmentation of a whole batch on its device: each image has draws of its own; some sixty kernels in all."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Normalizer:
     """Grey values 0 to 255 to the network's input, (value / 255 - mean) / std, in channels_last.
 
     Args:
-        mean: Per channel, of values in 0 to 1.
+        mean: Per channel, of values in [0, 1].
         std: Likewise.
         device: Where the images are.
         dtype: Of the result.
@@ -54,8 +54,7 @@ class Normalizer:
 class BatchAugmenter:
     """Carries out a table of draws on a batch.
 
-    Nothing waits for the device, no tensor's value decides about Python's way: the kernels of a batch are always
-    the same.
+    The host never waits for the device and never branches on a tensor's value: every batch launches the same kernels.
 
     Args:
         augmentation: What the table was drawn for.
@@ -84,7 +83,7 @@ class BatchAugmenter:
         self._y = _centres(height).view(1, height, 1, 1).to(device)
         self._index = torch.arange(max(height, width), dtype=torch.float32, device=device)
         if augmentation.random_erasing > 0:
-            # The same on every device and process; in the network's input, where it is standard normal.
+            # The same on every device and process: standard normal values of the network's input.
             noise = np.random.default_rng(NOISE_SEED).standard_normal((NOISE_FIELDS, *shape), np.float32)
             self._noise = torch.from_numpy(noise).to(device)
 
@@ -138,7 +137,7 @@ class BatchAugmenter:
         changed = changed.addcmul_(smooth, blur, value=SMOOTH_MEAN).addcmul_(grey, _column(draws, "grey"))
         changed = changed.clamp_(0, 255)
         changed = torch.where(_column(draws, "equalize").bool(), _equalized(changed), changed)
-        # Here pixels become whole grey values, as they are for Pillow after each operation.
+        # Whole grey values from here on, as Pillow has them after each operation.
         levels = _column(draws, "levels")
         changed = torch.div(changed + 0.5, levels, rounding_mode="floor") * levels
         return torch.where(changed >= _column(draws, "solarize"), 255 - changed, changed)
