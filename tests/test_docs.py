@@ -17,7 +17,10 @@ import timm_gac  # noqa: F401  (registers the models)
 from timm_gac import cli
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = {str(path.relative_to(ROOT)): path for path in [ROOT / "README.md", *sorted(ROOT.glob("docs/**/*.md"))]}
+PAGES = {
+    str(path.relative_to(ROOT)): path
+    for path in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("docs/**/*.md"))]
+}
 TEXTS = {name: path.read_text(encoding="utf-8") for name, path in PAGES.items()}
 README = TEXTS["README.md"]
 # What a snippet may need beyond the test extras. Such a snippet runs where the library is installed.
@@ -159,6 +162,12 @@ def test_models_and_parameters_are_the_real_ones(page: str) -> None:
 def test_links_to_files_lead_somewhere(page: str) -> None:
     for target in re.findall(r"\]\((?!https?:|#)([^)#]+)(?:#[^)]*)?\)", TEXTS[page]):
         assert (PAGES[page].parent / target).exists(), target
+
+
+def test_files_that_contributing_names_exist() -> None:
+    named = re.findall(r"`((?:timm_gac|kernels|tests|tools|docs|results|hub)/[^` ]+)`", TEXTS["CONTRIBUTING.md"])
+    assert len(named) > 8
+    assert [name for name in named if not list(ROOT.glob(name.replace("NAME", "*")))] == []
 
 
 @pytest.mark.parametrize("package", ["timm_gac", "gac_kernels"])

@@ -15,7 +15,7 @@ from huggingface_hub.errors import EntryNotFoundError
 
 from loopback import LoopbackHub, Repository
 from timm_gac.hub import PublishConfig, check_config, fetch_model, open_source, push, read_config
-from timm_gac.hub.folder import MAX_CONFIG_BYTES
+from timm_gac.hub.folder import MAX_CONFIG_BYTES, folder_format
 
 REPO = "me/gac-tiny"
 
@@ -163,12 +163,22 @@ GOOD: dict[str, Any] = {"architecture": "test_gac_msresnet", "num_classes": 3, "
         ({"pretrained_cfg": {"input_size": [3, 10**6, 10**6]}}, "expected input_size as"),
         ({"label_names": ["a"]}, "expected 3 label names"),
         ({"label_names": "abc"}, "expected label names as a list"),
+        ({"format": 2}, "expected a model folder of format 0 to 1, got 2: install a newer timm-gac"),
+        ({"format": [1]}, "expected a model folder of format 0 to 1"),
     ],
 )
 def test_malformed_configs(change: dict[str, Any], message: str) -> None:
     check_config(GOOD)
     with pytest.raises(ValueError, match=message):
         check_config(GOOD | change)
+
+
+def test_the_format_is_derived(model_folder: Path) -> None:
+    config = read_config(model_folder)
+    assert "format" not in config and folder_format(config) == 1
+    del config["dtype"]
+    check_config(config)  # folders of the older format are read
+    assert folder_format(config) == 0
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b"\xff\xfe", b"[" * 100_000, b'"text"'])
