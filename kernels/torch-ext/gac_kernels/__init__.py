@@ -11,16 +11,26 @@ from .encoder.pool_frames import pool_frames
 from .neuron.integer_lif import integer_lif
 from .neuron.lif import lif
 from .norm.batch_stats import batch_stats
-from .norm.norm_lif import ResidualNorm, norm_lif
+from .norm.norm_lif import norm_lif
 from .reference import (
+    batch_stats_reference,
+    conv_lif_reference,
+    count_spikes_reference,
+    firing_rate_reference,
     gac_encode_reference,
     gac_fire_reference,
     gated_lif_reference,
+    integer_lif_reference,
     lif_reference,
     norm_lif_reference,
+    pack_spikes_reference,
+    packed_conv2d_reference,
+    pad_frames_reference,
+    pool_frames_reference,
     spike_conv_reference,
+    unpack_spikes_reference,
 )
-from .spec import CIFAR, IMAGENET, LIFSpec
+from .spec import CIFAR, IMAGENET, LIFSpec, ResidualNorm
 from .spikes.bits import pack_spikes, packed_conv2d, unpack_spikes
 from .spikes.count_spikes import count_spikes
 from .spikes.firing_rate import firing_rate
@@ -31,9 +41,13 @@ __all__ = [
     "LIFSpec",
     "ResidualNorm",
     "batch_stats",
+    "batch_stats_reference",
     "conv_lif",
+    "conv_lif_reference",
     "count_spikes",
+    "count_spikes_reference",
     "firing_rate",
+    "firing_rate_reference",
     "gac_encode",
     "gac_encode_reference",
     "gac_fire",
@@ -41,18 +55,24 @@ __all__ = [
     "gated_lif",
     "gated_lif_reference",
     "integer_lif",
+    "integer_lif_reference",
     "lif",
     "lif_reference",
     "norm_lif",
     "norm_lif_reference",
     "pack_spikes",
+    "pack_spikes_reference",
     "packed_conv2d",
+    "packed_conv2d_reference",
     "pad_frames",
+    "pad_frames_reference",
     "pool_frames",
+    "pool_frames_reference",
     "requested_backend",
     "resolve_backend",
     "spike_conv",
     "spike_conv_reference",
     "unpack_spikes",
+    "unpack_spikes_reference",
     "use_backend",
 ]

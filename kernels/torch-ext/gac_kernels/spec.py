@@ -1,9 +1,12 @@
-"""What a leaky integrate-and-fire neuron computes, as frozen data."""
+"""What a neuron and a batch norm compute, as frozen data."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
+
+from torch import Tensor
 
 SURROGATES = ("triangle", "rectangle", "atan", "sigmoid")
 RESETS = ("hard", "soft")
@@ -84,6 +87,16 @@ class LIFSpec:
     def forward_arguments(self) -> tuple[float, float, bool]:
         """The spec as operators for inference take it: threshold, decay and whether the reset is soft."""
         return self.threshold, self.decay, self.soft_reset
+
+
+class ResidualNorm(NamedTuple):
+    """Batch norm of a residual: statistics and, where the other norm has them, scale and shift; (C,) each."""
+
+    mean: Tensor | None
+    var: Tensor | None
+    weight: Tensor | None = None
+    bias: Tensor | None = None
+    eps: float = 1e-5
 
 
 CIFAR = LIFSpec(threshold=1.0, decay=0.5, surrogate="triangle", width=1.0, detach_reset=False)

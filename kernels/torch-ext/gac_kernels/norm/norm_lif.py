@@ -7,7 +7,7 @@ own (the shortcut's), and the spikes can be written as bits beside, which is all
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -19,7 +19,7 @@ from ..common.layout import as_layout, on_device
 from ..common.tiles import FINISH, channel_tiles, dense
 from ..common.triton import cdiv
 from ..neuron.lif import CHUNK
-from ..spec import CIFAR, LIFSpec
+from ..spec import CIFAR, LIFSpec, ResidualNorm
 from ..spikes.bits import empty_bits
 from ..tuning import launch_config
 from . import eager
@@ -242,16 +242,6 @@ def _norm_lif_autograd(
         return _NormLIF.apply(*args)
     with torch._C._AutoDispatchBelowAutograd():
         return _OP(*args)
-
-
-class ResidualNorm(NamedTuple):
-    """Batch norm of a residual: statistics and, where the other norm has them, scale and shift; (C,) each."""
-
-    mean: Tensor | None
-    var: Tensor | None
-    weight: Tensor | None = None
-    bias: Tensor | None = None
-    eps: float = 1e-5
 
 
 def norm_lif(

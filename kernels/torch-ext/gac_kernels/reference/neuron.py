@@ -1,0 +1,107 @@
+"""The neuron step by step, its surrogate derivatives, and a smooth twin for numerical gradient checks."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from ..spec import CIFAR, LIFSpec
+
+
+def surrogate_derivative(d: Tensor, surrogate: str, width: float) -> Tensor:
+    """Surrogate of ds/du at d = u - threshold; formulas in `LIFSpec`."""
+    if surrogate == "triangle":
+        return (width - d.abs()).clamp(min=0.0) / width**2
+    if surrogate == "rectangle":
+        return (d.abs() < width).to(d.dtype) / (2.0 * width)
+    if surrogate == "atan":
+        return 1.0 / (width * (1.0 + (d * (math.pi / width)).square()))
+    p = torch.sigmoid(d * (4.0 / width))
+    return (4.0 / width) * p * (1.0 - p)
+
+
+def smooth_step(d: Tensor, surrogate: str, width: float) -> Tensor:
+    """Integral of `surrogate_derivative`: rises from 0 to 1 around d = 0."""
+    if surrogate == "triangle":
+        z = (d / width).clamp(-1.0, 1.0)
+        return 0.5 + z - 0.5 * z * z.abs()
+    if surrogate == "rectangle":
+        return 0.5 + d.clamp(-width, width) / (2.0 * width)
+    if surrogate == "atan":
+        return 0.5 + torch.atan(d * (math.pi / width)) / math.pi
+    return torch.sigmoid(d * (4.0 / width))
+
+
+class _Step(torch.autograd.Function):
+    """Heaviside step, strict, with a surrogate derivative."""
+
+    @staticmethod
+    def forward(ctx, d: Tensor, surrogate: str, width: float) -> Tensor:
+        ctx.save_for_backward(d)
+        ctx.surrogate, ctx.width = surrogate, width
+        return (d > 0).to(d.dtype)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
+        (d,) = ctx.saved_tensors
+        return grad * surrogate_derivative(d, ctx.surrogate, ctx.width), None, None
+
+
+def state_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Dtype of the membrane for an input of ``dtype``: float32, or float64 for float64."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def steps_of(x: Tensor, num_steps: int) -> Tensor:
+    """A time-folded (T*B, ...) tensor as (T, B, ...)."""
+    return x.unflatten(0, (num_steps, x.shape[0] // num_steps))
+
+
+def lif_reference(
+    x: Tensor, spec: LIFSpec = CIFAR, state: Tensor | None = None, return_state: bool = False, smooth: bool = False
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Multi-step leaky integrate-and-fire neuron, step by step.
+
+    Args:
+        x: (T, ...), input current.
+        spec: Dynamics and surrogate.
+        state: (...), membrane potential after the reset of the step before the first; zeros if None.
+        return_state: Return the last membrane potential as well.
+        smooth: Differentiable twin for numerical gradient checks.
+
+    Returns:
+        Spikes (T, ...) in x's dtype, and with ``return_state`` the membrane (...) in float32 (float64 for float64).
+    """
+    v = torch.zeros_like(x[0], dtype=state_dtype(x.dtype)) if state is None else state.to(state_dtype(x.dtype))
+    spikes = []
+    for current in x:
+        u = spec.decay * v + current.to(v.dtype)
+        d = u - spec.threshold
+        s = smooth_step(d, spec.surrogate, spec.width) if smooth else _Step.apply(d, spec.surrogate, spec.width)
+        r = s.detach() if spec.detach_reset else s
+        v = u - spec.threshold * r if spec.soft_reset else (1.0 - r) * u
+        spikes.append(s.to(x.dtype))
+    return (torch.stack(spikes), v) if return_state else torch.stack(spikes)
+
+
+def fire(current: Tensor, num_steps: int, spec: LIFSpec, smooth: bool = False) -> Tensor:
+    """Spikes of a time-folded current, both (T*B, ...); arguments as in `lif_reference`."""
+    spikes = lif_reference(steps_of(current, num_steps), spec, smooth=smooth)
+    assert isinstance(spikes, Tensor)  # a pair only where the state is asked for
+    return spikes.flatten(0, 1)
+
+
+def integer_lif_reference(x: Tensor, num_steps: int, spec: LIFSpec = CIFAR) -> Tensor:
+    """Multi-step leaky integrate-and-fire neuron of a time-folded sequence, with int8 spikes and no gradient.
+
+    Args:
+        x: (T*B, ...), input current, row ``t * B + b`` being sample b at step t.
+        num_steps: T.
+        spec: Dynamics.
+
+    Returns:
+        Spikes (T*B, ...) int8, 0 or 1.
+    """
+    return fire(x.detach(), num_steps, spec).to(torch.int8)
