@@ -8,22 +8,26 @@ Source: Qiu et al., "Gated Attention Coding for Training High-performance and Ef
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Mapping
 from contextlib import nullcontext
 from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from timm.layers import calculate_drop_path_rates, create_classifier, get_device_dtype, register_notrace_function
+from timm.models import create_model
 from timm.models._features import feature_take_indices  # timm offers it to model files under this name only
 from torch import Tensor, nn
 
 from gac_kernels import IMAGENET, LIFSpec
 
-from ..layers.checks import check_num_steps, has_hooks
+from ..layers.checks import has_hooks
 from ..layers.convolution import Conv2d
 from ..layers.encoder import DirectCoding, GatedAttentionCoding
 from ..layers.neuron import LIF, BatchNormLIF
 from ..runtime.weight_gradients import overlap_enabled, with_cast_weights
+from .arguments import block_class, check_model_args, lif_spec
 from .blocks import MSBlock, SpikingBlock, Stage
 from .checkpoint import checkpoint_filter_fn as checkpoint_filter_fn  # timm expects it beside the model's class
 
@@ -62,14 +66,14 @@ class SpikingResNet(nn.Module):
         - `forward_features`: firing rates ``(B, C', H', W')``, the mean of the spikes over time
 
     Args:
-        block: Block class, `MSBlock` (membrane shortcut) or `SpikingBlock` (plain).
+        block: Block class, `MSBlock` (membrane shortcut) or `SpikingBlock` (plain), or its name.
         layers: Number of blocks of each stage, 3 or 4 stages.
         channels: Channels of each stage.
         strides: Stride of each stage.
         stem_width: Channels of the stem.
         stem_kernel: Kernel size of the stem, 7 (stride 2) or 3 (stride 1).
         encoder: Input encoder, ``gac`` or ``direct``.
-        spec: Neuron model: threshold, decay, reset and surrogate gradient.
+        spec: Neuron model: threshold, decay, reset and surrogate gradient; or its fields by name.
         num_steps: Number of time steps T.
         num_classes: Number of classes; 0 for pooled features instead of logits.
         in_chans: Channels of the input.
@@ -85,6 +89,7 @@ class SpikingResNet(nn.Module):
         ValueError: An argument is out of range.
     """
 
+    pretrained_cfg: dict[str, Any]  # set by timm
     # Set by name in the constructor.
     layer1: Stage
     layer2: Stage
@@ -96,14 +101,14 @@ class SpikingResNet(nn.Module):
 
     def __init__(
         self,
-        block: type[MSBlock] | type[SpikingBlock] = MSBlock,
+        block: type[MSBlock] | type[SpikingBlock] | str = MSBlock,
         layers: tuple[int, ...] = (2, 2, 2, 2),
         channels: tuple[int, ...] = (64, 128, 256, 512),
         strides: tuple[int, ...] = (2, 2, 2, 2),
         stem_width: int = 64,
         stem_kernel: int = 7,
         encoder: str = "gac",
-        spec: LIFSpec = IMAGENET,
+        spec: LIFSpec | Mapping[str, Any] = IMAGENET,
         num_steps: int = 4,
         num_classes: int = 1000,
         in_chans: int = 3,
@@ -116,14 +121,34 @@ class SpikingResNet(nn.Module):
     ) -> None:
         super().__init__()
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.num_steps = check_num_steps(num_steps)
-        if encoder not in ("gac", "direct"):
-            raise ValueError(f"expected encoder 'gac' or 'direct', got {encoder!r}: choose one of these")
-        if not (len(layers) == len(channels) == len(strides) and 3 <= len(layers) <= len(_STAGES)):
+        block, spec = block_class(block), lif_spec(spec)
+        kept = dict(  # what no other attribute holds, see `model_args`
+            channels=channels,
+            strides=strides,
+            stem_width=stem_width,
+            stem_kernel=stem_kernel,
+            encoder=encoder,
+            drop_path_rate=drop_path_rate,
+            scaled_init=scaled_init,
+        )
+        check_model_args(
+            kept
+            | dict(
+                layers=layers,
+                num_steps=num_steps,
+                num_classes=num_classes,
+                in_chans=in_chans,
+                global_pool=global_pool or "",
+                drop_rate=drop_rate,
+            )
+        )
+        if not len(layers) == len(channels) == len(strides):
             raise ValueError(
                 f"expected layers, channels and strides of one length, 3 or 4, got {layers}, {channels}, {strides}: "
                 "give one entry a stage"
             )
+        self._args = kept | dict(block=block.__name__, channels=list(channels), strides=list(strides))
+        self.num_steps = num_steps
         self.spec = spec
         self.num_classes = num_classes
         self.in_chans = in_chans
@@ -186,6 +211,39 @@ class SpikingResNet(nn.Module):
             if isinstance(module, (MSBlock, SpikingBlock)):
                 module.zero_init_last()
 
+    def model_args(self) -> dict[str, Any]:
+        """All arguments that rebuild this network as it is now, as JSON holds them: ``SpikingResNet(**arguments)``.
+
+        Device and dtype are not among them.
+
+        Raises:
+            ValueError: Some neurons have another spec than the network, so that no arguments rebuild it.
+        """
+        specs = {module.spec for module in self.modules() if isinstance(getattr(module, "spec", None), LIFSpec)}
+        if len(specs) > 1:
+            raise ValueError(
+                f"expected neurons of one spec, got {len(specs)} different ones: build the network with its spec"
+            )
+        stages = [len(getattr(self, name)) for name in _STAGES[: len(self._args["channels"])]]
+        return self._args | dict(
+            layers=stages,
+            spec=dataclasses.asdict(self.spec),
+            num_steps=self.num_steps,
+            num_classes=self.num_classes,
+            in_chans=self.in_chans,
+            global_pool=self.global_pool.pool_type,
+            drop_rate=self.drop_rate,
+        )
+
+    def changed_args(self) -> dict[str, Any]:
+        """Those of `model_args` in which this network differs from its registered architecture.
+
+        With ``timm.create_model(architecture, **arguments)`` they rebuild it, the architecture being that of its
+        ``pretrained_cfg``.
+        """
+        own = create_model(self.pretrained_cfg["architecture"], device="meta").model_args()
+        return {name: value for name, value in self.model_args().items() if value != own[name]}
+
     def group_matcher(self, coarse: bool = False) -> dict[str, str]:
         """Patterns that group parameters by stage (coarse) or by block, for layer-wise learning rates."""
         return dict(stem=r"^(?:conv1|bn1|encoder)\.", blocks=r"^layer(\d+)" if coarse else r"^layer(\d+)\.(\d+)")
@@ -219,6 +277,7 @@ class SpikingResNet(nn.Module):
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """Replace the classifier, keeping the pooling where ``global_pool`` is None."""
+        check_model_args(dict(num_classes=num_classes, channels=[*self._args["channels"][:-1], self.num_features]))
         dd = get_device_dtype(self)
         self.num_classes = num_classes
         pool_type = self.global_pool.pool_type if global_pool is None else global_pool

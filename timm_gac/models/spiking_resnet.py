@@ -16,6 +16,7 @@ from timm.models import build_model_with_cfg, generate_default_cfgs, register_mo
 
 from gac_kernels import CIFAR, IMAGENET
 
+from .arguments import check_model_args
 from .blocks import MSBlock, SpikingBlock
 from .checkpoint import checkpoint_filter_fn
 from .network import SpikingResNet
@@ -25,6 +26,7 @@ __all__ = ["SpikingResNet"]
 
 
 def _create_spiking_resnet(variant: str, pretrained: bool = False, **kwargs: Any) -> SpikingResNet:
+    check_model_args({"layers": kwargs["layers"]})
     stages = len(kwargs["layers"])
     # Of a Hub repository timm would else read a pickle where it finds no safetensors.
     overlay = {"hf_hub_filename": WEIGHTS} | (kwargs.pop("pretrained_cfg_overlay", None) or {})
