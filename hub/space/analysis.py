@@ -114,7 +114,7 @@ class Network:
             if name != "encoder"  # its spikes are gated: real values
         }
         prepared = (pixels[0] * std + mean).clamp(0, 1).permute(1, 2, 0)
-        return Analysis(prepared, steps, spikes, gate, meter.report())
+        return Analysis(prepared=prepared, steps=steps, spikes=spikes, gate=gate, report=meter.report())
 
 
 def open_picture(file: Path) -> Image.Image:

@@ -1,4 +1,4 @@
-"""The demonstration Space: a picture on its way through a spiking network, time step by time step.
+"""The demonstration Space: a spiking network on a picture, time step by time step.
 
 ``python app.py`` serves --model or GAC_MODEL, else the published weights, else the digit network of ``make demo``.
 """
@@ -47,7 +47,7 @@ ENERGY_NOTE = (
 )
 
 
-def choose_models(wanted: str | None) -> list[str]:
+def choose_models(model: str | None) -> list[str]:
     """The models to serve: the one asked for, else the published ones, else the demonstration's.
 
     Published weights are in hub/models of a clone; a Space, which has no such folder, takes them from the Hub.
@@ -55,8 +55,8 @@ def choose_models(wanted: str | None) -> list[str]:
     Raises:
         ValueError: There is none.
     """
-    if wanted:
-        return [wanted]
+    if model:
+        return [model]
     found = [folder for folder in sorted(MODELS.glob("*")) if (folder / "model.safetensors").is_file()]
     if found:
         first = {name: place for place, name in enumerate(PUBLISHED)}
@@ -104,7 +104,7 @@ def figure_below(heading: str, name: str) -> tuple[gr.Column, gr.Image]:
         figure = gr.Image(
             label=heading, show_label=False, elem_id=name, interactive=False, buttons=[], format="png",
             container=False, alt_text=heading,
-        )  # fmt: skip
+        )
     return column, figure
 
 
@@ -118,7 +118,7 @@ def build(networks: Mapping[str, Network]) -> gr.Blocks:
         current = gr.State(pictures[0] if pictures else None)
         choice = gr.Radio(
             titles, value=titles[0], label="Encoder", visible=len(titles) > 1, elem_id="network"
-        )  # fmt: skip
+        )
         upload = gr.UploadButton("Upload a picture", elem_id="upload", variant="primary")
         if pictures:
             gr.Markdown("or pick one:")
@@ -126,7 +126,7 @@ def build(networks: Mapping[str, Network]) -> gr.Blocks:
             [np.asarray(picture) for picture in pictures],
             label="pictures", show_label=False, columns=columns(pictures), height="auto", allow_preview=False,
             object_fit="contain", interactive=False, buttons=[], elem_id="examples", visible=bool(pictures),
-        )  # fmt: skip
+        )
         summary = gr.Markdown("Pick or upload a picture.", elem_id="summary")
         figures_below = {name: figure_below(heading, name) for name, heading in HEADINGS.items()}
         gate_column = figures_below["gate"][0]
@@ -186,7 +186,7 @@ def main() -> int:
     build(networks).launch(
         server_name=options.host, server_port=options.port, css=CSS, theme=theme(), max_file_size="25mb", share=False,
         ssr_mode=False,
-    )  # fmt: skip
+    )
     return 0
 
 

@@ -1,4 +1,4 @@
-"""The demonstration's figures, drawn for a screen as narrow as a phone's: few words, large letters."""
+"""Figures of the demonstration, drawn for the width of a phone: few words, large letters."""
 
 from __future__ import annotations
 
@@ -69,17 +69,17 @@ def raster(analysis: Analysis) -> np.ndarray:
     colours = colormaps["viridis"]
     for index, (name, spikes) in enumerate(analysis.spikes.items()):
         trains = (spikes != 0).float().flatten(1)  # (T, neurons)
-        wanted = min(NEURONS, trains.shape[1])
+        count = min(NEURONS, trains.shape[1])
         score = trains.var(0, correction=0) + 1e-3 * trains.mean(0)
-        when, which = trains[:, score.topk(wanted).indices.sort().values].nonzero(as_tuple=True)
+        when, which = trains[:, score.topk(count).indices.sort().values].nonzero(as_tuple=True)
         colour = colours(0.85 * index / max(1, len(analysis.spikes) - 1))
         trains_axis.hlines(top + which, when + 0.08, when + 0.92, linewidth=1.4, color=colour)
         rate = analysis.rates[name]
-        rate_axis.barh(top + wanted / 2, rate, height=wanted * 0.8, color=colour)
-        rate_axis.text(rate, top + wanted / 2, f" {rate:.1%}", va="center", fontsize=FONT - 2)
-        places.append(top + wanted / 2)
+        rate_axis.barh(top + count / 2, rate, height=count * 0.8, color=colour)
+        rate_axis.text(rate, top + count / 2, f" {rate:.1%}", va="center", fontsize=FONT - 2)
+        places.append(top + count / 2)
         names.append(name)
-        top += wanted + 5
+        top += count + 5
     steps = len(analysis.steps)
     trains_axis.set(xlim=(0, steps), ylim=(top, -4))
     trains_axis.set_xticks([step + 0.5 for step in range(steps)], [str(step + 1) for step in range(steps)])

@@ -140,8 +140,10 @@ def test_operands_are_measured_not_assumed():
     model, images = small("test_gac_msresnet")
     layers = {layer.name: layer for layer in measure_energy(model, [images]).layers}
     assert {name: layer.binary for name, layer in layers.items() if "layer1" in name} == {
-        "layer1.0.conv1": True, "layer1.0.conv2": True, "layer1.0.downsample.0": False,
-    }  # fmt: skip
+        "layer1.0.conv1": True,
+        "layer1.0.conv2": True,
+        "layer1.0.downsample.0": False,
+    }
     once = [name for name, layer in layers.items() if layer.runs == 1]
     assert once == ["conv1", "encoder.spatial.conv_a", "encoder.spatial.conv_b", "fc"]
     strict = measure_energy(model, [images]).operations("strict")
@@ -261,7 +263,11 @@ def test_integer_network_counts_what_its_float_network_does():
     for one in before.layers:
         other = counted[one.name]
         assert (one.kind, one.macs, one.runs, one.binary, one.dense) == (
-            other.kind, other.macs, other.runs, other.binary, other.dense,
-        )  # fmt: skip
+            other.kind,
+            other.macs,
+            other.runs,
+            other.binary,
+            other.dense,
+        )
         assert one.rate == pytest.approx(other.rate, abs=0.1)  # rounded weights: other spikes, as many
     assert after.totals()["strict"]["acs"] > 0

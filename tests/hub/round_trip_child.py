@@ -51,9 +51,15 @@ def compare_with_transformers(repo_id: str, images: Tensor, expected: Tensor, sc
 
     batch = [{"pixel_values": image, "labels": label} for image, label in zip(images, labels, strict=True)]
     arguments = TrainingArguments(
-        str(scratch), max_steps=2, per_device_train_batch_size=len(batch), use_cpu=True, report_to=[],
-        save_strategy="no", learning_rate=1e-2, disable_tqdm=True,
-    )  # fmt: skip
+        str(scratch),
+        max_steps=2,
+        per_device_train_batch_size=len(batch),
+        use_cpu=True,
+        report_to=[],
+        save_strategy="no",
+        learning_rate=1e-2,
+        disable_tqdm=True,
+    )
     before = model.timm_model.fc.weight.detach().clone()
     Trainer(model=model, args=arguments, train_dataset=batch).train()
     assert not torch.equal(before, model.timm_model.fc.weight), "the Trainer changed nothing"

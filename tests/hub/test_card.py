@@ -28,26 +28,40 @@ FACTS = Facts(
     preprocessing={"input_size": [3, 32, 32], "crop_pct": 1.0, "mean": [0.5, 0.5, 0.5], "std": [0.2, 0.2, 0.2]},
 )
 ENERGY = {
-    "model": "gac_msresnet18_cifar", "num_steps": 4, "weights": "of gac", "images": 256,
-    "energy_mj": {"paper": 0.1234, "strict": 0.5, "ann": 1.5}, "of_ann": {"paper": 0.0823, "strict": 1 / 3, "ann": 1.0},
-    "macs": {"paper": 12.4, "strict": 2_000_000.0, "ann": 3e6}, "acs": {"paper": 7.0, "strict": 8.0, "ann": 0.0},
+    "model": "gac_msresnet18_cifar",
+    "num_steps": 4,
+    "weights": "of gac",
+    "images": 256,
+    "energy_mj": {"paper": 0.1234, "strict": 0.5, "ann": 1.5},
+    "of_ann": {"paper": 0.0823, "strict": 1 / 3, "ann": 1.0},
+    "macs": {"paper": 12.4, "strict": 2_000_000.0, "ann": 3e6},
+    "acs": {"paper": 7.0, "strict": 8.0, "ann": 0.0},
     "layers": [{"layer": "conv1"}],
-}  # fmt: skip
+}
 MEASURED = Facts(
     **{field: getattr(FACTS, field) for field in FACTS.__dataclass_fields__}
     | {
         "training": {
-            "data": "cifar100", "epochs": 200, "optimizer": {"name": "sgd", "lr": 0.1}, "flip": True, "compile": False,
-            "mixup": 0.0, "seed": 0,
+            "data": "cifar100",
+            "epochs": 200,
+            "optimizer": {"name": "sgd", "lr": 0.1},
+            "flip": True,
+            "compile": False,
+            "mixup": 0.0,
+            "seed": 0,
         },
         "evaluation": {
-            "top1": 0.801, "top5": 0.95, "ece": 0.031, "top1_per_step": [0.7, 0.75, 0.79, 0.801],
-            "firing_rates": {"encoder": 0.123, "lif": 0.05}, "images": 10_000,
+            "top1": 0.801,
+            "top5": 0.95,
+            "ece": 0.031,
+            "top1_per_step": [0.7, 0.75, 0.79, 0.801],
+            "firing_rates": {"encoder": 0.123, "lif": 0.05},
+            "images": 10_000,
         },
         "energy": ENERGY,
         "files": {"metrics.csv": Path("metrics.csv"), "curve.png": Path("curve.png")},
     }
-)  # fmt: skip
+)
 
 
 def test_header_is_what_the_hub_reads() -> None:
@@ -63,12 +77,23 @@ def test_header_is_what_the_hub_reads() -> None:
 def test_measured_figures_are_in_it() -> None:
     text = write_card(MEASURED, "me/x")
     for shown in (
-        "80.10%", "95.00%", "0.0310", "after 1 of 4 time steps | 70.00%", "| `encoder` | 12.30% |", "10,000",
-        "| paper | 12 | 7 | 0.1234 mJ | 8.2% |", "| strict | 2,000,000 | 8 | 0.5 mJ | 33.3% |", "on 256 images",
-        "| optimizer.lr | 0.1 |", "| flip | yes |", "| seed | 0 |",
-        "(curve.png)", "(metrics.csv)", "threshold 1, decay 0.5",
+        "80.10%",
+        "95.00%",
+        "0.0310",
+        "after 1 of 4 time steps | 70.00%",
+        "| `encoder` | 12.30% |",
+        "10,000",
+        "| paper | 12 | 7 | 0.1234 mJ | 8.2% |",
+        "| strict | 2,000,000 | 8 | 0.5 mJ | 33.3% |",
+        "on 256 images",
+        "| optimizer.lr | 0.1 |",
+        "| flip | yes |",
+        "| seed | 0 |",
+        "(curve.png)",
+        "(metrics.csv)",
+        "threshold 1, decay 0.5",
         "12,679,362",
-    ):  # fmt: skip
+    ):
         assert shown in text, shown
     assert "conv1" not in text, "layers stay in energy.json"
     assert "compile" not in text and "mixup" not in text, "what is off stays in training.json"

@@ -34,8 +34,11 @@ def test_fetches_the_wanted_files_only(
     repository.commits.append(repository.commits[-1] | {"pytorch_model.bin": b"x", "big.zip": b"y", "run/a.pt": b"z"})
     folder = fetch_model(REPO, api=api)
     assert sorted(path.name for path in folder.iterdir()) == [
-        "README.md", "config.json", "golden.safetensors", "model.safetensors",
-    ]  # fmt: skip
+        "README.md",
+        "config.json",
+        "golden.safetensors",
+        "model.safetensors",
+    ]
     assert not {"pytorch_model.bin", "big.zip", "a.pt"} & set(hub.downloads())
 
     hub.requests.clear()

@@ -29,9 +29,14 @@ NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight",
 def run(arguments: list[str], hub: LoopbackHub, home: Path, **environment: str) -> subprocess.CompletedProcess[str]:
     """Run Python with the Hub's client set to the loopback server and an own cache, from before its first import."""
     variables = {
-        **os.environ, "HF_ENDPOINT": hub.url, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1", "OMP_NUM_THREADS": "1",
-        "HF_HUB_DISABLE_TELEMETRY": "1", **environment,
-    }  # fmt: skip
+        **os.environ,
+        "HF_ENDPOINT": hub.url,
+        "HF_HOME": str(home),
+        "HF_HUB_DISABLE_XET": "1",
+        "OMP_NUM_THREADS": "1",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        **environment,
+    }
     variables.pop("TRITON_INTERPRET", None)
     return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, env=variables, timeout=280)
 

@@ -2,7 +2,7 @@
 
 A network's answer after t steps is the mean of the logits of these steps. Neurons look only back in time, so with a
 static image nothing that comes later changes it. (With event frames gated attention coding pools all frames before the
-first step, so there an early exit saves what follows the encoder, and waits for the last frame.)
+first step: there early exit must wait for the last frame, and saves only what follows the encoder.)
 """
 
 from __future__ import annotations
@@ -63,14 +63,19 @@ class AnytimeReport:
 
     def to_dict(self) -> dict[str, Any]:
         """The figures, ready for JSON."""
-        values = {
-            "model": self.energy.model, "weights": self.energy.weights, "trained": self.energy.trained,
+        return {
+            "model": self.energy.model,
+            "weights": self.energy.weights,
+            "trained": self.energy.trained,
             "num_steps": self.energy.num_steps,
-            "images": self.energy.images, "costs": asdict(self.energy.costs), "ann_mj": self.energy.ann_mj,
-            "top1_by_step": self.top1, "confidence_by_step": self.confidence, "energy_by_step_mj": self.energy_mj,
+            "images": self.energy.images,
+            "costs": asdict(self.energy.costs),
+            "ann_mj": self.energy.ann_mj,
+            "top1_by_step": self.top1,
+            "confidence_by_step": self.confidence,
+            "energy_by_step_mj": self.energy_mj,
             "early_exit": [asdict(point) for point in self.exits],
-        }  # fmt: skip
-        return values
+        }
 
 
 @torch.no_grad()
@@ -101,20 +106,20 @@ def measure_anytime(
         raise ValueError(f"expected a model with forward_steps, got {type(model).__name__}: use one of this package")
     for confidence in confidences:
         check_confidence(confidence)
-    hits, sures, meter = [], [], EnergyMeter(model)
+    hits, confidences_after, meter = [], [], EnergyMeter(model)
     with meter:
         for images, labels in batches:
             with torch.autocast(images.device.type, amp_dtype) if amp_dtype is not None else nullcontext():
                 logits = model.forward_steps(images)
             answers = mean_logits(logits)
             hits.append((answers.argmax(-1) == labels[:, None]).cpu())
-            sures.append(answers.softmax(-1).amax(-1).cpu())
+            confidences_after.append(answers.softmax(-1).amax(-1).cpu())
     report = meter.report(costs, weights, trained)
-    right, sure = torch.cat(hits), torch.cat(sures)  # [images, T]
+    right, probability = torch.cat(hits), torch.cat(confidences_after)  # [images, T]
     by_step = {name: report.energy_by_step(name) for name in report.totals() if name != "ann"}
     exits = []
     for confidence in confidences:
-        steps = first_confident_step(sure, confidence)
+        steps = first_confident_step(probability, confidence)
         shares = torch.bincount(steps - 1, minlength=report.num_steps).double() / len(steps)
         exits.append(
             ExitPoint(
@@ -128,14 +133,14 @@ def measure_anytime(
     return AnytimeReport(
         energy=report,
         top1=tuple(right.double().mean(0).tolist()),
-        confidence=tuple(sure.double().mean(0).tolist()),
+        confidence=tuple(probability.double().mean(0).tolist()),
         energy_mj=by_step,
         exits=tuple(exits),
     )
 
 
 def write_anytime_chart(reports: Sequence[AnytimeReport], file: Path, convention: str = "strict") -> None:
-    """Draw accuracy against energy: after 1 to T steps as a line, early exit as points beside it.
+    """Draw accuracy against energy: after 1 to T steps as a solid line, early exit as a dotted one.
 
     Args:
         reports: One or more networks, measured on the same images.
@@ -154,9 +159,14 @@ def write_anytime_chart(reports: Sequence[AnytimeReport], file: Path, convention
         for step, (x, y) in enumerate(zip(energy, top1, strict=True), 1):
             axis.annotate(f"t={step}", (x, y), (5, -12), textcoords="offset points", fontsize=9, color=colour)
         axis.plot(
-            [point.energy_mj[convention] for point in report.exits], [100 * point.top1 for point in report.exits],
-            marker="x", linestyle=":", color=colour, alpha=0.8, label=f"{name}: early exit",
-        )  # fmt: skip
+            [point.energy_mj[convention] for point in report.exits],
+            [100 * point.top1 for point in report.exits],
+            marker="x",
+            linestyle=":",
+            color=colour,
+            alpha=0.8,
+            label=f"{name}: early exit",
+        )
     axis.margins(x=0.09, y=0.09)
     axis.set(xlabel=f"mJ per image ({convention}, {reports[0].energy.costs.name})", ylabel="top-1 (%)")
     axis.grid(alpha=0.3)

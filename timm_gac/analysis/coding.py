@@ -1,11 +1,10 @@
-"""How much an encoder's output says, and says anew, at each time step: entropies and mutual information.
+"""Information in an encoder's output at each time step: entropies and mutual information.
 
-Estimator: values are cut into equal bins between the 0.1 % and 99.9 % quantiles of that encoder's first batch (the
-lowest and the highest of any step), 0 having a bin of its own, as gated spikes are mostly 0. Then come plug-in
-entropies of the counts, in bits, with Miller and Madow's correction (m - 1) / 2N for m occupied cells and N samples.
-A sample is one neuron (channel and position) of one image, drawn at random over all of them. The entropy of a value
-depends on the bins, so compare networks by how it grows over time, not by its size. Spikes are binary and need no
-bins.
+Real values are counted in bins of equal width between the 0.1 % and 99.9 % quantiles of the encoder's first batch (the
+lowest and the highest over all steps); 0 has a bin of its own, since gated spikes are mostly 0. Entropies are plug-in
+estimates in bits with the Miller-Madow correction, (m - 1) / 2N nats for m occupied bins and N samples. A sample is one
+neuron (channel and position) of one image, drawn at random. Entropies depend on the bins: compare networks by how
+they grow over time, not by their size. Spikes are binary and need no bins.
 """
 
 from __future__ import annotations
@@ -28,14 +27,14 @@ MAX_CODE = 2**62
 
 @dataclass(frozen=True)
 class Coding:
-    """Bits a neuron, of one sequence Y_1 ... Y_T; each tuple has an entry a time step.
+    """Entropies of a sequence Y_1 ... Y_T of one neuron, in bits; each tuple has one entry per time step.
 
     Attributes:
-        entropy: H(Y_t).
-        joint: H(Y_1, ..., Y_t).
-        new: H(Y_t | Y_1, ..., Y_t-1): what the step adds; 0 where it repeats.
-        shared_with_first: Mutual information I(Y_1; Y_t).
-        about_input: Mutual information I(A; Y_1, ..., Y_t) with the binned output A of the stem at the same neuron.
+        entropy: Entropy of each step alone, H(Y_t).
+        joint: Joint entropy of all steps so far, H(Y_1, ..., Y_t).
+        new: Conditional entropy H(Y_t | Y_1, ..., Y_t-1): what the step adds; 0 where it repeats the steps before.
+        shared_with_first: Mutual information with the first step, I(Y_1; Y_t).
+        about_input: Mutual information I(A; Y_1, ..., Y_t) with A, the binned output of the stem at the same neuron.
     """
 
     entropy: tuple[float, ...]
@@ -55,7 +54,7 @@ class CodingReport:
         images: Number of images.
         samples: Number of neurons drawn.
         bins: Bins of a real value, without that of 0.
-        input_entropy: H(A) of the binned stem output.
+        input_entropy: Entropy H(A) of the binned output of the stem.
         encoder: Of the encoder's output.
         spikes: Of the spikes of the neuron that follows the encoder; None where the network has a convolution there.
     """
@@ -84,9 +83,10 @@ def entropy_bits(codes: Tensor) -> float:
 
 
 class _Bins:
-    """Equal bins of (T, ...) between the lowest and the highest of two quantiles of any step, 0 with a bin of its own.
+    """Bins of equal width for values (T, ...); 0 has a bin of its own.
 
-    Step by step, so that values that repeat over time have the edges of one step: I(A; A) is H(A).
+    Their range is the lowest 0.1 % and the highest 99.9 % quantile over steps. Quantiles are taken of each step alone,
+    so that values which repeat over time have the bins of one step: I(A; A) is then H(A).
     """
 
     def __init__(self, values: Tensor, count: int) -> None:
@@ -164,7 +164,7 @@ def measure_coding(
 
 
 class _Codes:
-    """Integer codes of drawn neurons, batch after batch: of the stem's output, the encoder's, and the spikes behind."""
+    """Bin numbers of randomly drawn neurons over all batches: stem output, encoder output, spikes behind it."""
 
     def __init__(self, num_steps: int, bins: int, samples_per_image: int, seed: int) -> None:
         self.num_steps, self.bins, self.samples_per_image = num_steps, bins, samples_per_image
@@ -203,7 +203,7 @@ class _Codes:
 
 
 def _draw(values: Tensor, drawn: Tensor) -> Tensor:
-    """Of (T, B, C, H, W) the drawn neurons (B, count) at every step: (T, B * count)."""
+    """Values (T, B, C, H, W) of the drawn neurons (B, count), at every step: (T, B * count)."""
     return values.flatten(2).gather(2, drawn.expand(len(values), *drawn.shape)).flatten(1)
 
 

@@ -1,4 +1,4 @@
-"""What a spiking network gets right, after how many time steps, how sure it is, and how often its neurons fire."""
+"""Evaluation on labelled images: accuracy by time step, loss, calibration error and firing rates."""
 
 from __future__ import annotations
 
@@ -161,9 +161,15 @@ def _result(sums: _Sums, rates: _Rates, started: float) -> Evaluation:
     per_step = tuple((sums.per_step / images).tolist())
     ece = (correct - confidence).abs().sum().item() / images
     return Evaluation(
-        int(images), per_step[-1], top5 / images, per_step, loss / images, ece, rates.rates(),
-        time.perf_counter() - started,
-    )  # fmt: skip
+        images=int(images),
+        top1=per_step[-1],
+        top5=top5 / images,
+        top1_per_step=per_step,
+        loss=loss / images,
+        ece=ece,
+        firing_rates=rates.rates(),
+        seconds=time.perf_counter() - started,
+    )
 
 
 @contextmanager

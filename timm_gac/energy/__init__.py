@@ -1,8 +1,8 @@
-"""Energy as the field counts it: what every convolution and linear layer of a network really computes.
+"""Energy estimates from counted operations of convolutions and linear layers.
 
-`EnergyMeter` watches the operands of the layers while a network runs; `EnergyReport` adds them up under three
-conventions. Counts stay on the device until the report is made. Batch norm is taken as folded; additions of
-residuals, neurons and memory traffic are left out, as in the literature.
+`EnergyMeter` counts operations from the layers' real inputs while a network runs; `EnergyReport` adds them up under
+three conventions. Counts stay on the device until the report is made. As in the literature, batch norm counts as
+folded, and residual additions, neurons and memory traffic are left out.
 """
 
 from .meter import EnergyMeter, measure_energy

@@ -1,4 +1,4 @@
-"""What one layer computes: its real operands, counted on the device while the network runs."""
+"""Operation counts of one layer, from its real inputs, on the device while the network runs."""
 
 from __future__ import annotations
 
@@ -50,9 +50,9 @@ class Counter:
         if self.nonzero is None or self.real is None:
             self.nonzero = torch.zeros_like(x[:, 0], dtype=torch.float32)
             self.real = torch.zeros((), dtype=torch.bool, device=x.device)
-            made = output[-1] if isinstance(output, tuple) else output  # membrane and spikes: one shape
-            macs_at = made.shape[1:-1] if isinstance(self.layer, nn.Linear) else made.shape[2:]
-            self.macs = self.layer.weight.numel() * math.prod(macs_at)
+            out = output[-1] if isinstance(output, tuple) else output  # membrane and spikes: one shape
+            positions = out.shape[1:-1] if isinstance(self.layer, nn.Linear) else out.shape[2:]
+            self.macs = self.layer.weight.numel() * math.prod(positions)
         elif self.nonzero.shape != shape:
             raise ValueError(
                 f"expected operands of {tuple(self.nonzero.shape)} in layer {self.name!r}, got {tuple(shape)}: measure "
@@ -62,13 +62,13 @@ class Counter:
             # Step by step: temporaries beyond 32 MB come fresh from the system, which costs ten times the sums.
             for total, step in zip(self.nonzero, x, strict=True):
                 self._add_step(total, step, self.real)
-        else:  # in one read, and without a question to the device, which would have to be waited for
+        else:  # one read of the operand, and no wait for the device
             count_spikes(operand, len(x), self.nonzero, self.real)
         self.rows += batch
 
     @staticmethod
     def _add_step(total: Tensor, x: Tensor, real: Tensor) -> None:
-        """Count a step ``(batch, ...)``, looking at it no more than is still in question."""
+        """Count the values of a step ``(batch, ...)`` that are not 0; whether all are 0, 1 or -1 only while unknown."""
         if real:
             total += torch.ne(x, 0, out=torch.empty_like(x)).sum(0, dtype=torch.float32)
         elif torch.equal(x.square(), x):  # zeros and ones: their sum is their number
@@ -106,13 +106,13 @@ class Counter:
 
 
 def _ones(x: Tensor) -> tuple[Tensor, Tensor]:
-    """1 where x is not 0, else 0, and how far the magnitude of some value is from that: 0 for values of 0, 1 and -1."""
+    """1 where x is not 0, else 0; and the largest distance of a magnitude from that, 0 if all values are 0, 1 or -1."""
     ones = x.sign().abs_()
     return ones, x.abs().sub_(ones).abs_().amax()
 
 
 def _reach(shape: torch.Size, layer: Layer) -> Tensor:
-    """Products that each value of an operand takes part in, padding excluded: ``(1, ...)``, as for all channels."""
+    """Number of products that each value of an operand takes part in, padding excluded: ``(1, ...)``."""
     if isinstance(layer, nn.Linear):
         return torch.full((1, *shape[1:]), layer.out_features, dtype=torch.float64)
     taps = torch.full((1, 1, *layer.kernel_size), layer.out_channels // layer.groups, dtype=torch.float32)
@@ -120,16 +120,16 @@ def _reach(shape: torch.Size, layer: Layer) -> Tensor:
 
 
 def _masked_reach(shape: torch.Size, mask: Tensor, layer: Layer) -> Tensor:
-    """The same, of products with the weights of a mask alone: ``(C, ...)``."""
+    """As `_reach`, counting products with the weights of a mask only: ``(C, ...)``."""
     if isinstance(layer, nn.Linear):
         return mask.double().sum(0).expand(shape)
-    # All outputs of a group are summed anyway: one output channel with the number of weights per tap does for them.
+    # The outputs of a group are summed, so one output channel with the number of weights per tap stands for all.
     taps = mask.unflatten(0, (layer.groups, -1)).sum(1, dtype=torch.float32)  # counts below 2**24: exact
     return _products(shape, taps, layer, layer.groups)
 
 
 def _products(shape: torch.Size, taps: Tensor, layer: Any, groups: int) -> Tensor:
-    """The derivative, by an operand of this shape, of the sum of a convolution's outputs, in float64."""
+    """Derivative of the sum of a convolution's outputs with respect to an operand of this shape, in float64."""
     padding = layer._reversed_padding_repeated_twice if isinstance(layer.padding, str) else None
     amount: Any = 0 if padding is not None else layer.padding
     with torch.inference_mode(False), torch.enable_grad():

@@ -1,4 +1,4 @@
-"""A meter that watches the operands of the layers of any network while it runs."""
+"""`EnergyMeter`: counts the operations of any network while it runs."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ _ENTRIES = ("forward", "forward_steps", "forward_features", "forward_intermediat
 class EnergyMeter:
     """Counts the operations of a network while it runs, within ``with``.
 
-    It hooks inputs and outputs of convolutions and linear layers, so it sees the operands that are really used, with
-    any kernels behind the neurons, and with batch norms folded or not. It does not see into a compiled network or a
-    CUDA graph's replay: measure the plain module.
+    Hooks on convolutions and linear layers see the operands that are really used, whatever kernels compute the neurons
+    and whether batch norms are folded or not. A compiled network or the replay of a CUDA graph runs no hooks: measure
+    the plain module.
 
     Args:
         model: The network, in eval mode; T is its ``num_steps``.

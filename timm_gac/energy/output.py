@@ -18,16 +18,21 @@ COLUMNS = ("layer", "kind", "macs", "runs", "input", "rate", "sops", *(f"{name}_
 
 
 def layer_rows(report: EnergyReport) -> list[dict[str, Any]]:
-    """One row a layer: what it computes and what it costs under each convention, per image."""
+    """One row per layer: counts, and energy under each convention, per image."""
     energies = {name: report.layer_mj(name) for name in CONVENTIONS}
     return [
         {
-            "layer": layer.name, "kind": layer.kind, "macs": layer.macs, "runs": layer.runs,
-            "input": "binary" if layer.binary else "real", "rate": layer.rate, "sops": layer.sops,
+            "layer": layer.name,
+            "kind": layer.kind,
+            "macs": layer.macs,
+            "runs": layer.runs,
+            "input": "binary" if layer.binary else "real",
+            "rate": layer.rate,
+            "sops": layer.sops,
         }
         | {f"{name}_mj": values[layer.name] for name, values in energies.items()}
         for layer in report.layers
-    ]  # fmt: skip
+    ]
 
 
 def report_dict(report: EnergyReport) -> dict[str, Any]:
@@ -46,13 +51,15 @@ def report_dict(report: EnergyReport) -> dict[str, Any]:
         "acs": {name: row["acs"] for name, row in totals.items()},
         "neurobench_dense": report.dense,
         "costs": {
-            "name": report.costs.name, "mac_pj": report.costs.mac_pj, "ac_pj": report.costs.ac_pj,
+            "name": report.costs.name,
+            "mac_pj": report.costs.mac_pj,
+            "ac_pj": report.costs.ac_pj,
             "source": report.costs.source,
         },
         "energy_by_step_mj": {name: list(report.energy_by_step(name)) for name in CONVENTIONS},
         "layers": layer_rows(report),
         "not_run": list(report.not_run),
-    }  # fmt: skip
+    }
 
 
 def write_json(report: EnergyReport, file: Path) -> None:
@@ -61,12 +68,12 @@ def write_json(report: EnergyReport, file: Path) -> None:
 
 
 def write_csv(report: EnergyReport, file: Path) -> None:
-    """Write one row a layer."""
+    """Write one row per layer."""
     files.write_csv(file, COLUMNS, layer_rows(report))
 
 
 def layer_table(report: EnergyReport) -> Table:
-    """One row a layer, for a terminal."""
+    """One row per layer, for a terminal."""
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
@@ -79,14 +86,20 @@ def layer_table(report: EnergyReport) -> Table:
     for row in layer_rows(report):
         energies = [f"{row[f'{name}_mj']:.4g}" for name in CONVENTIONS]
         table.add_row(
-            row["layer"], row["kind"], row["input"], f"{row['macs']:,}", f"{row['runs']:g}", f"{row['rate']:.1%}",
-            f"{row['sops']:,.0f}", *energies,
-        )  # fmt: skip
+            row["layer"],
+            row["kind"],
+            row["input"],
+            f"{row['macs']:,}",
+            f"{row['runs']:g}",
+            f"{row['rate']:.1%}",
+            f"{row['sops']:,.0f}",
+            *energies,
+        )
     return table
 
 
 def totals_table(report: EnergyReport) -> Table:
-    """One row a convention, and the ANN's, for a terminal."""
+    """One row per convention, and the ANN's, for a terminal."""
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
 

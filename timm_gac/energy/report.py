@@ -1,4 +1,4 @@
-"""Counted operations added up under each convention: energies per image, by layer and by time step."""
+"""`EnergyReport`: energy per image by convention, layer and time step."""
 
 from __future__ import annotations
 

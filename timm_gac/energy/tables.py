@@ -1,7 +1,4 @@
-"""What an operation costs, and how each convention turns counted operations into energy.
-
-Costs and conventions are data: a new process node or a new way of counting is one more entry.
-"""
+"""Cost of an operation, and conventions that turn counts into operations: one entry of a table each."""
 
 from __future__ import annotations
 
@@ -57,7 +54,7 @@ COSTS = {
 
 @dataclass(frozen=True)
 class LayerCount:
-    """What was counted of one layer, per image; lists have one entry a time step the layer ran for.
+    """Counts of one layer, per image; tuples have one entry for each time step of the layer.
 
     Args:
         name: Name of the module.

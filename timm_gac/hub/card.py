@@ -269,15 +269,17 @@ def _training(facts: Facts) -> str:
 
 def _limits(facts: Facts) -> str:
     _, height, width = facts.preprocessing.get("input_size", (3, 32, 32))
+    steps = f"- It was trained for T = {facts.num_steps}."
+    if facts.gated:
+        steps += " Another number of time steps loads, with resampled temporal attention, and needs fine-tuning."
     lines = [
         f"- It sorts images of {height}x{width} pixels into {facts.num_classes} classes and always names one of them, "
         "whatever the image shows.",
-        f"- It was trained for T = {facts.num_steps}. Another number of time steps loads, with resampled temporal "
-        "attention, and needs fine-tuning." if facts.gated else f"- It was trained for T = {facts.num_steps}.",
+        steps,
         "- A GPU rounds differently from a CPU; a membrane near its threshold may then spike on one of them only, so "
         "single logits can differ.",
         "- It has not been examined for bias or robustness to other data: do not use it for decisions about people.",
-    ]  # fmt: skip
+    ]
     return "## Limits\n\n" + "\n".join(lines)
 
 

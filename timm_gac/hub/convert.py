@@ -66,10 +66,10 @@ def read_checkpoint(file: Path) -> dict[str, Tensor]:
         checkpoint = checkpoint if wrapper is None else checkpoint[wrapper]
     if not isinstance(checkpoint, dict) or not checkpoint:
         raise ValueError(f"expected a state dict, got {type(checkpoint).__name__} in {file.name!r}: save one")
-    strangers = [key for key, value in checkpoint.items() if not (isinstance(key, str) and isinstance(value, Tensor))]
-    if strangers:
+    others = [key for key, value in checkpoint.items() if not (isinstance(key, str) and isinstance(value, Tensor))]
+    if others:
         raise ValueError(
-            f"expected tensors by name, got a non-tensor under {strangers[0]!r} in {file.name!r}: save these alone"
+            f"expected tensors by name, got a non-tensor under {others[0]!r} in {file.name!r}: save these alone"
         )
     return clean_state_dict(checkpoint)
 

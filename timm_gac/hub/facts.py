@@ -1,4 +1,4 @@
-"""What a model folder and its run say of a model: only what was measured and written down, nothing made up."""
+"""Facts about a model for its card: read from its model folder and run, never guessed."""
 
 from __future__ import annotations
 
@@ -191,7 +191,7 @@ def gather(folder: Path, run: Path) -> Facts:
         check_energy(energy, config["architecture"], model.num_steps)
     names = config.get("label_names") or first(training, "label_names", "class_names") or ()
     cfg = config.get("pretrained_cfg", {})
-    wanted = ("input_size", "crop_pct", "interpolation", "mean", "std")
+    shown = ("input_size", "crop_pct", "interpolation", "mean", "std")
     return Facts(
         architecture=config["architecture"],
         num_classes=config["num_classes"],
@@ -204,7 +204,7 @@ def gather(folder: Path, run: Path) -> Facts:
             for module in model.modules()
         ),
         spec=model.spec,
-        preprocessing={name: cfg[name] for name in wanted if name in cfg},
+        preprocessing={name: cfg[name] for name in shown if name in cfg},
         label_names=tuple(names),
         quantization=config.get("quantization", {}),
         training=training,

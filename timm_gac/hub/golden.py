@@ -1,4 +1,4 @@
-"""Golden tensors: an input and the output that the weights gave for it, kept with them and checked after download."""
+"""Golden tensors: an input and the weights' output for it, stored beside the weights and checked after download."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Verification:
     Attributes:
         images: Number of golden images.
         difference: Largest absolute difference between golden and present logits, both in float64.
-        same_weights: The weights file is, byte for byte, the one that the golden output was made with.
+        same_weights: The weights file is byte for byte the one of the golden output.
         same_classes: float32 puts each image into the class that float64 does.
         class_logits: Number of logits an image.
     """

@@ -1,4 +1,4 @@
-"""A network as a user names it: by a registered name, a folder or a repository on the Hub."""
+"""Opening a network by a registered name, a folder or a repository on the Hub."""
 
 from __future__ import annotations
 
@@ -123,7 +123,7 @@ def _public_name(model: str) -> str:
 
 @torch.no_grad()
 def calibrate(model: nn.Module, batches: Iterable[Tensor]) -> nn.Module:
-    """Give batch norms the statistics of these images, so that neurons of untrained weights fire at all.
+    """Set batch-norm statistics to those of these images: without them neurons of untrained weights rarely fire.
 
     Args:
         model: The network; it is left in eval mode.

@@ -1,4 +1,4 @@
-"""A model repository made of a run or a model folder: exactly the files that are published, and no others."""
+"""Preparing a model repository from a run or a model folder: only the files that are published."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ def prepare_folder(source: Path, out: Path, config: PublishConfig) -> list[Path]
 
 
 def _complete(facts: Facts, config: PublishConfig) -> Facts:
-    """The facts with what the user says, or is known of the data set, beside them."""
+    """The facts, completed by what the user says and by class names of known data sets."""
     if config.dataset is not None:
         said = {"dataset": config.dataset}
         facts = replace(facts, evaluation={**facts.evaluation, **said}, training={**facts.training, **said})

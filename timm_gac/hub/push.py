@@ -1,4 +1,4 @@
-"""Publishing a model repository: all files in one commit, nothing overwritten unasked, no pickle ever."""
+"""Publishing a model repository: all files in one commit; no pickles; files are replaced only on request."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ def check_upload(names: Iterable[str]) -> None:
 
 
 def changed_files(api: HfApi, repo_id: str, files: list[Path]) -> list[tuple[Path, bool]]:
-    """The files that the repository has not, or has with other content; with each whether the name is taken there."""
+    """Files that the repository lacks or has with other content, each with whether the name exists there."""
     there: dict[str, RepoFile] = {}
     with suppress(EntryNotFoundError):  # a repository without any commit has no tree
         there = {item.path: item for item in api.list_repo_tree(repo_id) if isinstance(item, RepoFile)}

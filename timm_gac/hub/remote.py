@@ -23,12 +23,12 @@ from .folder import CONFIG, MAX_CONFIG_BYTES, WEIGHTS, read_config
 
 GOLDEN = "golden.safetensors"
 CARD = "README.md"
-# Files of a model repository that are downloaded; everything else in it stays there.
-WANTED = (CONFIG, WEIGHTS, GOLDEN, CARD)
+# The files of a model repository that are downloaded; no others.
+DOWNLOADED = (CONFIG, WEIGHTS, GOLDEN, CARD)
 # The largest network here has 22 million parameters, 176 MB in float64.
 MAX_BYTES = {CONFIG: MAX_CONFIG_BYTES, WEIGHTS: 1 << 32, GOLDEN: 1 << 28, CARD: 1 << 22}
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".tar", ".joblib", ".npy", ".npz", ".h5", ".keras")
-_STRANGE = re.compile(r"[\x00-\x1f\x7f\\:]")
+_FORBIDDEN = re.compile(r"[\x00-\x1f\x7f\\:]")
 # HTTPError and what else the client's HTTP library raises: which one that is differs between its versions.
 _TRANSPORT_LIBRARIES = ("httpx", "httpx2", "httpcore", "httpcore2", "requests", "urllib3")
 
@@ -41,7 +41,7 @@ def check_names(names: Sequence[str], source: str) -> None:
     """
     for name in names:
         parts = PurePosixPath(name).parts
-        if not parts or name.startswith(("/", "~")) or ".." in parts or _STRANGE.search(name):
+        if not parts or name.startswith(("/", "~")) or ".." in parts or _FORBIDDEN.search(name):
             raise ValueError(
                 f"expected plain relative file names in {source}, got {name!r}, which may lead out of its folder: "
                 "do not use this repository"
@@ -109,7 +109,7 @@ def fetch_model(
     with hub_errors(source):
         if constants.HF_HUB_OFFLINE:
             folder = snapshot_download(
-                name, revision=revision, cache_dir=cache_dir, allow_patterns=list(WANTED), local_files_only=True
+                name, revision=revision, cache_dir=cache_dir, allow_patterns=list(DOWNLOADED), local_files_only=True
             )
         else:
             info = api.model_info(name, revision=revision, files_metadata=True)
@@ -126,7 +126,7 @@ def fetch_model(
                 name,
                 revision=revision,  # by its name, under which the cache then knows it offline
                 cache_dir=cache_dir,
-                allow_patterns=list(WANTED),
+                allow_patterns=list(DOWNLOADED),
                 endpoint=api.endpoint,
                 token=api.token,
                 library_name="timm_gac",

@@ -1,4 +1,4 @@
-"""Spikes one can see: what every layer of neurons and the gate do on a picture, as pictures and as one HTML page."""
+"""Inspection of a network on pictures: spikes, membranes, gate and scores, as figures and one HTML page."""
 
 from .page import write_inspection
 from .record import Inspection, LayerActivity, inspect_network

@@ -1,4 +1,4 @@
-"""Figures of an inspection, as narrow as a phone's screen: few words, large letters."""
+"""Figures of an inspection, drawn for the width of a phone: few words, large letters."""
 
 from __future__ import annotations
 
@@ -126,8 +126,10 @@ def draw_gate(inspection: Inspection) -> Any:
     _steps_on(right, steps)
     right.tick_params(labelsize=FONT - 2)
     right.spines[["top", "right"]].set_visible(False)
-    maps = (("gate = sigmoid(m·n), mean over channels", inspection.gate, "magma"),
-            ("gated spikes, mean over channels", inspection.coded, "viridis"))  # fmt: skip
+    maps = (
+        ("gate = sigmoid(m·n), mean over channels", inspection.gate, "magma"),
+        ("gated spikes, mean over channels", inspection.coded, "viridis"),
+    )
     for part, (title, values, colours) in zip(parts[1:], maps, strict=True):
         axes = part.subplots(rows, columns, squeeze=False)
         limits = _limits(values, 0.01)
@@ -252,4 +254,4 @@ FIGURES: dict[str, tuple[str, str, Callable[[Inspection], Any]]] = {
         "many neurons look dead that are not: give a folder or a data set to judge.",
         draw_health,
     ),
-}  # fmt: skip
+}

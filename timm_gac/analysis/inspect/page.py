@@ -1,4 +1,4 @@
-"""An inspection as one HTML page without any other file: pictures are inside, it works offline and on a phone."""
+"""An inspection as one HTML page with its pictures inside: it works offline and on a phone."""
 
 from __future__ import annotations
 
@@ -37,16 +37,22 @@ def inspection_dict(inspection: Inspection) -> dict[str, Any]:
         "images": inspection.images,
         "layers": [
             {
-                "name": layer.name, "rate": layer.rate, "step_rates": list(layer.step_rates), "neurons": layer.neurons,
-                "dead": layer.dead, "saturated": layer.saturated, "dead_channels": layer.dead_channels,
-                "channels": layer.channels, "threshold": layer.threshold,
+                "name": layer.name,
+                "rate": layer.rate,
+                "step_rates": list(layer.step_rates),
+                "neurons": layer.neurons,
+                "dead": layer.dead,
+                "saturated": layer.saturated,
+                "dead_channels": layer.dead_channels,
+                "channels": layer.channels,
+                "threshold": layer.threshold,
             }
             for layer in inspection.layers
         ],
         "temporal_score": None if inspection.temporal is None else inspection.temporal.tolist(),
         "gate_mean_by_step": None if inspection.gate is None else inspection.gate.mean((1, 2)).tolist(),
         "likeliest_by_step": inspection.scores.argmax(1).tolist(),
-    }  # fmt: skip
+    }
 
 
 def write_inspection(inspection: Inspection, out: Path) -> list[Path]:
@@ -54,7 +60,7 @@ def write_inspection(inspection: Inspection, out: Path) -> list[Path]:
 
     Args:
         inspection: What to show.
-        out: Folder, made where it is not there.
+        out: Folder; created if missing.
     """
     out.mkdir(parents=True, exist_ok=True)
     files, sections = [], []

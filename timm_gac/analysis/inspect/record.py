@@ -1,4 +1,4 @@
-"""What happens inside a spiking network on images: spikes, membranes, gates and class scores."""
+"""Recording of spikes, membranes, gate and class scores of a network on images."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ BINS, LOW, HIGH = 70, -3.0, 4.0  # of membrane histograms, in thresholds; the th
 
 @dataclass(frozen=True)
 class LayerActivity:
-    """What one layer of neurons did.
+    """Activity of one layer of neurons.
 
     Attributes:
         name: Name of the module.
