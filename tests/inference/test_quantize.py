@@ -23,7 +23,7 @@ from timm_gac.bench.check import check_integer
 from timm_gac.bench.model import ModelBenchConfig, bench_model
 from timm_gac.hub.folder import load_model, save_model_folder
 from timm_gac.inference.integer import IntegerSpikingResNet, SpikeConv, current_grid
-from timm_gac.inference.quantize import quantize_weight
+from timm_gac.inference.quantize import dequantize, quantize_weight
 from timm_gac.inference.record import membrane_of, neuron_layers, record_spikes
 
 MODELS = ("test_gac_msresnet", "msresnet18_cifar", "gac_spiking_resnet18", "spiking_resnet19", "gac_msresnet34")
@@ -228,12 +228,14 @@ def test_folder_round_trip(name: str, tmp_path: Path) -> None:
         assert isinstance(loaded, IntegerSpikingResNet) and loaded.quantization == network.quantization
         assert torch.equal(loaded(images), network(images)) and not loaded.training
         assert {n: part.grid for n, part in layers(loaded).items()} == {n: p.grid for n, p in layers(network).items()}
-        # timm alone, which knows no integer networks, gets a float network with the rounded weights.
-        plain = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+        plain = dequantize(network)
         expected = network.forward_features(images)
-        assert not isinstance(plain, IntegerSpikingResNet)
+        assert not isinstance(plain, IntegerSpikingResNet) and not plain.training
         round_residuals(plain, network)
         assert (plain.forward_features(images) - expected).abs().mean() < 1e-3
+    # timm alone knows no integer networks.
+    with pytest.raises(ValueError, match=r"got those of a quantised one: load its folder with .*load_model"):
+        timm.create_model(f"local-dir:{folder}", pretrained=True)
 
 
 def test_damaged_folders(tmp_path: Path) -> None:

@@ -9,7 +9,10 @@ import timm
 import torch
 from torch import Tensor
 
-from timm_gac.models.checkpoint import canonical_name, checkpoint_filter_fn, resample_temporal_weight
+from timm_gac import fuse_for_inference
+from timm_gac.inference.quantize import quantize
+from timm_gac.layers.encoder import GatedAttentionCoding, resample_temporal_weight
+from timm_gac.models.checkpoint import canonical_name, checkpoint_filter_fn
 from timm_gac.models.published import PublishedNet
 
 # name, steps, classes, and the number of entries that the published code's file of this network has
@@ -132,6 +135,51 @@ def test_another_number_of_steps_is_resampled_with_a_log_line(tmp_path, caplog, 
         return net.encoder.temporal(pools.expand(-1, net.num_steps), 2 * pools.expand(-1, net.num_steps)).mean(1)
 
     torch.testing.assert_close(scores(model), scores(source), rtol=0.1, atol=0)  # m keeps its size
+
+
+@pytest.mark.parametrize("how", ["checkpoint_path", "load_checkpoint", "load_state_dict", "assign", "parallel"])
+def test_every_way_of_loading_resamples(tmp_path, caplog, how: str) -> None:
+    torch.manual_seed(3)
+    state = timm.create_model("test_gac_msresnet", num_classes=5, num_steps=4).state_dict()
+    file = tmp_path / "four.pth"
+    torch.save({"state_dict": {f"module.{name}": value for name, value in state.items()}}, file)
+    before = {name: value.clone() for name, value in state.items()}
+    with caplog.at_level(logging.WARNING, logger="timm_gac"):
+        if how == "checkpoint_path":
+            model = timm.create_model("test_gac_msresnet", num_classes=5, num_steps=6, checkpoint_path=str(file))
+        else:
+            model = timm.create_model("test_gac_msresnet", num_classes=5, num_steps=6)
+            if how == "load_checkpoint":
+                timm.models.load_checkpoint(model, str(file))
+            elif how == "parallel":
+                torch.nn.DataParallel(model).load_state_dict({f"module.{name}": v for name, v in state.items()})
+            else:
+                model.load_state_dict(state, assign=how == "assign")
+    assert caplog.text.count("Resampled") == 2
+    assert all(torch.equal(value, before[name]) for name, value in state.items())  # what was given is left alone
+    for name, value in model.state_dict().items():
+        expected = before[name] if "temporal" not in name else resample_temporal_weight(before[name], value.shape)
+        assert torch.equal(value, expected), name
+    own = GatedAttentionCoding(16, num_steps=2)  # in a network of one's own too
+    own.load_state_dict({name.removeprefix("encoder."): v for name, v in state.items() if name.startswith("encoder.")})
+    assert torch.equal(own.temporal.fc1.weight, resample_temporal_weight(state["encoder.temporal.fc1.weight"], (1, 2)))
+
+
+def test_temporal_weights_that_are_of_no_number_of_steps_are_refused() -> None:
+    model = timm.create_model("test_gac_msresnet", num_classes=5)
+    state = model.state_dict()
+    for wrong in ((3, 4), (2, 5), (9, 9)):
+        with pytest.raises(RuntimeError, match="size mismatch"):
+            model.load_state_dict(state | {"encoder.temporal.fc1.weight": torch.zeros(wrong)})
+
+
+@pytest.mark.parametrize("change", [fuse_for_inference, quantize])
+def test_weights_of_folded_and_quantised_networks_are_refused(tmp_path, change) -> None:
+    torch.save(change(timm.create_model("test_gac_msresnet", num_classes=5)).state_dict(), tmp_path / "changed.pth")
+    kind, remedy = ("quantised", "load_model") if change is quantize else ("folded", "fuse_for_inference")
+    for classes in (5, 3):  # with another classifier timm does not load strictly
+        with pytest.raises(ValueError, match=f"with batch norms, got those of a {kind} one: .*{remedy}"):
+            create("test_gac_msresnet", tmp_path / "changed.pth", classes, source_classes=5)
 
 
 def test_resampling_a_constant_keeps_the_layers_output() -> None:

@@ -1,6 +1,10 @@
 """The networks: published sizes, timm's contract with numbers compared, and the equalities that time brings."""
 
+from __future__ import annotations
+
 import copy
+import pickle
+from collections.abc import Callable
 
 import pytest
 import timm
@@ -8,6 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from gac_kernels import CIFAR, IMAGENET
+from timm_gac import fuse_for_inference, quantize
+from timm_gac.layers.encoder import DirectCoding, GatedAttentionCoding
 from timm_gac.models import SpikingResNet
 from timm_gac.models.blocks import MSBlock, SpikingBlock
 
@@ -152,6 +158,35 @@ def test_wrong_inputs_and_arguments_are_named() -> None:
     for kwargs in wrong:
         with pytest.raises(ValueError, match=r"expected .*, got"):
             timm.create_model("test_gac_msresnet", **kwargs)
+
+
+@pytest.mark.parametrize("change", [lambda model: model, fuse_for_inference, quantize], ids=["float", "folded", "int8"])
+@pytest.mark.parametrize("encoder", ["gac", "direct"])
+def test_num_steps_of_no_module_changes_after_creation(encoder: str, change: Callable[[nn.Module], nn.Module]) -> None:
+    model = change(timm.create_model("test_gac_msresnet", num_classes=7, encoder=encoder))
+    modules = {name: module for name, module in model.named_modules() if getattr(module, "num_steps", None) is not None}
+    assert len(modules) > 6 and {"", "encoder", "lif"} <= modules.keys()
+    for name, module in modules.items():
+        for steps in (1, 2, 8, None):
+            with pytest.raises(ValueError, match=f"num_steps of .* to stay 4, got {steps}: create the network"):
+                module.num_steps = steps
+        module.num_steps = 4
+        assert module.num_steps == 4, name
+    with pytest.raises(ValueError, match=r"spec of .* to stay"):
+        model.spec = IMAGENET
+    copied = pickle.loads(pickle.dumps(copy.deepcopy(model)))
+    with pytest.raises(ValueError, match="to stay 4"):
+        copied.num_steps = 2
+    assert torch.equal(copied.eval()(images().float()), model.eval()(images().float()))
+
+
+def test_an_encoder_of_another_number_of_steps_is_refused() -> None:
+    model = tiny()
+    for encoder in (GatedAttentionCoding(16, 8, dtype=torch.float64), DirectCoding(2)):
+        model.encoder = encoder
+        for call in (model, model.forward_steps, model.forward_intermediates):
+            with pytest.raises(ValueError, match=f"encoder of 4 time steps, got {encoder.num_steps}"):
+                call(images())
 
 
 def test_head_takes_features_apart(model: SpikingResNet) -> None:

@@ -10,6 +10,8 @@ import timm
 import torch
 
 from ..hub import load_model
+from ..inference.integer import IntegerSpikingResNet
+from ..inference.quantize import dequantize
 from ..models.network import SpikingResNet
 from ..runtime.dtypes import AUTOCAST
 from . import check as bench_check
@@ -40,10 +42,12 @@ def open_stored(case: Case) -> SpikingResNet:
     Raises:
         ValueError: The folder is damaged, or its network has another T than the case.
     """
-    steps = load_model(Path(case.model)).num_steps  # checks the folder
-    if steps != case.num_steps:
-        raise ValueError(f"expected num_steps={steps} as {case.model} has, got {case.num_steps}: give --num-steps")
-    return timm.create_model(f"local-dir:{case.model}", pretrained=True)
+    network = load_model(Path(case.model))
+    if network.num_steps != case.num_steps:
+        raise ValueError(
+            f"expected num_steps={network.num_steps} as {case.model} has, got {case.num_steps}: give --num-steps"
+        )
+    return (dequantize(network) if isinstance(network, IntegerSpikingResNet) else network).train()
 
 
 class Session:

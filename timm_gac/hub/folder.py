@@ -47,7 +47,7 @@ def save_model_folder(model: nn.Module, out: Path, model_args: dict[str, Any] | 
 
     Args:
         model: A model made by ``timm.create_model``, or what `timm_gac.quantize` made of one: ``config.json`` then
-            names the scheme; timm, which knows no integer networks, rebuilds a float one with the same rounded weights.
+            names the scheme, and `load_model` alone loads it: timm knows no integer networks.
         out: Folder to write to; created if missing.
         model_args: Further arguments that the architecture needs to be rebuilt; ``num_steps``, and ``in_chans``
             where it is not 3, are added.

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from gac_kernels import LIFSpec
 
-from ..layers.checks import has_hooks
+from ..layers.checks import fixed_num_steps, has_hooks
 from ..layers.convolution import shortcut_operands
 from ..layers.neuron import BatchNormLIF
 from ..layers.neuron_layer import add_residual, at_least_float32, spikes_of
@@ -112,6 +112,7 @@ class FoldedLIF(nn.Module):
 
     shift: Tensor
     spikes_dtype = None  # that of its input
+    num_steps = fixed_num_steps()
 
     def __init__(self, norm: BatchNormLIF, shift: Tensor, keep_membrane: bool) -> None:
         super().__init__()

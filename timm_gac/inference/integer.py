@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from gac_kernels import LIFSpec, firing_rate, integer_lif, spike_conv, spike_conv_reference
 
-from ..layers.checks import has_hooks
+from ..layers.checks import fixed_num_steps, has_hooks
 from ..layers.convolution import shortcut_operands
 from ..layers.neuron_layer import at_least_float32, spikes_of
 from ..models.network import SpikingResNet
@@ -49,6 +49,7 @@ class IntegerLIF(nn.Module):
     """
 
     returns_pair, spikes_dtype = False, torch.int8
+    num_steps = fixed_num_steps()
 
     def __init__(self, spec: LIFSpec, num_steps: int) -> None:
         super().__init__()
@@ -126,6 +127,7 @@ class SpikeConv(nn.Module):
     kernel_size, padding, dilation, groups = (3, 3), (1, 1), (1, 1), 1
 
     spikes_dtype = torch.int8
+    num_steps = fixed_num_steps()
 
     def __init__(
         self,

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
+import timm
 import torch
 from torch import Tensor, nn
 
@@ -13,7 +15,7 @@ from ..models.network import SpikingResNet
 from .fold import FoldedLIF, FoldedStem, fold_batch_norm
 from .integer import IntegerBlock, IntegerLIF, IntegerSpikingResNet, RealConv, SpikeConv, current_grid
 
-__all__ = ["CLIPS", "SCHEME", "quantize"]
+__all__ = ["CLIPS", "SCHEME", "dequantize", "quantize"]
 
 # Its grid follows from spec and T (`current_grid`); another grid would be another scheme.
 SCHEME = "int8-weights-per-channel-on-grid"
@@ -171,3 +173,31 @@ def _balance(exact: Tensor, rounded: Tensor) -> Tensor:
 
 def _round(weight: Tensor, scale: Tensor) -> Tensor:
     return (weight / scale.double()[:, None, None, None]).round_().clamp_(-_LEVELS, _LEVELS)
+
+
+def dequantize(network: IntegerSpikingResNet) -> SpikingResNet:
+    """A float network with the rounded weights of a quantised one, for comparisons.
+
+    Its batch norms add the biases and do nothing else. It does not round residuals to the grid.
+    """
+    model: Any = timm.create_model(network.pretrained_cfg["architecture"], **network.changed_args())
+    state, stored = {}, network.state_dict()
+    for name, module in model.named_modules():
+        if getattr(module, "running_var", None) is not None:
+            state |= {f"{name}.{key}": torch.zeros_like(value) for key, value in module.state_dict().items()}
+            state[f"{name}.weight"] += 1.0
+            state[f"{name}.running_var"] += 1.0 - float(module.eps)
+    for name, value in stored.items():
+        layer, _, field = name.rpartition(".")
+        scale = stored.get(f"{layer}.scale")
+        if re.search(r"(^|\.)conv[12]$", layer) and field == "bias":
+            state[re.sub(r"conv([12])$", r"bn\1.bias", layer)] = value
+        elif layer.endswith(".downsample"):
+            state[f"{layer}.0.{field}"] = value
+        elif field == "weight" and scale is not None:
+            state[name] = value.unflatten(1, (3, 3)).permute(0, 3, 1, 2) * scale[:, None, None, None]
+        elif field != "scale":
+            state[name] = value
+    model.load_state_dict(state)
+    float_network: SpikingResNet = model.to(network.conv1.weight.device).train(network.training)
+    return float_network

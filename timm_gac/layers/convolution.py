@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..runtime import weight_gradients
-from .checks import check_num_steps, has_hooks
+from .checks import check_num_steps, fixed_num_steps, has_hooks
 
 __all__ = ["Conv2d", "SpikeConv2d", "shortcut_operands"]
 
@@ -47,6 +47,8 @@ class SpikeConv2d(Conv2d):
         device: Device of the parameters.
         dtype: Dtype of the parameters.
     """
+
+    num_steps = fixed_num_steps()
 
     def __init__(
         self,

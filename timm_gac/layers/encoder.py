@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import torch
@@ -11,15 +12,25 @@ from torch import Tensor, nn
 
 from gac_kernels import CIFAR, LIFSpec, gac_encode, gac_fire, gated_lif
 
-from .checks import check_num_steps
+from .checks import check_num_steps, fixed_num_steps
 from .convolution import Conv2d
 from .neuron_layer import at_least_float32
 
-__all__ = ["DirectCoding", "GatedAttentionCoding", "SpatialChannelAttention", "TemporalAttention"]
+__all__ = [
+    "DirectCoding",
+    "GatedAttentionCoding",
+    "SpatialChannelAttention",
+    "TemporalAttention",
+    "resample_temporal_weight",
+]
+
+_logger = logging.getLogger(__name__)
 
 
 class TemporalAttention(nn.Module):
     """One score per sample and time step: ``W2 relu(W1 average) + W2 relu(W1 maximum)``, without bias.
+
+    A state_dict of another number of steps loads too: its weights are resampled, with a warning in the log.
 
     Shape:
         - ``average``, ``maximum``: ``(B, T)``, each frame pooled over channels and space
@@ -45,6 +56,7 @@ class TemporalAttention(nn.Module):
         check_num_steps(num_steps)
         if reduction < 1:
             raise ValueError(f"expected reduction >= 1, got {reduction!r}: give one such as 2")
+        self.reduction = reduction
         hidden = max(1, num_steps // reduction)
         self.fc1 = nn.Linear(num_steps, hidden, bias=False, device=device, dtype=dtype)
         self.fc2 = nn.Linear(hidden, num_steps, bias=False, device=device, dtype=dtype)
@@ -56,6 +68,44 @@ class TemporalAttention(nn.Module):
     def forward(self, average: Tensor, maximum: Tensor) -> Tensor:
         """Scores ``(B, T)``."""
         return self.fc2(F.relu(self.fc1(average))) + self.fc2(F.relu(self.fc1(maximum)))
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        names = [f"{prefix}{name}.weight" for name in ("fc1", "fc2")]
+        weights = [state_dict.get(name) for name in names]
+        if all(isinstance(weight, Tensor) and weight.ndim >= 2 for weight in weights):
+            # The published code has them as (out, in, 1, 1, 1).
+            first, second = (weight.flatten(1) for weight in weights)  # type: ignore[union-attr]
+            num_steps = first.shape[1]
+            hidden = max(1, num_steps // self.reduction)
+            if first.shape == (hidden, num_steps) and second.shape == (num_steps, hidden):
+                for name, weight, layer in zip(names, (first, second), (self.fc1, self.fc2), strict=True):
+                    state_dict[name] = _fitted(name, weight, layer.weight)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def _fitted(name: str, weight: Tensor, target: Tensor) -> Tensor:
+    if weight.shape == target.shape:
+        return weight
+    old, new = tuple(weight.shape), (target.shape[0], target.shape[1])
+    _logger.warning("Resampled %s from %s to %s: the checkpoint has another number of steps", name, old, new)
+    return resample_temporal_weight(weight, new)
+
+
+def resample_temporal_weight(weight: Tensor, shape: tuple[int, int]) -> Tensor:
+    """A temporal attention weight for another number of steps.
+
+    Bilinear over both axes, then scaled by the ratio of the input widths, so that the layer's output keeps its size.
+
+    Args:
+        weight: ``(out, in)``.
+        shape: The new ``(out, in)``.
+
+    Returns:
+        ``shape``, in the dtype of ``weight``.
+    """
+    wide = weight.to(torch.promote_types(weight.dtype, torch.float32))[None, None]
+    resampled = F.interpolate(wide, size=shape, mode="bilinear", align_corners=False)[0, 0]
+    return (resampled * (weight.shape[1] / shape[1])).to(weight.dtype)
 
 
 class SpatialChannelAttention(nn.Module):
@@ -114,6 +164,7 @@ class GatedAttentionCoding(nn.Module):
 
     returns_pair = False
     spikes_dtype = None  # that of its input
+    num_steps = fixed_num_steps()
 
     def __init__(
         self,
@@ -195,6 +246,8 @@ class DirectCoding(nn.Module):
     Raises:
         ValueError: The input has another rank or number of steps.
     """
+
+    num_steps = fixed_num_steps()
 
     def __init__(self, num_steps: int) -> None:
         super().__init__()

@@ -14,7 +14,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from gac_kernels import CIFAR, LIFSpec, lif, pack_spikes
 
 from ..runtime.collectives import combine_statistics
-from .checks import check_num_steps
+from .checks import check_num_steps, fixed_num_steps
 from .neuron_layer import add_residual, at_least_float32, spikes_of
 
 __all__ = ["LIF", "BatchNormLIF", "MembraneBatchNormLIF"]
@@ -38,6 +38,7 @@ class LIF(nn.Module):
 
     returns_pair = False
     spikes_dtype = None  # that of its input
+    num_steps = fixed_num_steps()
 
     def __init__(self, spec: LIFSpec = CIFAR, num_steps: int | None = None) -> None:
         super().__init__()
@@ -100,6 +101,7 @@ class BatchNormLIF(_NormBase):
 
     returns_pair = False
     spikes_dtype = None  # that of its input
+    num_steps = fixed_num_steps()
 
     def __init__(
         self,

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from gac_kernels import IMAGENET, LIFSpec
 
-from ..layers.checks import has_hooks
+from ..layers.checks import SetOnce, fixed_num_steps, has_hooks
 from ..layers.convolution import Conv2d
 from ..layers.encoder import DirectCoding, GatedAttentionCoding
 from ..layers.neuron import LIF, BatchNormLIF
@@ -90,6 +90,8 @@ class SpikingResNet(nn.Module):
     """
 
     pretrained_cfg: dict[str, Any]  # set by timm
+    num_steps = fixed_num_steps()
+    spec: Any = SetOnce("create the network with this spec; its neurons have specs of their own")
     # Set by name in the constructor.
     layer1: Stage
     layer2: Stage
@@ -293,7 +295,13 @@ class SpikingResNet(nn.Module):
 
     def _encode(self, x: Tensor) -> Tensor:
         """The encoder's output, time-folded: ``(T*B, C, H, W)``."""
-        return self.encoder(self._stem(x)).flatten(0, 1)
+        coded = self.encoder(self._stem(x))
+        if coded.shape[0] != self.num_steps:
+            raise ValueError(
+                f"expected an encoder of {self.num_steps} time steps, got {coded.shape[0]}: create both with one "
+                "num_steps"
+            )
+        return coded.flatten(0, 1)
 
     def _fires_in_encoder(self, x: Tensor) -> bool:
         """Whether the encoder may do the first neuron's work.
@@ -305,7 +313,8 @@ class SpikingResNet(nn.Module):
             isinstance(x, Tensor)
             and type(encoder) is GatedAttentionCoding
             and type(neuron) in self._first_neurons
-            and (encoder.spec, encoder.num_steps) == (neuron.spec, neuron.num_steps)
+            and encoder.spec == neuron.spec
+            and encoder.num_steps == neuron.num_steps == self.num_steps
             and not (has_hooks(encoder) or has_hooks(neuron))
         )
 
