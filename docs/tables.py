@@ -13,21 +13,24 @@ from timm_gac.energy import EnergyReport, measure_energy
 from timm_gac.hub import open_network
 
 PAGE = Path(__file__).with_name("energy.md")
-# mJ per image as published (Qiu et al., AAAI 2024); the stem's MACs are known, so a firing rate can be told from it.
+# mJ per image as published (Qiu et al., AAAI 2024). With the stem's MACs, it gives the mean firing rate.
 PUBLISHED = {
-    ("gac_msresnet18", 4): 1.49, ("gac_msresnet18", 6): 2.34, ("gac_msresnet34", 4): 2.20, ("gac_msresnet34", 6): 3.38,
-}  # fmt: skip
+    ("gac_msresnet18", 4): 1.49,
+    ("gac_msresnet18", 6): 2.34,
+    ("gac_msresnet34", 4): 2.20,
+    ("gac_msresnet34", 6): 3.38,
+}
 TRAINED = ("gac_msresnet18_cifar.cifar100", "msresnet18_cifar.cifar100")
 
 
 def spiking_rate(report: EnergyReport, accumulates: float) -> float:
-    """Mean firing rate behind a number of accumulates under `paper`: of all layers but the stem, by their MACs."""
+    """Mean firing rate, weighted by MACs, of all layers but the stem, from the accumulates under `paper`."""
     macs = sum(layer.macs for layer in report.layers if layer.kind not in ("attention", "stem"))
     return accumulates / (macs * report.num_steps)
 
 
 def row(name: str, report: EnergyReport) -> list[str]:
-    """Energies under each convention, and their ratio to the ANN's."""
+    """Row of a table: energies under each convention and their ratio to the ANN's, and the mean firing rate."""
     totals = report.totals()
     cells = [
         f"{totals[key]['energy_mj']:.3g} ({totals[key]['of_ann']:.0%})" for key in ("paper", "strict", "neurobench")
@@ -42,7 +45,7 @@ def table(headings: list[str], rows: list[list[str]]) -> str:
 
 
 def random_table(picture: str) -> str:
-    """The ImageNet networks with random weights, GAC and direct, beside what was published."""
+    """Table of the ImageNet networks with random weights, GAC and direct, with the published energies."""
     rows = []
     for (name, steps), published in PUBLISHED.items():
         for model in (name, name.removeprefix("gac_")):
@@ -65,7 +68,7 @@ def random_table(picture: str) -> str:
 
 
 def trained_table(data: str, images: int) -> str:
-    """The trained CIFAR-100 networks, GAC and direct, on part of the test set, and GAC's share of direct coding's."""
+    """Table of the trained CIFAR-100 networks on part of the test set, with the ratio of GAC to direct coding."""
     missing = [name for name in TRAINED if not timm.get_pretrained_cfg(name).file]
     if missing:
         return f"Not measured yet: `{missing[0]}` is not in `hub/models`."
@@ -85,7 +88,7 @@ def trained_table(data: str, images: int) -> str:
 
 
 def write(name: str, text: str) -> None:
-    """Replace what stands between a table's marks."""
+    """Replace the text between a table's marks in energy.md."""
     page = PAGE.read_text(encoding="utf-8")
     pattern = rf"(<!-- {name}: [^>]*-->\n).*?(<!-- end -->)"
     page, count = re.subn(pattern, lambda found: f"{found[1]}{text}\n{found[2]}", page, count=1, flags=re.DOTALL)

@@ -20,9 +20,17 @@ def test_trains_both_and_writes(tmp_path):
     pytest.importorskip("sklearn")
     files = dict(csv=tmp_path / "curves.csv", png=tmp_path / "curves.png")
     config = CurveConfig(
-        model="test_gac_msresnet", image_size=8, steps=30, batch=16, window=10, seeds=(0, 1), precision="float32",
-        fused="auto", device="cpu", **files,
-    )  # fmt: skip
+        model="test_gac_msresnet",
+        image_size=8,
+        steps=30,
+        batch=16,
+        window=10,
+        seeds=(0, 1),
+        precision="float32",
+        fused="auto",
+        device="cpu",
+        **files,
+    )
     assert compare_curves(config) == 1.0  # on a CPU both are plain PyTorch, so the curves are the same
     rows = list(csv.DictReader(files["csv"].open()))
     losses = {(r["curve"], r["seed"]): [float(x["loss"]) for x in rows if x["curve"] == r["curve"]] for r in rows}

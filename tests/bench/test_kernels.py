@@ -36,8 +36,8 @@ NEURONS = 2 * 3 * 5 * 7  # B * C * H * W
 
 
 def counted(op: str, spec: str, dtype: str = "float32", num_steps: int = 3) -> tuple[int, int]:
-    case = Case(op, spec, dtype, "contiguous", num_steps)
-    inputs = bench_ops.make_inputs(OPS[op], case, 2, (3, 5, 7), CPU)
+    case = Case(op=op, spec=spec, dtype=dtype, memory_format="contiguous", num_steps=num_steps)
+    inputs = bench_ops.make_inputs(op=OPS[op], case=case, batch=2, frame=(3, 5, 7), device=CPU)
     output = torch.empty(num_steps, 2, 3, 5, 7, dtype=inputs[0].dtype)
     mask = bench_ops.mask_bytes(OPS[op], bench_ops.SPECS[spec], num_steps, NEURONS)
     return bench_ops.count_bytes(inputs, output, mask)
@@ -81,8 +81,8 @@ def test_rows_and_their_arithmetic() -> None:
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("memory_format", ["contiguous", "channels_last"])
 def test_gate_passes_every_op(op: str, spec: str, dtype: str, memory_format: str) -> None:
-    case = Case(op, spec, dtype, memory_format, 4)
-    inputs = bench_ops.make_inputs(OPS[op], case, 5, (3, 5, 7), CPU)
+    case = Case(op=op, spec=spec, dtype=dtype, memory_format=memory_format, num_steps=4)
+    inputs = bench_ops.make_inputs(op=OPS[op], case=case, batch=5, frame=(3, 5, 7), device=CPU)
     assert bench_ops.check_case(OPS[op], case, inputs) == ""
 
 
@@ -123,8 +123,8 @@ def test_an_op_that_raises_is_a_failed_row(monkeypatch: pytest.MonkeyPatch) -> N
 @pytest.mark.parametrize("op", list(OPS))
 def test_baselines_compute_the_same(op: str, provider: str) -> None:
     for spec in ("cifar", "imagenet"):
-        case = Case(op, spec, "float32", "contiguous", 4)
-        inputs = bench_ops.make_inputs(OPS[op], case, 2, (3, 5, 7), CPU)
+        case = Case(op=op, spec=spec, dtype="float32", memory_format="contiguous", num_steps=4)
+        inputs = bench_ops.make_inputs(op=OPS[op], case=case, batch=2, frame=(3, 5, 7), device=CPU)
         baseline = bench_ops.make_baseline(provider, op, bench_ops.SPECS[spec], inputs)
         if baseline is None:
             pytest.skip(f"{provider} is not installed")

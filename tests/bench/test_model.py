@@ -393,9 +393,16 @@ def test_a_run_that_is_cut_keeps_what_it_measured(tmp_path: Path, monkeypatch: p
 
     monkeypatch.setattr(bench_model, "_bench_provider", cut)
     config = ModelBenchConfig(
-        model="test_gac_msresnet", modes=("infer",), precisions=("float32",), infer_batch=1, image_size=8, steps=1,
-        providers=("convolutions", "timm_gac", "spikingjelly"), csv=tmp_path / "rows.csv", device="cpu",
-    )  # fmt: skip
+        model="test_gac_msresnet",
+        modes=("infer",),
+        precisions=("float32",),
+        infer_batch=1,
+        image_size=8,
+        steps=1,
+        providers=("convolutions", "timm_gac", "spikingjelly"),
+        csv=tmp_path / "rows.csv",
+        device="cpu",
+    )
     with pytest.raises(SystemExit, match="143"):
         bench_model.bench_model(config)
     with config.csv.open(newline="") as stream:

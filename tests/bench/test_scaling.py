@@ -9,11 +9,16 @@ from timm_gac.bench.scaling import ScalingConfig
 
 @pytest.mark.parametrize(
     ("changes", "message"),
-    [(dict(providers=("fsdp",)), "providers out of"), (dict(batch_norms=("none",)), "batch_norms out of"),
-     (dict(precision="float16"), "precision out of"), (dict(batch=0), "batch >= 1"),
-     (dict(model="resnet18"), "resnet18"), (dict(processes=1), "at least 2"),
-     (dict(providers=("all_reduce+graph",)), "CUDA devices for a graph")],
-)  # fmt: skip
+    [
+        (dict(providers=("fsdp",)), "providers out of"),
+        (dict(batch_norms=("none",)), "batch_norms out of"),
+        (dict(precision="float16"), "precision out of"),
+        (dict(batch=0), "batch >= 1"),
+        (dict(model="resnet18"), "resnet18"),
+        (dict(processes=1), "at least 2"),
+        (dict(providers=("all_reduce+graph",)), "CUDA devices for a graph"),
+    ],
+)
 def test_bad_configurations_are_a_sentence(changes: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         ScalingConfig(**{"device": "cpu"} | changes)

@@ -1,4 +1,4 @@
-"""What two processes check together: one start of theirs serves several tests. Each leaves its figures in a file."""
+"""What two processes check together, in one start for several tests; the first one writes the figures to a file."""
 
 from __future__ import annotations
 
@@ -31,8 +31,10 @@ def together(group, folder: str) -> None:
     """Everything, on this process; the first one writes ``figures.json``."""
     torch.backends.cudnn.deterministic, torch.backends.cudnn.allow_tf32 = True, False
     figures = {
-        "exchange": exchange(group, Path(folder)), "sharded": sharded(group), "gradients": gradients(group),
-    }  # fmt: skip
+        "exchange": exchange(group, Path(folder)),
+        "sharded": sharded(group),
+        "gradients": gradients(group),
+    }
     scaling(group, Path(folder) / "scaling.csv")
     if group.main:
         (Path(folder) / "figures.json").write_text(json.dumps(figures))
@@ -60,11 +62,8 @@ def exchange(group, folder: Path) -> dict:
         if group.main:
             network.load_state_dict(start)
         network.to(group.device)
-        raw = create_optimizer(network, recipe, group.device)
-        model, optimizer = prepare(accelerator, recipe, network, raw)
-        ddp.append(isinstance(model, torch.nn.parallel.DistributedDataParallel))
-        synchronise_norms(network)
-        step = step_module.TrainStep(accelerator, model, optimizer, None, recipe, STEPS, 1.0)
+        step = train_step(accelerator, recipe, network)
+        ddp.append(isinstance(step.model, torch.nn.parallel.DistributedDataParallel))
         generator = torch.Generator().manual_seed(group.rank)
         for number in range(STEPS):
             images = torch.randn(8, 3, 16, 16, generator=generator).to(group.device)
@@ -75,9 +74,27 @@ def exchange(group, folder: Path) -> dict:
         trained.append(flat(network.state_dict()))
     moved = trained[0] - flat(start)
     return {
-        "ddp": ddp, "captured": captured, "same_weights": group.same_weights(network),
+        "ddp": ddp,
+        "captured": captured,
+        "same_weights": group.same_weights(network),
         "difference": group.largest((trained[1] - trained[0]).norm().item() / moved.norm().item()),
-    }  # fmt: skip
+    }
+
+
+def train_step(accelerator, recipe: Recipe, network: torch.nn.Module) -> step_module.TrainStep:
+    """The trainer's step on a network."""
+    raw = create_optimizer(network, recipe, accelerator.device)
+    model, optimizer = prepare(accelerator, recipe, network, raw)
+    synchronise_norms(network)
+    return step_module.TrainStep(
+        accelerator=accelerator,
+        model=model,
+        optimizer=optimizer,
+        average=None,
+        recipe=recipe,
+        steps_per_epoch=STEPS,
+        threshold=1.0,
+    )
 
 
 def flat(state: dict) -> torch.Tensor:
@@ -124,7 +141,14 @@ def gradients(group) -> dict:
     images, labels = torch.randn(8, 3, 16, 16).to(group.device), torch.randint(4, (8,)).to(group.device)
 
     def error(provider: str, sync_bn: bool) -> float:
-        return bench_processes.gradient_error(group, network, images, labels, provider, sync_bn)
+        return bench_processes.gradient_error(
+            group=group,
+            network=network,
+            images=images,
+            labels=labels,
+            provider=provider,
+            sync_bn=sync_bn,
+        )
 
     providers = [p for p in bench_processes.PROVIDERS if "graph" not in p or group.device.type == "cuda"]
     right = {f"{provider} {sync_bn}": error(provider, sync_bn) for provider in providers for sync_bn in (True, False)}
@@ -140,8 +164,18 @@ def gradients(group) -> dict:
 def scaling(group, csv: Path) -> None:
     """One row of the benchmark."""
     config = bench_scaling.ScalingConfig(
-        model="test_gac_msresnet", processes=2, providers=("all_reduce",), batch_norms=("sync",), batch=4, steps=3,
-        image_size=16, num_steps=2, precision="float32", device=group.device.type, csv=csv, commit="abc",
-    )  # fmt: skip
+        model="test_gac_msresnet",
+        processes=2,
+        providers=("all_reduce",),
+        batch_norms=("sync",),
+        batch=4,
+        steps=3,
+        image_size=16,
+        num_steps=2,
+        precision="float32",
+        device=group.device.type,
+        csv=csv,
+        commit="abc",
+    )
     bench_scaling.measure_scaling(group, config)
     dist.barrier()

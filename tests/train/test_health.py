@@ -17,7 +17,16 @@ pytest.importorskip("matplotlib", reason="draws with matplotlib")
 
 
 def evaluation(**rates: float) -> Evaluation:
-    return Evaluation(1, 0.5, 1.0, (0.5,), 1.0, 0.0, rates, 0.0)
+    return Evaluation(
+        images=1,
+        top1=0.5,
+        top5=1.0,
+        top1_per_step=(0.5,),
+        loss=1.0,
+        ece=0.0,
+        firing_rates=rates,
+        seconds=0.0,
+    )
 
 
 def test_only_layers_in_trouble_are_warned_of():

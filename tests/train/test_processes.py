@@ -51,10 +51,29 @@ def fresh_accelerator():
 
 def arguments(where, npz, out, batch, *more):
     return [
-        "cifar100", "--data", str(npz), "--model", "test_gac_msresnet", "--num-steps", "2", "--sync-bn", "--batch-size",
-        str(batch), "--crop-padding", "1", "--warmup-epochs", "0", "--eval-every", "100", "--ema-decay", "0.9", "--out",
-        str(out), *(["--cpu"] if where == "cpu" else []), *more,
-    ]  # fmt: skip
+        "cifar100",
+        "--data",
+        str(npz),
+        "--model",
+        "test_gac_msresnet",
+        "--num-steps",
+        "2",
+        "--sync-bn",
+        "--batch-size",
+        str(batch),
+        "--crop-padding",
+        "1",
+        "--warmup-epochs",
+        "0",
+        "--eval-every",
+        "100",
+        "--ema-decay",
+        "0.9",
+        "--out",
+        str(out),
+        *(["--cpu"] if where == "cpu" else []),
+        *more,
+    ]
 
 
 def command(where, processes, *given):
@@ -249,8 +268,12 @@ def test_fine_tuning_under_fsdp2_stores_a_whole_network(tmp_path):
 
 
 def test_configurations_of_accelerate_load():
-    expected = {"one_gpu": ("NO", 1, 1), "several_gpus": ("MULTI_GPU", 2, 1), "several_nodes": ("MULTI_GPU", 16, 2),
-                "fsdp2": ("FSDP", 2, 1)}  # fmt: skip
+    expected = {
+        "one_gpu": ("NO", 1, 1),
+        "several_gpus": ("MULTI_GPU", 2, 1),
+        "several_nodes": ("MULTI_GPU", 16, 2),
+        "fsdp2": ("FSDP", 2, 1),
+    }
     assert {file.stem for file in CONFIGS.glob("*.yaml")} == set(expected)
     for name, (kind, processes, machines) in expected.items():
         config = load_config_from_file(str(CONFIGS / f"{name}.yaml"))

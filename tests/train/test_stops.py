@@ -26,9 +26,29 @@ def fresh_accelerator():
 
 
 def arguments(npz, out, *more):
-    return ["cifar100", "--data", str(npz), "--model", "test_gac_msresnet", "--num-steps", "2",
-            "--epochs", str(3 * ROUNDS), "--batch-size", "16", "--eval-every", "100", "--crop-padding", "1", "--cpu",
-            "--checkpoint-steps", "1", "--out", str(out), *more]  # fmt: skip
+    return [
+        "cifar100",
+        "--data",
+        str(npz),
+        "--model",
+        "test_gac_msresnet",
+        "--num-steps",
+        "2",
+        "--epochs",
+        str(3 * ROUNDS),
+        "--batch-size",
+        "16",
+        "--eval-every",
+        "100",
+        "--crop-padding",
+        "1",
+        "--cpu",
+        "--checkpoint-steps",
+        "1",
+        "--out",
+        str(out),
+        *more,
+    ]
 
 
 @pytest.fixture
@@ -79,8 +99,18 @@ def test_a_full_disk_is_one_sentence_and_the_run_goes_on_later(npz, tmp_path, st
 
 
 def test_a_stop_waits_for_the_gradients_to_be_complete(npz, tmp_path):
-    recipe = Recipe(model="test_gac_msresnet", num_steps=2, data=str(npz), epochs=3, batch_size=8, lr=0.05,
-                    warmup_epochs=0, crop_padding=1, grad_accumulation=2, eval_every=3)  # fmt: skip
+    recipe = Recipe(
+        model="test_gac_msresnet",
+        num_steps=2,
+        data=str(npz),
+        epochs=3,
+        batch_size=8,
+        lr=0.05,
+        warmup_epochs=0,
+        crop_padding=1,
+        grad_accumulation=2,
+        eval_every=3,
+    )
     options = RunOptions(out=tmp_path / "whole", cpu=True, checkpoint_steps=3)
     train(recipe, options)
     trainer = Trainer(recipe, replace(options, out=tmp_path / "parts"))

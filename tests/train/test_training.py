@@ -55,10 +55,25 @@ def fresh_accelerator() -> Iterator[None]:
 @pytest.fixture
 def recipe(npz: Path) -> Recipe:
     return Recipe(
-        model="test_gac_msresnet", num_steps=2, data=str(npz), dataset="toy", epochs=4, batch_size=16, lr=0.05,
-        warmup_epochs=1, label_smoothing=0.1, cutmix=1.0, mix_probability=0.5, mix_off_epochs=2, ema_decay=0.9,
-        report="ema", drop_rate=0.1, crop_padding=1, eval_every=2, stored_dtype="bfloat16",
-    )  # fmt: skip
+        model="test_gac_msresnet",
+        num_steps=2,
+        data=str(npz),
+        dataset="toy",
+        epochs=4,
+        batch_size=16,
+        lr=0.05,
+        warmup_epochs=1,
+        label_smoothing=0.1,
+        cutmix=1.0,
+        mix_probability=0.5,
+        mix_off_epochs=2,
+        ema_decay=0.9,
+        report="ema",
+        drop_rate=0.1,
+        crop_padding=1,
+        eval_every=2,
+        stored_dtype="bfloat16",
+    )
 
 
 def options(out: Path, **changes: object) -> RunOptions:
@@ -242,8 +257,14 @@ def test_tet_loss_by_hand() -> None:
     assert tet_loss(steps, targets, 0.1, 1.0).item() == pytest.approx(expected, rel=1e-6)
 
 
-@pytest.mark.parametrize("changes", [dict(loss="tet"), dict(optimizer="adamw", lr=1e-3, clip_grad=1.0),
-                                     dict(grad_accumulation=2, precision="bfloat16", report="model")])  # fmt: skip
+@pytest.mark.parametrize(
+    "changes",
+    [
+        dict(loss="tet"),
+        dict(optimizer="adamw", lr=1e-3, clip_grad=1.0),
+        dict(grad_accumulation=2, precision="bfloat16", report="model"),
+    ],
+)
 def test_options_of_a_recipe_run(recipe: Recipe, tmp_path: Path, changes: dict) -> None:
     assert train(replace(recipe, epochs=2, eval_every=2, **changes), options(tmp_path)) == 0
 
@@ -259,9 +280,15 @@ def test_fine_tuning_takes_another_classifier_and_t(recipe: Recipe, tmp_path: Pa
 
 @pytest.mark.parametrize(
     ("changes", "message"),
-    [(dict(epochs=0), "epochs"), (dict(lr=0), "lr > 0"), (dict(loss="l2"), "loss out of"),
-     (dict(report="ema"), "ema_decay > 0"), (dict(cutmix=-1.0), "cutmix"), (dict(mix_off_epochs=999), "mix_off")],
-)  # fmt: skip
+    [
+        (dict(epochs=0), "epochs"),
+        (dict(lr=0), "lr > 0"),
+        (dict(loss="l2"), "loss out of"),
+        (dict(report="ema"), "ema_decay > 0"),
+        (dict(cutmix=-1.0), "cutmix"),
+        (dict(mix_off_epochs=999), "mix_off"),
+    ],
+)
 def test_bad_recipes_are_a_sentence(changes: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Recipe(**changes)

@@ -1,7 +1,7 @@
-"""The time-major baselines of the model benchmark: a model of this package as plain PyTorch modules around any neuron.
+"""Time-major baselines of the model benchmark: a model of this package as plain PyTorch modules around any neuron.
 
-They are given the arrangement of this package, channels-last and with an encoder that computes stem and attention once
-for a static image, so that what differs is the work between the convolutions.
+Like this package's models they run channels-last and compute stem and attention once for a static image. So they differ
+only in the work between the convolutions.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class LoopNeuron(nn.Module):
 
 
 class SpikingJellyNeuron(nn.Module):
-    """SpikingJelly's functional multi-step LIF with a float32 state, whose zeros are made once a shape."""
+    """SpikingJelly's functional multi-step LIF with a float32 state; its initial zeros are kept by shape."""
 
     def __init__(self, spec: LIFSpec) -> None:
         super().__init__()
@@ -86,7 +86,7 @@ class PlainEncoder(nn.Module):
 
 
 class PlainBlock(nn.Module):
-    """A residual block on the folded pair (membrane, spikes), with the interface of the blocks here."""
+    """A residual block on the folded pair (membrane, spikes), with the interface of this package's blocks."""
 
     def __init__(self, block: Any, num_steps: int, neuron: Neuron) -> None:
         super().__init__()
@@ -100,7 +100,7 @@ class PlainBlock(nn.Module):
             self.downsample = nn.Sequential(conv, nn.BatchNorm2d(conv.out_channels))
 
     def forward(self, membrane: Tensor, spikes: Tensor) -> tuple[Tensor, Tensor]:
-        """The pair (membrane, spikes); a plain spiking block has spikes only, and returns them twice."""
+        """The pair (membrane, spikes); a plain spiking block returns its spikes twice."""
         shortcut = membrane if self.membrane_shortcut else spikes
         if self.downsample is not None:
             shortcut = self.downsample(shortcut)
@@ -114,8 +114,8 @@ class TimeMajorNet(nn.Module):
     """A model of this package as plain PyTorch modules around any neuron: images -> logits; same state_dict.
 
     Args:
-        model: The model whose shape and weights it takes.
-        neuron: What fires.
+        model: Model whose shape and weights it takes.
+        neuron: Neuron of all layers.
     """
 
     def __init__(self, model: SpikingResNet, neuron: Neuron) -> None:
@@ -157,5 +157,5 @@ def _blocks(stage: Any, num_steps: int, neuron: Neuron) -> nn.ModuleList:
 
 
 def is_gated(model: SpikingResNet) -> bool:
-    """Whether the model's encoder is gated attention coding; direct coding has no parameters."""
+    """Whether the model's encoder is gated attention coding, which has parameters; direct coding has none."""
     return any(name.startswith("encoder.") for name, _ in model.named_parameters())

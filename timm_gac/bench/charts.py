@@ -9,23 +9,24 @@ from typing import Any
 def bar_chart(
     path: Path, panels: dict[str, dict[str, dict[str, float]]], *, title: str, value: str, limit: float
 ) -> None:
-    """Write a PNG of grouped horizontal bars: one panel, one group and one bar per level of ``panels``.
+    """Write a PNG of grouped horizontal bars.
 
     Args:
         path: The PNG file.
         panels: Panel title to group label to series name to value.
-        title: Printed above the panels.
+        title: Title of the figure.
         value: Label of the value axis.
-        limit: A reference value, drawn as a line.
+        limit: A reference value, drawn as a dotted line.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.patches import Patch
 
     series = list(dict.fromkeys(name for groups in panels.values() for bars in groups.values() for name in bars))
-    colours = dict(zip(series, ("#0b6e4f", "#9aa5b1", "#e0a458", "#b04a5a", "#5b7db1", "#333333"), strict=False))
+    colours = dict.fromkeys(series, "#333333")
+    colours |= dict(zip(series, ("#0b6e4f", "#9aa5b1", "#e0a458", "#b04a5a", "#5b7db1"), strict=False))
     heights = [sum(len(bars) + 0.7 for bars in groups.values()) for groups in panels.values()]
-    # Two panels to a line, each line as tall as its taller panel.
+    # Two panels side by side, as tall as the taller one.
     lines = [max(heights[first : first + 2]) for first in range(0, len(heights), 2)]
     figure = Figure(figsize=(12, 1.2 + 0.19 * sum(lines) + 0.5 * len(lines)), layout="constrained")
     FigureCanvasAgg(figure)
@@ -33,28 +34,33 @@ def bar_chart(
     for axis in axes[len(panels) :]:
         axis.set_visible(False)
     for axis, (name, groups) in zip(axes, panels.items(), strict=False):
-        position, ticks = 0.0, []
-        for bars in groups.values():
-            ticks.append(position + (len(bars) - 1) / 2)
-            for label, number in bars.items():
-                axis.barh(position, number, height=0.9, color=colours.get(label, "#333333"))
-                inside = number > 0.2 * limit
-                style = {"ha": "right", "color": "white"} if inside else {"ha": "left", "color": "black"}
-                axis.text(number, position, f" {number:.2f} ", va="center", fontsize=7, **style)
-                position += 1
-            position += 0.7
-        axis.set_yticks(ticks, list(groups), fontsize=8)
-        axis.set_ylim(position - 0.7, -0.7)
-        axis.axvline(limit, color="black", linewidth=0.8, linestyle=":")
+        _draw_groups(axis, groups, colours, limit)
         axis.set_title(name, fontsize=9, loc="left")
         if axis.get_subplotspec().is_last_row():
             axis.set_xlabel(value, fontsize=8)
         axis.spines[["top", "right"]].set_visible(False)
     figure.suptitle(title, fontsize=10)
-    handles = [Patch(color=colours.get(name, "#333333"), label=name) for name in series]
+    handles = [Patch(color=colour, label=name) for name, colour in colours.items()]
     figure.legend(handles=handles, loc="outside lower center", ncols=min(6, len(series)), frameon=False, fontsize=8)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
+
+
+def _draw_groups(axis: Any, groups: dict[str, dict[str, float]], colours: dict[str, str], limit: float) -> None:
+    """Draw the bars of one panel of `bar_chart`, group below group."""
+    position, ticks = 0.0, []
+    for bars in groups.values():
+        ticks.append(position + (len(bars) - 1) / 2)
+        for label, number in bars.items():
+            axis.barh(position, number, height=0.9, color=colours[label])
+            inside = number > 0.2 * limit
+            style = {"ha": "right", "color": "white"} if inside else {"ha": "left", "color": "black"}
+            axis.text(number, position, f" {number:.2f} ", va="center", fontsize=7, **style)
+            position += 1
+        position += 0.7
+    axis.set_yticks(ticks, list(groups), fontsize=8)
+    axis.set_ylim(position - 0.7, -0.7)
+    axis.axvline(limit, color="black", linewidth=0.8, linestyle=":")
 
 
 def throughput_chart(
@@ -64,14 +70,13 @@ def throughput_chart(
     *,
     title: str,
 ) -> None:
-    """Write a PNG of the throughput of networks, a column a panel.
+    """Write a PNG of the throughput of networks, one column for each panel.
 
     Args:
         path: The PNG file.
         bars: Panel title to provider to images a second; drawn from fast to slow.
-        curves: Panel title to provider to number of time steps T to milliseconds per time step; drawn below the panels
-            that have some.
-        title: Printed above the panels.
+        curves: Panel title to provider to number of time steps T to milliseconds per time step; drawn below the bars.
+        title: Title of the figure.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -82,22 +87,8 @@ def throughput_chart(
     FigureCanvasAgg(figure)
     axes = figure.subplots(len(heights), len(bars), squeeze=False, height_ratios=heights)
     for column, (name, panel) in enumerate(bars.items()):
-        axis, fastest = axes[0][column], max(panel.values())
-        for position, (provider, speed) in enumerate(sorted(panel.items(), key=lambda item: -item[1])):
-            axis.barh(position, speed, height=0.8, color=_colour(provider))
-            axis.text(
-                speed + 0.01 * fastest,
-                position,
-                f"{speed:,.4g}" if speed < 100 else f"{speed:,.0f}",
-                va="center",
-                fontsize=7,
-            )
-        axis.set_yticks(range(len(panel)), sorted(panel, key=lambda provider: -panel[provider]), fontsize=8)
-        axis.set_ylim(len(panel) - 0.4, -0.6)
-        axis.set_xlim(0, 1.15 * fastest)
-        axis.set_xlabel("images per second", fontsize=8)
-        axis.set_title(name, fontsize=9, loc="left")
-        axis.spines[["top", "right"]].set_visible(False)
+        _draw_speeds(axes[0][column], panel)
+        axes[0][column].set_title(name, fontsize=9, loc="left")
         if curves:
             _draw_curves(axes[1][column], curves.get(name, {}))
     figure.suptitle(title, fontsize=10)
@@ -105,8 +96,22 @@ def throughput_chart(
     figure.savefig(path, dpi=150)
 
 
+def _draw_speeds(axis: Any, panel: dict[str, float]) -> None:
+    """Draw images a second by provider, the fastest on top."""
+    fastest = max(panel.values())
+    for position, (provider, speed) in enumerate(sorted(panel.items(), key=lambda item: -item[1])):
+        axis.barh(position, speed, height=0.8, color=_colour(provider))
+        text = f"{speed:,.4g}" if speed < 100 else f"{speed:,.0f}"
+        axis.text(speed + 0.01 * fastest, position, text, va="center", fontsize=7)
+    axis.set_yticks(range(len(panel)), sorted(panel, key=lambda provider: -panel[provider]), fontsize=8)
+    axis.set_ylim(len(panel) - 0.4, -0.6)
+    axis.set_xlim(0, 1.15 * fastest)
+    axis.set_xlabel("images per second", fontsize=8)
+    axis.spines[["top", "right"]].set_visible(False)
+
+
 def _draw_curves(axis: Any, curves: dict[str, dict[int, float]]) -> None:
-    """Milliseconds per time step of the batch over T: a flat line where the cost is proportional to T."""
+    """Draw milliseconds of a batch per time step over T: a horizontal line means a cost proportional to T."""
     if not curves:
         axis.set_visible(False)
         return
@@ -123,7 +128,7 @@ def _draw_curves(axis: Any, curves: dict[str, dict[int, float]]) -> None:
 
 
 def _colour(provider: str) -> str:
-    """This package in greens, lower bounds in grey and blue, baselines in warm colours."""
+    """Colour of a provider: this package green, lower bounds grey and blue, baselines warm."""
     colours = {"timm_gac": "#0b6e4f", "timm_gac_packed": "#4fa37f", "timm_gac_fused": "#17324d"}
     colours |= {"timm_gac_int8": "#6a4c93", "ann": "#5b7db1"}
     colours |= {"convolutions": "#9aa5b1", "spikingjelly": "#e0a458", "published": "#7a5230"}

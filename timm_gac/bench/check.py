@@ -1,8 +1,8 @@
-"""The gate of the model benchmark: a network is timed only after it has computed what the plain loop computes.
+"""Checks of the model benchmark: a network is timed only if it computes the same as a plain loop over time.
 
-A randomly initialised spiking network is chaotic: one rounding error in its first layer flips spikes, and a few flips
-there change a tenth of the spikes at its end. So the whole network is compared in float64, where errors are too small
-to flip anything, and the arithmetic that will be timed part by part, on inputs that both sides share.
+A randomly initialised spiking network is chaotic: one rounding error in the first layer flips spikes, and a few flips
+there change a tenth of the spikes in the last layer. So the whole network is compared in float64, where errors are too
+small to flip spikes. The precision to be timed is compared part by part, each part on the same inputs on both sides.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ from .steps import precision_settings
 
 # In float64, norm(got - expected) / norm(expected) of the logits.
 LOGITS_TOLERANCE = 1e-9
-# Part by part against float32: the share of spikes that differ; relative errors of membrane, encoder and gradients.
-# A 16-bit convolution rounds to 2**-9 (2**-11 in float16) before the threshold, which flips about a hundredth of the
-# spikes, so 16-bit arithmetic is held to what shows a wrong equation. In float32 a few spikes in a million flip, which
-# moves what the second convolution of a block returns by up to some thousandths.
+# Part by part against float32: share of spikes that differ; relative errors of membrane, encoder and gradients.
+# A 16-bit convolution rounds to 2**-9 (2**-11 in float16) before the threshold, which flips about 1 % of the spikes:
+# these tolerances only show a wrong equation. In float32 a few spikes in a million flip, which changes the output of a
+# block's second convolution by a few thousandths.
 TOLERANCES = {
     "float32": {"spikes": 1e-4, "values": 1e-2, "gradients": 3e-2},
     "tf32": {"spikes": 1e-2, "values": 1e-1, "gradients": 2e-1},
@@ -41,12 +41,12 @@ TOLERANCES = {
 
 @torch.no_grad()
 def prepare_weights(model: SpikingResNet, images: Tensor) -> None:
-    """Give a new model weights that make a check and a timing mean something, in place.
+    """Initialise a new model in place so that all layers fire and an error in any of them shows.
 
-    Its scales are drawn around the threshold (a residual branch that starts at zero would hide every error in it), its
-    shifts around 0, the encoder's attention is widened (gates near 1/2 let hardly a neuron behind them fire), but not
-    so far that a sigmoid saturates: a gate of exactly 1 meets a threshold of 1, where ``u > threshold`` here and
-    SpikingJelly's ``u >= threshold`` part. The running statistics are set to those of ``images``.
+    Batch-norm scales are drawn around the threshold, since a residual branch that starts at zero would hide its errors.
+    The encoder's attention weights are enlarged: behind gates near 1/2 hardly a neuron fires. They stay small enough
+    that no gate rounds to 1, where ``u > threshold`` here and ``u >= threshold`` in SpikingJelly would differ. Running
+    statistics are set to those of ``images``.
     """
     norms = [module for module in model.modules() if isinstance(module, _NormBase) and module.affine]
     before = [norm.momentum for norm in norms]
@@ -66,7 +66,7 @@ def prepare_weights(model: SpikingResNet, images: Tensor) -> None:
 
 
 def check_logits(network: nn.Module, reference: TimeMajorNet, images: Tensor) -> str:
-    """Compare the logits in eval mode and float64 with the plain loop's; empty when they agree, else the reason."""
+    """Compare logits with the plain loop's in eval mode and float64; return "" if they agree, else the reason."""
     with torch.no_grad(), use_backend("eager"), precision_settings("float32", search=False):
         expected = copy.deepcopy(reference).double().eval()(images.double())
         got = copy.deepcopy(network).double().eval()(images.double())
@@ -77,14 +77,14 @@ def check_logits(network: nn.Module, reference: TimeMajorNet, images: Tensor) ->
 
 
 def check_parts(network: nn.Module, reference: TimeMajorNet, images: Tensor, precision: str, *, train: bool) -> str:
-    """Compare encoder and blocks with the plain loop's, each on the same input; empty when they agree, else why not.
+    """Compare encoder and blocks with the plain loop's on the same inputs; return "" if they agree, else the reason.
 
     Args:
-        network: Has the reference's module names and parameters.
-        reference: The plain loop, computed in float32.
+        network: Network with the reference's module names and parameters.
+        reference: The plain loop; computed in float32.
         images: Images ``(B, C, H, W)``.
-        precision: That of the network.
-        train: In training mode, and every gradient too.
+        precision: Precision of the network.
+        train: Compare in training mode, gradients included.
     """
     network, reference = copy.deepcopy(network).train(train), copy.deepcopy(reference).train(train)
     device, dtype = images.device, AUTOCAST[precision] or torch.float32
@@ -97,25 +97,24 @@ def check_parts(network: nn.Module, reference: TimeMajorNet, images: Tensor, pre
         if got.keys() != expected.keys():
             return f"{name}: has {sorted(got.keys() ^ expected.keys())} on one side only"
         for quantity, value in got.items():
-            kind, wanted = quantity.partition(" ")[0], expected[quantity]
-            differ = (value.float() != wanted).float().mean().item() if value.shape == wanted.shape else float("inf")
-            error = differ if kind == "spikes" else relative_error(value, wanted)
+            kind, right = quantity.partition(" ")[0], expected[quantity]
+            differ = (value.float() != right).float().mean().item() if value.shape == right.shape else float("inf")
+            error = differ if kind == "spikes" else relative_error(value, right)
             if not error <= TOLERANCES[precision][kind]:
                 return f"{name}, {quantity}: error {error:.1e} > {TOLERANCES[precision][kind]:.0e} in {precision}"
     return ""
 
 
-# Neurons this near to their threshold, relatively, may fire otherwise in float32 than in float64: with so many steps
-# that membranes are no longer exact (`timm_gac.inference.integer.current_grid`).
+# Neurons within this relative distance of the threshold may fire in float32 and not in float64: after many steps
+# membranes are no longer exact (`timm_gac.inference.integer.current_grid`).
 BAND = 1e-5
 
 
 @torch.no_grad()
 def check_integer(network: nn.Module, images: Tensor, precision: str) -> str:
-    """Compare every integer convolution of a run with float64 on its own inputs; empty when they agree, else why not.
+    """Compare every integer convolution with float64 on its own inputs; return "" if they agree, else the reason.
 
-    Every spike has to be the same, but for neurons whose membrane float64 puts within `BAND` of the threshold, and
-    for what such a neuron does at later steps.
+    Every spike must be equal, except those of neurons whose float64 membrane comes within `BAND` of the threshold.
     """
     failures: list[str] = []
 
@@ -123,11 +122,11 @@ def check_integer(network: nn.Module, images: Tensor, precision: str) -> str:
         residual = inputs[1] if len(inputs) > 1 else None
         current, expected = spike_conv_reference(
             inputs[0],
-            module.kernel,
-            module.scale,
-            module.bias,
-            module.num_steps,
-            module.spec,
+            weight=module.kernel,
+            scale=module.scale,
+            bias=module.bias,
+            num_steps=module.num_steps,
+            spec=module.spec,
             stride=module.stride,
             residual=residual,
             return_membrane=True,
@@ -137,7 +136,7 @@ def check_integer(network: nn.Module, images: Tensor, precision: str) -> str:
         differ = (spikes != expected).unflatten(0, (module.num_steps, -1)).any(0)
         near = _near_threshold(current.unflatten(0, (module.num_steps, -1)), module.spec)
         if (differ & ~near).any():
-            failures.append(f"{name}: {int((differ & ~near).sum())} neurons fire otherwise than in float64")
+            failures.append(f"{name}: {int((differ & ~near).sum())} neurons differ from float64")
         if membrane is not None:
             error = relative_error(membrane.double(), current)
             allowed = 2 * torch.finfo(membrane.dtype).eps
@@ -153,7 +152,7 @@ def check_integer(network: nn.Module, images: Tensor, precision: str) -> str:
 
 
 def _near_threshold(current: Tensor, spec: Any) -> Tensor:
-    """Neurons that come within `BAND` of the threshold at any step, from currents (T, ...) in float64."""
+    """Mask of the neurons that come within `BAND` of the threshold at any step, from float64 currents (T, ...)."""
     membrane, near = torch.zeros_like(current[0]), torch.zeros_like(current[0], dtype=torch.bool)
     for step in current:
         membrane = spec.decay * membrane + step
@@ -164,7 +163,7 @@ def _near_threshold(current: Tensor, spec: Any) -> Tensor:
 
 
 def _inputs_of_parts(reference: TimeMajorNet, images: Tensor) -> list[tuple[str, list[Tensor]]]:
-    """Name and inputs of the encoder and of every block, as they occur in the reference's forward pass."""
+    """Name and inputs of the encoder and every block in a forward pass of the reference."""
     captured: list[tuple[str, list[Tensor]]] = []
 
     def keep(name: str, _module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
@@ -181,13 +180,13 @@ def _inputs_of_parts(reference: TimeMajorNet, images: Tensor) -> list[tuple[str,
 
 
 def _run_part(part: nn.Module, inputs: Sequence[Tensor], train: bool) -> dict[str, Tensor]:
-    """Outputs and, in training, gradients of a part, by kind and name."""
+    """Outputs of a part and, in training, its gradients, by kind and name."""
     leaves = [tensor.detach().requires_grad_(train) for tensor in inputs]
     with torch.set_grad_enabled(train):
         result: Any = part(*leaves)
     if isinstance(result, tuple):
-        result = result[:2]  # the bits of packed spikes say the same once more
-        # A plain spiking block has no membrane to return: it returns its spikes twice.
+        result = result[:2]  # without the packed spikes, which are the same spikes
+        # A plain spiking block returns its spikes twice, in place of a membrane.
         outputs = list(result) if result[0] is not result[1] else [result[1]]
         names = ["values of the membrane", "spikes"][-len(outputs) :]
     else:

@@ -1,7 +1,7 @@
-"""Loss curves of fused and plain training on real data: do they differ by more than seeds do?
+"""Loss curves of fused and plain training on real data: do they differ more than seeds do?
 
-A spiking network is chaotic at its initialisation, so gradients of whole networks cannot be compared; what training
-makes of them can. Every run with one seed has the same initial weights, images and order on both backends.
+Spiking networks are chaotic at initialisation, so gradients of whole networks cannot be compared, but loss curves can.
+Both backends get the same initial weights, images and order for each seed.
 
 Run it as ``python -m timm_gac.bench.curves``; see --help.
 """
@@ -31,16 +31,23 @@ COLUMNS = ("model", "data", "precision", "num_steps", "batch", "curve", "seed", 
 
 
 def train_curve(config: CurveConfig, arrays: ImageArrays, seed: int, device: torch.device) -> list[float]:
-    """The loss of every step of one run, on the backend that is set."""
+    """Train on the current backend; return the loss of every step."""
     torch.manual_seed(seed)
     classes, channels = arrays.num_classes, arrays.images.shape[1]
     network = timm.create_model(config.model, num_classes=classes, in_chans=channels, num_steps=config.num_steps)
     network = network.to(device, memory_format=torch.channels_last).train()
     optimizer = torch.optim.SGD(network.parameters(), lr=config.lr, momentum=0.9, nesterov=True, weight_decay=5e-4)
     loader = DeviceLoader(
-        arrays, config.batch, device=device, mean=[0.5] * channels, std=[0.5] * channels, augmentation=None,
-        num_classes=classes, seed=seed, training=True,
-    )  # fmt: skip
+        arrays,
+        config.batch,
+        device=device,
+        mean=[0.5] * channels,
+        std=[0.5] * channels,
+        augmentation=None,
+        num_classes=classes,
+        seed=seed,
+        training=True,
+    )
     losses: list[torch.Tensor] = []
     for epoch in range(-(-config.steps // len(loader))):
         for images, targets in loader.batches(epoch):
@@ -58,15 +65,15 @@ def train_curve(config: CurveConfig, arrays: ImageArrays, seed: int, device: tor
 
 
 def smooth(curves: Sequence[Sequence[float]], window: int) -> torch.Tensor:
-    """Running means, (curves, steps - window + 1)."""
+    """Moving averages of the curves: (curves, steps - window + 1)."""
     return F.avg_pool1d(torch.tensor(curves)[:, None], window, stride=1)[:, 0]
 
 
 def share_within(fused: torch.Tensor, eager: torch.Tensor) -> float:
-    """Share of the steps at which the mean fused curve lies within what the eager seeds span.
+    """Share of the steps at which the mean fused curve lies within the span of the eager seeds.
 
-    The span is from their smallest to their largest value, widened by a tenth of their mean: a few seeds span less than
-    all would, the less so late in training, where their curves come together.
+    The span is from their smallest to their largest value, widened by 10 % of their mean on both sides: a few seeds
+    underestimate the spread, above all late in training, where the curves converge.
     """
     margin = 0.1 * eager.mean(0)
     mean = fused.mean(0)
@@ -74,7 +81,7 @@ def share_within(fused: torch.Tensor, eager: torch.Tensor) -> float:
 
 
 def compare_curves(config: CurveConfig) -> float:
-    """Train every backend and seed, write what the config names, and give `share_within`."""
+    """Train every backend and seed, write the files that the config names, and return `share_within`."""
     if config.csv:
         check_csv(config.csv, COLUMNS)
     device = resolve_device(config.device)
@@ -111,7 +118,7 @@ def compare_curves(config: CurveConfig) -> float:
 
 
 def _name(data: str) -> str:
-    """A data set's name, of a file its own: where it lies is nobody else's business."""
+    """The data set's name; for a file its name without the path, which stays private."""
     return Path(data).stem if Path(data).exists() else data
 
 
@@ -143,13 +150,13 @@ def _draw(smoothed: dict[str, torch.Tensor], config: CurveConfig) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Compare as a command line says; the exit status is that of `run`."""
+    """Run the command line; the exit status is that of `run`."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     return run(parse_options(CurveConfig(), arguments, "Compare loss curves of fused and plain training over seeds."))
 
 
 def run(config: CurveConfig) -> int:
-    """Compare; 0 where the fused curve is within the eager seeds' span at 95 % of the steps or more, else 1."""
+    """Compare; return 0 if the fused curve is within the eager seeds' span at 95 % of the steps or more, else 1."""
     return int(compare_curves(config) < 0.95)
 
 

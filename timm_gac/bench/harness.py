@@ -1,4 +1,4 @@
-"""What every benchmark of this project shares: timing, memory, and the table of its rows."""
+"""Shared by all benchmarks: timing, memory, tables of rows, time limits."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 Row = dict[str, Any]
-# Larger than the L2 of any GPU we know (50 MB on an H100), so that no repetition finds its input there.
+# Larger than the L2 cache of any GPU (50 MB on an H100), so that no repetition finds its input there.
 FLUSH_BYTES = 256 * 2**20
 
 
@@ -45,18 +45,18 @@ class Timing:
 def measure_time(
     function: Callable[[], object], device: torch.device, *, target_ms: float = 100.0, warmup_ms: float = 25.0
 ) -> Timing:
-    """Time a function that is already compiled: the median of many repetitions.
+    """Time a function that is already compiled: median and spread of many repetitions.
 
-    On a CUDA device each repetition is bracketed by events. Between repetitions a buffer larger than the L2 cache is
-    written, which also leaves the cache full of dirty lines: an op pays for the lines it finds and is spared those it
-    leaves. The stream then sleeps for about half a millisecond, so that the host runs ahead and launch overhead stays
-    out. On a CPU the clock is ``time.perf_counter``.
+    On a CUDA device events before and after each repetition measure it. Before each repetition a buffer larger than the
+    L2 cache is written, so that no input is cached; the op then pays for evicting that buffer's lines and is spared the
+    eviction of its own. The stream then sleeps for about 3 ms, so that the host has launched the function by then and
+    launch overhead is not measured. On a CPU the clock is ``time.perf_counter``.
 
     Args:
-        function: What to time; its result is dropped.
-        device: Where it runs.
-        target_ms: Total time of the timed repetitions, at least 10 of them and at most 1000.
-        warmup_ms: Total time of the repetitions before those.
+        function: Function to time; its result is dropped.
+        device: Device it runs on.
+        target_ms: Total time of the timed repetitions, of which there are 10 to 1000.
+        warmup_ms: Total time of the repetitions before.
     """
     function()
     if device.type != "cuda":
@@ -101,7 +101,7 @@ def measure_copy(size: int, dtype: torch.dtype, device: torch.device, *, target_
 
 
 def measure_peak_bytes(function: Callable[[], object], device: torch.device) -> int | None:
-    """Most device memory held during a call beyond what was held before it; None where nothing counts it (CPU)."""
+    """Peak device memory during a call, less what was allocated before it; None on a CPU, which does not count it."""
     if device.type != "cuda":
         return None
     torch.cuda.synchronize(device)
@@ -113,12 +113,12 @@ def measure_peak_bytes(function: Callable[[], object], device: torch.device) -> 
 
 
 def measure_saved_bytes(forward: Callable[[], torch.Tensor]) -> int:
-    """Bytes that a forward pass keeps alive for its backward pass, its own output not counted.
+    """Bytes that a forward pass saves for its backward pass, without its own output.
 
-    Tensors that share a storage count once, and saved inputs count: they live for as long as the graph does.
+    Tensors that share a storage count once. Saved inputs count too, as the graph keeps them alive.
     """
     storages: dict[int, int] = {}
-    keep: list[torch.Tensor] = []  # an address is only unique while its owner lives
+    keep: list[torch.Tensor] = []  # an address is unique only while its tensor lives
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
         keep.append(tensor)
@@ -135,10 +135,10 @@ def append_rows(path: Path, columns: Sequence[str], rows: Iterable[Row], keep_by
     """Append rows to a table, floats with six digits; see `timm_gac.runtime.files.append_csv`.
 
     Args:
-        path: The file; its folder is made where it is missing.
+        path: The file; its folder is created if missing.
         columns: The header, in order.
-        rows: One mapping from column to value each.
-        keep_bytes: Cut the file to this size first.
+        rows: Each row as a mapping from column to value.
+        keep_bytes: Truncate the file to this size first.
 
     Raises:
         ValueError: The file has another header.
@@ -153,8 +153,8 @@ def rows_table(rows: Iterable[Row], columns: dict[str, str], title: str) -> Tabl
     """A rich table of some columns of the rows.
 
     Args:
-        rows: One mapping from column to value each.
-        columns: Column name to a format specification such as ``.3f``; text columns have an empty one.
+        rows: Each row as a mapping from column to value.
+        columns: Column name to a format specification such as ``.3f``; an empty one for text.
         title: Printed above the table.
     """
     from rich.table import Table
@@ -179,13 +179,13 @@ def show_table(table: Table) -> None:
 
 @contextmanager
 def exit_on_sigterm() -> Iterator[None]:
-    """SIGTERM, as ``timeout`` sends it, ends the block like an exception, so that what is known can be written."""
+    """Turn SIGTERM, which ``timeout`` sends, into SystemExit within the block, so that results can be written."""
 
     def leave(number: int, frame: object) -> None:
         raise SystemExit(128 + number)
 
     if threading.current_thread() is not threading.main_thread():
-        yield  # only the main thread can take signals
+        yield  # only the main thread receives signals
         return
     before = signal.signal(signal.SIGTERM, leave)
     try:
@@ -198,9 +198,8 @@ def exit_on_sigterm() -> Iterator[None]:
 def time_limit(seconds: float) -> Iterator[None]:
     """Raise `TimeoutError` inside the block after so many seconds; infinity is no limit.
 
-    It is a Unix signal, which Python acts upon between two of its own instructions: a long compilation ends soon after,
-    a single long call into C++ only when it returns. Off the main thread, and on systems without that signal, no limit
-    holds.
+    The limit is a Unix signal, which Python handles between two bytecode instructions: a long compilation ends soon, a
+    single long call into C++ only when it returns. There is no limit outside of the main thread and on Windows.
     """
     timed = math.isfinite(seconds) and hasattr(signal, "setitimer")
     if not timed or threading.current_thread() is not threading.main_thread():
@@ -211,7 +210,7 @@ def time_limit(seconds: float) -> Iterator[None]:
         raise TimeoutError(f"not done within {seconds:.0f} s")
 
     previous = signal.signal(signal.SIGALRM, stop)
-    signal.setitimer(signal.ITIMER_REAL, max(seconds, 1e-3), 5.0)  # once more, should an `except Exception` swallow it
+    signal.setitimer(signal.ITIMER_REAL, max(seconds, 1e-3), 5.0)  # repeated, in case an `except Exception` catches it
     try:
         yield
     finally:

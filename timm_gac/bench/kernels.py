@@ -1,4 +1,4 @@
-"""Kernel benchmark: each op that passes its check, against baselines and the copy bandwidth of the same run.
+"""Kernel benchmark: each op that passes its check, compared with baselines and with copy bandwidth.
 
 Run it as ``timm-gac bench kernels`` or ``python -m timm_gac.bench.kernels``.
 """
@@ -53,11 +53,11 @@ def bench_kernels(config: KernelBenchConfig) -> list[Row]:
     """Check and time every case; write the CSV and PNG that the config names.
 
     Returns:
-        One row per case and direction, with `COLUMNS` as keys. A case that failed its check has one row whose
-        ``status`` is ``failed check``, with no times. Copy bandwidth is ``op='copy'``, at the start and at the end.
+        One row per case and direction, with `COLUMNS` as keys. A case that fails its check has one row without times,
+        whose ``status`` is ``failed check``. Rows with ``op='copy'`` have the copy bandwidth at the start and the end.
 
     Raises:
-        ValueError: The CSV file has another header; nothing has been measured then.
+        ValueError: The CSV file has another header; nothing was measured.
     """
     device = resolve_device(config.device)
     if config.quick:
@@ -99,10 +99,10 @@ def _copy_rows(config: KernelBenchConfig, device: torch.device, moment: str) -> 
 
 
 def _bench_case(config: KernelBenchConfig, provider: str, case: Case, device: torch.device) -> list[Row]:
-    """Rows of one provider on one case: forward and forward+backward, or one that says what went wrong."""
+    """Rows of one provider on one case: forward and forward+backward, or one row with the reason why not."""
     op, frame = bench_ops.OPS[case.op], config.frame
     batch = max(1, config.size // (case.num_steps * math.prod(frame)))
-    inputs = bench_ops.make_inputs(op, case, batch, frame, device)
+    inputs = bench_ops.make_inputs(op=op, case=case, batch=batch, frame=frame, device=device)
     common = dict.fromkeys(COLUMNS) | asdict(case) | {"provider": provider, "note": ""}
     common["shape"] = "x".join(map(str, (case.num_steps, batch, *frame)))
     try:
@@ -120,8 +120,15 @@ def _bench_case(config: KernelBenchConfig, provider: str, case: Case, device: to
                 return []
             function = baseline
             common["note"] = _flip_note(op, case, inputs, function)
-        return _time_case(config, op, case, inputs, function, common)
-    except Exception as error:  # a baseline or op that cannot run is a row of the result, not the end of the run
+        return _time_case(
+            config=config,
+            op=op,
+            case=case,
+            inputs=inputs,
+            function=function,
+            common=common,
+        )
+    except Exception as error:  # a baseline or op that cannot run becomes a row; the run goes on
         _logger.exception("%s %s", provider, case)
         status = "failed check" if provider == "timm_gac" else "error"
         note = f"{type(error).__name__}: {error}".splitlines()[0][:200]
@@ -132,7 +139,7 @@ def _bench_case(config: KernelBenchConfig, provider: str, case: Case, device: to
 
 
 def _flip_note(op: BenchOp, case: Case, inputs: Sequence[torch.Tensor], baseline: Callable[..., torch.Tensor]) -> str:
-    """The share of spikes on which a baseline and the reference differ: SpikingJelly also fires at the threshold."""
+    """Say how many spikes of a baseline differ from the reference: SpikingJelly also fires at the threshold."""
     with torch.no_grad():
         expected = op.reference(*(tensor.float() for tensor in inputs), SPECS[case.spec]) != 0
         flips = ((baseline(*inputs) != 0) != expected).float().mean().item()
@@ -173,7 +180,7 @@ def _time_case(
 
 
 def _finish(row: Row, rows: list[Row]) -> Row:
-    """Add bandwidth and its fraction of the run's copies, which are complete only at the end."""
+    """Add bandwidth and its fraction of the copy bandwidth, known only at the end of the run."""
     if row["median_ms"] is None:
         return row
     copies = [copy for copy in rows if copy["op"] == "copy" and copy["dtype"] == row["dtype"]]
@@ -191,9 +198,9 @@ def kernel_table(rows: Sequence[Row]) -> Any:
 
 
 def write_chart(rows: Sequence[Row], path: Path) -> None:
-    """Bars of copy fraction: a panel per op and direction, a group per dtype and T, a bar per provider.
+    """Draw the fraction of copy bandwidth: a panel per op and direction, a group per dtype and T, a bar per provider.
 
-    The CIFAR dialect stands for both where both were run; a case that ran in both memory formats shows the contiguous.
+    Of both specs only CIFAR's is drawn, of both memory formats only contiguous.
     """
     timed = [row for row in rows if row["op"] != "copy" and row["status"] == "ok"]
     spec = "cifar" if any(row["spec"] == "cifar" for row in timed) else "imagenet"
@@ -216,7 +223,7 @@ def main(defaults: KernelBenchConfig | None = None, arguments: Sequence[str] | N
 
 
 def show_results(rows: Sequence[Row]) -> int:
-    """Show the rows as a table; the exit status is that of `exit_code`."""
+    """Show the rows as a table; return `exit_code`."""
     show_table(kernel_table(rows))
     return exit_code(rows)
 

@@ -1,4 +1,4 @@
-"""Model benchmark: a network of this package, baselines with the same weights, and lower bounds of time, in one run.
+"""Model benchmark: a network of this package, baselines with the same weights, and lower bounds of time.
 
 Run it as ``timm-gac bench model`` or ``python -m timm_gac.bench.model``.
 """
@@ -50,57 +50,69 @@ def bench_model(config: ModelBenchConfig) -> tuple[list[Row], list[Row]]:
     Raises:
         ValueError: A file to append to is of another kind; nothing has been measured then.
     """
-    profile_path = config.profile_path()
     if config.csv:
         check_csv(config.csv, COLUMNS)
-    if profile_path:
-        read_json(profile_path)
-    device = resolve_device(config.device)
-    origin = provenance(device, resolve_backend(device), config.commit)
-    deadline = time.perf_counter() + (config.time_budget_s or math.inf)
-    rows: list[Row] = []
-    profiles: list[Row] = []
-    table = _GrowingTable(config.csv) if config.csv else None
-
-    def keep() -> list[Row]:
-        finished = [_finish(row, rows) | origin for row in rows]
-        if table:
-            table.write(finished)
-        return finished
-
+    if config.profile_path():
+        read_json(config.profile_path())
+    results = _Results(config, resolve_device(config.device))
     with exit_on_sigterm():
         try:
-            for case in config.cases():
-                bench_steps.free_memory(device)
-                session = Session(case, device, config.steps)
-                for provider in config.providers_of(case):
-                    remaining = deadline - time.perf_counter()
-                    if remaining <= 0:
-                        _logger.warning("time budget spent: no %s %s", provider, case)
-                        continue
-                    rows.append(_bench_provider(session, provider, min(remaining, config.provider_limit_s or math.inf)))
-                    keep()  # a baseline that never comes back from its compilation takes no rows along
-                if config.profile and deadline > time.perf_counter():
-                    profiles.append(asdict(case) | session.profile() | origin)
-                del session
-        finally:  # what has been measured is kept, also where the run is cut
-            rows = keep()
-            if profile_path:
-                append_json(profile_path, profiles)
+            _measure(config, results)
+        finally:  # results so far are kept if the run is stopped
+            rows = results.write()
+            if config.profile_path():
+                append_json(config.profile_path(), results.profiles)
     if config.png:
         write_chart(rows, config.png)
-    return rows, profiles
+    return rows, results.profiles
+
+
+class _Results:
+    """Rows and profiles of a run so far."""
+
+    def __init__(self, config: ModelBenchConfig, device: torch.device) -> None:
+        self.device = device
+        self.origin = provenance(device, resolve_backend(device), config.commit)
+        self.rows: list[Row] = []
+        self.profiles: list[Row] = []
+        self._table = _GrowingTable(config.csv) if config.csv else None
+
+    def write(self) -> list[Row]:
+        """Return the rows with their fraction of the roofline and the provenance; write them to the CSV."""
+        finished = [_finish(row, self.rows) | self.origin for row in self.rows]
+        if self._table:
+            self._table.write(finished)
+        return finished
+
+
+def _measure(config: ModelBenchConfig, results: _Results) -> None:
+    """Check and time every provider of every case within the time budget; add the rows and profiles to ``results``."""
+    deadline = time.perf_counter() + (config.time_budget_s or math.inf)
+    for case in config.cases():
+        bench_steps.free_memory(results.device)
+        session = Session(case, results.device, config.steps)
+        for provider in config.providers_of(case):
+            remaining = deadline - time.perf_counter()
+            if remaining <= 0:
+                _logger.warning("time budget spent: no %s %s", provider, case)
+                continue
+            limit = min(remaining, config.provider_limit_s or math.inf)
+            results.rows.append(_bench_provider(session, provider, limit))
+            results.write()  # now: a compilation that never ends would lose the rows
+        if config.profile and deadline > time.perf_counter():
+            results.profiles.append(asdict(case) | session.profile() | results.origin)
+        del session
 
 
 class _GrowingTable:
-    """A run's rows at the end of a CSV file, written anew with every row: a floor that comes later completes others."""
+    """A run's rows at the end of a CSV file. All are rewritten with each new row, which may complete earlier ones."""
 
     def __init__(self, path: Path) -> None:
         self.path, self.first, self.rows = path, 0, 0
         self.begin = self.end = self._size()
 
     def write(self, rows: Sequence[Row]) -> None:
-        """Write all rows so far; behind what somebody else has appended meanwhile, only those that are new."""
+        """Write all rows so far; if another process has appended rows meanwhile, only the new ones, after those."""
         if self._size() != self.end:
             self.begin, self.first = self._size(), self.rows
         append_rows(self.path, COLUMNS, rows[self.first :], self.begin)
@@ -111,7 +123,7 @@ class _GrowingTable:
 
 
 def _bench_provider(session: Session, provider: str, limit_s: float) -> Row:
-    """The row of one provider, whatever becomes of it."""
+    """The row of one provider, also if it fails."""
     threads = torch.get_num_threads() if session.device.type == "cpu" else None
     row: Row = dict.fromkeys(COLUMNS) | asdict(session.case) | {"provider": provider, "threads": threads}
     bench_steps.free_memory(session.device)
@@ -123,7 +135,7 @@ def _bench_provider(session: Session, provider: str, limit_s: float) -> Row:
         row |= {"status": "skipped", "note": str(reason)}
     except TimeoutError as error:
         row |= {"status": "out of time", "note": str(error)}
-    except Exception as error:  # a baseline that cannot run is a row of the result, not the end of the run
+    except Exception as error:  # a baseline that cannot run becomes a row; the run goes on
         _logger.debug("%s", provider, exc_info=True)
         row |= {"status": "error", "note": _reason(error)}
     speed = f"{row['images_per_s']:.1f} img/s" if row["status"] == "ok" else f"{row['status']}: {row['note']}"
@@ -133,18 +145,18 @@ def _bench_provider(session: Session, provider: str, limit_s: float) -> Row:
 
 
 def _reason(error: BaseException) -> str:
-    """The first line of what went wrong first: a failed capture raises once more when it ends."""
+    """First line of the first error: a failed graph capture raises a second one when it ends."""
     while error.__context__ is not None and not error.__suppress_context__:
         error = error.__context__
     return f"{type(error).__name__}: {error}".splitlines()[0][:200]
 
 
 def _finish(row: Row, rows: list[Row]) -> Row:
-    """Add the fraction of the floor, the faster of the case's networks of convolutions alone."""
+    """Add the fraction of the roofline: the fastest network of convolutions alone of the same case."""
     keys = ("model", "mode", "precision", "num_steps", "batch", "image_size")
     peers = [other for other in rows if all(other[key] == row[key] for key in keys) and other["status"] == "ok"]
-    floor = [other["images_per_s"] for other in peers if other["provider"].startswith("convolutions")]
-    return row | {"roofline_fraction": row["images_per_s"] / max(floor)} if floor and row["status"] == "ok" else row
+    bounds = [other["images_per_s"] for other in peers if other["provider"].startswith("convolutions")]
+    return row | {"roofline_fraction": row["images_per_s"] / max(bounds)} if bounds and row["status"] == "ok" else row
 
 
 def model_table(rows: Sequence[Row]) -> Any:
@@ -167,7 +179,7 @@ def profile_tables(profiles: Sequence[Row]) -> list[Any]:
 
 
 def write_chart(rows: Sequence[Row], path: Path) -> None:
-    """Throughput at the first T by provider and, of several T, the cost of one time step; a column a mode."""
+    """Draw throughput by provider at the first T and, with several T, the cost of one time step; a column per mode."""
     timed = [row for row in rows if row["status"] == "ok"]
     bars: dict[str, dict[str, float]] = {}
     curves: dict[str, dict[str, dict[int, float]]] = {}

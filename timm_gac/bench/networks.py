@@ -1,4 +1,4 @@
-"""What the model benchmark times, by name: this package's network, baselines with the same weights, lower bounds."""
+"""Networks of the model benchmark by name: this package's, baselines with the same weights, lower bounds."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from ..models.published import PublishedNet
 from .baselines import STAGES, LoopNeuron, SpikingJellyNeuron, TimeMajorNet, is_gated, like
 
 
-class Unavailable(ValueError):  # noqa: N818 (not an error: the row says why it was skipped)
+class Unavailable(ValueError):  # noqa: N818 (not an error: the row's note has the reason)
     """A network cannot take part; the message is the reason."""
 
 
@@ -54,10 +54,9 @@ class _Join(torch.autograd.Function):
 
 
 class ConvolutionsOnly(nn.Module):
-    """Only the convolutions and the classifier of a model, at its shapes: a lower bound of its time.
+    """Only the convolutions and the classifier of a model, with the same shapes: a lower bound of its time.
 
-    Weights are drawn so that activations keep their size: the power that a GPU takes, and with it its clock, depends on
-    the values.
+    The initial weights keep the variance of activations, since a GPU's power, and so its clock, depends on the values.
     """
 
     def __init__(self, model: SpikingResNet) -> None:
@@ -171,7 +170,7 @@ NETWORKS: dict[str, Callable[[SpikingResNet, str, str], nn.Module]] = {
     "loop": _loop,
 }
 
-# How each is launched by default. The loop alone is the compiler's baseline: launched eagerly it is no contender.
+# How each is launched by default; the loop, slowest eagerly, is the baseline of the compiler.
 LAUNCHES = {
     "timm_gac": ("", "+graph", "+compile"),
     "timm_gac_packed": ("", "+graph"),

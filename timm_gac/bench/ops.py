@@ -1,4 +1,4 @@
-"""The kernel benchmark's cases: inputs, byte counts, the check that comes before any timing, and the baselines."""
+"""Cases of the kernel benchmark: inputs, byte counts, the check before any timing, and baselines."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ Tensors = Sequence[torch.Tensor]
 SPECS = {"cifar": CIFAR, "imagenet": IMAGENET}
 MEMORY_FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 BASELINES = ("reference", "compiled", "spikingjelly")
-# Largest norm(got - expected) / norm(expected), where expected is the float32 reference on the same values. bfloat16
-# leaves only the rounding of the result (2**-9); `reduced` gradients sum a whole frame of terms that mostly cancel.
+# Largest norm(got - expected) / norm(expected) against the float32 reference on the same values. In bfloat16 only the
+# result is rounded (2**-9). `reduced` gradients sum a whole frame of terms that mostly cancel.
 TOLERANCES = {
     torch.float32: {"elementwise": 1e-5, "reduced": 1e-4},
     torch.bfloat16: {"elementwise": 1e-2, "reduced": 1e-2},
@@ -30,7 +30,7 @@ CHECKED = [name for name, dtype in DTYPES.items() if dtype in TOLERANCES]
 
 @dataclass(frozen=True)
 class Case:
-    """One combination to check and time; every field is a name or number that goes into the CSV as it is."""
+    """One combination to check and time; the fields are columns of the CSV."""
 
     op: str
     spec: str
@@ -41,14 +41,15 @@ class Case:
 
 @dataclass(frozen=True)
 class BenchOp:
-    """One op as the benchmark sees it.
+    """One op to benchmark.
 
     Args:
-        run: The op; called as ``run(*inputs, spec)``.
+        run: The op, called as ``run(*inputs, spec)``.
         reference: Its definition in plain PyTorch, called the same way.
-        inputs: Names of its tensor inputs, which say their shapes: see `INPUT_SHAPES`.
+        inputs: Names of its tensor inputs; `INPUT_SHAPES` has their shapes.
         binary: Whether the output is spikes, which must equal the reference's exactly.
-        packs_mask: Whether the backward pass of a detached rectangle needs only 2 bits per neuron-step.
+        packs_mask: Whether the backward pass needs only a mask of 2 bits per neuron and step, for a rectangular
+            surrogate with a detached reset.
     """
 
     run: Op
@@ -80,7 +81,7 @@ def make_inputs(
     for name in op.inputs:
         shape = INPUT_SHAPES[name](case.num_steps, batch, frame)
         tensor = torch.randn(shape, device=device, dtype=DTYPES[case.dtype])
-        if len(shape) >= 4:  # frames; a five-dimensional tensor is channels-last when each of its frames is
+        if len(shape) >= 4:  # frames; a 5-D tensor counts as channels-last if each of its frames is
             frames = tensor.flatten(0, -4).contiguous(memory_format=MEMORY_FORMATS[case.memory_format])
             tensor = frames.unflatten(0, shape[:-3])
         inputs.append(tensor.requires_grad_())
@@ -88,7 +89,7 @@ def make_inputs(
 
 
 def mask_bytes(op: BenchOp, spec: LIFSpec, num_steps: int, neurons: int) -> int | None:
-    """Bytes of the packed surrogate mask, 2 bits a step; None where the backward pass needs the input."""
+    """Bytes of the packed surrogate mask, 2 bits a step; None if the backward pass reads the input instead."""
     if not (op.packs_mask and spec.surrogate == "rectangle" and spec.detach_reset and num_steps <= 32):
         return None
     return next(size for size in (1, 2, 4, 8) if num_steps <= 4 * size) * neurons
@@ -97,10 +98,10 @@ def mask_bytes(op: BenchOp, spec: LIFSpec, num_steps: int, neurons: int) -> int 
 def count_bytes(inputs: Tensors, output: torch.Tensor, mask: int | None) -> tuple[int, int]:
     """Fewest bytes that an op must move, forward and forward+backward.
 
-    Forward reads the inputs and writes the output, each once. Backward reads the inputs again (it recomputes the
-    membrane), reads the output's gradient and writes the inputs' gradients. For ``lif`` that is 2 and 5 passes over
-    x. Where the backward pass needs only a packed mask, the forward writes it and the backward reads it in place of
-    the inputs. A baseline is held to the same count, so that fractions compare times.
+    The forward pass reads the inputs and writes the output. The backward pass reads the inputs again (it recomputes the
+    membrane) and the output's gradient, and writes the inputs' gradients: for ``lif`` 2 and 5 passes over x. With a
+    packed mask, the forward pass writes it and the backward pass reads it instead of the inputs. Baselines get the same
+    count, so that fractions compare times.
     """
     read = sum(tensor.numel() * tensor.element_size() for tensor in inputs)
     written = output.numel() * output.element_size()
@@ -110,9 +111,9 @@ def count_bytes(inputs: Tensors, output: torch.Tensor, mask: int | None) -> tupl
 
 
 def check_case(op: BenchOp, case: Case, inputs: Tensors) -> str:
-    """Compare an op with its reference, forward and every gradient; empty when it passes, else the reason.
+    """Compare an op's output and gradients with its reference; return "" if they agree, else the reason.
 
-    The reference runs in float32 on the same values, so bfloat16 is judged on its rounding alone.
+    The reference runs in float32 on the same values, so that bfloat16 differs by its rounding only.
     """
     spec = SPECS[case.spec]
     expected_inputs = [tensor.detach().float().requires_grad_() for tensor in inputs]
@@ -131,16 +132,16 @@ def check_case(op: BenchOp, case: Case, inputs: Tensors) -> str:
         failures.append("spikes are not 0 or 1")
     pairs = [("output", output.detach(), expected)]
     pairs += zip((f"grad of {name}" for name in op.inputs), grads, expected_grads, strict=True)
-    for name, got, wanted in pairs:
+    for name, got, right in pairs:
         tolerance = TOLERANCES[got.dtype]["reduced" if name == "grad of temporal" else "elementwise"]
-        error = relative_error(got, wanted)
+        error = relative_error(got, right)
         if not error <= tolerance:  # a NaN must not pass
             failures.append(f"{name}: relative error {error:.2e} > {tolerance:.0e}")
     return "; ".join(failures)
 
 
 def relative_error(got: torch.Tensor, expected: torch.Tensor) -> float:
-    """norm(got - expected) / norm(expected); infinite where the shapes differ."""
+    """norm(got - expected) / norm(expected); infinite if the shapes differ."""
     if got.shape != expected.shape:
         return float("inf")
     norm = torch.linalg.vector_norm
@@ -149,25 +150,25 @@ def relative_error(got: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 def _poison_free_memory(inputs: Tensors, output: torch.Tensor) -> None:
-    """Fill and free blocks of the sizes the op will ask for: an element that it leaves unwritten is then NaN."""
+    """Fill blocks of the op's sizes with NaN and free them, so that elements the op does not write are NaN."""
     blocks = [torch.full_like(tensor, float("nan"), dtype=inputs[0].dtype) for tensor in (*inputs, output, output)]
     del blocks
 
 
 def make_baseline(name: str, op_name: str, spec: LIFSpec, inputs: Tensors) -> Op | None:
-    """A baseline with the op's inputs as its arguments, or None where it is not installed.
+    """A baseline with the op's inputs as its arguments, or None if it is not installed.
 
     Args:
         name: ``reference`` (eager), ``compiled`` (the reference under torch.compile) or ``spikingjelly``.
-        op_name: The op it stands in for.
+        op_name: The op that it computes.
         spec: The neuron.
-        inputs: The inputs to come, from which SpikingJelly's initial state is made outside the timed call.
+        inputs: Inputs as it will get; SpikingJelly's initial state is made from them, outside of the timed call.
     """
     reference = OPS[op_name].reference
     if name == "reference":
         return lambda *tensors: reference(*tensors, spec)
     if name == "compiled":
-        # Every compile shares the reference's code object, and past 8 variants of it Dynamo gives up.
+        # All compiled variants share the reference's code object; after 8 of them Dynamo would fall back to eager.
         torch._dynamo.reset()
         return torch.compile(lambda *tensors: reference(*tensors, spec), fullgraph=True, dynamic=False)
     if importlib.util.find_spec("spikingjelly") is None:
@@ -186,11 +187,11 @@ def make_baseline(name: str, op_name: str, spec: LIFSpec, inputs: Tensors) -> Op
 
 
 def spikingjelly_neuron(spec: LIFSpec) -> Op:
-    """SpikingJelly's functional multi-step LIF as ``(x, state) -> spikes``, both (T, ...) but the state, (...)."""
+    """SpikingJelly's functional multi-step LIF: input (T, ...) and initial state (...) to spikes (T, ...)."""
     from spikingjelly.activation_based import functional, surrogate
 
     triangle = spec.surrogate == "triangle"
-    # Its alpha is the slope of the membrane's distance: 1 / width for the triangle, 1 / (2 * width) for the rectangle.
+    # Its alpha is 1 / width for the triangle and 1 / (2 * width) for the rectangle.
     shape = surrogate.PiecewiseQuadratic(alpha=1 / spec.width) if triangle else surrogate.Rect(alpha=0.5 / spec.width)
     settings = (1 / (1 - spec.decay), False, spec.threshold, 0.0, shape, spec.detach_reset, False)
 

@@ -1,4 +1,4 @@
-"""Options of the benchmarks, and their command line. Help needs no PyTorch: what a method needs, it imports itself."""
+"""Options of the benchmarks, and their command line. Methods import what they need, so that help needs no PyTorch."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ Options = TypeVar("Options")
 
 
 def parse_options(defaults: Options, arguments: Sequence[str] | None, description: str) -> Options:
-    """Command-line options, one for each field of a dataclass; what is wrong is one sentence and status 2.
+    """Parse command-line options, one for each field of a dataclass; errors are one sentence and exit status 2.
 
     Args:
-        defaults: The options where none is given.
-        arguments: The command line; of the process where None.
+        defaults: The options' defaults.
+        arguments: The command line; None for that of the process.
         description: Shown by ``--help``.
     """
     try:
@@ -37,7 +37,7 @@ def parse_options(defaults: Options, arguments: Sequence[str] | None, descriptio
 
 
 def on_cuda(device: str) -> bool:
-    """Whether a device's name means CUDA on this machine."""
+    """Whether a device's name stands for CUDA on this machine."""
     from ..runtime.device import device_type
 
     return device_type(device) == "cuda"
@@ -45,7 +45,7 @@ def on_cuda(device: str) -> bool:
 
 @dataclass(frozen=True)
 class KernelBenchConfig:
-    """What `bench_kernels` runs: every combination of the tuples, then the baselines on some of them.
+    """Options of `bench_kernels`: every combination of the tuples is run, then baselines on some of them.
 
     Args:
         ops: Out of ``lif``, ``gac_encode``, ``gated_lif``.
@@ -53,13 +53,13 @@ class KernelBenchConfig:
         memory_formats: Out of ``contiguous``, ``channels_last``.
         num_steps: Numbers of time steps.
         specs: Out of ``cifar``, ``imagenet``.
-        size: Neuron-steps per case; the batch is what makes T * B * C * H * W come closest from below.
+        size: Neuron-steps per case: the largest batch B is taken with T * B * C * H * W <= size.
         frame: C, H and W.
         baselines: Whether to time the reference, the compiled reference and SpikingJelly too.
-        baseline_num_steps: The one number of steps at which they run, contiguous.
+        baseline_num_steps: Number of time steps of the baselines, which run contiguous only.
         target_ms: Timed milliseconds per measurement.
         time_budget_s: Start no further case after so many seconds; 0 is no limit. The rest is still written.
-        quick: A smaller size, T = 4 and short measurements: a look, not a result.
+        quick: A smaller size, T = 4 and short measurements, for a first look.
         csv: File to append the rows to.
         png: File for the bar chart.
         commit: The source's commit, for the rows; found out where empty.
@@ -94,7 +94,7 @@ class KernelBenchConfig:
                 raise ValueError(f"expected {name} out of {list(allowed)}, got {sorted(unknown)}: choose among these")
 
     def cases(self) -> list[tuple[str, bench_ops.Case]]:
-        """Pairs of provider and case in the order they run: own ops first, since baselines are the slow part."""
+        """Pairs of provider and case in the order they run: own ops first, then the slower baselines."""
         from .ops import BASELINES, Case
 
         axes = (self.ops, self.specs, self.dtypes, self.memory_formats, self.num_steps)
@@ -108,14 +108,14 @@ class KernelBenchConfig:
 
 @dataclass(frozen=True)
 class ModelBenchConfig:
-    """What `bench_model` runs: every provider on every combination of mode, precision and number of steps.
+    """Options of `bench_model`: every provider runs on every combination of mode, precision and number of steps.
 
     A provider is a network and how it is launched, such as ``timm_gac``, ``timm_gac+graph`` (the whole step as one CUDA
     graph), ``loop+compile`` (torch.compile) or ``spikingjelly+compile+graph``. Networks: ``timm_gac``;
     ``timm_gac_packed`` (packed spikes, training); ``timm_gac_fused`` (batch norm folded, inference); ``timm_gac_int8``
-    (quantised, inference, its float parts in the precision); ``convolutions``, the lower bound of time;
-    ``ann``, timm's ResNet of the same shape on T batches; ``spikingjelly`` and ``loop``, the time-major network with
-    SpikingJelly's functional LIF and with an ordinary loop; ``published``, the published algorithm step by step.
+    (quantised, inference; float parts in the precision); ``convolutions``, the convolutions alone as a lower bound of
+    time; ``ann``, timm's ResNet of the same shape on T batches; ``spikingjelly`` and ``loop``, the time-major network
+    with SpikingJelly's functional LIF or a plain loop; ``published``, the published algorithm step by step.
 
     Args:
         model: A registered model of this package, or a model folder, quantised or not.
@@ -127,9 +127,9 @@ class ModelBenchConfig:
         infer_batch: Images an inference step.
         image_size: Height and width of the images; 0 is the model's own.
         steps: Steps to time, in up to 10 blocks.
-        provider_limit_s: Give up a provider (its compilation, say) after so many seconds; 0 is no limit.
+        provider_limit_s: Give up a provider after so many seconds, compilation included; 0 is no limit.
         time_budget_s: Start no further provider after so many seconds; 0 is no limit. The rest is still written.
-        profile: Say where a step of ``timm_gac`` spends its time, by kind of kernel; JSON beside the CSV.
+        profile: Profile a step of ``timm_gac`` by kind of kernel; JSON beside the CSV.
         csv: File to append the rows to.
         png: File for the chart.
         commit: The source's commit, for the rows; found out where empty.
@@ -169,7 +169,7 @@ class ModelBenchConfig:
             if network not in NETWORKS or launch not in ([], ["compile"], ["graph"], ["compile", "graph"]):
                 raise ValueError(
                     f"expected a provider such as 'timm_gac+graph', got {provider!r}: give one of {list(NETWORKS)}, "
-                    "with nothing, +compile, +graph or +compile+graph behind it"
+                    "alone or followed by +compile, +graph or +compile+graph"
                 )
         for name in ("modes", "precisions", "num_steps"):
             if not getattr(self, name):
@@ -182,22 +182,32 @@ class ModelBenchConfig:
             raise ValueError(
                 f"expected a model of this package, got {self.model!r}: `timm-gac models` lists them, or name a folder"
             )
-        exotic = {"tf32", "float16"} & set(self.precisions)
-        if exotic and not on_cuda(self.device):
-            raise ValueError(f"expected float32 or bfloat16 on a CPU, got {sorted(exotic)}: choose one of these")
+        cuda_only = {"tf32", "float16"} & set(self.precisions)
+        if cuda_only and not on_cuda(self.device):
+            raise ValueError(f"expected float32 or bfloat16 on a CPU, got {sorted(cuda_only)}: choose one of these")
 
     def profile_path(self) -> Path | None:
-        """Where the profiles go: beside the CSV."""
+        """File for the profiles, beside the CSV; None without profiles or CSV."""
         return self.csv.with_suffix(".profile.json") if self.csv and self.profile else None
 
     def cases(self) -> list[bench_session.Case]:
-        """The combinations, in the order they run."""
+        """The combinations in the order they run."""
         from .session import Case
 
         size = self.image_size or self._own_image_size()
         batch = {"train": self.train_batch, "infer": self.infer_batch}
         axes = itertools.product(self.modes, self.precisions, self.num_steps)
-        return [Case(self.model, mode, precision, t, batch[mode], size) for mode, precision, t in axes]
+        return [
+            Case(
+                model=self.model,
+                mode=mode,
+                precision=precision,
+                num_steps=num_steps,
+                batch=batch[mode],
+                image_size=size,
+            )
+            for mode, precision, num_steps in axes
+        ]
 
     def _own_image_size(self) -> int:
         import timm
@@ -209,7 +219,7 @@ class ModelBenchConfig:
         return int(timm.get_pretrained_cfg_value(self.model, "input_size")[-1])
 
     def providers_of(self, case: bench_session.Case) -> list[str]:
-        """The providers of a case in the order they run: by default those that compile come last."""
+        """The providers of a case in the order they run; by default those that compile last."""
         from .networks import LAUNCHES
 
         if self.providers:
@@ -223,20 +233,20 @@ class ModelBenchConfig:
 
 @dataclass(frozen=True)
 class ScalingConfig:
-    """What `measure_scaling` runs: every provider with every kind of batch norm.
+    """Options of `measure_scaling`: every provider runs with every kind of batch norm.
 
     Args:
         model: A registered model of this package.
-        processes: How many train together; 0 is one for each GPU, two on a CPU.
+        processes: Number of processes that train together; 0 is one for each GPU, two on a CPU.
         providers: Out of ``ddp``, ``all_reduce``, ``all_reduce+graph``; all that apply where left out.
-        batch_norms: ``local``, each process its own; ``sync``, over all of them.
-        batch: Images a step and process.
+        batch_norms: ``local``, statistics of each process; ``sync``, statistics over all processes.
+        batch: Images per step and process.
         image_size: Height and width of the images; 0 is the model's own.
         num_steps: Time steps T.
         precision: ``float32``, ``tf32`` or ``bfloat16`` (autocast).
-        steps: Steps to time of each, in up to 10 blocks.
+        steps: Steps to time, in up to 10 blocks.
         check: Only compare gradients.
-        csv: File to append each row to as soon as it is there.
+        csv: File to append each row to as soon as it is measured.
         commit: The source's commit, for the rows; found out where empty.
         device: auto (CUDA where there is one, else the CPU), cuda or cpu.
     """
@@ -283,7 +293,7 @@ class ScalingConfig:
 
     @property
     def on_cuda(self) -> bool:
-        """Whether it runs on GPUs."""
+        """Whether to run on GPUs."""
         return on_cuda(self.device)
 
     @property
@@ -294,7 +304,7 @@ class ScalingConfig:
         return self.processes or (torch.cuda.device_count() if self.on_cuda else 2)
 
     def combinations(self) -> list[tuple[str, str]]:
-        """Providers and batch norms, in the order they run."""
+        """Pairs of provider and batch norm in the order they run."""
         from .processes import PROVIDERS
 
         providers = self.providers or tuple(p for p in PROVIDERS if self.on_cuda or "graph" not in p)
@@ -303,21 +313,21 @@ class ScalingConfig:
 
 @dataclass(frozen=True)
 class CurveConfig:
-    """What `compare_curves` trains: one run for each backend and seed.
+    """Options of `compare_curves`: one training run for each backend and seed.
 
     Args:
         model: A registered model of this package.
-        data: Small images, as ``timm-gac train`` takes them: ``digits``, an .npz file, ``torch/cifar100``.
+        data: Small images as for ``timm-gac train``: ``digits``, an .npz file, ``torch/cifar100``.
         data_dir: Folder of a timm data set.
         image_size: Height and width to resize to.
         num_steps: Time steps T.
         steps: Training steps of a run.
         batch: Images a step.
-        lr: Peak learning rate of SGD with Nesterov momentum, after a tenth of the steps.
+        lr: Peak learning rate of SGD with Nesterov momentum, reached after 10 % of the steps.
         precision: ``float32`` or ``bfloat16`` (autocast).
         fused: Backend of the fused runs.
-        seeds: Of weights and order; at least two, for their spread.
-        window: Steps over which a curve is averaged before it is compared.
+        seeds: Seeds of weights and order; at least two, for their spread.
+        window: Number of steps to average curves over before they are compared.
         csv: File to append every loss to.
         png: File for the chart.
         device: auto (CUDA where there is one, else the CPU), or such as cpu or cuda:1.
@@ -341,7 +351,7 @@ class CurveConfig:
 
     def __post_init__(self) -> None:
         if len(set(self.seeds)) < 2:
-            raise ValueError(f"expected at least two seeds, got {self.seeds}: their spread is what is compared with")
+            raise ValueError(f"expected at least two seeds, got {self.seeds}: curves are compared with their spread")
         if not 1 <= self.window <= self.steps:
             raise ValueError(
                 f"expected 1 <= window <= steps, got {self.window} and {self.steps}: give a smaller window"

@@ -1,4 +1,4 @@
-"""Several processes on one host for a benchmark: how they start, communicate and share a training step."""
+"""Several processes on one host: how a benchmark starts them, and how they share a training step."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ from .ops import relative_error
 from .steps import precision_settings
 
 PROVIDERS = ("ddp", "all_reduce", "all_reduce+graph")
-# In float64, norm(got - expected) / norm(expected), of the worst parameter.
+# In float64: norm(got - expected) / norm(expected) of the worst parameter.
 GRADIENT_TOLERANCE = 1e-9
 TIMEOUT = datetime.timedelta(minutes=5)
 
 
 class Group:
-    """This process among all: NCCL between GPUs and gloo between CPUs for the steps, gloo for what the hosts say.
+    """This process within the group: NCCL (GPUs) or gloo (CPUs) for training steps, gloo for values on the host.
 
     Args:
-        store: Where they meet.
-        rank: This process, from 0.
-        size: Their number.
-        on_cuda: Each has a GPU of its own.
+        store: Store through which the processes find each other.
+        rank: Number of this process, from 0.
+        size: Number of processes.
+        on_cuda: Whether each process has a GPU of its own.
     """
 
     def __init__(self, store: dist.Store, rank: int, size: int, on_cuda: bool) -> None:
@@ -49,21 +49,21 @@ class Group:
         self.collectives = "nccl " + ".".join(map(str, torch.cuda.nccl.version())) if on_cuda else "gloo"
 
     def largest(self, value: float) -> float:
-        """The largest value of all processes. It waits for all of them and uses no GPU."""
+        """The largest value of all processes. Waits for all of them; uses no GPU."""
         values = torch.tensor([value], dtype=torch.float64)
         dist.all_reduce(values, dist.ReduceOp.MAX, group=self._host)
         return float(values.item())
 
     def join(self, network: nn.Module, provider: str, sync_bn: bool) -> tuple[nn.Module, Callable[[], None] | None]:
-        """Make a network that all processes train together.
+        """Prepare a network that all processes train together.
 
         Args:
             network: On this process's device, with the same weights on all.
-            provider: ``ddp``, or ``all_reduce`` once after the backward pass (what follows a ``+`` is the caller's).
-            sync_bn: Batch norm over all processes.
+            provider: ``ddp``, or ``all_reduce`` for one all-reduce after the backward pass.
+            sync_bn: Use batch norm over all processes.
 
         Returns:
-            The network to call, and what to call after each backward pass (None for ``ddp``).
+            The network to call, and the function to call after each backward pass (None for ``ddp``).
         """
         share_tensors(network.state_dict().values())
         joined, after_backward = network, None
@@ -90,16 +90,16 @@ class Group:
 
 
 def launch(work: Callable[[Group, Any], None], config: object, size: int, on_cuda: bool) -> None:
-    """Run ``work(group, config)`` in so many processes and wait; the first that fails ends them all.
+    """Run ``work(group, config)`` in several processes and wait for them; if one fails, all are ended.
 
     Args:
-        work: A function of a module.
+        work: A function at the top level of a module.
         config: Anything that can be pickled.
         size: Number of processes.
-        on_cuda: One GPU each.
+        on_cuda: Whether each gets a GPU.
 
     Raises:
-        torch.multiprocessing.ProcessRaisedException: One of them failed; it says how.
+        torch.multiprocessing.ProcessRaisedException: A process failed; the message has its traceback.
     """
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     torch.multiprocessing.spawn(_start, (work, config, size, on_cuda, store.port), nprocs=size)
@@ -109,17 +109,17 @@ def _start(rank: int, work: Callable[[Group, Any], None], config: object, size: 
     logging.basicConfig(level=logging.INFO if rank == 0 else logging.WARNING, format="%(message)s")
     group = Group(dist.TCPStore("127.0.0.1", port, is_master=False), rank, size, on_cuda)
     work(group, config)
-    gc.collect()  # gloo's threads end with the last that holds the group, such as DDP
+    gc.collect()  # gloo's threads end when the last object that holds the group, such as DDP, is gone
     dist.destroy_process_group()
 
 
 def gradient_error(
     group: Group, network: nn.Module, images: Tensor, labels: Tensor, provider: str, sync_bn: bool
 ) -> float:
-    """Compare the gradients of a step that all processes share with those of one process, in float64.
+    """Compare the gradients of a step of all processes with those of a single process, in float64.
 
-    With batch norm over all processes, the one process takes all images at once; else it takes the parts of the
-    processes one by one and averages. In float64 no rounding error flips a spike, so whole networks can be compared.
+    With batch norm over all processes, the single process takes all images at once; else it averages over the parts of
+    the processes. In float64 no rounding error flips a spike, so whole networks can be compared.
 
     Args:
         group: The processes.

@@ -1,4 +1,4 @@
-"""Where the time of a step goes, by kind of kernel."""
+"""Profile of a training or inference step by kind of kernel."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from ..runtime.files import write_json
 from .harness import Row
 from .steps import Step
 
-# First match wins. Patterns are searched in "operator > kernel", the operator being the one that launched the kernel;
-# on a CPU there are no kernels, and the operator stands alone. One convolution_backward computes both gradients.
+# The first match wins. Patterns are searched in "operator > kernel", with the operator that launched the kernel. On a
+# CPU there are only operators, where one convolution_backward computes both gradients.
 KINDS = (
     ("spike packing", r"pack_kernel|(un)?pack_spikes"),
     ("convolution, data gradient", r"dgrad"),
@@ -42,7 +42,7 @@ KINDS = (
 
 
 def kind_of(operator: str, kernel: str = "") -> str:
-    """The kind of a kernel by its own name and that of the operator that launched it."""
+    """Kind of a kernel, by its name and the name of the operator that launched it."""
     text = f"{operator} > {kernel}".lower()
     return next((kind for kind, pattern in KINDS if re.search(pattern, text)), "other")
 
@@ -51,13 +51,13 @@ def profile_step(step: Step, inputs: tuple[torch.Tensor, ...], device: torch.dev
     """Profile a step that has been warmed up.
 
     Args:
-        step: What to run, launched eagerly: its kernels are the same in a CUDA graph.
+        step: Step to run, launched eagerly: its kernels are the same in a CUDA graph.
         inputs: Its inputs.
-        device: Where it runs. On a CPU the times are those of operators, without the operators they call.
-        repetitions: Number of steps, over which times are averaged.
+        device: Device it runs on. On a CPU the times are operators' own times, without the operators they call.
+        repetitions: Number of steps to average over.
 
     Returns:
-        ``total_ms`` of one step's kernels, and ``kinds``: for each its ``ms``, ``share`` of the total, number of
+        ``total_ms`` of one step's kernels, and ``kinds``: for each kind its ``ms``, ``share`` of the total, number of
         ``calls`` and the names that took longest.
     """
     on_cuda = device.type == "cuda"
@@ -82,7 +82,7 @@ def profile_step(step: Step, inputs: tuple[torch.Tensor, ...], device: torch.dev
 
 
 def _timings(events: Sequence[Any], on_cuda: bool) -> Iterator[tuple[str, str, float]]:
-    """Operator, kernel and microseconds, of every kernel (CUDA) or of every operator by itself (CPU)."""
+    """Operator, kernel and microseconds of every kernel (CUDA) or operator (CPU)."""
     if not on_cuda:
         yield from ((event.name, "", event.self_cpu_time_total) for event in events if event.self_cpu_time_total > 0)
         return
@@ -91,16 +91,16 @@ def _timings(events: Sequence[Any], on_cuda: bool) -> Iterator[tuple[str, str, f
     for event in device_events:
         unclaimed[event.name] += event.time_range.elapsed_us()
     for event in events:
-        for kernel in event.kernels:  # they hang on the innermost operator that was running when they were launched
+        for kernel in event.kernels:  # attached to the innermost operator that was running at their launch
             if kernel.name in unclaimed:
                 unclaimed[kernel.name] -= kernel.duration
                 yield event.name, kernel.name, kernel.duration
-    # What no operator launched: memory sets of a library, kernels of code outside of operators.
+    # Kernels that no operator launched, such as memory sets of a library.
     yield from (("", name, microseconds) for name, microseconds in unclaimed.items() if microseconds > 0.5)
 
 
 def append_json(path: Path, entries: Sequence[Row]) -> None:
-    """Append entries to a JSON list; what the file holds already stays.
+    """Append entries to the JSON list in a file.
 
     Raises:
         ValueError: The file exists and holds no JSON list.
@@ -110,7 +110,7 @@ def append_json(path: Path, entries: Sequence[Row]) -> None:
 
 
 def read_json(path: Path) -> list[Row]:
-    """The JSON list in a file; empty where there is none.
+    """The JSON list in a file; empty if there is no file.
 
     Raises:
         ValueError: The file exists and holds no JSON list.

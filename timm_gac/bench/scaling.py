@@ -1,10 +1,10 @@
-"""Scaling of training over the GPUs of one host: images a second of N processes against one, with the same batch each.
+"""Scaling of training over the GPUs of one host: images a second of N processes against one, each with the same batch.
 
-Every combination is first held against one process in float64: the gradients have to be the same. Then blocks of steps
-of one process and of all of them alternate, so that clocks and heat are shared. What N processes do, `PROVIDERS` name:
-``ddp``, PyTorch's DistributedDataParallel, eagerly; ``all_reduce``, one all-reduce of all gradients after the backward
-pass; ``all_reduce+graph``, the same with the whole step as one CUDA graph, which is what the trainer does under
-``cuda_graph``. The one process runs as they do, eagerly or as a graph, with ordinary batch norm.
+For each combination the gradients of N processes are first compared with those of one, in float64. Then blocks of steps
+with one process and with all alternate, so that both see the same clocks and heat. Providers: ``ddp``, PyTorch's
+DistributedDataParallel, eagerly; ``all_reduce``, one all-reduce of all gradients after the backward pass;
+``all_reduce+graph``, the same with the whole step as one CUDA graph, as the trainer has it under ``cuda_graph``. The
+single process runs in the same way, with ordinary batch norm.
 
 Run it as ``python -m timm_gac.bench.scaling``; see --help.
 """
@@ -14,6 +14,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Sequence
+from dataclasses import asdict
 
 import timm
 import torch
@@ -47,10 +48,10 @@ BLOCKS, SECONDS = 10, 20.0
 
 
 class _Timed:
-    """A network that trains, ready to be timed; memory is what it takes beyond what was held before."""
+    """A training network, ready to be timed. Its peak memory does not count what was allocated before."""
 
     def __init__(self, group: Group, session: Session, provider: str, batch_norm: str) -> None:
-        """``provider`` of this process alone is ``""`` or ``"+graph"``."""
+        """``provider`` is one of `PROVIDERS`, or ``""`` or ``"+graph"`` for this process alone."""
         case, self.device = session.case, group.device
         held = torch.cuda.memory_allocated(self.device) / 2**30 if self.device.type == "cuda" else 0.0
         self.network = session.build("timm_gac")
@@ -60,20 +61,29 @@ class _Timed:
             joined, after_backward = group.join(self.network, provider.split("+")[0], batch_norm == "sync")
         torch.manual_seed(group.rank)  # labels of its own for each process
         self.inputs = bench_steps.make_inputs(
-            self.network, "train", session.images, session.model.num_classes, copies=1
+            network=self.network,
+            mode="train",
+            images=session.images,
+            classes=session.model.num_classes,
+            copies=1,
         )
         step = bench_steps.make_step(
-            joined, "train", case.precision, self.device, compiled=False, after_backward=after_backward
+            network=joined,
+            mode="train",
+            precision=case.precision,
+            device=self.device,
+            compiled=False,
+            after_backward=after_backward,
         )
         self.run, setup = bench_steps.warm_up(step, self.inputs, self.device, graph="graph" in provider)
         self.peak_gib = None if setup["peak_gib"] is None else setup["peak_gib"] - held
 
     def block(self, length: int) -> float:
-        """Milliseconds a step over so many."""
+        """Milliseconds a step, over ``length`` steps."""
         return bench_steps.time_block(self.run, self.inputs, self.device, length)
 
     def close(self) -> bool:
-        """Let go of the graph; whether the loss is finite."""
+        """Release the graph; return whether the loss is finite."""
         finite = bool(torch.isfinite(self.run(*self.inputs)).all())
         if isinstance(self.run, GraphedStep):
             self.run.release()
@@ -81,9 +91,16 @@ class _Timed:
 
 
 def measure_scaling(group: Group, config: ScalingConfig) -> None:
-    """Check and time every combination on this process of several; the first one writes and shows the rows."""
+    """Check and time every combination, in each process of the group; the main one writes and shows the rows."""
     size = config.image_size or timm.get_pretrained_cfg(config.model).input_size[-1]
-    case = Case(config.model, "train", config.precision, config.num_steps, config.batch, size)
+    case = Case(
+        model=config.model,
+        mode="train",
+        precision=config.precision,
+        num_steps=config.num_steps,
+        batch=config.batch,
+        image_size=size,
+    )
     session = Session(case, group.device, config.steps)
     backend = resolve_backend(group.device, AUTOCAST[config.precision] or torch.float32)
     shared: Row = dict.fromkeys(COLUMNS) | provenance(group.device, backend, config.commit)
@@ -117,12 +134,17 @@ def _check(group: Group, session: Session, provider: str, batch_norm: str) -> fl
     labels = torch.randint(session.model.num_classes, (len(images),), generator=generator)
     network = session.build("timm_gac")
     return gradient_error(
-        group, network, images.to(group.device), labels.to(group.device), provider, batch_norm == "sync"
+        group=group,
+        network=network,
+        images=images.to(group.device),
+        labels=labels.to(group.device),
+        provider=provider,
+        sync_bn=batch_norm == "sync",
     )
 
 
 def _measure(group: Group, session: Session, provider: str, batch_norm: str) -> Row:
-    """Blocks of one process and of all, in turn; the own fields of a row."""
+    """Time blocks of one process and of all in turn; return these fields of a row."""
     case, length = session.case, max(1, session.steps // BLOCKS)
     alone = "+graph" if "graph" in provider else ""
     bench_steps.free_memory(group.device)  # before the first graph is captured, not after: it frees workspaces
@@ -134,7 +156,7 @@ def _measure(group: Group, session: Session, provider: str, batch_norm: str) -> 
         for _ in range(min(BLOCKS, session.steps)):
             if one is not None:
                 times_one.append(one.block(length))
-            spent = group.largest(time.perf_counter() - started)  # the others waited here for the first one
+            spent = group.largest(time.perf_counter() - started)  # the others wait here for the main process
             if len(times) >= 3 and spent > SECONDS:
                 break
             times.append(group.largest(many.block(length)))
@@ -149,20 +171,24 @@ def _measure(group: Group, session: Session, provider: str, batch_norm: str) -> 
     timing, timing_one = Timing.of(times), Timing.of(times_one)
     speed_one, speed = 1e3 * case.batch / timing_one.median_ms, 1e3 * case.batch * group.size / timing.median_ms
     return row | {
-        "images_per_s_one": speed_one, "images_per_s": speed, "scaling": speed / speed_one,
-        "efficiency": speed / speed_one / group.size, "median_ms_one": timing_one.median_ms,
-        "median_ms": timing.median_ms, "p20_ms": timing.p20_ms, "p80_ms": timing.p80_ms,
-        "repetitions": timing.repetitions, "steps_per_block": length, "peak_gib_one": one.peak_gib,
-    }  # fmt: skip
+        **asdict(timing),
+        "images_per_s_one": speed_one,
+        "images_per_s": speed,
+        "scaling": speed / speed_one,
+        "efficiency": speed / speed_one / group.size,
+        "median_ms_one": timing_one.median_ms,
+        "steps_per_block": length,
+        "peak_gib_one": one.peak_gib,
+    }
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Measure; 0 where every combination passed its checks, else an exception says what failed."""
+    """Run the command line; returns 0. Raises if a combination fails its checks."""
     return run(parse_options(ScalingConfig(), arguments, "Measure how training scales over the GPUs of one host."))
 
 
 def run(config: ScalingConfig) -> int:
-    """Measure in as many processes as the options say; 0, else an exception says what failed."""
+    """Measure in as many processes as the options say; returns 0. Raises if a combination fails its checks."""
     if config.csv:
         check_csv(config.csv, COLUMNS)
     launch(measure_scaling, config, config.size, config.on_cuda)

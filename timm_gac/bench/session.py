@@ -26,7 +26,7 @@ CHECK_BATCH = 4
 
 @dataclass(frozen=True)
 class Case:
-    """What is common to the providers that are compared with each other."""
+    """Settings shared by the providers that are compared with each other."""
 
     model: str
     mode: str
@@ -37,7 +37,7 @@ class Case:
 
 
 def open_stored(case: Case) -> SpikingResNet:
-    """The float network of a model folder; that of a quantised one has the rounded weights.
+    """The float network of a model folder; a quantised folder gives one with rounded weights.
 
     Raises:
         ValueError: The folder is damaged, or its network has another T than the case.
@@ -81,35 +81,35 @@ class Session:
         return built if network == "published" else built.to(memory_format=torch.channels_last)
 
     def check(self, network: str) -> str:
-        """Why the network must not be timed; empty where it may. Each network is checked once."""
+        """Reason why the network must not be timed, "" if it may be. Each network is checked once."""
         if network not in self.failures:
             self.failures[network] = self._check(network)
         return self.failures[network]
 
     def _check(self, network: str) -> str:
-        if network in ("convolutions", "ann"):  # floors compute something else
+        if network in ("convolutions", "ann"):  # lower bounds compute something else
             return ""
-        if network == "timm_gac_int8":  # rounded weights: no logits to compare with but its own in float64
+        if network == "timm_gac_int8":  # weights are rounded: compared with itself in float64
             return bench_check.check_integer(
                 self.build(network), self.check_images.to(self.device), self.case.precision
             )
         built, images, train = self.build(network), self.check_images.to(self.device), self.case.mode == "train"
-        if network == "timm_gac_fused":  # folding rounds weights: in float64, as its logits are compared
+        if network == "timm_gac_fused":  # folded in float64, in which its logits are compared
             built = NETWORKS[network](copy.deepcopy(self.model).double(), self.case.model, self.case.mode).to(
                 self.device
             )
         reference = TimeMajorNet(self.model, LoopNeuron(self.model.spec)).to(self.device)
         reference = reference.to(memory_format=torch.channels_last)  # so that both sides call the same convolutions
-        # SpikingJelly's kernels know no float64: it is held part by part, which is all it differs in.
+        # SpikingJelly has no float64 kernels and is compared part by part only.
         failure = "" if network == "spikingjelly" else bench_check.check_logits(built, reference, images)
-        if network in ("published", "timm_gac_fused"):  # their modules are others
+        if network in ("published", "timm_gac_fused"):  # they have other modules
             return failure
         for precision in dict.fromkeys(("float32", self.case.precision)):
             failure = failure or bench_check.check_parts(built, reference, images, precision, train=train)
         return failure
 
     def measure(self, provider: str) -> Row:
-        """Check and time a provider; the row's own fields."""
+        """Check and time a provider; return these fields of its row."""
         network, case, device = provider.split("+")[0], self.case, self.device
         if "graph" in provider and device.type != "cuda":
             raise Unavailable("CUDA graphs need a CUDA device")
@@ -147,7 +147,7 @@ class Session:
         return {"status": "ok", "images_per_s": speed, "memory_format": layout, "note": note.strip(), **measured}
 
     def profile(self) -> Row:
-        """Where a step of ours spends its time."""
+        """Profile a step of ``timm_gac``; see `profile_step`."""
         built = self.build("timm_gac")
         inputs = bench_steps.make_inputs(
             network=built,

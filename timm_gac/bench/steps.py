@@ -22,7 +22,7 @@ Step = Callable[..., Tensor]
 
 @contextmanager
 def precision_settings(precision: str, *, search: bool = True) -> Iterator[None]:
-    """Switches of cuDNN for a precision: TensorFloat-32 for ``tf32`` alone, and its search for algorithms."""
+    """Set cuDNN's switches: TensorFloat-32 for ``tf32`` only, and whether it searches for algorithms."""
     cudnn = torch.backends.cudnn
     before = cudnn.allow_tf32, cudnn.benchmark
     cudnn.allow_tf32, cudnn.benchmark = precision == "tf32", search
@@ -33,7 +33,7 @@ def precision_settings(precision: str, *, search: bool = True) -> Iterator[None]
 
 
 def make_inputs(network: nn.Module, mode: str, images: Tensor, classes: int, copies: int) -> tuple[Tensor, ...]:
-    """A step's inputs: images and, in training, labels; ``copies`` times the batch where time steps are passes."""
+    """Inputs of a step: images, ``copies`` times the batch, and in training labels."""
     layout = torch.channels_last if is_channels_last(network) else torch.contiguous_format
     images = torch.cat([images] * copies).contiguous(memory_format=layout)
     if mode == "infer":
@@ -58,8 +58,8 @@ def make_step(
 ) -> Step:
     """A step as a function of its inputs.
 
-    Training is forward, cross entropy of the logits, backward, what ``after_backward`` does with the gradients, and
-    fused SGD with momentum (with a gradient scaler in float16), and returns the loss; inference returns the logits.
+    A training step is forward, cross entropy, backward, ``after_backward()``, and fused SGD with momentum (float16 with
+    a gradient scaler); it returns the loss. An inference step returns the logits.
     """
     network.train(mode == "train")
     forward: Callable[[Tensor], Tensor] = torch.compile(network, dynamic=False) if compiled else network
@@ -70,7 +70,7 @@ def make_step(
                 return forward(images)
 
         return infer
-    # The learning rate is so small that weights, and so firing rates, do not change while the step is timed.
+    # So small a learning rate that weights, and with them firing rates, stay the same while the step is timed.
     optimizer = torch.optim.SGD(network.parameters(), lr=1e-6, momentum=0.9, fused=True)
     scaler = torch.amp.GradScaler(device.type, enabled=AUTOCAST[precision] == torch.float16)
 
@@ -93,18 +93,17 @@ def measure_step(
 ) -> Row:
     """Time and memory of a step.
 
-    A time is the host's wall clock over a block of steps, with a synchronisation at its end, divided by their number.
-    Median and spread are of up to 10 blocks. Peak memory is all that is allocated during one step: parameters,
-    optimiser and inputs, but not the workspaces of cuDNN's search for algorithms, which has ended by then. With
-    ``graph`` it is the step that is captured.
+    A time is the wall-clock time of a block of steps, with a synchronisation at its end, divided by their number.
+    Median and spread are over up to 10 blocks. Peak memory includes parameters, optimiser and inputs, but not the
+    workspaces of cuDNN's search for algorithms, which is over by then.
 
     Args:
-        step: What to run.
+        step: Step to run.
         inputs: Its inputs.
-        device: Where it runs.
+        device: Device it runs on.
         graph: Replay it as one CUDA graph.
         steps: How many steps to time.
-        seconds: After so many seconds no block begins, but for the first three.
+        seconds: Start no block after so many seconds, apart from the first three.
 
     Raises:
         ValueError: The step's result is not finite.
@@ -120,7 +119,7 @@ def measure_step(
 
 
 def warm_up(step: Step, inputs: tuple[Tensor, ...], device: torch.device, *, graph: bool) -> tuple[Step, Row]:
-    """Run a step until it is ready to be timed; return what to call then, and its peak memory and setup time."""
+    """Run a step until it is ready to be timed; return the function to time, and its peak memory and setup time."""
     on_cuda = device.type == "cuda"
     warmup = 4 if on_cuda else 1
     run: Step = GraphedStep(step, warmup) if graph else step
@@ -142,7 +141,7 @@ def warm_up(step: Step, inputs: tuple[Tensor, ...], device: torch.device, *, gra
 
 
 def time_block(run: Step, inputs: tuple[Tensor, ...], device: torch.device, length: int) -> float:
-    """Milliseconds a step, over a block of ``length`` steps."""
+    """Milliseconds per step, over a block of ``length`` steps."""
     begun = time.perf_counter()
     for _ in range(length):
         run(*inputs)
@@ -151,7 +150,7 @@ def time_block(run: Step, inputs: tuple[Tensor, ...], device: torch.device, leng
 
 
 def free_memory(device: torch.device) -> float:
-    """Drop caches and compiled code; return the GiB that are still allocated on the device."""
+    """Free caches and compiled code; return the GiB still allocated on the device."""
     torch._dynamo.reset()
     gc.collect()
     if device.type != "cuda":
@@ -163,6 +162,6 @@ def free_memory(device: torch.device) -> float:
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait until the device has done its work; a CPU already has."""
+    """Wait for a CUDA device."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Train; errors of use are one sentence."""
+    """Train; errors are one sentence and exit status 2."""
     from .loop import train
     from .options import parse
 

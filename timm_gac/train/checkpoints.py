@@ -1,8 +1,8 @@
-"""Checkpoints of a run: safetensors and JSON only, written whole or not at all, the last few kept.
+"""Checkpoints of a run: safetensors and JSON only; the last few are kept.
 
 A checkpoint is a folder ``step_00000390`` with ``state.safetensors`` (weights, moving average, optimiser, random number
 states) and ``state.json`` (position, recipe, and the sha256 of the tensors). It is written under another name, flushed
-to the disk and then renamed, so a folder of that name is complete, however the process ended.
+to the disk and then renamed, so a folder of that name is complete even after a crash.
 """
 
 from __future__ import annotations
@@ -30,18 +30,18 @@ _PREFIX, _PARTIAL = "step_", ".partial_"
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """State of a run after some step.
+    """State of a run after a step.
 
     Attributes:
         tensors: Flat names to CPU tensors: ``model.*``, ``ema.*``, ``optimizer.<index>.<name>``, ``rng.*``.
-        state: What is not a tensor: step, epoch, minutes, recipe, ...
+        state: All else, ready for JSON: step, minutes, recipe, ...
     """
 
     tensors: dict[str, Tensor]
     state: dict[str, Any]
 
     def part(self, prefix: str) -> dict[str, Tensor]:
-        """The tensors under ``prefix.``, by the rest of their names."""
+        """The tensors named ``prefix.*``, without the prefix."""
         start = len(prefix) + 1
         return {name[start:]: tensor for name, tensor in self.tensors.items() if name.startswith(prefix + ".")}
 
@@ -51,15 +51,15 @@ def save_checkpoint(folder: Path, step: int, checkpoint: Checkpoint, keep: int) 
 
     Args:
         folder: Folder of the run's checkpoints.
-        step: Optimiser steps done.
-        checkpoint: What to write.
-        keep: How many complete checkpoints stay, at least 1.
+        step: Training steps done.
+        checkpoint: State to write.
+        keep: How many checkpoints to keep, at least 1.
 
     Returns:
         The checkpoint's folder.
 
     Raises:
-        OSError: It could not be written (a full disk): earlier checkpoints are untouched.
+        OSError: It could not be written, such as on a full disk; earlier checkpoints are untouched.
     """
     folder.mkdir(parents=True, exist_ok=True)
     target, partial = folder / f"{_PREFIX}{step:08d}", folder / f"{_PARTIAL}{step:08d}"
@@ -72,7 +72,7 @@ def save_checkpoint(folder: Path, step: int, checkpoint: Checkpoint, keep: int) 
         state = {"format": FORMAT, **checkpoint.state, "sha256": hashlib.sha256(content).hexdigest()}
         write_json(partial / STATE, state)
         sync_folder(partial)
-        if target.exists():  # the same step once more, after a resume without progress
+        if target.exists():  # the same step again, after a resume without progress
             shutil.rmtree(target)
         partial.rename(target)
         sync_folder(folder)
@@ -91,7 +91,7 @@ def save_checkpoint(folder: Path, step: int, checkpoint: Checkpoint, keep: int) 
 
 
 def latest_checkpoint(folder: Path) -> Path | None:
-    """The newest complete checkpoint of a run, None where there is none."""
+    """The newest checkpoint of a run, None if there is none."""
     found = _complete(folder)
     return found[-1] if found else None
 
@@ -130,21 +130,21 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tenso
 
 
 def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor], plain: dict[str, Any]) -> None:
-    """Put back what `optimizer_tensors` gave; learning rates are the schedule's business."""
+    """Restore what `optimizer_tensors` returned; learning rates are left to the schedule."""
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     state: dict[int, dict[str, Any]] = {}
     for full, value in [*tensors.items(), *plain.items()]:
         index, _, name = full.partition(".")
         parameter = parameters[int(index)]
         if isinstance(value, Tensor) and value.shape == parameter.shape:
-            # In the parameter's memory format, which a file does not keep and fused optimisers insist on.
+            # In the parameter's memory format, which fused optimisers require and a file does not keep.
             value = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
         state.setdefault(int(index), {})[name] = value
     groups = optimizer.state_dict()["param_groups"]
     lrs = [group["lr"] for group in optimizer.param_groups]
     optimizer.load_state_dict({"state": state, "param_groups": groups})
     for group, lr in zip(optimizer.param_groups, lrs, strict=True):
-        group["lr"] = lr  # the same tensor as before, into which the schedule writes
+        group["lr"] = lr  # the tensor into which the schedule writes
 
 
 def _complete(folder: Path) -> list[Path]:

@@ -1,4 +1,4 @@
-"""The end of a run: the model folder, its own evaluation, and the row of results."""
+"""End of a run: the model folder, its evaluation, and the row of results."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ __all__ = ["finish"]
 
 
 def finish(run: Run, say: Callable[[str], None]) -> None:
-    """Store the last epoch's weights, evaluate the stored file, write eval.json and the row of results.
+    """Store the last epoch's weights, evaluate the stored model, write eval.json and the row of results.
 
     Args:
-        run: At its end; every process takes part.
-        say: Shows a line to the user.
+        run: A run that has done its last step; every process takes part.
+        say: Function that shows a line to the user.
     """
     folder = run.options.out / "model"
     trained = run.evaluation or run.test()
@@ -45,7 +45,7 @@ def _store(run: Run) -> None:
     folder = run.options.out / "model"
     with evaluate_state(run.network, run.reported_state()):
         network: Any = copy.deepcopy(run.network)
-    if hasattr(network, "_original_forward"):  # what accelerate put around it belongs to the run
+    if hasattr(network, "_original_forward"):  # without accelerate's autocast around it
         network.forward = network._original_forward
     network = network.to("cpu", DTYPES[run.recipe.stored_dtype], memory_format=torch.contiguous_format)
     save_model_folder(network, folder)

@@ -1,7 +1,7 @@
-"""Firing rates by layer and epoch, and a warning where a layer dies: the usual way in which a spiking network fails.
+"""Firing rates by layer and epoch, with warnings about silent and saturated layers.
 
-A layer of neurons that hardly fires passes nothing on and, as few of its membranes come near the threshold, gets hardly
-any gradient to recover with; one that always fires has become a constant.
+A layer that hardly fires passes nothing on and gets hardly any gradient, as few membranes come near the threshold. A
+layer that always fires is a constant.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ FALL = 10.0  # times less than at the evaluation before
 
 
 def rate_warnings(rates: dict[str, float], before: dict[str, float]) -> list[str]:
-    """A sentence for each layer that is silent, saturated, or fires `FALL` times less than before.
+    """Warn of each layer that is silent, saturated, or fires `FALL` times less than before.
 
     Args:
         rates: Spikes per neuron and time step, by layer.
-        before: The same at the evaluation before; layers may be missing.
+        before: The rates at the evaluation before; layers may be missing.
     """
     warnings = []
     for name, rate in rates.items():
@@ -50,13 +50,13 @@ def rate_warnings(rates: dict[str, float], before: dict[str, float]) -> list[str
 
 
 def watch_rates(out: Path, epoch: int, evaluation: Evaluation, network: nn.Module) -> list[str]:
-    """Add an epoch to ``firing_rates.csv``, draw ``firing_rates.png``, and say which layers are in trouble.
+    """Add an epoch to ``firing_rates.csv``, draw ``firing_rates.png``, and warn of layers.
 
     Args:
-        out: Folder of the run. Rows of this epoch and later ones, of a run that goes on, are replaced.
-        epoch: From 1.
-        evaluation: With firing rates; without any, nothing is done.
-        network: The network, to leave out a direct encoder, whose output are no spikes.
+        out: Folder of the run. Rows of this epoch and later ones are replaced, for a resumed run.
+        epoch: Number of the epoch, from 1.
+        evaluation: Evaluation with firing rates; without any, nothing is done.
+        network: The network; the output of a direct encoder is left out, as it is no spikes.
 
     Returns:
         Warnings, a sentence each; see `rate_warnings`.
@@ -75,7 +75,7 @@ def watch_rates(out: Path, epoch: int, evaluation: Evaluation, network: nn.Modul
 
 
 def _read(file: Path, names: list[str]) -> list[tuple[int, list[float]]]:
-    """Rows of the table; none where it is not there or has other layers."""
+    """Rows of the table; none if it is missing or has other layers."""
     if not file.is_file():
         return []
     with file.open(newline="", encoding="utf-8") as stream:
@@ -92,7 +92,7 @@ def _write(file: Path, names: list[str], history: list[tuple[int, list[float]]])
 
 
 def _draw(file: Path, names: list[str], history: list[tuple[int, list[float]]]) -> None:
-    """Layers from top to bottom, epochs from left to right, rates on a logarithmic scale down to `SILENT_BELOW`."""
+    """Draw layers top to bottom, epochs left to right, rates on a logarithmic scale from `SILENT_BELOW`."""
     from matplotlib.colors import LogNorm
     from matplotlib.figure import Figure
 

@@ -1,4 +1,4 @@
-"""The training run: one readable loop on accelerate that can stop at any step and go on from there."""
+"""The training loop, on accelerate: it can stop at any step and resume there."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ AGREE_EVERY = 10  # updates of the weights
 
 
 class Trainer:
-    """Trains a recipe: everything is set up, ready to `run`.
+    """Trains a recipe; set up and ready to `run`.
 
     Args:
-        recipe: What to compute.
-        options: Where, and how often to save.
+        recipe: Recipe to train.
+        options: Where to write, and how often to save.
 
     Raises:
         ValueError: As for `Run`.
 
     Attributes:
-        state: The run and how far it has come.
-        stop_signal: Number of the signal that asked for a stop, 0 where none did.
+        state: The run and its progress.
+        stop_signal: Number of the signal that asked for a stop, 0 for none.
     """
 
     def __init__(self, recipe: Recipe, options: RunOptions) -> None:
@@ -83,13 +83,13 @@ class Trainer:
         return 128 + self.stop_signal if self.stop_signal else 0
 
     def _epochs(self) -> bool:
-        """Go through the epochs that are left; whether the run was stopped before the end."""
+        """Train the remaining epochs; return whether the run was stopped before its end."""
         state, loaders = self.state, self.state.loaders
         while state.step < state.total_steps:
             epoch, start = divmod(state.step, state.steps_per_epoch)
             without_mixing = epoch >= self.recipe.epochs - self.recipe.mix_off_epochs
             loader = loaders.last if without_mixing and loaders.last is not None else loaders.train
-            # In distinct states per epoch and process, so that a run that goes on draws what it would have drawn.
+            # Seeded for each epoch and process, so that a resumed run draws the same numbers.
             if start == 0:
                 torch.manual_seed(mixed_seed(self.recipe.seed, epoch, self.accelerator.process_index))
             state.model.train()
@@ -101,7 +101,7 @@ class Trainer:
                 if state.step % self.options.log_steps == 0:
                     self._log()
                 if not self.accelerator.sync_gradients:
-                    continue  # gradients are being added up, and no checkpoint holds those
+                    continue  # gradients are being accumulated, which checkpoints do not hold
                 if self._must_stop():
                     self._save()
                     return True
@@ -169,9 +169,9 @@ class Trainer:
         return self._agreed(stop) and self.state.step < self.state.total_steps
 
     def _agreed(self, wish: bool) -> bool:
-        """Whether any process wishes it: a process that stops or saves alone leaves the others waiting.
+        """Whether any process wishes it: all processes must stop or save at the same step.
 
-        Asking makes the host wait for the device, so several processes ask each other every few steps only.
+        Asking makes the host wait for the device, so several processes ask only every few steps.
         """
         if self.accelerator.num_processes == 1:
             return wish
@@ -182,7 +182,7 @@ class Trainer:
 
     def _checkpoint_due(self) -> bool:
         if self.options.checkpoint_steps:
-            # In whole updates of the weights.
+            # Rounded up to whole updates of the weights.
             between = -(-self.options.checkpoint_steps // self.recipe.grad_accumulation)
             return self.state.step % (between * self.recipe.grad_accumulation) == 0
         return self._agreed(time.monotonic() - self.saved_at >= self.options.checkpoint_minutes * 60.0)
@@ -199,10 +199,10 @@ class Trainer:
 
 
 def train(recipe: Recipe, options: RunOptions) -> int:
-    """Run a recipe and end the process group; the exit code (see `Trainer.run`)."""
+    """Train a recipe and end the process group; returns the exit code, see `Trainer.run`."""
     trainer = Trainer(recipe, options)
     code, state = trainer.run(), trainer.accelerator.state
-    # Gloo's threads end with the last that holds the group, such as DDP; those that live when Python ends abort it.
+    # Gloo's threads end when the last object that holds the group, such as DDP, is gone; else they abort Python's exit.
     del trainer
     gc.collect()
     state.destroy_process_group()

@@ -1,4 +1,4 @@
-"""Parameter groups, optimiser, schedule and moving average, all fit for a CUDA graph: rates live in tensors."""
+"""Parameter groups, optimiser, schedule and moving average; rates are tensors, so that a CUDA graph can read them."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ __all__ = ["MovingAverage", "create_optimizer", "freeze_stages", "learning_rate"
 
 
 def create_optimizer(model: Any, recipe: Recipe, device: torch.device) -> torch.optim.Optimizer:
-    """The recipe's optimiser; weight decay leaves out norms, biases and what ``model.no_weight_decay()`` names."""
-    # Named one by one: whether timm leaves out one-dimensional parameters of itself depends on its version.
+    """The recipe's optimiser, without weight decay of norms, biases and the names in ``model.no_weight_decay()``."""
+    # By name, since it depends on timm's version whether it leaves out one-dimensional parameters itself.
     skip = {name for name, parameter in model.named_parameters() if parameter.ndim <= 1}
     if hasattr(model, "no_weight_decay"):
         skip |= set(model.no_weight_decay())
@@ -26,7 +26,7 @@ def create_optimizer(model: Any, recipe: Recipe, device: torch.device) -> torch.
         groups = param_groups_layer_decay(
             model, weight_decay=recipe.weight_decay, no_weight_decay_list=tuple(skip), layer_decay=recipe.layer_decay
         )
-    # A tensor, because a CUDA graph would freeze a number; the rates of the groups differ by their lr_scale.
+    # Tensors, because a CUDA graph would keep a number for ever; the groups' rates differ by their lr_scale.
     for group in groups:
         group["lr"] = torch.tensor(recipe.lr, device=device)
     if recipe.optimizer == "sgd":
@@ -38,7 +38,7 @@ def create_optimizer(model: Any, recipe: Recipe, device: torch.device) -> torch.
 
 
 def learning_rate(recipe: Recipe, step: int, steps_per_epoch: int) -> float:
-    """Linear warm-up, then half a cosine down to ``min_lr`` at the last step."""
+    """Learning rate of a step: linear warm-up, then half a cosine to ``min_lr`` at the last step."""
     total, warmup = recipe.epochs * steps_per_epoch, recipe.warmup_epochs * steps_per_epoch
     if step < warmup:
         return recipe.lr * (step + 1) / warmup
@@ -47,7 +47,7 @@ def learning_rate(recipe: Recipe, step: int, steps_per_epoch: int) -> float:
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """Write a rate into the groups' tensors, times each group's ``lr_scale``."""
+    """Set each group's rate to ``lr`` times its ``lr_scale``."""
     for group in optimizer.param_groups:
         group["lr"].fill_(lr * group.get("lr_scale", 1.0))
 
@@ -73,8 +73,8 @@ def freeze_stages(model: nn.Module, stages: int) -> None:
 class MovingAverage:
     """Exponential moving average of weights and running statistics, ``decay`` a step, with a warm-up.
 
-    The decay in effect is ``min(decay, (1 + step) / (10 + step))``, so that early weights are soon forgotten. It is
-    held in a tensor that `set_step` writes, and `update` has no branch: both suit a CUDA graph.
+    A step's decay is ``min(decay, (1 + step) / (10 + step))``, so that early weights are soon forgotten. `set_step`
+    writes it into a tensor and `update` has no branch, so that a CUDA graph can replay it.
     """
 
     def __init__(self, model: nn.Module, decay: float) -> None:
@@ -88,7 +88,7 @@ class MovingAverage:
         self._share = torch.zeros((), device=next(model.parameters()).device)
 
     def follow(self, model: nn.Module) -> None:
-        """Average these tensors of the model from now on: needed where something has put others in their place."""
+        """Average the model's current tensors from now on; needed after they were replaced."""
         state = model.state_dict()
         self._sources = [state[name] for name in self._floating]
         self._counters = [(self.state[name], state[name]) for name in self._counting]
@@ -99,7 +99,7 @@ class MovingAverage:
 
     @torch.no_grad()
     def update(self) -> None:
-        """Move the average towards the model's weights as they are now."""
+        """Move the average towards the model's current weights."""
         towards = torch._foreach_sub(self._sources, self._averages)
         torch._foreach_mul_(towards, self._share)
         torch._foreach_add_(self._averages, towards)
@@ -107,6 +107,6 @@ class MovingAverage:
             average.copy_(source)
 
     def load(self, state: dict[str, Tensor]) -> None:
-        """Put back a saved average, in place."""
+        """Restore a saved average in place."""
         for name, tensor in self.state.items():
             tensor.copy_(state[name])

@@ -17,16 +17,16 @@ __all__ = ["RecipeName", "RunOptions", "parse"]
 
 @dataclass(frozen=True)
 class RunOptions:
-    """How and where a recipe is run; nothing here changes what is computed.
+    """How and where a recipe is run; none of it changes the result.
 
     Args:
         out: Folder of the run.
-        resume: Go on from the last checkpoint in it.
+        resume: Resume from the last checkpoint in that folder.
         stop_after_minutes: Save a checkpoint and stop after so many minutes; 0 for never.
-        checkpoint_minutes: Minutes between checkpoints; one is also written at the end of the run and when it is told
-            to stop (Ctrl-C, SIGTERM).
-        checkpoint_steps: Steps between checkpoints; 0 leaves it to the minutes.
-        keep_checkpoints: How many stay.
+        checkpoint_minutes: Minutes between checkpoints; one is also written at the end of the run and on Ctrl-C or
+            SIGTERM.
+        checkpoint_steps: Steps between checkpoints, instead of minutes; 0 for minutes.
+        keep_checkpoints: How many checkpoints to keep.
         trackers: Trackers of accelerate, such as tensorboard.
         results: Table (CSV) to which the finished run adds a row.
         recipe_name: Name under which it appears there.
@@ -56,11 +56,11 @@ class RunOptions:
 
 
 def parse(arguments: Sequence[str], program: str) -> tuple[Recipe, RunOptions]:
-    """Recipe and options of a command line; an unknown recipe or field leaves with status 2.
+    """Recipe and options of a command line; an unknown recipe or field exits with status 2.
 
     Args:
         arguments: Without the program's name.
-        program: Name shown in the help.
+        program: Program name shown in the help.
 
     Raises:
         ValueError: A value is out of range.

@@ -1,4 +1,4 @@
-"""What a user sees of a run: a bar in a terminal, plain lines elsewhere."""
+"""Progress of a run: a bar in a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ class Progress:
     """Progress of a run.
 
     Args:
-        recipe: Of the run.
+        recipe: Recipe of the run.
         total: Steps of the whole run.
         done: Steps done before.
-        visible: Whether this process shows anything.
-        processes: How many train, all at the same speed.
+        visible: Whether this process shows it.
+        processes: Number of processes that train.
     """
 
     def __init__(self, recipe: Recipe, total: int, done: int, visible: bool, processes: int = 1) -> None:
@@ -51,11 +51,11 @@ class Progress:
         self._bar.stop()
 
     def say(self, text: str) -> None:
-        """A line of text."""
+        """Show a line of text."""
         self._console.print(text, highlight=False, markup=False)
 
     def update(self, step: int, loss: float, match: float, lr: float) -> None:
-        """New loss and share of matches since the last update."""
+        """Show loss and share of matches since the last update."""
         now = time.monotonic()
         before, done = self._last
         if step > done:
@@ -65,7 +65,7 @@ class Progress:
         self._bar.update(self._task, completed=step, description=text)
 
     def epoch(self, row: dict[str, Any], minutes: float) -> None:
-        """The row of metrics.csv of an epoch that ended."""
+        """Show the row of metrics.csv of an epoch."""
         test = ""
         if row["test_top1"]:
             self._accuracy = f", top-1 {float(row['test_top1']):.2%}"
@@ -76,4 +76,4 @@ class Progress:
             f"epoch {row['epoch']}/{self.recipe.epochs}: loss {self.loss:.3f}, match {self.match:.1%}, lr {row['lr']}, "
             f"{self.images_per_s:,.0f} img/s, {minutes:.1f} min, {left:.0f} min left{test}"
         )
-        self._last = (time.monotonic(), row["step"])  # an evaluation is no training
+        self._last = (time.monotonic(), row["step"])  # speed is measured without the evaluation

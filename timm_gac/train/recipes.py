@@ -1,4 +1,4 @@
-"""Recipes: everything that decides what a training run computes, as frozen data."""
+"""Recipes: all settings that decide the result of a training run."""
 
 from __future__ import annotations
 
@@ -27,58 +27,58 @@ _AT_LEAST: dict[str, float] = {
 
 @dataclass(frozen=True)
 class Recipe:
-    """One training recipe. Every field is an option of ``timm-gac train``.
+    """A training recipe. Every field is an option of ``timm-gac train``.
 
     Args:
         model: Name of a registered model.
         num_steps: Time steps T.
-        data: What to train on: an .npz file with images and labels, or any name that timm.data.create_dataset takes.
+        data: Training data: an .npz file with images and labels, or a name that timm.data.create_dataset takes.
         data_dir: Folder of that data set.
-        dataset: Its name in results and model cards.
-        image_size: Side of the images in pixels; None keeps that of the set (small images) or 224 (streamed ones).
-        stream: Decode images while training, for sets that do not fit on the device.
+        dataset: Name of the data set in results and model cards.
+        image_size: Height and width of the images; None keeps the data set's, or is 224 for streamed images.
+        stream: Decode images while training, for data sets that do not fit into the device's memory.
         num_workers: Processes that decode images.
-        init: Start from these weights: a name.tag, ``hf-hub:...`` or ``local-dir:...``; a classifier of another size
-            starts afresh, temporal weights are resampled to T.
-        freeze_stages: Keep the stem, the encoder and this many stages less one as they are; 0 trains everything.
-        layer_decay: Factor of the learning rate per layer, counted from the classifier; None is the same for all.
+        init: Initial weights: a name.tag, ``hf-hub:...`` or ``local-dir:...``. A classifier of another size is
+            initialised randomly, temporal weights are resampled to T.
+        freeze_stages: Freeze the stem and the encoder (1), also the first stage (2), and so on; 0 trains everything.
+        layer_decay: Factor of the learning rate per layer, counted from the classifier; None for equal rates.
         epochs: Passes over the training set.
-        batch_size: Images per step and process. A run can go on with another number of processes where processes times
-            batch_size stays the same.
+        batch_size: Images per step and process. A run can be resumed with another number of processes if processes
+            times batch_size stays the same.
         optimizer: ``sgd`` (Nesterov momentum) or ``adamw``.
         lr: Peak learning rate.
         min_lr: Learning rate at the end of the cosine.
         warmup_epochs: Epochs of linear warm-up.
-        momentum: Of SGD.
-        weight_decay: Of weights; never of norms, biases and the encoder's attention.
-        clip_grad: Largest norm of the gradient; 0 for none.
-        grad_accumulation: Steps whose gradients are added up before an update.
-        ema_decay: Decay a step of the weights' exponential moving average; 0 for none.
-        report: Whether the moving average (``ema``) or the ``model`` itself is evaluated, reported and stored.
+        momentum: Momentum of SGD.
+        weight_decay: Weight decay, which leaves out norms, biases and the encoder's attention.
+        clip_grad: Largest norm of the gradient; 0 for no clipping.
+        grad_accumulation: Steps over which gradients are accumulated before an update.
+        ema_decay: Decay per step of the exponential moving average of the weights; 0 for none.
+        report: Whether the moving average (``ema``) or the ``model`` itself is evaluated and stored.
         loss: ``mean``: cross entropy of the mean logits; ``tet``: mean over time steps of each step's cross entropy
-            (Deng et al., ICLR 2022), with a share of `tet_lambda` pulling logits towards the threshold.
-        tet_lambda: Share of that regulariser.
-        label_smoothing: Of the targets.
+            (Deng et al., ICLR 2022), with a regulariser that pulls logits towards the threshold.
+        tet_lambda: Weight of that regulariser.
+        label_smoothing: Label smoothing of the targets.
         crop_padding: Random crops after padding by so many pixels.
         flip: Mirror half of the images.
-        trivial_augment: One random operation an image (Müller and Hutter, ICCV 2021).
+        trivial_augment: One random operation per image (Müller and Hutter, ICCV 2021).
         random_erasing: Probability of erasing a rectangle.
         mixup: Alpha of mixup; 0 for none.
         cutmix: Alpha of CutMix; 0 for none.
         mix_probability: Probability that an image is mixed.
-        mix_off_epochs: Last epochs without mixing, trivial augment and erasing.
+        mix_off_epochs: Number of last epochs without mixing, trivial augment and erasing.
         drop_rate: Dropout before the classifier.
         drop_path_rate: Stochastic depth.
         precision: ``bfloat16`` and ``float16`` are autocast.
-        channels_last: Memory format of weights and images.
+        channels_last: Store weights and images channels-last.
         compile: Use torch.compile.
         cuda_graph: Run the whole step as one CUDA graph, on any number of CUDA devices; not with float16, stream or
             grad_accumulation.
-        pack_spikes: Keep spikes bit-packed for the backward pass: less memory, somewhat slower.
+        pack_spikes: Save spikes as bits for the backward pass: less memory, somewhat slower.
         sync_bn: Batch norm over all processes.
-        seed: Of weights, order and augmentation.
-        eval_every: Epochs between evaluations on the test set, of which only the last counts.
-        stored_dtype: Of the weights in the final model folder.
+        seed: Seed of weights, order and augmentation.
+        eval_every: Epochs between evaluations on the test set; the last one is reported.
+        stored_dtype: Dtype of the weights in the final model folder.
 
     Raises:
         ValueError: A field is out of range; the message names it.
@@ -145,10 +145,10 @@ class Recipe:
             raise ValueError("expected ema_decay > 0 with report='ema', got 0: set ema_decay or report='model'")
         if self.mix_off_epochs > self.epochs:
             raise ValueError(f"expected mix_off_epochs <= epochs, got {self.mix_off_epochs} of {self.epochs}: lower it")
-        self.augmentation(last=False)  # its own fields have checks of their own
+        self.augmentation(last=False)  # checks its own fields
 
     def augmentation(self, last: bool) -> Augmentation:
-        """Augmentation of the epochs with mixing, or of the ``last`` ones without."""
+        """Augmentation of most epochs, or of the ``last`` ones without mixing."""
         strong: dict[str, Any] = {}
         if not last:
             strong = dict(
@@ -178,8 +178,8 @@ _PAPER_CIFAR = Recipe(
     mix_probability=0.5,
 )
 
-# cifar10, cifar100 and imagenet follow the published hyper-parameters (Qiu et al., AAAI 2024), but report the last
-# epoch where the paper reports the best one on the test set.
+# cifar10, cifar100 and imagenet have the published hyper-parameters (Qiu et al., AAAI 2024), but report the last epoch,
+# not the best one on the test set.
 RECIPES: dict[str, Recipe] = {
     "cifar10": dataclasses.replace(_PAPER_CIFAR, data="torch/cifar10", dataset="cifar10"),
     "cifar100": _PAPER_CIFAR,

@@ -1,4 +1,4 @@
-"""The state of a training run: its parts, how far it has come, and how both are saved and put back."""
+"""State of a training run: its parts and its progress, and how they are saved and restored."""
 
 from __future__ import annotations
 
@@ -33,25 +33,25 @@ __all__ = ["Run", "mixed_seed"]
 
 
 class Run:
-    """A run of a recipe on this process. Where ``options.resume`` says so, it stands where its last checkpoint left it.
+    """A run of a recipe on this process; with ``options.resume`` restored from its last checkpoint.
 
     Args:
-        recipe: What to compute.
-        options: Where, and how often to save.
+        recipe: Recipe to train.
+        options: Where to write, and how often to save.
 
     Raises:
-        ValueError: The folder holds a run and ``resume`` was not given, or holds one of another recipe; or the table of
-            results has other columns; or the data, the model and the recipe do not fit.
+        ValueError: The folder holds a run and ``resume`` is not given, or it holds a run of another recipe; or the
+            table of results has other columns; or data, model and recipe do not fit together.
 
     Attributes:
-        network: The network; ``model`` is the same as accelerate wraps it.
-        raw_optimizer: The optimiser; ``optimizer`` is the same as accelerate wraps it.
-        average: Moving average of the weights; None where the recipe has none.
+        network: The network; ``model`` is accelerate's wrapper of it.
+        raw_optimizer: The optimiser; ``optimizer`` is accelerate's wrapper of it.
+        average: Moving average of the weights; None if the recipe has none.
         train_step: Runs training steps.
         step: Training steps done.
-        minutes: Training time so far, in minutes.
-        rows: Rows of metrics.csv, one an epoch.
-        evaluation: That of the last epoch, None where it had none.
+        minutes: Training time so far.
+        rows: Rows of metrics.csv, one per epoch.
+        evaluation: Evaluation after the last epoch, None if there was none.
     """
 
     def __init__(self, recipe: Recipe, options: RunOptions) -> None:
@@ -63,7 +63,7 @@ class Run:
         _check_folder(options, recipe, found, self.accelerator.num_processes)
         self.device, self.main = self.accelerator.device, self.accelerator.is_main_process
         set_seed(recipe.seed)
-        torch.backends.cudnn.benchmark = True  # every training batch has one shape: the search pays in a few steps
+        torch.backends.cudnn.benchmark = True  # all batches have one shape: the search pays off in a few steps
         self._create_network_and_loaders()
         self._create_optimizer()
         self.step, self.minutes, self.rows = 0, 0.0, list[dict[str, Any]]()
@@ -84,7 +84,7 @@ class Run:
 
     def _create_network_and_loaders(self) -> None:
         recipe = self.recipe
-        with self.accelerator.main_process_first():  # the first decodes and caches, the others read the cache
+        with self.accelerator.main_process_first():  # it decodes and caches, the others read the cache
             sets = read_sets(recipe, self.main)
         side = recipe.image_size or 224
         num_classes, shape = 1000, torch.Size((3, side, side))
@@ -108,9 +108,9 @@ class Run:
         wrapped = PerStepLogits(self.network) if recipe.loss == "tet" else self.network
         self.raw_optimizer = create_optimizer(self.network, recipe, self.device)
         self.model, self.optimizer = prepare(self.accelerator, recipe, wrapped, self.raw_optimizer)
-        if recipe.sync_bn:  # not before: DDP refuses PyTorch's layer on a CPU, where ours works
+        if recipe.sync_bn:  # after DDP, which refuses PyTorch's layer on a CPU, where ours works
             synchronise_norms(self.network)
-        if self.average is not None:  # preparing and converting may have replaced tensors
+        if self.average is not None:  # the lines above may have replaced tensors
             self.average.follow(self.network)
 
     @property
@@ -124,11 +124,11 @@ class Run:
         return self.recipe.epochs * self.steps_per_epoch
 
     def reported_state(self) -> dict[str, Tensor] | None:
-        """The moving average, where the recipe reports that; None where it reports the network as it is."""
+        """The moving average if the recipe reports it; None if it reports the network itself."""
         return self.average.state if self.average is not None and self.recipe.report == "ema" else None
 
     def test(self) -> Evaluation:
-        """Evaluate what the recipe reports on the test set."""
+        """Evaluate the network, or its moving average if the recipe reports that, on the test set."""
         state = self.reported_state()
         reported = self.network.state_dict() if state is None else state
         share_tensors([reported[name] for name, _ in self.network.named_buffers()])
@@ -173,9 +173,9 @@ class Run:
             torch.set_rng_state(rng["cpu"])
             if self.device.type == "cuda" and "cuda" in rng:
                 torch.cuda.set_rng_state(rng["cuda"], self.device)
-        else:  # images, augmentation and pairs are the same with any number of processes; dropout draws others
+        else:  # images and augmentation do not depend on the number of processes; dropout does
             torch.manual_seed(mixed_seed(self.recipe.seed, int(state["step"]), index))
-        if self.main:  # the sums are those of all processes
+        if self.main:  # the saved sums are those of all processes
             self.train_step.sums.copy_(torch.tensor(state["sums"]))
         self.step, self.minutes = int(state["step"]), float(state["minutes"])
         self.rows = read_metrics(self.options.out / "metrics.csv", self.step)

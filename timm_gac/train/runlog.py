@@ -1,4 +1,4 @@
-"""What a run leaves beside its weights: config.json, metrics.csv, curve.png, and a row in a table of results."""
+"""Files of a run besides its weights: config.json, metrics.csv, curve.png, and a row in a table of results."""
 
 from __future__ import annotations
 
@@ -29,16 +29,16 @@ RESULT_COLUMNS = (
     *("model", "dataset", "recipe", "top1", "top5", "epochs", "minutes", "images_per_s", "num_steps", "batch_size"),
     *("precision", "reported", "seed", *PROVENANCE, "timm", "accelerate"),
 )
-# Fields that may differ when a run goes on: where the data lies and how it is read, not what is computed.
+# Fields that may change on resuming: they say where and how data is read, and do not change the result.
 _FREE = ("data", "data_dir", "num_workers", "eval_every")
 
 
 def environment(device: torch.device, precision: str) -> dict[str, str]:
-    """Provenance and the versions that decide how a network is trained.
+    """Provenance and versions of the libraries that training depends on.
 
     Args:
-        device: Where the run trains.
-        precision: Of the recipe, which the backend depends on.
+        device: Device of the run.
+        precision: Precision of the recipe, on which the backend depends.
     """
     backend = resolve_backend(device, AUTOCAST[precision] or torch.float32)
     versions = {"timm": timm.__version__, "accelerate": accelerate.__version__, "python": platform.python_version()}
@@ -46,18 +46,18 @@ def environment(device: torch.device, precision: str) -> dict[str, str]:
 
 
 def check_same_recipe(file: Path, recipe: Recipe, processes: int) -> None:
-    """Refuse to go on with a run under another recipe than it began with.
+    """Refuse to resume a run with another recipe than it began with.
 
-    A run may go on with another number of processes where all of them together take the same batch: what two
-    processes with a ``batch_size`` of 64 began, one with 128 can end.
+    The number of processes may change if the total batch stays the same: a run of two processes with a ``batch_size``
+    of 64 can be resumed by one process with 128.
 
     Args:
         file: The run's config.json.
-        recipe: To go on with.
-        processes: Number of processes to go on with.
+        recipe: Recipe to resume with.
+        processes: Number of processes to resume with.
 
     Raises:
-        ValueError: The run's config.json is missing or says otherwise.
+        ValueError: The run's config.json is missing or has another recipe.
     """
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
@@ -82,7 +82,7 @@ def check_same_recipe(file: Path, recipe: Recipe, processes: int) -> None:
 
 
 def read_metrics(file: Path, up_to_step: int) -> list[dict[str, Any]]:
-    """Rows of metrics.csv up to a step: what a run that goes on keeps."""
+    """Rows of metrics.csv up to a step."""
     if not file.is_file():
         return []
     with file.open(newline="", encoding="utf-8") as stream:
@@ -91,7 +91,7 @@ def read_metrics(file: Path, up_to_step: int) -> list[dict[str, Any]]:
 
 
 def write_metrics(file: Path, rows: list[dict[str, Any]]) -> None:
-    """Write metrics.csv, whole or not at all."""
+    """Write metrics.csv, atomically."""
     write_csv(file, COLUMNS, rows)
 
 

@@ -1,4 +1,4 @@
-"""What a run is made of: model, data and accelerator, from a recipe."""
+"""Model, data and accelerator of a recipe."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ class Loaders(NamedTuple):
     """Batches of a run.
 
     Attributes:
-        train: With the recipe's augmentation.
-        last: Without mixing, for the last epochs; None where there are none.
-        test: Images and labels.
+        train: Training batches with the recipe's augmentation.
+        last: Training batches of the last epochs, without mixing; None if there are no such epochs.
+        test: Batches of the test set.
         label_names: Names of the classes, () if unknown.
     """
 
@@ -41,7 +41,7 @@ def create_accelerator(recipe: Recipe, folder: Path, trackers: tuple[str, ...], 
     """The accelerator of a recipe.
 
     Raises:
-        ValueError: The recipe asks for a CUDA graph where there can be none, or accelerate is to divide the weights.
+        ValueError: The recipe's CUDA graph is impossible here, or accelerate is configured to shard the weights.
     """
     options: dict[str, Any] = {}
     if recipe.compile:
@@ -77,7 +77,7 @@ def create_network(recipe: Recipe, num_classes: int, in_chans: int) -> Any:
     """The recipe's network in float32, with its initial weights.
 
     Raises:
-        ValueError: The model is unknown, or no spiking network of this package.
+        ValueError: The model is unknown, or not of this package.
     """
     options: dict[str, Any] = dict(
         num_classes=num_classes,
@@ -100,10 +100,9 @@ def create_network(recipe: Recipe, num_classes: int, in_chans: int) -> Any:
 
 
 def prepare(accelerator: Accelerator, recipe: Recipe, model: nn.Module, optimizer: Any) -> tuple[nn.Module, Any]:
-    """Model and optimiser as accelerate runs them: under DDP with several processes.
+    """Model and optimiser as wrapped by accelerate, with several processes in DDP.
 
-    With a CUDA graph there is no DDP; `TrainStep` exchanges the gradients itself then, and the weights that DDP would
-    have shared are shared here.
+    With a CUDA graph there is no DDP: `TrainStep` averages the gradients, and this function shares the initial weights.
     """
     if recipe.cuda_graph and accelerator.num_processes > 1:
         share_tensors(model.state_dict().values())
@@ -112,13 +111,13 @@ def prepare(accelerator: Accelerator, recipe: Recipe, model: nn.Module, optimize
 
 
 def describe_input(network: Any, shape: tuple[int, ...]) -> None:
-    """Write into a network's ``pretrained_cfg`` what it is trained on, so that its stored model says how to use it.
+    """Write the shape of the training images into a network's ``pretrained_cfg``, which is stored with the model.
 
-    Where the number of channels is another than the configuration's, mean and std become those of its average channel.
+    If it has another number of channels, mean and std become those of the average channel.
 
     Args:
-        network: Its ``pretrained_cfg`` is replaced.
-        shape: C, H, W of the training images.
+        network: Network whose ``pretrained_cfg`` is replaced.
+        shape: (C, H, W) of the training images.
     """
     cfg = dict(network.pretrained_cfg) | {"input_size": tuple(shape)}
     if len(cfg["mean"]) != shape[0]:
@@ -127,7 +126,7 @@ def describe_input(network: Any, shape: tuple[int, ...]) -> None:
 
 
 def read_sets(recipe: Recipe, progress: bool) -> tuple[ImageArrays, ImageArrays] | None:
-    """Training and test set in memory; None where images are streamed."""
+    """Training and test set in memory; None if images are streamed."""
     if recipe.stream:
         return None
     train, test = (
@@ -155,11 +154,11 @@ def create_loaders(
     """The recipe's loaders on this process.
 
     Args:
-        recipe: Of the run.
-        sets: What `read_sets` gave.
-        num_classes: Of the network.
+        recipe: Recipe of the run.
+        sets: Result of `read_sets`.
+        num_classes: Number of classes of the network.
         cfg: The model's pretrained_cfg, whose mean and std normalise the images.
-        accelerator: Of the run.
+        accelerator: Accelerator of the run.
     """
     shared: dict[str, Any] = dict(
         device=accelerator.device,
@@ -170,28 +169,32 @@ def create_loaders(
         rank=accelerator.process_index,
         world_size=accelerator.num_processes,
     )
-    strong, weak = recipe.augmentation(last=False), recipe.augmentation(last=True)
-    if sets is None:
-        size = recipe.image_size or 224
+    return _stream_loaders(recipe, shared) if sets is None else _device_loaders(recipe, sets, shared)
 
-        def stream(augmentation: Any) -> Any:
-            return create_stream_loaders(
-                recipe.data,
-                data_dir=recipe.data_dir,
-                image_size=size,
-                batch_size=recipe.batch_size,
-                augmentation=augmentation,
-                num_workers=recipe.num_workers,
-                **shared,
-            )
 
-        train, test = stream(strong)
-        return Loaders(train, stream(weak)[0] if recipe.mix_off_epochs else None, test, ())
+def _stream_loaders(recipe: Recipe, shared: dict[str, Any]) -> Loaders:
+    def stream(last: bool) -> Any:
+        return create_stream_loaders(
+            recipe.data,
+            data_dir=recipe.data_dir,
+            image_size=recipe.image_size or 224,
+            batch_size=recipe.batch_size,
+            augmentation=recipe.augmentation(last),
+            num_workers=recipe.num_workers,
+            **shared,
+        )
+
+    train, test = stream(last=False)
+    return Loaders(train, stream(last=True)[0] if recipe.mix_off_epochs else None, test, ())
+
+
+def _device_loaders(recipe: Recipe, sets: tuple[ImageArrays, ImageArrays], shared: dict[str, Any]) -> Loaders:
     train_set, test_set = sets
 
-    def training(augmentation: Any) -> DeviceLoader:
+    def training(last: bool) -> DeviceLoader:
+        augmentation = recipe.augmentation(last)
         return DeviceLoader(train_set, recipe.batch_size, augmentation=augmentation, training=True, **shared)
 
     test = DeviceLoader(test_set, EVAL_BATCH, augmentation=None, training=False, **shared)
-    last = training(weak) if recipe.mix_off_epochs else None
-    return Loaders(training(strong), last, test, train_set.label_names)
+    last = training(last=True) if recipe.mix_off_epochs else None
+    return Loaders(training(last=False), last, test, train_set.label_names)

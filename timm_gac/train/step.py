@@ -1,4 +1,4 @@
-"""One training step: forward, loss, backward, clipping, update and moving average, eagerly or as one CUDA graph."""
+"""A training step: forward, loss, backward, clipping, update and moving average, eagerly or as one CUDA graph."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ __all__ = ["PerStepLogits", "TrainStep", "tet_loss"]
 
 
 class PerStepLogits(nn.Module):
-    """A network whose ``forward`` gives per-step logits (B, T, classes), so that DDP sees that call.
+    """A network whose ``forward`` is ``forward_steps``: DDP needs that call to be ``forward``.
 
     Args:
-        network: With ``forward_steps``.
+        network: Network with ``forward_steps``.
     """
 
     def __init__(self, network: nn.Module) -> None:
@@ -34,13 +34,13 @@ class PerStepLogits(nn.Module):
 
 
 def tet_loss(steps: Tensor, targets: Tensor, share: float, threshold: float) -> Tensor:
-    """Temporal efficient training: every time step is to be right on its own (Deng et al., ICLR 2022).
+    """Loss of temporal efficient training: the mean cross entropy of all time steps (Deng et al., ICLR 2022).
 
     Args:
         steps: Logits (B, T, classes).
         targets: Probabilities (B, classes).
         share: Weight of the regulariser, the mean squared distance of the logits from ``threshold``.
-        threshold: Of the neurons.
+        threshold: Threshold of the neurons.
     """
     num_steps = steps.shape[1]
     loss = F.cross_entropy(steps.flatten(0, 1), targets.repeat_interleave(num_steps, 0))
@@ -48,18 +48,18 @@ def tet_loss(steps: Tensor, targets: Tensor, share: float, threshold: float) -> 
 
 
 class TrainStep:
-    """Runs training steps and keeps their sums on the device; no step waits for the host.
+    """Runs training steps and sums up loss and matches on the device, so that no step waits for the host.
 
-    Several processes exchange their gradients under DDP; with ``cuda_graph`` in one all-reduce within the graph.
+    Several processes average their gradients in DDP, or with ``cuda_graph`` in one all-reduce within the graph.
 
     Args:
-        accelerator: Of the run.
-        model: The prepared model; its output is mean logits (B, classes), or per-step logits with ``loss='tet'``.
+        accelerator: Accelerator of the run.
+        model: The prepared model; it returns mean logits (B, classes), or per-step logits with ``loss='tet'``.
         optimizer: The prepared optimiser, its learning rates in tensors.
         average: Moving average to update, if any.
-        recipe: Of the run.
-        steps_per_epoch: For the schedule.
-        threshold: Of the network's neurons, for TET.
+        recipe: Recipe of the run.
+        steps_per_epoch: Steps per epoch, for the schedule.
+        threshold: Threshold of the network's neurons, for TET.
     """
 
     def __init__(
@@ -112,12 +112,15 @@ class TrainStep:
             self.sums += torch.stack((loss.detach() * count, matches.to(loss.dtype), count))
 
     def release(self) -> None:
-        """Let go of the CUDA graph, which must not outlive the process group."""
+        """Release the CUDA graph, which must not outlive the process group."""
         if isinstance(self._run, GraphedStep):
             self._run.release()
 
     def read(self) -> tuple[float, float]:
-        """Mean loss and share of images given the class of their largest target since the last call; waits once."""
+        """Mean loss, and share of images whose largest logit is at their largest target, since the last call.
+
+        Waits for the device.
+        """
         sums = self.accelerator.reduce(self.sums.clone(), "sum")
         loss, matches, images = sums.tolist()
         self.sums.zero_()

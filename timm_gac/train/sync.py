@@ -1,4 +1,4 @@
-"""Batch norm over all processes, on any device and backend of torch.distributed."""
+"""Batch norm over all processes, on any device."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = ["AnyDeviceSyncBatchNorm", "synchronise_norms"]
 
 
 class AnyDeviceSyncBatchNorm(nn.SyncBatchNorm):
-    """``nn.SyncBatchNorm``, which PyTorch has for accelerators only, with a way of its own on a CPU."""
+    """``nn.SyncBatchNorm`` that also works on a CPU; PyTorch's needs an accelerator."""
 
     def forward(self, input: Tensor) -> Tensor:
         """Batch norm of ``(N, C, ...)`` with the statistics of all processes' batches, in training."""
@@ -52,5 +52,5 @@ def synchronise_norms(network: nn.Module) -> Any:
     markers = {id(module.sync) for module in converted.modules() if isinstance(module, BatchNormLIF)}
     for module in converted.modules():
         if type(module) is nn.SyncBatchNorm and id(module) not in markers:
-            module.__class__ = AnyDeviceSyncBatchNorm  # adds a method; the state is the same
+            module.__class__ = AnyDeviceSyncBatchNorm  # adds methods; the state is the same
     return converted

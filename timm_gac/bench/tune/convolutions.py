@@ -2,11 +2,11 @@
 
     python -m timm_gac.bench.tune.convolutions gac_msresnet18_cifar --dtype int8 --batch 512 --update
 
-Before a candidate is timed it must give what the other way gives: in int8 the bits of the plain Triton kernel, with a
-shortcut and in 16 bits nearly all spikes of cuDNN's convolutions with the neuron, which it has to beat in 16 bits.
-Candidates are compiled by --jobs processes first, since compiling takes seconds and timing milliseconds; they are timed
-in CUDA graphs, since launching takes as long as a small layer. --update writes the best into the JSON file of this GPU
-that `gac_kernels.tuning` reads; without it they are only printed.
+Each candidate is first compared with the alternative: bit for bit with the plain Triton kernel in int8; in nearly all
+spikes with cuDNN's convolution followed by the neuron kernel in 16 bits and with a shortcut. In 16 bits it is used only
+where it is faster than that alternative. Candidates are compiled by --jobs processes first, since compiling takes
+seconds and timing milliseconds. They are timed in CUDA graphs, since a launch takes as long as a small layer. --update
+writes the best into this GPU's JSON file, which `gac_kernels.tuning` reads; without it they are only printed.
 """
 
 from __future__ import annotations
@@ -37,25 +37,25 @@ from .shared import compile_in_processes, say, start_from_defaults, update, use
 
 DTYPES = {"int8": torch.int8, "bfloat16": torch.bfloat16, "float16": torch.float16}
 OPS = {"int8": "spike_conv_hopper", "bfloat16": "conv_lif_hopper", "float16": "conv_lif_hopper"}
-DIFFER = 3e-2  # share of spikes that 16-bit rounding of the convolution's output may turn over
-GAIN = 0.98  # of the time of two passes, above which one pass is not worth its compilation
-GRID = 2.0**-15  # to which residuals of int8 layers are rounded, as behind encoder and 1x1 shortcuts
-COMPILE_BATCH = 128  # fills the GPU and is divisible by 16, as --batch: Triton compiles the same program for both
+DIFFER = 3e-2  # largest share of spikes that may differ, as 16-bit convolutions round their output
+GAIN = 0.98  # one pass is used only below this fraction of the time of two passes
+GRID = 2.0**-15  # residuals of int8 layers are rounded to multiples of it, as after encoder and 1x1 shortcuts
+COMPILE_BATCH = 128  # fills the GPU; divisible by 16 like --batch, so Triton compiles the same program for both
 
 
 @dataclass(frozen=True)
 class ConvolutionSearch:
-    """Whose layers are searched, and at which size.
+    """Options of the search over the layers of a model.
 
     Args:
         model: Registered model.
-        image_size: Pixels a side.
-        dtype: Of spikes and weights.
+        image_size: Height and width of the images.
+        dtype: Dtype of spikes and weights.
         batch: Images.
-        num_steps: T.
+        num_steps: Time steps T.
         jobs: Processes that compile.
-        update: Write the best into this GPU's JSON file.
-        share: Compile one of ``jobs`` shares of the candidates and end; the search starts such processes itself.
+        update: Write the best parameters into this GPU's JSON file.
+        share: Only compile this share of the candidates, of ``jobs``; the search starts such processes itself.
     """
 
     model: tyro.conf.Positional[str]
@@ -77,10 +77,10 @@ class Layer(NamedTuple):
         height: Rows of its input.
         width: Columns of its input.
         stride: 1 or 2.
-        residual: Whether there is one; in bfloat16 with int8 spikes, else in their dtype.
-        membrane: Whether the membrane is kept.
-        side_channels: Input channels of the shortcut that the kernel takes along, 0 without.
-        side_stride: Its stride.
+        residual: Whether there is one: bfloat16 with int8 spikes, else in the spikes' dtype.
+        membrane: Whether the membrane is returned.
+        shortcut_channels: Input channels of the 1x1 shortcut that the kernel computes too, 0 without.
+        shortcut_stride: Its stride.
     """
 
     channels: int
@@ -90,8 +90,8 @@ class Layer(NamedTuple):
     stride: int
     residual: bool
     membrane: bool
-    side_channels: int = 0
-    side_stride: int = 1
+    shortcut_channels: int = 0
+    shortcut_stride: int = 1
 
 
 def layers_of(model: str, image_size: int) -> list[Layer]:
@@ -100,21 +100,28 @@ def layers_of(model: str, image_size: int) -> list[Layer]:
     found: dict[Layer, None] = {}
 
     def note(name: str, module: SpikeConv, inputs: tuple[Tensor, ...], _output: Any) -> None:
-        side = sides[name]
+        shortcut = shortcuts[name]
         _, channels, height, width = inputs[0].shape
         layer = Layer(
-            channels, len(module.weight), height, width, module.stride, len(inputs) > 1, module.keep_membrane,
-            *((0, 1) if side is None else (side.in_channels, side.stride[0])),
-        )  # fmt: skip
+            channels=channels,
+            out_channels=len(module.weight),
+            height=height,
+            width=width,
+            stride=module.stride,
+            residual=len(inputs) > 1,
+            membrane=module.keep_membrane,
+            shortcut_channels=0 if shortcut is None else shortcut.in_channels,
+            shortcut_stride=1 if shortcut is None else shortcut.stride[0],
+        )
         found[layer] = None
 
     layers: dict[str, nn.Module] = {}
-    sides: dict[str, nn.Conv2d | None] = {}  # 1x1 shortcuts that layers take along
+    shortcuts: dict[str, nn.Conv2d | None] = {}  # 1x1 convolutions that the layers' kernels compute too
     for name, block in network.named_modules():
         if isinstance(block, IntegerBlock):
-            for part, side in (("conv1", None), ("conv2", block.downsample)):
+            for part, shortcut in (("conv1", None), ("conv2", block.downsample)):
                 if isinstance(getattr(block, part), SpikeConv):
-                    layers[f"{name}.{part}"], sides[f"{name}.{part}"] = getattr(block, part), side
+                    layers[f"{name}.{part}"], shortcuts[f"{name}.{part}"] = getattr(block, part), shortcut
     with forward_hooks(layers, note):
         network(torch.zeros(1, 3, image_size, image_size))
     return list(found)
@@ -127,7 +134,7 @@ def candidates() -> Iterator[dict[str, int]]:
 
 
 class Call:
-    """A layer with random operands of a batch."""
+    """A layer with random operands."""
 
     def __init__(self, layer: Layer, batch: int, num_steps: int, dtype: torch.dtype) -> None:
         self.layer, self.num_steps, self.dtype, layout = layer, num_steps, dtype, torch.channels_last
@@ -146,10 +153,10 @@ class Call:
         real = torch.bfloat16 if dtype == torch.int8 else dtype
         self.residual = self.shortcut = None
         source: tuple[int, ...] = size
-        if layer.side_channels:
-            side = (layer.out_channels, layer.side_channels, 1, 1)
-            self.shortcut = torch.randn(side, device="cuda", generator=make).div_(layer.side_channels**0.5).to(real)
-            source = (size[0], layer.side_channels, *(n * layer.side_stride for n in size[2:]))
+        if layer.shortcut_channels:
+            weight_shape, scale = (layer.out_channels, layer.shortcut_channels, 1, 1), layer.shortcut_channels**0.5
+            self.shortcut = torch.randn(weight_shape, device="cuda", generator=make).div_(scale).to(real)
+            source = (size[0], layer.shortcut_channels, *(n * layer.shortcut_stride for n in size[2:]))
         if layer.residual:
             residual = torch.empty(source, device="cuda", dtype=real, memory_format=layout)
             self.residual = residual.normal_(generator=make)
@@ -165,36 +172,37 @@ class Call:
         )
 
     def __call__(self) -> Tensor | tuple[Tensor, Tensor]:
-        """Run it with the launch parameters of the moment."""
-        rest: dict[str, Any] = {"stride": self.layer.stride, "return_membrane": self.layer.membrane}
-        rest |= {"residual": self.residual, "shortcut": self.shortcut}
+        """Run it with the current launch parameters."""
+        operands: dict[str, Any] = {"weight": self.weight, "bias": self.bias, "num_steps": self.num_steps}
+        operands |= {"stride": self.layer.stride, "return_membrane": self.layer.membrane}
+        operands |= {"residual": self.residual, "shortcut": self.shortcut}
         if self.dtype == torch.int8:
-            return spike_conv(self.spikes, self.weight, self.scale, self.bias, self.num_steps, grid=GRID, **rest)
-        return conv_lif(self.spikes, self.weight, self.bias, self.num_steps, **rest)
+            return spike_conv(self.spikes, scale=self.scale, grid=GRID, **operands)
+        return conv_lif(self.spikes, **operands)
 
-    def other(self) -> Tensor | tuple[Tensor, Tensor]:
-        """Run the other way: plain Triton, or two passes."""
-        with mock.patch.object(hopper, "plan", lambda *_: "the other way is asked for"):
+    def alternative(self) -> Tensor | tuple[Tensor, Tensor]:
+        """Run it without the Hopper kernel: plain Triton in int8, two passes in 16 bits."""
+        with mock.patch.object(hopper, "plan", lambda *_, **__: "the alternative is asked for"):
             return self()
 
     def agrees(self, got: Tensor | tuple[Tensor, Tensor], expected: Tensor | tuple[Tensor, Tensor]) -> bool:
-        """Whether the outputs are the same, to the bit or nearly."""
+        """Whether the outputs are equal: bit for bit in int8 without shortcut, else in nearly all spikes."""
         mine, theirs = (value if isinstance(value, tuple) else (value,) for value in (got, expected))
         if self.dtype == torch.int8 and self.shortcut is None:
             return all(torch.equal(a, b) for a, b in zip(mine, theirs, strict=True))
         return torch.ne(mine[-1], theirs[-1]).float().mean().item() <= DIFFER
 
     def fits(self, config: dict[str, int]) -> bool:
-        """Whether the parameters are used as they are."""
+        """Whether the kernel uses these parameters unchanged."""
         made = hopper.plan(
-            self.spikes,
-            self.out,
-            self.residual,
-            self.shortcut,
-            self.membrane,
-            self.num_steps,
-            self.layer.stride,
-            config,
+            spikes=self.spikes,
+            out=self.out,
+            residual=self.residual,
+            shortcut=self.shortcut,
+            membrane=self.membrane,
+            num_steps=self.num_steps,
+            stride=self.layer.stride,
+            config=config,
         )
         if isinstance(made, str):
             raise SystemExit(f"expected a layer for the Hopper kernel, got {self.layer}: {made}")
@@ -219,40 +227,40 @@ def compile_share(layers: list[Layer], num_steps: int, dtype: str, share: int, j
 
 
 def search(call: Call, op: str) -> tuple[dict[str, int], dict[str, float], float]:
-    """Best parameters of a layer, milliseconds of every candidate, and those of the other way."""
-    expected = call.other()
+    """Best parameters of a layer, milliseconds of every candidate, and milliseconds of the alternative."""
+    expected = call.alternative()
     times = {}
     for config in candidates():
         use(op, config)
         if not call.fits(config):
             continue
         if not call.agrees(call(), expected):
-            raise SystemExit(f"expected what the other way gives for {call.layer}, got something else with {config}")
+            raise SystemExit(f"expected the alternative's output for {call.layer}, got another with {config}")
         times[json.dumps(config)] = do_bench_cudagraph(call, rep=12, return_mode="median")
     if not times:
         raise SystemExit(f"expected a batch that fills the GPU with whole tiles of {call.layer}: give a larger --batch")
     best = json.loads(min(times, key=times.__getitem__))
-    other = do_bench_cudagraph(call.other, rep=12, return_mode="median")
+    alternative = do_bench_cudagraph(call.alternative, rep=12, return_mode="median")
     if call.dtype == torch.int8:
         del best["ONE_PASS"]
-    elif min(times.values()) > GAIN * other:
+    elif min(times.values()) > GAIN * alternative:
         best = {"ONE_PASS": 0}
-    return best, times, other
+    return best, times, alternative
 
 
 def search_all(options: ConvolutionSearch, layers: list[Layer]) -> dict[str, dict[str, int]]:
-    """Search all layers, print a table, and return the best parameters by the layers' keys."""
+    """Search all layers, print a table, and return the best parameters by layer key."""
     found, op, dtype = {}, OPS[options.dtype], DTYPES[options.dtype]
     title = f"{options.model}, T={options.num_steps}, batch {options.batch}, {options.dtype}"
-    table = Table("layer", "best", "ms", "TOP/s", "other way, ms", title=title)
+    table = Table("layer", "best", "ms", "TOP/s", "alternative, ms", title=title)
     for layer in layers:
         call = Call(layer, options.batch, options.num_steps, dtype)
-        best, times, other = search(call, op)
+        best, times, alternative = search(call, op)
         found[call.shape.keys()[-1]] = best
         least = min(times.values())
         described = " ".join(f"{name}={value}" for name, value in best.items())
         rate = call.operations() / least / 1e9
-        table.add_row(str(tuple(layer)), described, f"{least:.3f}", f"{rate:,.0f}", f"{other:.3f}")
+        table.add_row(str(tuple(layer)), described, f"{least:.3f}", f"{rate:,.0f}", f"{alternative:.3f}")
         say(f"{layer} { {name: round(value, 4) for name, value in sorted(times.items(), key=lambda item: item[1])} }")
     Console(width=160).print(table)
     return found
@@ -264,7 +272,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     layers = layers_of(options.model, options.image_size)
     start_from_defaults()
     if options.share is not None:
-        compile_share(layers, options.num_steps, options.dtype, options.share, options.jobs)
+        compile_share(
+            layers=layers,
+            num_steps=options.num_steps,
+            dtype=options.dtype,
+            share=options.share,
+            jobs=options.jobs,
+        )
         return
     compile_in_processes("timm_gac.bench.tune.convolutions", options.jobs)
     torch.backends.cudnn.benchmark = True

@@ -1,11 +1,11 @@
-"""Search launch parameters of the batch-norm kernels where they run: between the convolutions of a training step.
+"""Search launch parameters of the batch-norm kernels within a training step.
 
     python -m timm_gac.bench.tune.network gac_msresnet18_cifar --steps 2 4 6 8 --update
 
-What such a kernel takes depends on what the kernel before has left in the L2 cache, so each candidate is timed within a
-whole step in a CUDA graph, by the profiler; of each kernel separately for its kinds (plain, with a residual, with a
-residual that has a norm of its own). --update writes the best into the JSON file of this GPU that `gac_kernels.tuning`
-reads; without it they are only printed.
+The time of such a kernel depends on what the kernel before left in the L2 cache, so each candidate is timed by the
+profiler within a whole step in a CUDA graph. Each kernel is searched separately for its variants: plain, with a
+residual, with a residual that has a norm of its own. --update writes the best into this GPU's JSON file, which
+`gac_kernels.tuning` reads; without it they are only printed.
 """
 
 from __future__ import annotations
@@ -33,33 +33,33 @@ from ...runtime.dtypes import DTYPES
 from ..steps import make_step
 from .shared import say, start_from_defaults, update, use
 
-# Kernel in a profile, and the op whose launch parameters it takes.
+# Name of a kernel in a profile, and the op whose launch parameters it uses.
 KERNELS = {
     "_batch_stats_kernel": "batch_stats",
     "forward_kernel": "norm_lif_fwd",
     "reduce_kernel": "norm_lif_bwd_reduce",
     "apply_kernel": "norm_lif_bwd_apply",
 }
-WITHOUT_STEPS = ("batch_stats",)  # knows no T: searched at the first one
+WITHOUT_STEPS = ("batch_stats",)  # does not depend on T: searched at the first one
 KINDS = ("", "_residual", "_normed")
 TILES = ((256, 1), (512, 2), (512, 4), (1024, 4), (2048, 4), (2048, 8))  # elements and warps
 SHARED_TILES = ((256, 1, 4, 3), (256, 1, 8, 2), (512, 2, 2, 3), (512, 2, 4, 3), (1024, 4, 3, 1), (1024, 4, 2, 1))
-STATISTICS = ((512, 1, 16, 4), (1024, 1, 8, 3), (1024, 2, 8, 3), (4096, 8, 4, 1))  # and programs, tiles in flight
+STATISTICS = ((512, 1, 16, 4), (1024, 1, 8, 3), (1024, 2, 8, 3), (4096, 8, 4, 1))  # also programs, stages
 REPLAYS = 6
 Config = dict[str, int]
 
 
 @dataclass(frozen=True)
 class NetworkSearch:
-    """Which training step the kernels are searched in.
+    """Options of the search within a model's training step.
 
     Args:
         model: Registered model.
-        image_size: Pixels a side; 0 is the model's own.
-        dtype: Of autocast.
+        image_size: Height and width of the images; 0 is the model's own.
+        dtype: Dtype of autocast.
         batch: Images.
         steps: Numbers of time steps T to search.
-        update: Write the best into this GPU's JSON file.
+        update: Write the best parameters into this GPU's JSON file.
     """
 
     model: tyro.conf.Positional[str]
@@ -71,7 +71,7 @@ class NetworkSearch:
 
 
 def candidates(family: str) -> Iterator[Config]:
-    """Launch parameters to try for an op of one of its kinds."""
+    """Launch parameters to try for all variants of an op."""
     names = ("TILE", "num_warps", "PER_SM", "STAGES")
     shapes: tuple[tuple[int, ...], ...] = TILES
     if family == "batch_stats":
@@ -83,13 +83,13 @@ def candidates(family: str) -> Iterator[Config]:
 
 
 def members(family: str) -> list[str]:
-    """The ops of a family: one a kind."""
+    """The variants of an op."""
     return [family + kind for kind in KINDS if family + kind in tuning.DEFAULTS]
 
 
 @contextlib.contextmanager
-def noted(into: list[str]) -> Iterator[None]:
-    """Note the op of every launch, in order."""
+def record_launches(into: list[str]) -> Iterator[None]:
+    """Append the op of every launch within the block to ``into``."""
     ask: Callable[..., Config] = tuning.launch_config
 
     def note(op: str, *args: object) -> Config:
@@ -103,7 +103,7 @@ def noted(into: list[str]) -> Iterator[None]:
 
 
 def milliseconds(options: NetworkSearch, num_steps: int) -> dict[str, float]:
-    """Time of each op in a training step, and under "step" of all together."""
+    """Milliseconds of each op in a training step, and of all together under "step"."""
     torch.manual_seed(0)
     network = timm.create_model(options.model, num_steps=num_steps).cuda().to(memory_format=torch.channels_last)
     size = options.image_size or timm.get_pretrained_cfg_value(options.model, "input_size")[-1]
@@ -114,7 +114,7 @@ def milliseconds(options: NetworkSearch, num_steps: int) -> dict[str, float]:
     with mock.patch.object(graphs, "overlap_weight_gradients", contextlib.nullcontext):  # one kernel after the other
         run = graphs.GraphedStep(step, warmup=2)
         run(images, labels)
-        with noted(launched):
+        with record_launches(launched):
             run(images, labels)
         for _ in range(6):
             run(images, labels)
@@ -139,7 +139,7 @@ def milliseconds(options: NetworkSearch, num_steps: int) -> dict[str, float]:
 
 
 def search(options: NetworkSearch, num_steps: int, families: Iterable[str]) -> dict[str, Config]:
-    """Best launch parameters of every op of some families that the network launches."""
+    """Best launch parameters of each op in some families, as far as the network launches them."""
     best: dict[str, Config] = {}
     for family in families:
         results: list[tuple[dict[str, Config], dict[str, float]]] = []
@@ -170,7 +170,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     size, found = DTYPES[options.dtype].itemsize, dict[str, dict[str, Config]]()
     families = list(KERNELS.values())
     for num_steps in options.steps:
-        tuning.DEFAULTS.clear()  # without those of some T alone, which would win over every candidate
+        tuning.DEFAULTS.clear()  # drops parameters for a single T, which would override every candidate
         tuning.DEFAULTS.update(
             defaults | {op: of_size[str(size)] for op, of_size in found.items() if str(size) in of_size}
         )

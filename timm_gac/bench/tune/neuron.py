@@ -3,7 +3,7 @@
     python -m timm_gac.bench.tune.neuron --update
     python -m timm_gac.bench.tune.neuron --ops lif_fwd lif_bwd --dtypes bfloat16 --steps 4
 
-They are searched at one size that fills the GPU. --update writes the best into the JSON file of this GPU that
+They are searched at one size that fills the GPU. --update writes the best into this GPU's JSON file, which
 `gac_kernels.tuning` reads; without it they are only printed.
 """
 
@@ -34,16 +34,16 @@ Call = Callable[[], object]
 
 @dataclass(frozen=True)
 class NeuronSearch:
-    """What to search.
+    """Options of the search.
 
     Args:
-        update: Write the best into this GPU's JSON file.
+        update: Write the best parameters into this GPU's JSON file.
         steps: Numbers of time steps T.
         ops: Kernels.
-        dtypes: Of the inputs.
-        elements: Elements a thread to try.
+        dtypes: Dtypes of the inputs.
+        elements: Elements per thread to try.
         jobs: Processes that compile.
-        share: Compile one of ``jobs`` shares of the candidates and end; the search starts such processes itself.
+        share: Only compile this share of the candidates, of ``jobs``; the search starts such processes itself.
     """
 
     update: bool = False
@@ -56,7 +56,7 @@ class NeuronSearch:
 
 
 def neuron_calls(num_steps: int, dtype: torch.dtype) -> dict[str, list[Call]]:
-    """One call of each kernel of neuron and encoder at a size that fills the GPU."""
+    """Calls of each kernel of neuron and encoder, at a size that fills the GPU."""
     ops = torch.ops.gac_kernels
     shape = (NEURON_STEPS // num_steps // (128 * 32 * 32), 128, 32, 32)
     x, grad = (torch.randn(num_steps, *shape, device="cuda", dtype=dtype) for _ in range(2))
@@ -106,12 +106,12 @@ def compile_share(work: Sequence[tuple[str, list[Call]]], elements: Sequence[int
 
 
 def milliseconds(calls: list[Call]) -> float:
-    """Time of all calls, each in a CUDA graph: eager launches can take longer than the kernels."""
+    """Milliseconds of all calls, in CUDA graphs: eager launches can take longer than the kernels."""
     return sum(do_bench_cudagraph(call, rep=5, return_mode="median") for call in calls)
 
 
 def search(op: str, calls: list[Call], elements: Sequence[int]) -> tuple[dict[str, int], dict[str, float]]:
-    """Best launch parameters of ``op`` and the time of every candidate, in milliseconds."""
+    """Best launch parameters of ``op``, and the milliseconds of every candidate."""
     default, times = tuning.DEFAULTS[op], {}
     for config in candidates(op, elements):
         use(op, config)
@@ -121,13 +121,13 @@ def search(op: str, calls: list[Call], elements: Sequence[int]) -> tuple[dict[st
 
 
 def search_all(options: NeuronSearch) -> dict[str, dict[str, dict[str, int]]]:
-    """Search every op, element size and T; of a process with a share, compile it and find nothing."""
+    """Search every op, element size and T; a process with a share only compiles and returns nothing."""
     found: dict[str, dict[str, dict[str, int]]] = {}
     for dtype, num_steps in itertools.product((DTYPES[name] for name in options.dtypes), options.steps):
         calls = neuron_calls(num_steps, dtype)
         work = [(op, calls[op]) for op in options.ops]
         if options.share is not None:
-            compile_share(work, options.elements, options.share, options.jobs)
+            compile_share(work, options.elements, share=options.share, jobs=options.jobs)
             continue
         for op, runs in work:
             best, times = search(op, runs, options.elements)

@@ -1,4 +1,4 @@
-"""What the searches share: launch parameters in use, candidates compiled by several processes, a GPU's file."""
+"""Shared by the searches: setting launch parameters, compiling candidates in several processes, a GPU's JSON file."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ def _no_configs(device: str) -> dict[str, dict[str, dict[str, int]]]:
 
 
 def start_from_defaults() -> None:
-    """Search from the defaults, not from an earlier result."""
+    """Ignore the results of earlier searches."""
     tuning._device_configs = _no_configs
 
 
 def use(op: str, config: dict[str, int]) -> None:
-    """Make every later launch of ``op`` use these parameters."""
+    """Use these parameters for every later launch of ``op``."""
     tuning.DEFAULTS[op] = config
     tuning.launch_config.cache_clear()
     tuning.shape_config.cache_clear()
@@ -38,16 +38,14 @@ def say(text: object) -> None:
 
 
 def compile_in_processes(module: str, jobs: int) -> None:
-    """Run a search ``jobs`` times with ``--share=0``, ``--share=1``, ...: each compiles its share into Triton's cache.
-
-    Compiling a kernel takes seconds, timing it milliseconds.
+    """Run a search ``jobs`` times with ``--share=0``, ``--share=1``, ...: each compiles a share into Triton's cache.
 
     Args:
-        module: Name of the search's module. It gets this process's options.
+        module: Name of the search's module, which gets this process's options.
         jobs: Number of processes.
 
     Raises:
-        SystemExit: One of them failed.
+        SystemExit: A process failed.
     """
     command = [sys.executable, "-m", module, *sys.argv[1:]]
     running = [subprocess.Popen([*command, f"--share={i}"]) for i in range(jobs)]
@@ -56,10 +54,10 @@ def compile_in_processes(module: str, jobs: int) -> None:
 
 
 def update(found: Mapping[str, Mapping[str, Mapping[str, int]]]) -> Path:
-    """Write results into this GPU's file; what it holds of other kernels and shapes stays.
+    """Add results to this GPU's file, in which those of other kernels and shapes stay.
 
     Args:
-        found: For each op, launch parameters by the key under which a launch looks for them.
+        found: For each op, launch parameters by the key under which a launch looks them up.
 
     Returns:
         The file.
