@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import timm
@@ -84,6 +85,43 @@ def test_steps_are_those_of_the_whole_pass(name, change, encoder, monkeypatch):
         torch.testing.assert_close(row, steps[: len(row)], rtol=1e-4, atol=1e-4)
     with torch.no_grad():
         assert torch.equal(model.forward_steps(images), whole)  # the network is as before
+
+
+@pytest.mark.parametrize("change", [same, fused, quantize], ids=["plain", "fused", "int8"])
+def test_threads_share_one_network(change):
+    """Each thread gets its own answers, beside threads that run all steps, and finds the network as it was."""
+    model, images = network()
+    model = change(model)
+    before = {name: list(vars(module)) for name, module in model.named_modules()}
+    batches = [images, images.flip(0)[:4], images[2:3]]
+    with torch.no_grad():
+        whole = [model.forward_steps(batch) for batch in batches]
+    alone = [forward_early_exit(model, batch, 0.9) for batch in batches]
+
+    def early(index):
+        rows = forward_early_exit(model, batches[index], 0.9)
+        return all(torch.equal(row, expected) for row, expected in zip(rows, alone[index], strict=True))
+
+    @torch.no_grad()
+    def all_steps(index):
+        return torch.equal(model.forward_steps(batches[index]), whole[index])
+
+    with ThreadPoolExecutor(6) as pool:
+        calls = [pool.submit(run, index % 3) for index in range(60) for run in (early, all_steps)]
+        assert all(call.result() for call in calls)
+    assert {name: list(vars(module)) for name, module in model.named_modules()} == before
+
+
+def test_the_network_is_never_changed():
+    model, images = network()
+    seen = []
+
+    def look(module, inputs, output):
+        seen.append(any("forward" in vars(part) for part in model.modules()))
+
+    model.layer1[0].conv1.register_forward_hook(look)
+    forward_early_exit(model, images, 1.0)
+    assert seen == [False] * 4
 
 
 def test_what_left_is_not_computed():

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import timm
@@ -121,6 +123,26 @@ def test_spikes_and_gate_are_those_of_the_network(change):
     coded = recording.spikes["encoder"].unflatten(0, (4, 2)).transpose(0, 1)  # [B, T, C, H, W]
     fired = coded != 0  # where a neuron fires, the encoder's output is the gate
     assert fired.any() and torch.allclose(recording.gate[fired], coded[fired], atol=1e-6)
+
+
+def test_threads_record_one_network():
+    """Each sees the spikes of its own images alone."""
+    model, images = network()
+    batches = [images[:1], images[1:], images.flip(0)]
+
+    def recorded(index):
+        with record_spikes(model) as recording, torch.no_grad():
+            model(batches[index])
+            time.sleep(0.002)  # others run in the meantime
+        return recording.spikes
+
+    alone = [recorded(index) for index in range(3)]
+    with ThreadPoolExecutor(3) as pool:
+        for _ in range(10):
+            for spikes, expected in zip(pool.map(recorded, range(3)), alone, strict=True):
+                assert spikes.keys() == expected.keys()
+                assert all(torch.equal(spikes[name], value) for name, value in expected.items())
+    assert hooks_of(model) == 0
 
 
 def test_gate_of_event_frames():

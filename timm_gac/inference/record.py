@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from threading import get_ident
 from typing import Any
 
 import torch
@@ -66,6 +67,8 @@ def forward_hooks(
 ) -> Iterator[None]:
     """Call functions at every call of some modules, within ``with``; the hooks are removed whatever happens.
 
+    Calls in other threads do not count, so several threads may record one network.
+
     Args:
         modules: By name. One that has several names is called by the first of them.
         after: Called with name, module, inputs and output after a module has run.
@@ -84,15 +87,21 @@ def forward_hooks(
 
 
 def _hook_before(name: str, module: nn.Module, before: Before) -> RemovableHandle:
+    thread = get_ident()
+
     def hook(layer: nn.Module, inputs: tuple[Any, ...]) -> None:  # a result would replace the inputs
-        before(name, layer, inputs)
+        if get_ident() == thread:
+            before(name, layer, inputs)
 
     return module.register_forward_pre_hook(hook)
 
 
 def _hook_after(name: str, module: nn.Module, after: After) -> RemovableHandle:
+    thread = get_ident()
+
     def hook(layer: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:  # a result would replace the output
-        after(name, layer, inputs, output)
+        if get_ident() == thread:
+            after(name, layer, inputs, output)
 
     return module.register_forward_hook(hook)
 
