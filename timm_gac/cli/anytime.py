@@ -11,7 +11,8 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from .sources import AnyNetworkOptions, DataOptions, Model, check_new_files, check_positive, open_labelled
+from .output import check_new_files, check_packages, create_console, wrote
+from .sources import AnyNetworkOptions, DataOptions, Model, check_positive, open_labelled
 
 if TYPE_CHECKING:
     from ..analysis.anytime import AnytimeReport
@@ -59,6 +60,8 @@ class AnytimeConfig(AnyNetworkOptions, DataOptions):
         if bad := [value for value in self.confidences if not 0.0 < value <= 1.0]:
             raise ValueError(f"expected confidences above 0 and at most 1, got {bad[0]}: give such as 0.9")
         check_new_files(self.out, FILES, self.overwrite)
+        if self.out is not None:
+            check_packages("matplotlib")
 
 
 def anytime(model: Model, config: Annotated[AnytimeConfig, tyro.conf.arg(name="")]) -> int:
@@ -89,8 +92,7 @@ def run_anytime(
     from ..runtime.files import write_json
 
     names = [model] if config.against is None else [model, config.against]
-    console = console or Console()
-    console.width = console.width if console.is_terminal else 120
+    console = console or create_console()
     results = []
     for name in names:
         anytime, coding = _measure(name, config)
@@ -110,7 +112,7 @@ def run_anytime(
         write_anytime_chart([anytime for anytime, _ in results], config.out / FILES[1], config.convention)
         write_coding_chart([coding for _, coding in results], config.out / FILES[2])
         for file in FILES:
-            console.print(f"wrote {config.out / file}", highlight=False, soft_wrap=True)
+            wrote(console, config.out / file)
     return results
 
 
@@ -123,7 +125,14 @@ def _measure(model: str, config: AnytimeConfig) -> tuple[AnytimeReport, CodingRe
 
     device = resolve_device(config.device)
     opened = open_network(model, config.num_steps, config.seed, device)
-    images, labels = open_labelled(config.data, opened.network, config.images, config.data_dir, config.split)
+    images, labels = open_labelled(
+        config.data,
+        opened.network,
+        config.images,
+        data_dir=config.data_dir,
+        split=config.split,
+        label_names=opened.label_names if opened.trained else None,
+    )
 
     def batches(limit: int | None = None) -> Any:
         size = config.batch_size

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 import tyro
 from rich.console import Console
 
-from .sources import AnyNetworkOptions, DataOptions, Model, check_new_files, check_positive, open_images
+from .output import check_new_files, check_packages, create_console, wrote
+from .sources import AnyNetworkOptions, DataOptions, Model, check_positive, open_images
 
 if TYPE_CHECKING:
     from ..energy import EnergyReport
@@ -46,6 +47,8 @@ class EnergyConfig(AnyNetworkOptions, DataOptions):
             raise ValueError(f"expected costs as one of {list(COSTS)}, got {self.costs!r}: choose one of these")
         check_positive(self, "batch_size")
         check_new_files(self.out, FILES, self.overwrite)
+        if self.out is not None:
+            check_packages("matplotlib")
 
 
 def energy(model: Model, config: Annotated[EnergyConfig, tyro.conf.arg(name="")]) -> int:
@@ -83,8 +86,7 @@ def run_energy(model: str, config: EnergyConfig, console: Console | None = None)
     batches = [batch.to(device) for batch in images.split(config.batch_size)]
     opened.calibrate_untrained(batches)
     report = measure_energy(opened.network, batches, config.costs, opened.origin, opened.trained)
-    console = console or Console()
-    console.width = console.width if console.is_terminal else 160
+    console = console or create_console()
     console.print(layer_table(report))
     console.print(totals_table(report))
     console.print(
@@ -96,5 +98,5 @@ def run_energy(model: str, config: EnergyConfig, console: Console | None = None)
         config.out.mkdir(parents=True, exist_ok=True)
         for name, write in zip(FILES, (write_json, write_csv, write_chart), strict=True):
             write(report, config.out / name)
-            console.print(f"wrote {config.out / name}", highlight=False, soft_wrap=True)
+            wrote(console, config.out / name)
     return report

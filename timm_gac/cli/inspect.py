@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import tyro
 from rich.console import Console
 
+from .output import check_packages, check_writable, create_console, wrote
 from .sources import AnyNetworkOptions, Model, SetOptions, check_positive, open_images
 
 if TYPE_CHECKING:
@@ -37,8 +38,8 @@ class InspectConfig(AnyNetworkOptions, SetOptions):
         check_positive(self, "batch_size")
         if (self.out / "index.html").exists() and not self.overwrite:
             raise ValueError(f"expected a folder without a page, got {str(self.out)!r} with one: use --overwrite")
-        if self.out.is_file():
-            raise ValueError(f"expected a folder, got the file {str(self.out)!r}: choose another --out")
+        check_writable(self.out, "--out")
+        check_packages("matplotlib")
 
 
 def inspect(
@@ -80,7 +81,7 @@ def run_inspect(model: str, image: str, config: InspectConfig, console: Console 
     batches = [batch.to(device) for batch in images.split(config.batch_size)]
     opened.calibrate_untrained(batches)
     inspection = inspect_network(opened.network, batches, opened.origin, opened.label_names)
-    console = console or Console()
+    console = console or create_console()
     for file in write_inspection(inspection, config.out):
-        console.print(f"wrote {file}", highlight=False, soft_wrap=True)
+        wrote(console, file)
     return inspection

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import logging
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -10,24 +11,24 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
 __all__ = [
-    "PICTURES",
     "AnyNetworkOptions",
     "DataOptions",
     "Model",
     "NetworkOptions",
     "SetOptions",
     "TrainedModel",
-    "check_new_files",
     "check_positive",
+    "fold_network",
     "open_images",
     "open_labelled",
     "open_pictures",
 ]
 
-PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+_logger = logging.getLogger(__name__)
 _NAMES = (
     "Model or run folder, ORG/NAME on the Hub, or a registered name (`timm-gac models`) with the tag of its weights"
 )
@@ -106,48 +107,52 @@ def check_positive(config: object, *names: str) -> None:
             raise ValueError(f"expected {name} of at least 1, got {value}: raise it")
 
 
-def check_new_files(folder: Path | None, names: Iterable[str], overwrite: bool) -> None:
-    """Refuse to replace files.
+def fold_network(network: Any, precision: str, device: torch.device) -> Any:
+    """Fold a network's batch norms into its convolutions where that gives the same answers up to rounding.
 
-    Args:
-        folder: Where they will be written; None for nowhere.
-        names: Their names.
-        overwrite: Whether they may be replaced.
-
-    Raises:
-        ValueError: One of them is there and ``overwrite`` is not set.
+    That is in float32 on a CPU. In 16 bits the folded weights would be rounded to others than the published figures
+    were measured with; a quantised or already folded network is left as it is.
     """
-    existing = [] if folder is None or overwrite else [folder / name for name in names if (folder / name).exists()]
-    if existing:
-        raise ValueError(f"expected a folder without {existing[0]}, got one with it: use --overwrite")
+    from ..inference.fold import fuse_for_inference
+
+    if precision != "float32" or device.type != "cpu":
+        return network
+    try:
+        return fuse_for_inference(network)
+    except ValueError as error:
+        _logger.info("the network runs as it is: %s", error)
+        return network
 
 
-def open_pictures(files: Iterable[Path], model: Any) -> Tensor:
+def open_pictures(files: Iterable[Path], model: Any, problems: list[str] | None = None) -> Tensor:
     """Picture files as a network's input ``(N, C, H, W)``, resized, cropped and normalised as timm does.
 
-    Raises:
-        ValueError: A file is missing or no picture, or the network takes neither grey nor colour pictures.
-    """
-    import timm.data
-    import torch
-    from PIL import Image, ImageOps, UnidentifiedImageError
+    Args:
+        files: Their paths.
+        model: The network they are for.
+        problems: Takes a sentence about each file that cannot be used, which is then left out; None stops at the first.
 
-    config = timm.data.resolve_data_config(pretrained_cfg=model.pretrained_cfg)
-    channels = config["input_size"][0]
+    Raises:
+        ValueError: A file cannot be used, or none can, or the network takes neither grey nor colour pictures.
+    """
+    import torch
+
+    from ..data.pictures import PictureError, create_picture_transform, read_picture
+
+    channels = model.pretrained_cfg["input_size"][0]
     if channels not in (1, 3):
         raise ValueError(f"expected a network for 1 or 3 channels, got one for {channels}: give arrays as --data")
-    transform: Any = timm.data.create_transform(**config, is_training=False)
+    transform = create_picture_transform(model.pretrained_cfg)
     rows = []
     for file in files:
         try:
-            with Image.open(file) as picture:
-                rows.append(transform(ImageOps.exif_transpose(picture).convert("L" if channels == 1 else "RGB")))
-        except FileNotFoundError as error:
-            raise ValueError(f"expected a picture, got {str(file)!r}, which is not there: check the path") from error
-        except (UnidentifiedImageError, OSError, SyntaxError) as error:
-            raise ValueError(f"expected a picture, got {str(file)!r}, which cannot be read as one: {error}") from error
+            rows.append(transform(read_picture(file, channels)))
+        except PictureError as error:
+            if problems is None:
+                raise
+            problems.append(str(error))
     if not rows:
-        raise ValueError("expected at least one picture, got none: name a file")
+        raise ValueError(problems[0] if problems else "expected at least one picture, got none: name a file")
     return torch.stack(rows)
 
 
@@ -155,6 +160,8 @@ def open_images(
     data: str, model: Any, limit: int, data_dir: str | None = None, split: Literal["train", "test"] = "test"
 ) -> Tensor:
     """At most ``limit`` images of a data set as a network's input ``(N, C, H, W)``, evenly spread over the set.
+
+    A picture of a folder that cannot be used is named in a warning and left out.
 
     Args:
         data: A picture, a folder of pictures, or what `load_arrays` takes.
@@ -168,17 +175,30 @@ def open_images(
     """
     if limit < 1:
         raise ValueError(f"expected at least 1 image, got {limit}: raise it")
+    from ..data.pictures import SUFFIXES, find_pictures
+
     path = Path(data)
-    if path.is_dir() or path.suffix.lower() in PICTURES:
-        found = sorted(f for f in path.iterdir() if f.suffix.lower() in PICTURES) if path.is_dir() else [path]
-        if not found:
-            raise ValueError(f"expected pictures in {data!r}, got none of {', '.join(PICTURES)}: check the folder")
-        return open_pictures(_spread(found, limit), model)
-    return open_labelled(data, model, limit, data_dir, split)[0]
+    if path.is_dir():
+        if not (found := find_pictures(path)):
+            raise ValueError(f"expected pictures in {data!r}, got none of {', '.join(SUFFIXES)}: check the folder")
+        problems = list[str]()
+        images = open_pictures(_spread(found, limit), model, problems)
+        for problem in problems:
+            _logger.warning("skipped: %s", problem)
+        return images
+    if path.suffix.lower() in SUFFIXES:
+        return open_pictures([path], model)
+    return open_labelled(data, model, limit, data_dir=data_dir, split=split, label_names=None)[0]
 
 
 def open_labelled(
-    data: str, model: Any, limit: int, data_dir: str | None = None, split: Literal["train", "test"] = "test"
+    data: str,
+    model: Any,
+    limit: int,
+    *,
+    data_dir: str | None = None,
+    split: Literal["train", "test"] = "test",
+    label_names: Sequence[str] | None = (),
 ) -> tuple[Tensor, Tensor]:
     """At most ``limit`` images of a data set, evenly spread over the set, with their labels ``(N,)``.
 
@@ -188,27 +208,28 @@ def open_labelled(
         limit: At most so many.
         data_dir: Folder of the data set, for timm's names.
         split: Of a data set.
+        label_names: Names of the network's classes, to which those of the data are matched; empty where unknown. None:
+            the labels do not matter.
 
     Raises:
-        ValueError: There is no such set, or it has other channels than the network takes.
+        ValueError: There is no such set, or it has other channels or classes than the network.
     """
     import torch
 
-    from ..data import load_arrays
-    from ..data.transforms import Normalizer
+    from ..data import open_test_set
 
-    if limit < 1:
-        raise ValueError(f"expected at least 1 image, got {limit}: raise it")
-    cfg = model.pretrained_cfg
-    channels, height, _ = cfg["input_size"]
-    arrays = load_arrays(data, split, data_dir=data_dir, image_size=height)
-    if arrays.images.shape[1] != channels:
-        raise ValueError(
-            f"expected images of {channels} channels, got {arrays.images.shape[1]} in {data!r}: choose others"
-        )
-    chosen = torch.tensor(_spread(list(range(len(arrays.images))), limit))
-    normalise = Normalizer(cfg["mean"], cfg["std"], torch.device("cpu"), torch.float32)
-    return normalise(arrays.images[chosen]), arrays.labels[chosen]
+    test_set = open_test_set(
+        data,
+        model.pretrained_cfg,
+        num_classes=None if label_names is None else model.num_classes,
+        label_names=label_names or (),
+        split=split,
+        data_dir=data_dir,
+        images=limit,
+        batch_size=64,
+    )
+    images, labels = zip(*test_set.batches(0), strict=True)
+    return torch.cat(images).contiguous(), torch.cat(labels)
 
 
 def _spread(items: list[Any], limit: int) -> list[Any]:

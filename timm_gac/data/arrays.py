@@ -3,24 +3,40 @@
 from __future__ import annotations
 
 import hashlib
+import logging
+import lzma
 import os
 import re
+import struct
 import zipfile
-from dataclasses import dataclass
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from timm.data import resolve_data_config
 from torch import Tensor
+from torchvision.transforms.functional import pil_to_tensor
 
 from ..runtime.files import replace_file
-from .decode import decode_dataset, fingerprint, open_dataset
+from .dataset import open_dataset
+from .decode import decode_dataset, fingerprint
+from .labels import match_labels
+from .pictures import create_picture_transform, join_names, plain
 
 __all__ = ["ImageArrays", "Split", "load_arrays", "save_arrays"]
 
 Split = Literal["train", "test"]
+DECODER = 2  # part of a cache file's name: raised when the same files are decoded to other pixels
+_DAMAGE = (
+    *(ValueError, OSError, EOFError, LookupError, TypeError, RuntimeError, SyntaxError, OverflowError, MemoryError),
+    *(zipfile.BadZipFile, zlib.error, lzma.LZMAError, struct.error),
+)
+_logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -76,7 +92,11 @@ def load_arrays(
     split: Split,
     *,
     data_dir: str | None = None,
-    image_size: int | None = None,
+    image_size: int | tuple[int, int] | None = None,
+    preprocessing: Mapping[str, Any] | None = None,
+    channels: int = 3,
+    label_names: Sequence[str] = (),
+    strict: bool = False,
     cache: bool = False,
     num_workers: int = 0,
     progress: bool = False,
@@ -89,32 +109,52 @@ def load_arrays(
             `timm.data.create_dataset` takes and that can be indexed: ``folder``, ``torch/cifar100``, ``hfds/cifar100``.
         split: ``train``, or ``test``, which finds val, validation and the like too.
         data_dir: Folder of the data set, for timm's names.
-        image_size: Side in pixels. Others are resized: the shorter side, and the centre kept. None: as they are.
-        cache: Keep what was decoded in the user's cache folder and take it from there until the files change.
+        image_size: Side, or height and width, in pixels. Other images are resized until they cover it, and the centre
+            is kept. None: as they are.
+        preprocessing: A ``pretrained_cfg``, by whose crop and interpolation pictures of a data set are resized. None:
+            the whole shorter side is kept (crop_pct 1), bicubic. Arrays are always resized so.
+        channels: 3 decodes pictures as RGB, 1 as grey.
+        label_names: Classes of a network, or of the training set: labels are matched to them by name, see
+            `match_labels`. Empty: the data set's own.
+        strict: Refuse classes that can only be matched in order.
+        cache: Keep what was decoded in the user's cache folder and take it from there until the files change. Where
+            it cannot be written or is damaged, a warning says so, and the pictures are decoded.
         num_workers: Processes that decode.
-        progress: Show a bar while decoding.
+        progress: Show how far decoding is.
 
     Raises:
-        ValueError: The file or folder is not there or holds something else, or images differ in size.
-        OSError: The cache cannot be written.
+        ValueError: The file or folder is not there or holds something else, a picture cannot be read, images differ in
+            size, or a class is not among ``label_names``.
     """
     if split not in ("train", "test"):
         raise ValueError(f"expected split train or test, got {split!r}: choose one")
-    if image_size is not None and image_size < 1:
+    size = (image_size, image_size) if isinstance(image_size, int) else image_size
+    if size is not None and min(size) < 1:
         raise ValueError(f"expected an image_size of at least 1 pixel, got {image_size}: leave it out or raise it")
-    if data.endswith(".npz"):
-        return _resized(_load_npz(Path(data), split), image_size)
-    if data == "digits":
-        return _resized(_load_digits(split), image_size)
-    dataset = open_dataset(data, split, data_dir)
-    file = _cache_file(data, split, image_size, fingerprint(dataset, data, data_dir))
-    if cache and file.is_file():
-        return _load_cache(file)
-    images, labels, names = decode_dataset(dataset, image_size, num_workers, progress)
-    arrays = ImageArrays(images, labels, names)
-    if cache:
-        save_arrays(file, {"images": images.numpy(), "labels": labels.numpy(), "label_names": np.array(names, str)})
-    return arrays
+    if data.endswith(".npz") or data == "digits":
+        arrays = _resized(_load_npz(Path(data), split) if data != "digits" else _load_digits(split), size)
+    else:
+        dataset = open_dataset(data, split, data_dir, channels=channels)
+        crop = resolve_data_config(pretrained_cfg={"crop_pct": 1.0, **(preprocessing or {})})
+        crop = {name: crop[name] for name in ("crop_pct", "crop_mode", "interpolation", "mean")}
+        crop["input_size"] = (channels, *(size or (0, 0)))
+        dataset.transform = pil_to_tensor if size is None else create_picture_transform(crop, as_float=False)
+        file = _cache_file(data, split, crop, fingerprint(dataset, data, data_dir)) if cache else None
+        kept = _load_cache(file) if file else None
+        if kept is None:
+            images, labels = decode_dataset(dataset, num_workers, progress)
+            kept = ImageArrays(images, labels, dataset.label_names)
+            if file:
+                _save_cache(file, kept)
+        arrays = kept
+    return _with_labels(arrays, label_names, data, strict)
+
+
+def _with_labels(arrays: ImageArrays, label_names: Sequence[str], data: str, strict: bool) -> ImageArrays:
+    labels = match_labels(arrays.label_names, label_names, repr(data), strict=strict)
+    if labels is None:
+        return arrays
+    return replace(arrays, labels=torch.tensor(labels)[arrays.labels], label_names=tuple(label_names))
 
 
 def save_arrays(file: Path, arrays: dict[str, np.ndarray]) -> None:
@@ -138,18 +178,33 @@ def _open_npz(file: Path) -> Any:
         if isinstance(archive, np.ndarray):
             raise ValueError("a single array")
         return archive
-    except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
-        raise ValueError(f"expected a whole .npz file at {file}, got {error}: make it anew") from error
+    except _DAMAGE as error:
+        raise ValueError(f"expected a whole .npz file at {file}, got {_reason(error)}: make it anew") from error
 
 
 def _read(archive: Any, file: Path, keys: tuple[str, ...]) -> list[np.ndarray]:
     missing = [key for key in keys if key not in archive]
     if missing:
-        raise ValueError(f"expected {', '.join(keys)} in {file}, got {', '.join(archive)}: add {', '.join(missing)}")
+        raise ValueError(
+            f"expected {', '.join(keys)} in {file}, got {join_names(list(archive))}: add {', '.join(missing)}"
+        )
     try:
         return [archive[key] for key in keys]
-    except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
-        raise ValueError(f"expected whole arrays in {file}, got {error}: make it anew") from error
+    except _DAMAGE as error:
+        raise ValueError(f"expected whole arrays in {file}, got {_reason(error)}: make it anew") from error
+
+
+def _reason(error: BaseException) -> str:
+    return plain(error)[:200] or type(error).__name__
+
+
+def _names(values: np.ndarray, source: str) -> tuple[str, ...]:
+    if values.ndim != 1 or values.dtype.kind not in "US":
+        raise ValueError(
+            f"expected label_names in {source} as one row of texts, got {values.dtype} {values.shape}: "
+            "store np.array(names)"
+        )
+    return tuple(value.decode("utf-8", "replace") if isinstance(value, bytes) else str(value) for value in values)
 
 
 def _labels(values: np.ndarray, source: str) -> Tensor:
@@ -167,7 +222,7 @@ def _images(values: np.ndarray, source: str) -> Tensor:
 def _load_npz(file: Path, split: Split) -> ImageArrays:
     with _open_npz(file) as archive:
         images, labels = _read(archive, file, (f"x_{split}", f"y_{split}"))
-        names = tuple(map(str, archive["label_names"])) if "label_names" in archive else ()
+        names = _names(*_read(archive, file, ("label_names",)), str(file)) if "label_names" in archive else ()
     return ImageArrays(_images(images, f"{file}, x_{split}"), _labels(labels, f"{file}, y_{split}"), names)
 
 
@@ -182,28 +237,49 @@ def _load_digits(split: Split) -> ImageArrays:
     return ImageArrays(torch.from_numpy(images), _labels(digits.target[chosen], "digits"), tuple("0123456789"))
 
 
-def _resized(arrays: ImageArrays, image_size: int | None) -> ImageArrays:
-    height, width = arrays.images.shape[2:]
-    if image_size is None or (height, width) == (image_size, image_size):
+def _resized(arrays: ImageArrays, size: tuple[int, int] | None) -> ImageArrays:
+    shape = tuple(arrays.images.shape[2:])
+    if size is None or shape == size:
         return arrays
-    scale = image_size / min(height, width)
-    size = [max(image_size, round(side * scale)) for side in (height, width)]
-    top, left = ((side - image_size) // 2 for side in size)
+    scale = max(wanted / side for wanted, side in zip(size, shape, strict=True))
+    covering = [max(wanted, round(side * scale)) for wanted, side in zip(size, shape, strict=True)]
+    top, left = ((side - wanted) // 2 for side, wanted in zip(covering, size, strict=True))
     parts = [
-        F.interpolate(part.float(), size=size, mode="bicubic", antialias=True).round_().clamp_(0, 255).byte()
+        F.interpolate(part.float(), size=covering, mode="bicubic", antialias=True).round_().clamp_(0, 255).byte()
         for part in arrays.images.split(1024)
     ]
-    images = torch.cat([part[:, :, top : top + image_size, left : left + image_size] for part in parts])
+    images = torch.cat([part[:, :, top : top + size[0], left : left + size[1]] for part in parts])
     return ImageArrays(images.contiguous(), arrays.labels, arrays.label_names)
 
 
-def _cache_file(data: str, split: str, image_size: int | None, source: str) -> Path:
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "timm_gac" / "arrays"
-    key = hashlib.sha256(repr((data, split, image_size, source)).encode()).hexdigest()[:16]
-    return folder / f"{re.sub(r'[^A-Za-z0-9]+', '-', data)}-{split}-{image_size or 'as-is'}-{key}.npz"
+def _cache_file(data: str, split: str, crop: dict[str, Any], source: str) -> Path | None:
+    """Where a decoded set is kept; None where the user has no folder for caches."""
+    try:
+        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "timm_gac" / "arrays"
+    except RuntimeError:  # there is no home
+        _logger.warning("decoded pictures are not kept: expected a home folder, got none; set XDG_CACHE_HOME")
+        return None
+    key = hashlib.sha256(repr((DECODER, data, split, sorted(crop.items()), source)).encode()).hexdigest()[:16]
+    side = "x".join(map(str, crop["input_size"][1:])) if crop["input_size"][1] else "as-is"
+    return folder / f"{re.sub(r'[^A-Za-z0-9]+', '-', data)}-{split}-{side}-{key}.npz"
 
 
-def _load_cache(file: Path) -> ImageArrays:
-    with _open_npz(file) as archive:
-        images, labels, names = _read(archive, file, ("images", "labels", "label_names"))
-    return ImageArrays(_images(images, str(file)), _labels(labels, str(file)), tuple(map(str, names)))
+def _load_cache(file: Path) -> ImageArrays | None:
+    """What was kept; None where there is nothing, or it is damaged."""
+    try:
+        if not file.is_file():
+            return None
+        with _open_npz(file) as archive:
+            images, labels, names = _read(archive, file, ("images", "labels", "label_names"))
+        return ImageArrays(_images(images, str(file)), _labels(labels, str(file)), _names(names, str(file)))
+    except (ValueError, OSError) as error:
+        _logger.warning("decoding anew: %s", error)
+        return None
+
+
+def _save_cache(file: Path, arrays: ImageArrays) -> None:
+    content = {"images": arrays.images.numpy(), "labels": arrays.labels.numpy()}
+    try:
+        save_arrays(file, content | {"label_names": np.array(arrays.label_names, str)})
+    except OSError as error:
+        _logger.warning("decoded pictures are not kept: %s", error)

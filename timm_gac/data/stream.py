@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
+from timm.data import resolve_data_config
 from torch import Tensor
 from torch.utils.data import IterableDataset
 
 from .augment import Augmentation, draw_augmentation
-from .decode import class_names, open_dataset
+from .dataset import class_names, open_dataset
 from .loader import check_sharding, generator
+from .pictures import read_picture
 from .transforms import BatchAugmenter, Normalizer
 
 __all__ = ["StreamLoader", "create_stream_loaders"]
@@ -145,7 +147,7 @@ def create_stream_loaders(
     data: str,
     *,
     data_dir: str | None,
-    image_size: int,
+    image_size: int | tuple[int, int],
     batch_size: int,
     device: torch.device | str,
     mean: Sequence[float],
@@ -157,6 +159,7 @@ def create_stream_loaders(
     rank: int = 0,
     world_size: int = 1,
     dtype: torch.dtype = torch.float32,
+    preprocessing: Mapping[str, Any] | None = None,
     **loader_options: Any,
 ) -> tuple[StreamLoader, StreamLoader]:
     """Loaders of the training and the test set.
@@ -164,7 +167,8 @@ def create_stream_loaders(
     Args:
         data: Name as `timm.data.create_dataset` takes it.
         data_dir: Folder of the data set.
-        image_size: Side of the crops, pixels: a random resized crop in training, the centre in the test.
+        image_size: Side of the crops, or height and width, pixels: a random resized crop in training, the centre in
+            the test.
         batch_size: Images per batch and process.
         device: Where images and targets are to be.
         mean: Per channel, of values in [0, 1].
@@ -176,6 +180,7 @@ def create_stream_loaders(
         rank: Of this process.
         world_size: Processes.
         dtype: Of the images that come out.
+        preprocessing: A ``pretrained_cfg``, whose crop and interpolation the test images get, as in `open_test_set`.
         loader_options: For timm's `create_loader`, such as ``scale``, ``interpolation``, ``crop_pct``, ``color_jitter``
             and ``auto_augment``. Colour jitter is off unless given.
 
@@ -188,9 +193,12 @@ def create_stream_loaders(
         raise ValueError(f"expected an even batch_size to mix in pairs, got {batch_size}: add or drop one")
     if len(mean) != 3:
         raise ValueError(f"expected mean and std of 3 channels, got {len(mean)}: images are read as RGB")
+    crop = resolve_data_config(pretrained_cfg=dict(preprocessing)) if preprocessing else {}
+    test_options = {name: crop[name] for name in ("crop_pct", "crop_mode", "interpolation") if name in crop}
     device = torch.device(device)
     normalizer = Normalizer(mean, std, device, dtype)
-    size = (len(mean), image_size, image_size)
+    height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
+    size = (len(mean), height, width)
     augmenter = BatchAugmenter(
         augmentation,
         shape=size,
@@ -198,12 +206,16 @@ def create_stream_loaders(
         normalizer=normalizer,
         device=device,
     )
-    loaders = []
+    loaders: list[Any] = []
+    names: tuple[str, ...] = ()
     for split, training in (("train", augmenter), ("test", None)):
         seeded = {"is_training": training is not None, "batch_size": batch_size, "seed": seed}
-        dataset = open_dataset(data, split, data_dir, **seeded)
+        dataset = open_dataset(data, split, data_dir, label_names=names, strict=True, **seeded)
+        names = names or class_names(dataset)
         _check_dataset(dataset, split, batch_size * world_size if training else 1, num_classes)
         options: dict[str, Any] = {"is_training": training is not None, **loader_options}
+        if training is None:
+            options |= test_options
         loaders.append(
             create_plain_loader(
                 dataset,
@@ -226,8 +238,6 @@ def create_stream_loaders(
         )
         for loader, part in zip(loaders, (augmenter, None), strict=True)
     )
-    if train.label_names != test.label_names:
-        raise ValueError("expected the same classes in training and test set, got others: compare their folders")
     return train, test
 
 
@@ -257,7 +267,20 @@ def create_plain_loader(
     common |= {"num_workers": num_workers, "mean": (0.0,) * input_size[0], "std": (1.0,) * input_size[0]}
     common |= {"persistent_workers": False, "pin_memory": device.type == "cuda", "hflip": 0.0, "color_jitter": None}
     # Each process takes its part through the sampler: timm's own would need torch.distributed and repeat test images.
-    return create_loader(dataset, is_training=is_training, distributed=False, **{**common, **options})
+    loader = create_loader(dataset, is_training=is_training, distributed=False, **{**common, **options})
+    if isinstance(dataset, IterableDataset):
+        dataset.transform = _Decoded(dataset.transform, input_size[0])  # type: ignore[attr-defined]
+    return loader
+
+
+class _Decoded:
+    """Pictures of a sequence, decoded as all others are, before timm's transform."""
+
+    def __init__(self, transform: Callable[[Any], Any], channels: int) -> None:
+        self.transform, self.channels = transform, channels
+
+    def __call__(self, picture: Any) -> Any:
+        return self.transform(read_picture(picture, self.channels, "a picture of the sequence"))
 
 
 def _check_dataset(dataset: Any, split: str, needed: int, num_classes: int) -> None:

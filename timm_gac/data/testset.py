@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
+from timm.data import resolve_data_config
 
 from .arrays import Split, load_arrays
-from .decode import class_names, open_dataset
+from .dataset import class_names, open_dataset
 from .loader import DeviceLoader
 from .stream import StreamLoader, create_plain_loader
 from .transforms import Normalizer
@@ -24,7 +25,8 @@ def open_test_set(
     data: str,
     cfg: Mapping[str, Any],
     *,
-    num_classes: int,
+    num_classes: int | None,
+    label_names: Sequence[str] = (),
     split: Split = "test",
     data_dir: str | None = None,
     image_size: int | None = None,
@@ -32,65 +34,106 @@ def open_test_set(
     batch_size: int = 256,
     num_workers: int = 0,
     device: torch.device | str = "cpu",
+    progress: bool = False,
 ) -> DeviceLoader | StreamLoader:
     """Batches of images as a network wants them, and their labels, each image once and in order.
 
     Args:
         data: What `load_arrays` takes, or any other name of `timm.data.create_dataset`.
-        cfg: The network's ``pretrained_cfg``: size, mean and std, and for large images crop and interpolation.
-        num_classes: Classes of the network.
+        cfg: The network's ``pretrained_cfg``: size, mean and std, crop and interpolation.
+        num_classes: Classes of the network; None where the labels do not matter.
+        label_names: Names of the network's classes, to which those of the data are matched; empty where unknown.
         split: Split of the data set.
         data_dir: Folder of the data set, for timm's names.
-        image_size: Side in pixels; the network's own where None.
+        image_size: Side of the images in pixels; the network's own height and width where None.
         images: Only so many, evenly spread over the set.
         batch_size: Images a batch.
         num_workers: Processes that decode.
         device: Where the batches are to be.
+        progress: Show how far decoding of small images is.
 
     Raises:
         ValueError: There is no such data set, or it does not fit the network.
     """
     if images is not None and images < 1:
         raise ValueError(f"expected at least 1 image, got {images}: raise it, or leave it out for all of them")
-    channels, height, width = cfg["input_size"]
-    size = (image_size, image_size) if image_size else (height, width)
+    crop = resolve_data_config(pretrained_cfg=dict(cfg))
+    channels, *size = crop["input_size"]
+    if image_size is not None:
+        size = [image_size, image_size]
+        crop["input_size"] = (channels, *size)
     in_memory = data.endswith(".npz") or data == "digits"
-    shared: dict[str, Any] = {"mean": cfg["mean"], "std": cfg["std"], "device": device}
+    if channels not in (1, 3) and not in_memory:
+        raise ValueError(f"expected a network for 1 or 3 channels, as pictures have, got one for {channels}")
+    source: dict[str, Any] = {
+        "data_dir": data_dir,
+        "label_names": label_names if num_classes else (),
+        "channels": channels,
+    }
     if in_memory or (max(size) <= SMALL and data.partition("/")[0].lower() not in _SEQUENCES):
-        # An array whose images have the network's size already stays as it is, also where they are no squares.
-        arrays = load_arrays(data, split, data_dir=data_dir, image_size=None if in_memory else size[0], cache=True)
-        if in_memory and tuple(arrays.images.shape[2:]) != size:
-            arrays = load_arrays(data, split, image_size=size[0])
+        arrays = load_arrays(
+            data,
+            split,
+            image_size=(size[0], size[1]),
+            preprocessing=crop,
+            cache=True,
+            progress=progress,
+            **source,
+        )
+        _check_classes(arrays.label_names, label_names, num_classes, data)
         if images is not None and images < len(arrays.labels):
             chosen = torch.arange(images) * len(arrays.labels) // images
             arrays = replace(arrays, images=arrays.images[chosen], labels=arrays.labels[chosen])
         return DeviceLoader(
-            arrays, batch_size, augmentation=None, num_classes=num_classes, seed=0, training=False, **shared
+            arrays,
+            batch_size,
+            augmentation=None,
+            num_classes=arrays.num_classes if num_classes is None else num_classes,
+            seed=0,
+            training=False,
+            mean=crop["mean"],
+            std=crop["std"],
+            device=device,
         )
-    dataset = open_dataset(data, split, data_dir, is_training=False, batch_size=batch_size, seed=0)
-    if len(class_names(dataset)) > num_classes:
-        raise ValueError(
-            f"expected at most the network's {num_classes} classes in {data!r}, got {len(class_names(dataset))}: "
-            "choose another set or network"
-        )
-    if channels != 3:
-        raise ValueError(f"expected a network for 3 channels, as pictures are read, got one for {channels}")
-    options = {"crop_pct": cfg.get("crop_pct"), "interpolation": cfg.get("interpolation", "bilinear")}
+    dataset = open_dataset(data, split, is_training=False, batch_size=batch_size, seed=0, **source)
+    _check_classes(class_names(dataset), label_names, num_classes, data)
     loader = create_plain_loader(
         dataset,
         input_size=(channels, *size),
         batch_size=batch_size,
         device=torch.device(device),
         num_workers=num_workers,
-        **options,
+        crop_pct=crop["crop_pct"],
+        crop_mode=crop["crop_mode"],
+        interpolation=crop["interpolation"],
     )
     return StreamLoader(
         loader,
         augmenter=None,
-        normalizer=Normalizer(cfg["mean"], cfg["std"], torch.device(device), torch.float32),
+        normalizer=Normalizer(crop["mean"], crop["std"], torch.device(device), torch.float32),
         batch_size=batch_size,
         seed=0,
         rank=0,
         world_size=1,
         images=images,
     )
+
+
+def _check_classes(found: Sequence[str], wanted: Sequence[str], num_classes: int | None, data: str) -> None:
+    """Refuse classes that cannot be the network's: more, or fewer of a network whose classes have no names.
+
+    Raises:
+        ValueError: It is so.
+    """
+    if num_classes is None or not found:
+        return
+    if len(found) > num_classes:
+        raise ValueError(
+            f"expected at most the network's {num_classes} classes in {data!r}, got {len(found)}: "
+            "choose another set or network"
+        )
+    if not wanted and len(found) < num_classes:
+        raise ValueError(
+            f"expected all of the network's {num_classes} classes in {data!r}, got {len(found)}: the network's classes "
+            "have no names to match them by; add label_names to its config.json"
+        )

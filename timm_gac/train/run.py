@@ -91,7 +91,7 @@ class Run:
         if sets is not None:
             num_classes, shape = sets[0].num_classes, sets[0].images.shape[1:]
         self.network = create_network(recipe, num_classes, shape[0])
-        describe_input(self.network, shape)
+        describe_input(self.network, shape, whole=sets is not None)
         freeze_stages(self.network, recipe.freeze_stages)
         self.loaders = create_loaders(
             recipe=recipe,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import timm
 import torch
@@ -110,7 +110,7 @@ def prepare(accelerator: Accelerator, recipe: Recipe, model: nn.Module, optimize
     return accelerator.prepare(model, optimizer)
 
 
-def describe_input(network: Any, shape: tuple[int, ...]) -> None:
+def describe_input(network: Any, shape: tuple[int, ...], whole: bool = False) -> None:
     """Write the shape of the training images into a network's ``pretrained_cfg``, which is stored with the model.
 
     If it has another number of channels, mean and std become those of the average channel.
@@ -118,8 +118,11 @@ def describe_input(network: Any, shape: tuple[int, ...]) -> None:
     Args:
         network: Network whose ``pretrained_cfg`` is replaced.
         shape: (C, H, W) of the training images.
+        whole: Whether they are resized without a crop (see `load_arrays`), as test pictures are to be too.
     """
     cfg = dict(network.pretrained_cfg) | {"input_size": tuple(shape)}
+    if whole:
+        cfg |= {"crop_pct": 1.0, "crop_mode": "center", "interpolation": "bicubic"}
     if len(cfg["mean"]) != shape[0]:
         cfg |= {name: (sum(cfg[name]) / len(cfg[name]),) * shape[0] for name in ("mean", "std")}
     network.pretrained_cfg = cfg
@@ -129,19 +132,22 @@ def read_sets(recipe: Recipe, progress: bool) -> tuple[ImageArrays, ImageArrays]
     """Training and test set in memory; None if images are streamed."""
     if recipe.stream:
         return None
-    train, test = (
-        load_arrays(
+
+    def read(split: Literal["train", "test"], names: tuple[str, ...] = ()) -> ImageArrays:
+        return load_arrays(
             recipe.data,
             split,
             data_dir=recipe.data_dir,
             image_size=recipe.image_size,
+            label_names=names,
+            strict=True,
             cache=True,
             num_workers=recipe.num_workers,
             progress=progress,
         )
-        for split in ("train", "test")
-    )
-    return train, test
+
+    train = read("train")
+    return train, read("test", train.label_names)
 
 
 def create_loaders(
@@ -169,23 +175,24 @@ def create_loaders(
         rank=accelerator.process_index,
         world_size=accelerator.num_processes,
     )
-    return _stream_loaders(recipe, shared) if sets is None else _device_loaders(recipe, sets, shared)
+    return _stream_loaders(recipe, cfg, shared) if sets is None else _device_loaders(recipe, sets, shared)
 
 
-def _stream_loaders(recipe: Recipe, shared: dict[str, Any]) -> Loaders:
+def _stream_loaders(recipe: Recipe, cfg: dict[str, Any], shared: dict[str, Any]) -> Loaders:
     def stream(last: bool) -> Any:
         return create_stream_loaders(
             recipe.data,
             data_dir=recipe.data_dir,
-            image_size=recipe.image_size or 224,
+            image_size=cfg["input_size"][1:],
             batch_size=recipe.batch_size,
             augmentation=recipe.augmentation(last),
+            preprocessing=cfg,
             num_workers=recipe.num_workers,
             **shared,
         )
 
     train, test = stream(last=False)
-    return Loaders(train, stream(last=True)[0] if recipe.mix_off_epochs else None, test, ())
+    return Loaders(train, stream(last=True)[0] if recipe.mix_off_epochs else None, test, train.label_names)
 
 
 def _device_loaders(recipe: Recipe, sets: tuple[ImageArrays, ImageArrays], shared: dict[str, Any]) -> Loaders:
