@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import timm
 
+import timm_gac
 from timm_gac import cli, hub
 from timm_gac.bench import kernels as benchmark
 
@@ -137,7 +138,10 @@ def test_models_lists_every_model_with_its_parameters(
     text = capsys.readouterr().out
     assert [name for name in timm.list_models(module="spiking_resnet") if f"{name} " not in text] == []
     row = next(line for line in text.splitlines() if line.split()[:1] == ["gac_msresnet34"])
-    assert row.split() == ["gac_msresnet34", "GAC", "ImageNet", "21,932,984", "4", "1000", "3x224x224"]
+    assert row.split() == ["gac_msresnet34", "GAC", "ImageNet", "21,932,984", "4", "1000", "3x224x224", "-"]
+    row = next(line for line in text.splitlines() if line.split()[:1] == ["gac_msresnet18_cifar"])
+    assert row.split()[-1] == "cifar100"
+    assert max(map(len, text.splitlines())) <= 100
 
 
 def test_models_takes_a_pattern(capsys: pytest.CaptureFixture[str]) -> None:
@@ -199,6 +203,84 @@ def test_what_cannot_be_parsed_is_status_2(arguments: list[str], said: str, caps
     assert said in captured.err and "Traceback" not in captured.err and captured.out == ""
 
 
+@pytest.mark.parametrize(
+    ("arguments", "meant"),
+    [
+        (["trian"], "'train'"),
+        (["evaluate"], "'eval'"),
+        (["bench", "kernel"], "'kernels'"),
+        (["train", "cifar1000"], "'cifar100'"),
+    ],
+)
+def test_a_misspelled_name_gets_the_nearest(
+    arguments: list[str], meant: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(arguments)
+    captured = capsys.readouterr()
+    assert f"got {arguments[-1]!r} (did you mean {meant}" in captured.err
+    assert captured.err.count("\n") == 1 and captured.out == ""
+
+
+def test_the_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["--version"]) == 0
+    assert capsys.readouterr().out == f"timm-gac {timm_gac.__version__}\n"
+
+
+def test_waiting_threads_sleep_unless_told_otherwise(tmp_path: Path) -> None:
+    script = tmp_path / "timm-gac"
+    script.write_text(
+        "import os, sys\n"
+        "os.environ.pop('OMP_WAIT_POLICY', None)\n"
+        "from timm_gac.cli import main\n"
+        "main(['--version'])\n"
+        "assert os.environ['OMP_WAIT_POLICY'] == 'passive' and 'torch' not in sys.modules\n"
+        "os.environ['OMP_WAIT_POLICY'] = 'active'\n"
+        "main(['--version'])\n"
+        "assert os.environ['OMP_WAIT_POLICY'] == 'active'\n"
+    )
+    run_python(str(script))
+
+
+LATE = [
+    ["demo", "--out", "OUT"],
+    ["energy", "test_gac_msresnet", "--data", "digits", "--out", "OUT"],
+    ["inspect", "test_gac_msresnet", "a.png", "--out", "OUT"],
+    ["anytime", "test_gac_msresnet", "--data", "digits", "--out", "OUT"],
+    ["eval", "test_gac_msresnet", "--data", "digits", "--json", "OUT/a.json"],
+    ["predict", "a.png", "--model", "test_gac_msresnet", "--json", "OUT/a.json"],
+    ["convert", "a.pth", "OUT"],
+    ["quantize", "test_gac_msresnet", "OUT"],
+]
+
+
+@pytest.mark.parametrize("out", ["/proc/nowhere", "FILE/below"])
+@pytest.mark.parametrize("arguments", LATE, ids=lambda arguments: arguments[0])
+def test_what_cannot_be_written_is_said_before_the_work(
+    arguments: list[str], out: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("timm_gac.hub.open_network", None)  # opening a network is work already
+    monkeypatch.setattr("timm_gac.hub.convert_checkpoint", None)
+    monkeypatch.setattr("timm_gac.cli.digits.train", None)
+    (tmp_path / "file").touch()
+    place = out.replace("FILE", str(tmp_path / "file"))
+    assert cli.main([word.replace("OUT", place) for word in arguments]) == 2
+    error = capsys.readouterr().err
+    assert "choose another" in error and error.count("\n") == 1 and [*tmp_path.iterdir()] == [tmp_path / "file"]
+
+
+@pytest.mark.parametrize("arguments", LATE[:4], ids=lambda arguments: arguments[0])
+def test_a_missing_package_is_said_before_the_work(
+    arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("timm_gac.hub.open_network", None)
+    monkeypatch.setattr("timm_gac.cli.digits.train", None)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert cli.main([word.replace("OUT", str(tmp_path / "out")) for word in arguments]) == 2
+    assert "'matplotlib'" in (error := capsys.readouterr().err) and "pip install matplotlib" in error
+    assert not [*tmp_path.iterdir()]
+
+
 def test_convert_passes_its_arguments_on(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     calls: list[tuple[Any, ...]] = []
 
@@ -241,4 +323,5 @@ def test_a_missing_extra_is_named(
     monkeypatch.setattr(builtins, "__import__", without_sklearn)
     assert cli.main(["demo", "--out", str(tmp_path / "demo")]) == 2
     errors = capsys.readouterr().err
-    assert "'sklearn'" in errors and "install timm-gac[demo]" in errors
+    # PyPI's name of the package: an extra of this one is no remedy outside of a clone.
+    assert "'sklearn'" in errors and "pip install scikit-learn" in errors and "timm-gac[" not in errors

@@ -14,16 +14,19 @@ import timm
 import torch
 import torch.nn.functional as F
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from ..analysis.inspect.figures import draw_trains
+from ..data.pictures import plain
 from ..hub import save_model_folder
 from ..inference.record import record_spikes
 from ..runtime.files import write_json
 from .demo_config import DemoConfig
+from .output import check_packages, check_writable, create_console
 
 RESULT = "demo.json"  # also the mark of a folder that the demo made and may write again
 REQUIRED_ACCURACY = 0.95
@@ -40,8 +43,9 @@ def run_demo(config: DemoConfig, console: Console | None = None) -> int:
     Raises:
         ValueError: ``out`` holds files of somebody else.
     """
-    console = console or Console()
+    console = console or create_console()
     check_folder(config.out, config.overwrite)
+    check_packages("matplotlib", "sklearn", "accelerate")
     started = time.perf_counter()
     train_set, test_set = load_digits(config.seed)
     torch.manual_seed(config.seed)
@@ -80,12 +84,13 @@ def run_demo(config: DemoConfig, console: Console | None = None) -> int:
     seconds = time.perf_counter() - started
     console.print(rate_table(rates))
     passed = accuracy >= REQUIRED_ACCURACY
+    folder = escape(plain(config.out))
     console.print(
         f"test accuracy   {_mark(passed)} {accuracy:.2%} ({round(accuracy * len(labels))} of {len(labels)} digits)\n"
         f"reloaded logits {_mark(equal)} {'equal, bit for bit' if equal else 'different'}\n"
         f"time            {train_seconds:.0f} s to train, {seconds:.0f} s in all\n"
-        f"model           {config.out}/config.json, {config.out}/model.safetensors\n"
-        f"spikes          {raster}",
+        f"model           {folder}/config.json, {folder}/model.safetensors\n"
+        f"spikes          {escape(plain(raster))}",
         highlight=False,
     )
     return 0 if passed and equal else 1
@@ -103,6 +108,7 @@ def check_folder(out: Path, overwrite: bool) -> None:
     """
     if out.exists() and not out.is_dir():
         raise ValueError(f"expected a folder, got the file {out}: choose another --out")
+    check_writable(out, "--out")
     if out.is_dir() and any(out.iterdir()) and not (overwrite or (out / RESULT).is_file()):
         raise ValueError(
             f"expected a new, an empty or an earlier demo's folder, got {out}: choose another --out or --overwrite"

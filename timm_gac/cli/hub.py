@@ -7,6 +7,8 @@ from typing import Annotated
 
 import tyro
 
+from .output import check_writable, create_console
+
 __all__ = ["convert", "push", "verify"]
 
 
@@ -30,14 +32,15 @@ def convert(
         num_steps: Number of time steps T; found out from the file where left out, 4 for direct coding.
         overwrite: Replace the model in a folder that has one.
     """
-    from rich import print as show
-
+    from ..data.pictures import plain
     from ..hub import convert_checkpoint
 
+    check_writable(out_folder, "OUT_FOLDER")
     folder = convert_checkpoint(
         file, out_folder, model=model, num_classes=num_classes, num_steps=num_steps, overwrite=overwrite
     )
-    show(f"wrote {folder}: load it with timm.create_model('local-dir:{folder}', pretrained=True)")
+    load = f"timm.create_model('local-dir:{folder}', pretrained=True)"
+    create_console().print(plain(f"wrote {folder}: load it with {load}"), markup=False)
     return 0
 
 
@@ -70,8 +73,7 @@ def push(
         dataset: Name of the training data, such as cifar100, where the run does not say it.
         license: Licence of the weights, as the Hub spells it.
     """
-    from rich.console import Console
-
+    from ..data.pictures import plain
     from ..hub import PublishConfig
     from ..hub import push as publish
 
@@ -86,16 +88,20 @@ def push(
         license=license,
     )
     result = publish(source, config)
-    console = Console(highlight=False, soft_wrap=True)
+
+    def show(text: str) -> None:
+        console.print("\n".join(map(plain, text.splitlines())), markup=False)
+
+    console = create_console()
     for name, size in result.files.items():
         mark = "sent" if name in result.sent else "    " if dry_run else "same"
-        console.print(f"{mark}  {size:>12,}  {name}")
+        show(f"{mark}  {size:>12,}  {name}")
     if "energy.json" not in result.files:
-        console.print(f"the card has no energy: `timm-gac energy {source} --data DATA --out {source}` measures it")
+        show(f"the card has no energy: `timm-gac energy {source} --data DATA --out {source}` measures it")
     if dry_run:
-        console.print(f"nothing was sent: look at {result.folder}, then push without --dry-run")
+        show(f"nothing was sent: look at {result.folder}, then push without --dry-run")
     else:
-        console.print(f"published: {result.url}\nload it with timm.create_model('hf-hub:{repo_id}')")
+        show(f"published: {result.url}\nload it with timm.create_model('hf-hub:{repo_id}')")
     return 0
 
 
@@ -112,16 +118,16 @@ def verify(
         source: ORG/NAME on the Hub, or a folder.
         revision: Branch, tag or commit of the repository.
     """
-    from rich.console import Console
-
+    from ..data.pictures import plain
     from ..hub import open_source
     from ..hub import verify as check
 
     result = check(open_source(source, revision))
-    Console(highlight=False, soft_wrap=True).print(
+    create_console().print(
         f"weights         {'those' if result.same_weights else 'NOT those'} that the golden output was made with\n"
         f"float64 logits  largest difference {result.difference:.1e} over {result.images} images\n"
         f"float32 classes {'equal' if result.same_classes else 'different'}\n"
-        f"{'verified' if result.passed else 'FAILED'}: {source}"
+        f"{'verified' if result.passed else 'FAILED'}: {plain(source)}",
+        markup=False,
     )
     return 0 if result.passed else 1

@@ -9,12 +9,15 @@ from __future__ import annotations
 import functools
 import importlib
 import logging
+import os
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import tyro
 from tyro.extras import SubcommandApp
+
+from .output import nearest
 
 # Command to its module and function here, in the order of the list that `timm-gac --help` shows.
 COMMANDS = {
@@ -35,8 +38,8 @@ COMMANDS = {
     "bench scaling": "bench:scaling",
     "bench curves": "bench:curves",
 }
-# What brings an optional package; anything else is in `all`.
-EXTRAS = {"accelerate": "train", "tensorboard": "train", "matplotlib": "bench", "sklearn": "demo"}
+# What PyPI calls a package whose module has another name.
+PYPI = {"sklearn": "scikit-learn", "PIL": "pillow"}
 DESCRIPTION = (
     "Gated attention coding and spiking ResNets for timm: train, evaluate, look inside, publish, benchmark.\n"
     "`timm-gac COMMAND --help` explains a command. Start with `timm-gac demo`."
@@ -49,6 +52,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Args:
         arguments: What follows ``timm-gac``; of the process where left out.
     """
+    # Threads that wait sleep instead of spinning: on busy cores an evaluation took 180 CPU-seconds, not 408. OpenMP
+    # reads it when PyTorch is imported. The Makefile sets the same.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     logging.basicConfig(format="%(message)s")
     logging.getLogger("timm_gac").setLevel(logging.INFO)
     given = list(sys.argv[1:] if arguments is None else arguments)
@@ -57,8 +63,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         message = str(error)
     except ModuleNotFoundError as error:
-        extra = EXTRAS.get(str(error.name).partition(".")[0], "all")
-        message = f"expected the optional package {error.name!r}, got none: install timm-gac[{extra}]"
+        package = str(error.name).partition(".")[0]
+        message = f"expected the package {package!r} for this, got none: pip install {PYPI.get(package, package)}"
     except KeyboardInterrupt:
         message = "interrupted"
     sys.stderr.write(f"timm-gac: {message}\n")
@@ -66,6 +72,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(given: list[str]) -> int:
+    if given[:1] == ["--version"]:
+        from .. import __version__
+
+        sys.stdout.write(f"timm-gac {__version__}\n")
+        return 0
     for words in (1, 2):
         name = " ".join(given[:words])
         if name == "train":  # parses its own options, whose defaults are those of the recipe given
@@ -74,7 +85,20 @@ def _run(given: list[str]) -> int:
             return train(given[words:])
         if name in COMMANDS:
             return tyro.cli(_command(name), prog=f"timm-gac {name}", args=given[words:])
+    _check_command(given)
     return _all_commands().cli(prog="timm-gac", description=DESCRIPTION, args=given)
+
+
+def _check_command(given: list[str]) -> None:
+    """Leave with status 2 and the nearest names where there is no such command."""
+    group = ["bench"] if given[:1] == ["bench"] else []
+    word = next(iter(given[len(group) :]), "-")
+    known = [name.split()[-1] for name in COMMANDS if name.split()[:-1] == group] + ([] if group else ["bench"])
+    if word.startswith("-") or word in known:
+        return
+    where = " ".join(["timm-gac", *group])
+    sys.stderr.write(f"timm-gac: expected a command, got {word!r}{nearest(word, known)}: see {where} --help\n")
+    raise SystemExit(2)
 
 
 def _command(name: str) -> Callable[..., int]:

@@ -10,7 +10,9 @@ __all__ = ["models"]
 
 
 def models(pattern: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="PATTERN")] = "*") -> int:
-    """List the models: encoder, neuron, parameters, steps, input.
+    """List the models: encoder, parameters, steps, input, published weights.
+
+    A model with published weights is named with their tag, as in gac_msresnet18_cifar.cifar100.
 
     Example: timm-gac models 'gac_*'
 
@@ -20,12 +22,12 @@ def models(pattern: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="
     import timm
     import torch
     from rich.box import SIMPLE_HEAD
-    from rich.console import Console
     from rich.table import Table
 
     from gac_kernels import CIFAR, IMAGENET
 
     from ..layers.encoder import GatedAttentionCoding
+    from .output import create_console
 
     names = timm.list_models(pattern, module="spiking_resnet")
     if not names:
@@ -35,6 +37,7 @@ def models(pattern: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="
         table.add_column(heading, no_wrap=True)
     for heading in ("parameters", "T", "classes", "input"):
         table.add_column(heading, justify="right", no_wrap=True)
+    table.add_column("weights", no_wrap=True)
     for name in names:
         network = timm.create_model(name, device=torch.device("meta"))
         table.add_row(
@@ -45,6 +48,7 @@ def models(pattern: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="
             str(network.num_steps),
             str(network.num_classes),
             "x".join(map(str, network.pretrained_cfg["input_size"])),
+            ", ".join(full.partition(".")[2] for full in timm.list_models(f"{name}.*", pretrained=True)) or "-",
         )
-    Console().print(table)
+    create_console().print(table)
     return 0

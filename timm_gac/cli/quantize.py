@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 
 import tyro
 
+from .output import check_writable, create_console
 from .sources import TrainedModel
 
 __all__ = ["quantize"]
@@ -28,12 +29,14 @@ def quantize(
         clip: Scale a channel by its largest weight, or by the least squared error.
         overwrite: Replace the model in a folder that has one.
     """
-    from rich import print as show
-
+    from ..data.pictures import plain
     from ..hub import open_network, save_quantized
 
-    opened = open_network(model)
+    check_writable(out_folder, "OUT_FOLDER")
+    opened = open_network(model).require_trained()
     folder = save_quantized(opened.network, out_folder, clip, overwrite)
     size = sum(file.stat().st_size for file in folder.iterdir()) / 2**20
-    show(f"wrote {folder} ({size:.1f} MiB; weights {opened.origin}): load it with timm_gac.hub.load_model('{folder}')")
+    load = f"timm_gac.hub.load_model('{folder}')"
+    text = f"wrote {folder} ({size:.1f} MiB; weights {opened.origin}): load it with {load}"
+    create_console().print(plain(text), markup=False)
     return 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 
 __all__ = ["train"]
@@ -14,7 +15,15 @@ def train(arguments: Sequence[str]) -> int:
         arguments: A recipe and options, see `timm_gac.train.options`.
     """
     from ..train.options import parse
+    from ..train.recipes import RECIPES
+    from .output import nearest
 
+    if arguments and not arguments[0].startswith("-") and not {*arguments} & {*RECIPES}:
+        close = nearest(arguments[0], list(RECIPES))
+        sys.stderr.write(
+            f"timm-gac: expected a recipe first, got {arguments[0]!r}{close}: choose one of {', '.join(RECIPES)}\n"
+        )
+        raise SystemExit(2)
     recipe, options = parse(arguments, "timm-gac train")
     from .. import models as models  # registers them, which the console script's process has not done yet
     from ..train.loop import train as run
