@@ -134,7 +134,7 @@ def test_sync_batch_norm_conversion_keeps_the_neuron(convert) -> None:
     expected = fused(x)
     fused.load_state_dict(plain.state_dict())
     converted = convert(fused)
-    assert isinstance(converted, BatchNormLIF) and isinstance(converted.sync, nn.SyncBatchNorm)
+    assert isinstance(converted, BatchNormLIF) and isinstance(converted.norm, nn.SyncBatchNorm)
     assert converted.state_dict().keys() == plain.state_dict().keys()
     torch.testing.assert_close(converted(x), expected, rtol=0, atol=0)
 

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from gac_kernels import LIFSpec
 
-from ..layers.checks import fixed_num_steps, has_hooks
+from ..layers.checks import fixed_num_steps, log_called, may_skip
 from ..layers.convolution import shortcut_operands
-from ..layers.neuron import BatchNormLIF
+from ..layers.neuron import LIF, BatchNormLIF
 from ..layers.neuron_layer import add_residual, at_least_float32, spikes_of
 from ..models.blocks import MSBlock, SpikingBlock, Stage
 
@@ -130,7 +130,11 @@ class FoldedLIF(nn.Module):
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
         """Spikes; where a membrane shortcut follows the block, the pair (membrane, spikes)."""
-        if shift_in_neuron(x):
+        in_kernel = shift_in_neuron(x)
+        if in_kernel and not may_skip(self.lif, _LIF_FORWARDS):
+            log_called(self.lif, _LIF_FORWARDS)
+            x, in_kernel = x + self.shift.to(x.dtype)[:, None, None], False
+        if in_kernel:
             if residual is not None:
                 residual = residual.to(x.dtype)
             spikes, current, _ = torch.ops.gac_kernels.norm_lif(
@@ -188,6 +192,12 @@ class FoldedBlock(nn.Module):
         return (*out, None) if isinstance(out, tuple) else (out, out, None)
 
 
+_LIF_FORWARDS = (LIF.forward,)
+_CONV_FORWARDS = (FoldedConv2d.forward,)
+_NEURON_FORWARDS = (FoldedLIF.forward,)
+_SHORTCUT_FORWARDS = (nn.Sequential.forward,)
+
+
 def _convolve_and_fire(
     conv: Any, neuron: Any, x: Tensor, downsample: Any = None, residual: Tensor | None = None
 ) -> Any:
@@ -196,7 +206,12 @@ def _convolve_and_fire(
     The op has none; convolution and neuron apart have, at the input for instance.
     """
     gradients = torch.is_grad_enabled() and (x.requires_grad or conv.weight.requires_grad)
-    watched = has_hooks(conv) or has_hooks(neuron)
+    watched = not (
+        may_skip(conv, _CONV_FORWARDS) and may_skip(neuron, _NEURON_FORWARDS) and may_skip(neuron.lif, _LIF_FORWARDS)
+    )
+    if watched:
+        log_called(conv, _CONV_FORWARDS)
+        log_called(neuron, _NEURON_FORWARDS)
     if (
         not shift_in_neuron(x)
         or gradients
@@ -215,7 +230,8 @@ def _convolve_and_fire(
     x, weight = x.to(dtype), conv.weight.to(dtype)
     kernel = None
     if residual is not None and downsample is not None:
-        operands = None if has_hooks(downsample) else shortcut_operands(downsample[0], residual)
+        skipped = may_skip(downsample, _SHORTCUT_FORWARDS) and len(downsample) == 1
+        operands = shortcut_operands(downsample[0], residual) if skipped else None
         residual, kernel = operands if operands is not None else (downsample(residual), None)
     residual, kernel = (None if tensor is None else tensor.to(dtype) for tensor in (residual, kernel))
     spikes, current = torch.ops.gac_kernels.conv_lif(

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from gac_kernels import LIFSpec, firing_rate, integer_lif, spike_conv, spike_conv_reference
 
-from ..layers.checks import fixed_num_steps, has_hooks
+from ..layers.checks import fixed_num_steps, log_called, may_skip
 from ..layers.convolution import shortcut_operands
 from ..layers.neuron_layer import at_least_float32, spikes_of
 from ..models.network import SpikingResNet
@@ -217,6 +217,9 @@ class SpikeConv(nn.Module):
         )
 
 
+_SPIKE_CONV_FORWARDS = (SpikeConv.forward,)
+
+
 class IntegerBlock(nn.Module):
     """A residual block on membrane and int8 spikes; the float block's equations.
 
@@ -244,7 +247,10 @@ class IntegerBlock(nn.Module):
         if self.downsample is not None:
             shortcut = shortcut if shortcut.is_floating_point() else self._real(shortcut)
             # A hook on the second convolution sees the shortcut itself.
-            operands = None if has_hooks(self.conv2) else shortcut_operands(self.downsample, shortcut)
+            skipped = may_skip(self.conv2, _SPIKE_CONV_FORWARDS)
+            if not skipped:
+                log_called(self.conv2, _SPIKE_CONV_FORWARDS)
+            operands = shortcut_operands(self.downsample, shortcut) if skipped else None
             shortcut, weight = operands if operands is not None else (self.downsample(shortcut), None)
         out = self.conv2(hidden, shortcut) if weight is None else self.conv2(hidden, shortcut, weight)
         return (*out, None) if isinstance(out, tuple) else (out, out, None)

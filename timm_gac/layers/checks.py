@@ -1,12 +1,23 @@
-"""Checks that several layers share."""
+"""Checks that several layers share: their arguments, and whether a kernel may do a module's work without calling it."""
 
 from __future__ import annotations
 
+import logging
+import weakref
+from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import nn
+from torch.nn.modules.module import _has_any_global_hook
+from torch.nn.utils.parametrize import is_parametrized
 
-__all__ = ["SetOnce", "check_num_steps", "has_hooks"]
+__all__ = ["Forwards", "SetOnce", "check_num_steps", "fixed_num_steps", "log_called", "may_skip", "why_called"]
+
+Forwards = tuple[Callable[..., Any], ...]  # the forward functions of classes, such as (nn.Conv2d.forward,)
+
+_LOGGER = logging.getLogger(__name__)
+_LOGGED: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
 
 class SetOnce:
@@ -46,12 +57,41 @@ def check_num_steps(num_steps: int) -> int:
     return num_steps
 
 
-def has_hooks(module: nn.Module) -> bool:
-    """Whether hooks or a replaced forward would notice that a module is not called, its work being done elsewhere."""
-    return bool(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-        or "forward" in vars(module)
+def may_skip(module: nn.Module, forwards: Forwards) -> bool:
+    """Whether a kernel may do a module's work: nothing notices that it is not called, and its forward is a known one.
+
+    Args:
+        module: The module that would not be called.
+        forwards: Forward functions that the kernel stands for.
+    """
+    return (
+        type(module).forward in forwards
+        and "forward" not in vars(module)
+        and not (
+            module._forward_hooks
+            or module._forward_pre_hooks
+            or module._backward_hooks
+            or module._backward_pre_hooks
+            or _has_any_global_hook()
+        )
     )
+
+
+def why_called(module: nn.Module, forwards: Forwards) -> str | None:
+    """Why a module has to be called, in words; None where `may_skip` is true. Arguments as there."""
+    if type(module).forward not in forwards:
+        parametrized = "parametrised " if is_parametrized(module) else ""
+        return f"it is a {parametrized}{type(module).__name__}, whose forward is its own"
+    if "forward" in vars(module):
+        return "its forward was replaced"
+    return None if may_skip(module, forwards) else "it has hooks, or there are hooks on all modules"
+
+
+def log_called(module: nn.Module, forwards: Forwards) -> None:
+    """Log once why a module is called where a faster kernel could have done its work; nothing while compiling."""
+    if torch.compiler.is_compiling() or module in _LOGGED:
+        return
+    reason = why_called(module, forwards)
+    if reason is not None:
+        _LOGGED.add(module)
+        _LOGGER.info("%s is called, without the kernel that includes it: %s", type(module).__name__, reason)

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from ..runtime import weight_gradients
-from .checks import check_num_steps, fixed_num_steps, has_hooks
+from .checks import check_num_steps, fixed_num_steps, log_called, may_skip
 
-__all__ = ["Conv2d", "SpikeConv2d", "shortcut_operands"]
+__all__ = ["Conv2d", "SpikeConv2d", "convolve", "shortcut_operands"]
 
 
 class Conv2d(nn.Conv2d):
@@ -30,38 +30,24 @@ class Conv2d(nn.Conv2d):
 
 
 class SpikeConv2d(Conv2d):
-    """A convolution of time-folded spikes without bias, which can keep their bits alone for its backward pass.
+    """A convolution of time-folded spikes, which can keep their bits alone for its backward pass.
 
-    Everything else, parameters and state_dict too, is ``nn.Conv2d``'s.
+    Everything else, arguments, parameters and state_dict too, is ``nn.Conv2d``'s, but there is no bias by default.
 
     Shape:
         - ``(T*B, C, H, W)`` -> ``(T*B, C', H', W')``
 
     Args:
-        in_chs: Number of channels C.
-        out_chs: Number of channels C'.
-        kernel_size: Of the kernel.
-        stride: Of the kernel.
-        padding: On both sides.
+        args: Those of ``nn.Conv2d``.
         num_steps: Number of time steps T folded into the first axis.
-        device: Device of the parameters.
-        dtype: Dtype of the parameters.
+        bias: Add a bias; spikes are then not kept as bits.
+        kwargs: Those of ``nn.Conv2d``.
     """
 
     num_steps = fixed_num_steps()
 
-    def __init__(
-        self,
-        in_chs: int,
-        out_chs: int,
-        kernel_size: int,
-        stride: int = 1,
-        padding: int = 0,
-        num_steps: int = 4,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__(in_chs, out_chs, kernel_size, stride, padding, bias=False, device=device, dtype=dtype)
+    def __init__(self, *args: Any, num_steps: int = 4, bias: bool = False, **kwargs: Any) -> None:
+        super().__init__(*args, bias=bias, **kwargs)
         self.num_steps = check_num_steps(num_steps)
 
     def forward(self, x: Tensor, bits: Tensor | None = None) -> Tensor:
@@ -83,13 +69,30 @@ class SpikeConv2d(Conv2d):
         return torch.ops.gac_kernels.packed_conv2d(x, bits, weight, self.num_steps, *geometry)
 
 
-def shortcut_operands(conv: nn.Conv2d, x: Tensor) -> tuple[Tensor, Tensor] | None:
+_FORWARDS = (nn.Conv2d.forward, Conv2d.forward)
+_SPIKE_FORWARDS = (SpikeConv2d.forward,)
+
+
+def convolve(conv: nn.Module, x: Tensor, bits: Tensor | None) -> Tensor:
+    """The convolution of spikes x, which keeps their ``bits`` instead of x if it can."""
+    if bits is None or not isinstance(conv, SpikeConv2d) or type(conv).forward not in _SPIKE_FORWARDS:
+        return conv(x)
+    if conv.bias is not None or conv.padding_mode != "zeros" or isinstance(conv.padding, str):
+        return conv(x)
+    return conv(x, bits)
+
+
+def shortcut_operands(conv: nn.Module, x: Tensor) -> tuple[Tensor, Tensor] | None:
     """What a 1x1 shortcut multiplies, for the kernel that takes it along: x and weight, in the dtype it computes in.
 
     None where the module has to be called: something watches it, or it is another convolution.
     """
+    if not may_skip(conv, _FORWARDS):
+        log_called(conv, _FORWARDS)
+        return None
+    assert isinstance(conv, nn.Conv2d)
     plain = conv.kernel_size == (1, 1) and conv.padding == (0, 0) and conv.groups == 1 and conv.bias is None
-    if not plain or conv.stride not in ((1, 1), (2, 2)) or has_hooks(conv):
+    if not plain or conv.stride not in ((1, 1), (2, 2)):
         return None
     device = x.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else conv.weight.dtype

@@ -11,6 +11,7 @@ from timm.layers import register_notrace_module
 from torch import Tensor, nn
 
 from gac_kernels import CIFAR, LIFSpec, gac_encode, gac_fire, gated_lif
+from gac_kernels.checks import check_spec
 
 from .checks import check_num_steps, fixed_num_steps
 from .convolution import Conv2d
@@ -157,7 +158,7 @@ class GatedAttentionCoding(nn.Module):
         dtype: Dtype of the parameters.
 
     Raises:
-        ValueError: The input has another rank, number of channels or number of steps.
+        ValueError: ``spec`` is no `LIFSpec`, or the input has another rank, number of channels or number of steps.
 
     Source: Qiu et al., AAAI 2024 (arXiv 2308.06582), section "Gated attention coding".
     """
@@ -176,6 +177,7 @@ class GatedAttentionCoding(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        check_spec(spec)
         self.channels = channels
         self.num_steps = check_num_steps(num_steps)
         self.spec = spec
@@ -212,7 +214,7 @@ class GatedAttentionCoding(nn.Module):
         else:
             average = average.unflatten(0, [stem.shape[0], stem.shape[1]]).t()
             maximum = maximum.unflatten(0, [stem.shape[0], stem.shape[1]]).t()
-        dtype = self.temporal.fc1.weight.dtype
+        dtype = _dtype_of(self.temporal.fc1)
         temporal = self.temporal(average.to(dtype), maximum.to(dtype))  # (B, T)
         spatial = self.spatial(folded).to(stem.dtype)
         spatial = spatial.view_as(stem) if static else spatial.unflatten(0, [stem.shape[0], stem.shape[1]])
@@ -265,11 +267,19 @@ class DirectCoding(nn.Module):
         return f"num_steps={self.num_steps}"
 
 
+def _dtype_of(linear: nn.Module) -> torch.dtype:
+    """What a linear layer computes in; float32 where its weight is no floating tensor, as in a quantised one."""
+    weight = getattr(linear, "weight", None)
+    return weight.dtype if isinstance(weight, Tensor) and weight.is_floating_point() else torch.float32
+
+
 def _check_input(stem: Tensor, num_steps: int) -> None:
     if stem.ndim != 4 and stem.ndim != 5:
         raise ValueError(f"expected (B, C, H, W) or (T, B, C, H, W), got {stem.shape}: add or fold axes")
     if stem.ndim == 5 and stem.shape[0] != num_steps:
+        advice = "create the module with num_steps equal to the number of frames"
+        if stem.shape[1] == num_steps:
+            advice = "swap its first two axes with x.transpose(0, 1)"
         raise ValueError(
-            f"expected num_steps={num_steps} frames on axis 0 of (T, B, C, H, W), got {stem.shape[0]}: "
-            "create the module with num_steps equal to the number of frames"
+            f"expected num_steps={num_steps} frames on axis 0 of (T, B, C, H, W), got {stem.shape[0]}: {advice}"
         )

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from timm.layers import register_notrace_module
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from gac_kernels import CIFAR, LIFSpec, lif, pack_spikes
+from gac_kernels.checks import check_spec
 
 from ..runtime.collectives import combine_statistics
-from .checks import check_num_steps, fixed_num_steps
+from .batch_statistics import batch_statistics, is_synchronised, process_group, update_running, uses_batch
+from .checks import check_num_steps, fixed_num_steps, log_called, may_skip
 from .neuron_layer import add_residual, at_least_float32, spikes_of
+from .shared_norm import NORM_FORWARDS, share_norm
 
 __all__ = ["LIF", "BatchNormLIF", "MembraneBatchNormLIF"]
 
@@ -33,7 +35,8 @@ class LIF(nn.Module):
         num_steps: Number of time steps T folded into the first axis, or None where time is an axis of its own.
 
     Raises:
-        ValueError: ``num_steps`` is no integer >= 1, or the first axis of an input is no multiple of it.
+        ValueError: ``spec`` is no `LIFSpec`, ``num_steps`` is no integer >= 1, or the first axis of an input is no
+            multiple of it.
     """
 
     returns_pair = False
@@ -42,6 +45,7 @@ class LIF(nn.Module):
 
     def __init__(self, spec: LIFSpec = CIFAR, num_steps: int | None = None) -> None:
         super().__init__()
+        check_spec(spec)
         self.spec = spec
         self.num_steps = None if num_steps is None else check_num_steps(num_steps)
 
@@ -74,14 +78,40 @@ class LIF(nn.Module):
         return f"{self.spec}{steps}"
 
 
+_NEURON_FORWARDS = (LIF.forward,)
+_BATCH_NORM_FORWARDS = (nn.BatchNorm2d.forward,)
+
+
+def _option_of_norm(name: str) -> Any:
+    """A batch norm's option as a property of `BatchNormLIF`: it is kept in `norm` alone."""
+
+    def get(self: BatchNormLIF) -> Any:
+        return getattr(self.norm, name, None)
+
+    def put(self: BatchNormLIF, value: Any) -> None:
+        setattr(self.norm, name, value)
+
+    return property(get, put, doc=f"``{name}`` of the batch norm.")
+
+
+class _Statistics(NamedTuple):
+    """What a batch norm normalises with; over several processes also the count of values and the group's name."""
+
+    mean: Tensor
+    var: Tensor
+    total: Tensor | None = None
+    group: str = ""
+
+
 @register_notrace_module
 class BatchNormLIF(_NormBase):
     """Batch norm over (T, B, H, W), plus an optional residual, then LIF: ``LIF(BN(x) + residual)``.
 
-    Its parameters, buffers and state_dict are those of ``nn.BatchNorm2d``. It is deliberately not a subclass of
-    ``_BatchNorm``: ``nn.SyncBatchNorm.convert_sync_batchnorm`` (and timm's) would replace it whole and lose the neuron
-    in silence. They replace its child `sync` instead, a batch norm without parameters, statistics or state, and a
-    ``SyncBatchNorm`` in that place tells this module to share its batch statistics over that process group.
+    Parameters, buffers and state_dict are those of ``nn.BatchNorm2d``. Its two children are called only where somebody
+    watches or has replaced them, else one kernel does the work of both: `lif`, the neuron, and `norm`, a batch norm
+    with the tensors of this module. What is done to `norm` counts: ``norm.eval()`` freezes its statistics,
+    ``convert_sync_batchnorm`` (PyTorch's and timm's) shares them over a process group, ``timm.utils.freeze`` and
+    ``torch.optim.swa_utils.update_bn`` treat it as any other batch norm.
 
     Shape:
         - ``x``, ``residual`` and spikes: ``(T*B, C, H, W)`` with ``num_steps=T``; with None ``(T, B, C, H, W)``
@@ -97,11 +127,16 @@ class BatchNormLIF(_NormBase):
         drop_path: Probability, in training, of dropping ``BN(x)`` of a sample at all of its time steps.
         device: Device of the parameters.
         dtype: Dtype of the parameters.
+
+    Raises:
+        ValueError: ``spec``, ``num_steps`` or ``drop_path`` is none, or an input has another rank or number of steps.
     """
 
     returns_pair = False
     spikes_dtype = None  # that of its input
     num_steps = fixed_num_steps()
+    num_features, eps, momentum = (_option_of_norm(name) for name in ("num_features", "eps", "momentum"))
+    affine, track_running_stats = (_option_of_norm(name) for name in ("affine", "track_running_stats"))
 
     def __init__(
         self,
@@ -116,13 +151,35 @@ class BatchNormLIF(_NormBase):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__(num_features, eps, momentum, affine, track_running_stats, device=device, dtype=dtype)
+        nn.Module.__init__(self)  # the base class's options, such as eps, are those of `norm`
         if not 0.0 <= drop_path < 1.0:
             raise ValueError(f"expected drop_path in [0, 1), got {drop_path!r}: give one such as 0.1")
         self.drop_path = float(drop_path)
         self.lif = LIF(spec)
         self.num_steps = None if num_steps is None else check_num_steps(num_steps)
-        self.sync = nn.BatchNorm2d(num_features, affine=False, track_running_stats=False)
+        norm = nn.BatchNorm2d(
+            num_features,
+            eps=eps,
+            momentum=momentum,
+            affine=affine,
+            track_running_stats=track_running_stats,
+            device=device,
+            dtype=dtype,
+        )
+        self._parameters.update(norm._parameters)
+        self._buffers.update(norm._buffers)
+        self.norm = norm
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "norm" and isinstance(value, nn.Module):
+            value = share_norm(value, self._modules.get(name), self._parameters, self._buffers)
+        super().__setattr__(name, value)
+
+    def add_module(self, name: str, module: nn.Module | None) -> None:
+        """Add a child; a batch norm as ``norm`` takes the tensors of this module, and gives them its values."""
+        if name == "norm" and module is not None:
+            module = share_norm(module, self._modules.get(name), self._parameters, self._buffers)
+        super().add_module(name, module)
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """Spikes of ``BN(x) + residual``."""
@@ -160,12 +217,16 @@ class BatchNormLIF(_NormBase):
             keep_membrane: The membrane is needed.
             pack: The bits are needed, for a convolution that is to keep them for its backward pass.
             residual_norm: A batch norm to apply to the residual. Where it is an ordinary ``nn.BatchNorm2d`` in training
-                it is part of the pass, and its output never exists; its forward hooks do not run then.
+                that nobody watches, it is part of the pass and its output never exists; else it is called.
         """
-        if residual is not None and residual_norm is not None and not self._takes_in(x, residual, residual_norm):
+        norm: Any = self.norm
+        fused = may_skip(norm, NORM_FORWARDS) and may_skip(self.lif, _NEURON_FORWARDS)
+        if residual is None:
+            residual_norm = None
+        elif residual_norm is not None and not (fused and self._takes_in(x, residual, residual_norm)):
             residual, residual_norm = residual_norm(residual), None
-        if self.training and self.drop_path > 0.0:
-            membrane, spikes = self._with_drop_path(x, residual, num_steps)
+        if not fused or (self.drop_path > 0.0 and self.training):
+            membrane, spikes = self._one_by_one(x, residual, num_steps)
             return membrane, spikes, pack_spikes(spikes, num_steps) if pack else None
         if residual is not None and residual.dtype != x.dtype:
             dtype = torch.promote_types(x.dtype, residual.dtype)
@@ -173,99 +234,87 @@ class BatchNormLIF(_NormBase):
         mean, var, total, group = self._statistics(x.detach())
         of_residual: tuple[Tensor | None, ...] = (None, None, None, None)
         res_eps = 0.0
-        if residual is not None and isinstance(residual_norm, nn.BatchNorm2d):
-            of_residual, res_eps = _shortcut_statistics(residual_norm, residual.detach()), residual_norm.eps
-        batch = self.training or self.running_mean is None
+        if isinstance(residual_norm, nn.BatchNorm2d) and residual is not None:
+            statistics = batch_statistics(residual_norm, residual.detach(), residual_norm._buffers)
+            of_residual = (residual_norm.weight, residual_norm.bias, *statistics)
+            res_eps = residual_norm.eps
+        batch = uses_batch(norm) or self.running_mean is None
         spikes, membrane, bits = torch.ops.gac_kernels.norm_lif(
-            x, residual, self.weight, self.bias, mean, var, total, self.eps, num_steps, *self.lif.spec.op_arguments,
+            x, residual, self.weight, self.bias, mean, var, total, norm.eps, num_steps, *self.lif.spec.op_arguments,
             batch, keep_membrane, group, *of_residual, res_eps, pack,
         )  # fmt: skip
         return membrane, spikes, bits if pack else None
 
     def _takes_in(self, x: Tensor, residual: Tensor, norm: nn.Module) -> bool:
         """Whether a norm of the residual can be part of this one's pass."""
+        if not may_skip(norm, _BATCH_NORM_FORWARDS):  # a SyncBatchNorm shares its statistics over processes
+            log_called(norm, _BATCH_NORM_FORWARDS)
+            return False
+        affine = (self.weight is None, self.bias is None)
         return (
-            type(norm) is nn.BatchNorm2d  # a SyncBatchNorm shares its statistics over processes
-            and norm.training
-            and self.training
-            and norm.affine == self.affine
-            and norm.track_running_stats
-            and norm.momentum is not None
+            norm.training
+            and uses_batch(self.norm)
+            and (norm.weight is None, norm.bias is None) == affine
             and self.drop_path == 0.0
             and residual.dtype == x.dtype
-            and not (isinstance(self.sync, nn.SyncBatchNorm) and _world_size(self.sync) > 1)
+            and not is_synchronised(self.norm)
         )
 
-    def _statistics(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None, str]:
-        """Mean and variance to normalise with; over several processes also the count of values and the group's name.
+    def _statistics(self, x: Tensor) -> _Statistics:
+        """Mean and variance to normalise with; in training the running statistics are brought up to date on the way."""
+        norm, running_mean, running_var = self.norm, self.running_mean, self.running_var
+        training = uses_batch(norm)
+        if not training and running_mean is not None and running_var is not None:
+            return _Statistics(running_mean, running_var)
+        if training and is_synchronised(norm):
+            return self._synchronised_statistics(x)
+        return _Statistics(*batch_statistics(norm, x, self._buffers))
 
-        In training the running statistics are brought up to date on the way.
-        """
-        running_mean, running_var = self.running_mean, self.running_var
-        if not self.training and running_mean is not None and running_var is not None:
-            return running_mean, running_var, None, ""
-        momentum = 0.0 if self.momentum is None else self.momentum
-        update = self.training and self.track_running_stats
-        counter = self.num_batches_tracked if update else None
-        if self.training and isinstance(self.sync, nn.SyncBatchNorm) and _world_size(self.sync) > 1:
-            return self._synced_statistics(x, counter)
-        in_place = update and self.momentum is not None
-        mean, var = torch.ops.gac_kernels.batch_stats(
-            x, self.running_mean if in_place else None, self.running_var if in_place else None, momentum, counter
-        )
-        if update and self.momentum is None:
-            count = x.numel() // x.shape[1]
-            self._update_running(mean, var * (count / (count - 1.0)))
-        return mean, var, None, ""
-
-    def _update_running(self, mean: Tensor, unbiased_var: Tensor) -> None:
-        """Bring the running statistics up to date, without a host synchronisation where they are cumulative."""
-        running_mean, running_var, count = self.running_mean, self.running_var, self.num_batches_tracked
-        if running_mean is None or running_var is None:
-            return
-        if self.momentum is not None:
-            momentum = torch.full_like(mean, self.momentum)
-        elif count is not None:
-            momentum = (1.0 / count.to(mean.dtype)).expand_as(mean)
-        else:
-            return
-        running_mean.lerp_(mean.to(running_mean.dtype), momentum.to(running_mean.dtype))
-        running_var.lerp_(unbiased_var.to(running_var.dtype), momentum.to(running_var.dtype))
-
-    def _synced_statistics(self, x: Tensor, counter: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None, str]:
+    def _synchronised_statistics(self, x: Tensor) -> _Statistics:
         """Statistics over all processes of the group, on any backend and device."""
+        counter = self.num_batches_tracked if self.track_running_stats else None
         mean, var = torch.ops.gac_kernels.batch_stats(x, None, None, 0.0, counter)
         mean, var, total = self._combine(mean, var, x.numel() // self.num_features)
-        group = _process_group(self.sync)
+        group = process_group(self.norm)
         assert group is not None
-        return mean, var, total, group.group_name
+        return _Statistics(mean, var, total, group.group_name)
 
     def _combine(self, mean: Tensor, var: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
         """Mean, variance and count of values over all processes from those of each; also the running statistics."""
-        mean, var, total = combine_statistics(mean, var, count, _process_group(self.sync))
+        mean, var, total = combine_statistics(mean, var, count, process_group(self.norm))
         if self.track_running_stats:
             with torch.no_grad():
-                self._update_running(mean, var * (total / (total - 1.0)))
+                update_running(self._buffers, mean, var * (total / (total - 1.0)), self.momentum)
         return mean, var, total
 
-    def _with_drop_path(self, x: Tensor, residual: Tensor | None, num_steps: int) -> tuple[Tensor, Tensor]:
-        """The same with the norm's output dropped for some samples: norm, drop, add and neuron one by one."""
+    def _one_by_one(self, x: Tensor, residual: Tensor | None, num_steps: int) -> tuple[Tensor, Tensor]:
+        """Membrane and spikes by norm, drop path, residual and neuron one after the other."""
+        log_called(self.norm, NORM_FORWARDS)
+        log_called(self.lif, _NEURON_FORWARDS)
         normed = self._normalize(x)
         membrane = normed.unflatten(0, [num_steps, x.shape[0] // max(num_steps, 1)])
-        keep = membrane.new_empty([1, membrane.shape[1], 1, 1, 1]).bernoulli_(1.0 - self.drop_path)
-        membrane = membrane * (keep / (1.0 - self.drop_path))
+        if self.drop_path > 0.0 and self.training:
+            keep = membrane.new_empty([1, membrane.shape[1], 1, 1, 1]).bernoulli_(1.0 - self.drop_path)
+            membrane = membrane * (keep / (1.0 - self.drop_path))
         if residual is not None:
             membrane = membrane + residual.view_as(membrane)
         return membrane.flatten(0, 1), self.lif(membrane).flatten(0, 1)
 
     def _normalize(self, x: Tensor) -> Tensor:
-        """Batch norm alone, in training."""
-        if isinstance(self.sync, nn.SyncBatchNorm) and _world_size(self.sync) > 1:
-            return self._synced_normalize(x)
-        self._statistics(x.detach())  # for the running statistics
-        return F.batch_norm(x, None, None, self.weight, self.bias, True, 0.0, self.eps)
+        """Batch norm alone."""
+        norm = self.norm
+        training = uses_batch(norm)
+        if training and is_synchronised(norm) and (may_skip(norm, NORM_FORWARDS) or not x.is_cuda):
+            return self._synchronised_norm(x)
+        if not may_skip(norm, NORM_FORWARDS):
+            return norm(x)
+        mean, var = self.running_mean, self.running_var
+        if training or mean is None:
+            self._statistics(x.detach())  # for the running statistics
+            mean = var = None
+        return F.batch_norm(x, mean, var, self.weight, self.bias, mean is None, 0.0, self.eps)
 
-    def _synced_normalize(self, x: Tensor) -> Tensor:
+    def _synchronised_norm(self, x: Tensor) -> Tensor:
         if self.track_running_stats and self.num_batches_tracked is not None:
             self.num_batches_tracked.add_(1)
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
@@ -300,8 +349,8 @@ class BatchNormLIF(_NormBase):
         return spikes.flatten(0, 1) if self.num_steps is None else spikes
 
     def extra_repr(self) -> str:
-        """Batch norm's fields, the number of steps and the drop probability."""
-        return f"{super().extra_repr()}, num_steps={self.num_steps}, drop_path={self.drop_path}"
+        """The number of steps and the drop probability."""
+        return f"num_steps={self.num_steps}, drop_path={self.drop_path}"
 
 
 @register_notrace_module
@@ -316,23 +365,3 @@ class MembraneBatchNormLIF(BatchNormLIF):
     def forward(self, x: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:  # type: ignore[override]
         """The pair (membrane, spikes)."""
         return self._membrane_and_spikes(x, residual, keep_membrane=True)
-
-
-def _shortcut_statistics(norm: nn.BatchNorm2d, x: Tensor) -> tuple[Tensor | None, ...]:
-    """Scale, shift, mean and variance of a batch norm in training, whose running statistics are brought up to date."""
-    assert norm.momentum is not None
-    mean, var = torch.ops.gac_kernels.batch_stats(
-        x, norm.running_mean, norm.running_var, norm.momentum, norm.num_batches_tracked
-    )
-    return norm.weight, norm.bias, mean, var
-
-
-def _process_group(sync: nn.Module) -> dist.ProcessGroup | None:
-    group = getattr(sync, "process_group", None)
-    return dist.group.WORLD if group is None else group
-
-
-def _world_size(sync: nn.Module) -> int:
-    if not (dist.is_available() and dist.is_initialized()):
-        return 1
-    return dist.get_world_size(_process_group(sync))

@@ -13,12 +13,17 @@ import torch
 from timm.models import checkpoint
 from torch import Tensor, nn
 
-from gac_kernels import CIFAR, LIFSpec
+from gac_kernels import CIFAR, LIFSpec, pack_spikes
 
-from ..layers.convolution import Conv2d, SpikeConv2d
+from ..layers.batch_statistics import keep_running_statistics
+from ..layers.checks import fixed_num_steps, log_called, may_skip
+from ..layers.convolution import Conv2d, SpikeConv2d, convolve
 from ..layers.neuron import BatchNormLIF, MembraneBatchNormLIF
 
 __all__ = ["MSBlock", "SpikingBlock", "Stage"]
+
+_NEURON_FORWARDS = (BatchNormLIF.forward, MembraneBatchNormLIF.forward)
+_SHORTCUT_FORWARDS = (nn.Sequential.forward,)
 
 
 class _Block(nn.Module):
@@ -36,6 +41,7 @@ class _Block(nn.Module):
     """
 
     last_norm: type[BatchNormLIF] = BatchNormLIF
+    num_steps = fixed_num_steps()
 
     def __init__(
         self,
@@ -50,6 +56,7 @@ class _Block(nn.Module):
     ) -> None:
         super().__init__()
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.num_steps = num_steps
         self.conv1 = SpikeConv2d(in_chs, out_chs, kernel_size=3, stride=stride, padding=1, num_steps=num_steps, **dd)
         self.bn1 = BatchNormLIF(out_chs, spec, num_steps, **dd)
         self.conv2 = SpikeConv2d(out_chs, out_chs, kernel_size=3, padding=1, num_steps=num_steps, **dd)
@@ -76,24 +83,39 @@ class _Block(nn.Module):
         """The block with its shortcut's norm as part of the last one, and spikes packed where asked for."""
         grad = torch.is_grad_enabled()  # without it nothing is kept anyway
         hidden_bits = None
+        current = convolve(self.conv1, spikes, bits)
         if self.pack_hidden and grad:
-            _, hidden, hidden_bits = self.bn1.norm_and_fire(
-                self.conv1(spikes, bits), None, self.conv1.num_steps, pack=True
-            )
+            _, hidden, hidden_bits = self._fire(self.bn1, current, None, None, pack=True)
         else:
-            hidden = self.bn1(self.conv1(spikes, bits))
+            hidden = self.bn1(current)
         norm = None
         if self.downsample is not None:
-            shortcut = self.downsample[0](shortcut)
-            norm = self.downsample[1] if len(self.downsample) > 1 else None
-        return self.bn2.norm_and_fire(
-            self.conv2(hidden, hidden_bits),
-            shortcut,
-            self.conv2.num_steps,
-            keep_membrane=self.last_norm is MembraneBatchNormLIF,
-            pack=self.pack_output and grad,
-            residual_norm=norm,
-        )
+            if may_skip(self.downsample, _SHORTCUT_FORWARDS) and len(self.downsample) == 2:
+                shortcut, norm = self.downsample[0](shortcut), self.downsample[1]
+            else:
+                log_called(self.downsample, _SHORTCUT_FORWARDS)
+                shortcut = self.downsample(shortcut)
+        current = convolve(self.conv2, hidden, hidden_bits)
+        return self._fire(self.bn2, current, shortcut, norm, pack=self.pack_output and grad)
+
+    def _fire(
+        self, neuron: nn.Module, x: Tensor, shortcut: Tensor | None, norm: nn.Module | None, pack: bool
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Membrane, spikes and, with ``pack``, bits of a neuron, with the shortcut's norm as part of it if possible."""
+        if isinstance(neuron, BatchNormLIF) and may_skip(neuron, _NEURON_FORWARDS):
+            return neuron.norm_and_fire(
+                x,
+                shortcut,
+                self.num_steps,
+                keep_membrane=neuron.returns_pair,
+                pack=pack,
+                residual_norm=norm,
+            )
+        log_called(neuron, _NEURON_FORWARDS)
+        shortcut = shortcut if norm is None or shortcut is None else norm(shortcut)
+        out = neuron(x) if shortcut is None else neuron(x, shortcut)
+        membrane, spikes = out if isinstance(out, tuple) else (out, out)
+        return membrane, spikes, pack_spikes(spikes, self.num_steps) if pack else None
 
     def _trains(self, x: Tensor) -> bool:
         """Whether `_training_pass` has something to gain; not under fx, for which the norms are leaves."""
@@ -146,7 +168,8 @@ class SpikingBlock(_Block):
 class Stage(nn.Sequential):
     """Blocks in sequence on membrane, spikes and bits; an empty stage returns its input.
 
-    With ``grad_checkpointing`` set, the backward pass recomputes each block instead of keeping its activations.
+    With ``grad_checkpointing`` set, the backward pass recomputes each block instead of keeping its activations. That
+    leaves running statistics alone, so each step updates them once.
     """
 
     def __init__(self, *blocks: nn.Module) -> None:
@@ -159,7 +182,22 @@ class Stage(nn.Sequential):
         """Membrane, spikes and bits after the last block."""
         for block in self:
             if self.grad_checkpointing:
-                membrane, spikes, bits = checkpoint(block, membrane, spikes, bits)
+                run = block if torch.compiler.is_compiling() else _Recomputed(block)
+                membrane, spikes, bits = checkpoint(run, membrane, spikes, bits)
             else:
                 membrane, spikes, bits = block(membrane, spikes, bits)
         return membrane, spikes, bits
+
+
+class _Recomputed:
+    """A block whose calls after the first, which are recomputations, leave running statistics as they are."""
+
+    def __init__(self, block: nn.Module) -> None:
+        self.block, self.ran = block, False
+
+    def __call__(self, *inputs: Tensor | None) -> Any:
+        if self.ran:
+            with keep_running_statistics(self.block):
+                return self.block(*inputs)
+        self.ran = True
+        return self.block(*inputs)

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from gac_kernels import IMAGENET, LIFSpec
 
-from ..layers.checks import SetOnce, fixed_num_steps, has_hooks
+from ..layers.checks import SetOnce, fixed_num_steps, log_called, may_skip
 from ..layers.convolution import Conv2d
 from ..layers.encoder import DirectCoding, GatedAttentionCoding
 from ..layers.neuron import LIF, BatchNormLIF
@@ -34,6 +34,7 @@ from .checkpoint import checkpoint_filter_fn as checkpoint_filter_fn  # timm exp
 __all__ = ["SpikingResNet"]
 
 _STAGES = ("layer1", "layer2", "layer3", "layer4")
+_ENCODER_FORWARDS = (GatedAttentionCoding.forward,)
 
 
 @register_notrace_function
@@ -42,9 +43,12 @@ def fold_time(x: Tensor, num_steps: int) -> Tensor:
     if x.ndim == 4:
         return x
     if x.ndim != 5 or x.shape[1] != num_steps:
+        advice = "create the model with num_steps equal to the number of frames"
+        if x.ndim == 5 and x.shape[0] == num_steps:
+            advice = "swap its first two axes with x.transpose(0, 1)"
         raise ValueError(
-            f"expected images (B, C, H, W) or frames (B, T, C, H, W) with T = num_steps = {num_steps}, got {x.shape}: "
-            "create the model with num_steps equal to the number of frames"
+            f"expected images (B, C, H, W) or frames (B, T, C, H, W) with T = num_steps = {num_steps}, got "
+            f"{tuple(x.shape)}: {advice}"
         )
     return x.transpose(0, 1).flatten(0, 1)
 
@@ -309,14 +313,20 @@ class SpikingResNet(nn.Module):
         Not where somebody watches one of the two, nor under fx, for which both are leaves.
         """
         encoder, neuron = self.encoder, self.lif
-        return (
+        if not (
             isinstance(x, Tensor)
-            and type(encoder) is GatedAttentionCoding
+            and isinstance(encoder, GatedAttentionCoding)
             and type(neuron) in self._first_neurons
             and encoder.spec == neuron.spec
             and encoder.num_steps == neuron.num_steps == self.num_steps
-            and not (has_hooks(encoder) or has_hooks(neuron))
-        )
+        ):
+            return False
+        neuron_forwards = (type(neuron).forward,)
+        if may_skip(encoder, _ENCODER_FORWARDS) and may_skip(neuron, neuron_forwards):
+            return True
+        log_called(encoder, _ENCODER_FORWARDS)
+        log_called(neuron, neuron_forwards)
+        return False
 
     def _encode_and_fire(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """The encoder's output and the first neuron's spikes in one pass, both time-folded."""

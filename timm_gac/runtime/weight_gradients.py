@@ -142,6 +142,7 @@ def _learns(module: Any, dtype: torch.dtype | None) -> bool:
     """Whether autocast would cast its weight, an ordinary tensor (not one divided among processes) that learns."""
     weight = module.weight
     ordinary = type(weight) is nn.Parameter and module.bias is None
+    ordinary = ordinary and module.padding_mode == "zeros" and not isinstance(module.padding, str)
     return dtype is not None and ordinary and weight.requires_grad and weight.dtype not in (dtype, torch.float64)
 
 

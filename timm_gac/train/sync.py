@@ -8,7 +8,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ..layers.neuron import BatchNormLIF
 from ..runtime.collectives import combine_statistics
 
 __all__ = ["AnyDeviceSyncBatchNorm", "synchronise_norms"]
@@ -49,8 +48,7 @@ class AnyDeviceSyncBatchNorm(nn.SyncBatchNorm):
 def synchronise_norms(network: nn.Module) -> Any:
     """The network with every batch norm over all processes, those fused with neurons included (see `BatchNormLIF`)."""
     converted: nn.Module = nn.SyncBatchNorm.convert_sync_batchnorm(network)
-    markers = {id(module.sync) for module in converted.modules() if isinstance(module, BatchNormLIF)}
     for module in converted.modules():
-        if type(module) is nn.SyncBatchNorm and id(module) not in markers:
+        if type(module) is nn.SyncBatchNorm:  # not the norm in a BatchNormLIF, which has a class of its own
             module.__class__ = AnyDeviceSyncBatchNorm  # adds methods; the state is the same
     return converted

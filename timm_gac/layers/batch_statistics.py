@@ -1,0 +1,84 @@
+"""Statistics of batch norms: of a batch, and the running ones."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+__all__ = [
+    "batch_statistics",
+    "is_synchronised",
+    "keep_running_statistics",
+    "process_group",
+    "update_running",
+    "uses_batch",
+]
+
+
+def uses_batch(norm: nn.Module) -> bool:
+    """Whether a batch norm normalises with statistics of the batch: in training, unless it is frozen."""
+    return norm.training and isinstance(norm, _BatchNorm)
+
+
+def batch_statistics(norm: Any, x: Tensor, buffers: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance of each channel; a batch norm's buffers are brought up to date where it trains."""
+    if not (norm.training and norm.track_running_stats):
+        mean, var = torch.ops.gac_kernels.batch_stats(x, None, None, 0.0, None)
+        return mean, var
+    running, counter = (buffers["running_mean"], buffers["running_var"]), buffers["num_batches_tracked"]
+    if norm.momentum is not None:
+        mean, var = torch.ops.gac_kernels.batch_stats(x, *running, norm.momentum, counter)
+        return mean, var
+    mean, var = torch.ops.gac_kernels.batch_stats(x, None, None, 0.0, counter)
+    count = x.numel() // x.shape[1]
+    update_running(buffers, mean, var * (count / (count - 1.0)), None)
+    return mean, var
+
+
+def update_running(buffers: dict[str, Any], mean: Tensor, unbiased_var: Tensor, momentum: float | None) -> None:
+    """Bring running statistics up to date, without a host synchronisation where they are cumulative."""
+    running_mean, running_var, count = (
+        buffers[name] for name in ("running_mean", "running_var", "num_batches_tracked")
+    )
+    if running_mean is None or running_var is None:
+        return
+    if momentum is not None:
+        weight = torch.full_like(mean, momentum)
+    elif count is not None:
+        weight = (1.0 / count.to(mean.dtype)).expand_as(mean)
+    else:
+        return
+    running_mean.lerp_(mean.to(running_mean.dtype), weight.to(running_mean.dtype))
+    running_var.lerp_(unbiased_var.to(running_var.dtype), weight.to(running_var.dtype))
+
+
+def process_group(norm: nn.Module) -> dist.ProcessGroup | None:
+    """The processes that a synchronised batch norm shares its statistics with."""
+    found = getattr(norm, "process_group", None)
+    return dist.group.WORLD if found is None else found
+
+
+def is_synchronised(norm: nn.Module) -> bool:
+    """Whether a batch norm shares its statistics with other processes."""
+    if not isinstance(norm, nn.SyncBatchNorm) or not (dist.is_available() and dist.is_initialized()):
+        return False
+    return dist.get_world_size(process_group(norm)) > 1
+
+
+@contextmanager
+def keep_running_statistics(module: nn.Module) -> Iterator[None]:
+    """Forward passes in training leave the running statistics of a module's batch norms alone, within ``with``."""
+    norms = [norm for norm in module.modules() if isinstance(norm, _BatchNorm) and norm.track_running_stats]
+    for norm in norms:
+        norm.track_running_stats = False
+    try:
+        yield
+    finally:
+        for norm in norms:
+            norm.track_running_stats = True
