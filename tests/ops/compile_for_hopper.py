@@ -48,7 +48,7 @@ class _CompileOnly:
             # Adding 384 rounds to the grid, unless a compiler brings it together with what takes it away again.
             tile = math.prod(kwargs[name] for name in ("BH", "NB", "BW", "BN", "STEPS"))
             groups = 2 if kwargs.get("COPIES") else 1
-            rounds = kwargs["RESIDUAL"] or kwargs.get("SIDE_CHUNKS")
+            rounds = kwargs["RESIDUAL"] or kwargs.get("SHORTCUT_CHUNKS")
             elements = groups * tile // (32 * kwargs["num_warps"]) if rounds else 0
             additions = len(re.findall(r"add\S*\.f32\s.*0f43C00000", ptx))
             assert additions == elements, f"{additions} of {elements} additions that round"
@@ -58,7 +58,7 @@ class _CompileOnly:
 
 
 def compile_variant(
-    stride: int, residual: bool, steps: int, copies: int = 0, side: bool = False, shared: bool = False
+    stride: int, residual: bool, steps: int, copies: int = 0, shortcut: bool = False, shared: bool = False
 ) -> None:
     """Compile one variant."""
 
@@ -68,13 +68,34 @@ def compile_variant(
     out = tensor(128, 16 // stride, torch.int8)
     kept = tensor(128, 16 // stride, torch.bfloat16) if residual else torch.empty(0)
     weight = torch.zeros(128, 64, 3, 3, dtype=torch.int8).contiguous(memory_format=torch.channels_last)
-    shortcut = torch.zeros(128, 96, 1, 1, dtype=torch.bfloat16) if side else None
-    beside = tensor(96, 32 // stride, torch.bfloat16) if side else kept if residual else None
-    made = hopper_conv.Plan((8, 1, 8), 128, 64, 3, steps, copies, shared)
+    kernel = torch.zeros(128, 96, 1, 1, dtype=torch.bfloat16) if shortcut else None
+    source = tensor(96, 32 // stride, torch.bfloat16) if shortcut else kept if residual else None
+    plan = hopper_conv.Plan(
+        tile=(8, 1, 8),
+        block_n=128,
+        block_k=64,
+        ring=3,
+        steps=steps,
+        copies=copies,
+        shared=shared,
+    )
     hopper_conv.launch(
-        made, tensor(64, 16, torch.int8), weight, torch.ones(128), torch.zeros(128), beside, shortcut, 4, stride, 1.0,
-        0.5, False, grid_shift(2.0**-15), out, kept,
-    )  # fmt: skip
+        plan=plan,
+        spikes=tensor(64, 16, torch.int8),
+        weight=weight,
+        scale=torch.ones(128),
+        bias=torch.zeros(128),
+        residual=source,
+        shortcut=kernel,
+        num_steps=4,
+        stride=stride,
+        threshold=1.0,
+        decay=0.5,
+        soft_reset=False,
+        shift=grid_shift(2.0**-15),
+        out=out,
+        membrane=kept,
+    )
 
 
 if __name__ == "__main__":
@@ -86,4 +107,4 @@ if __name__ == "__main__":
     compile_variant(stride=2, residual=True, steps=1)
     compile_variant(stride=1, residual=True, steps=2, copies=2, shared=shared)
     compile_variant(stride=2, residual=False, steps=1, copies=3, shared=shared)
-    compile_variant(stride=1, residual=True, steps=1, copies=2, side=True, shared=shared)
+    compile_variant(stride=1, residual=True, steps=1, copies=2, shortcut=True, shared=shared)

@@ -38,13 +38,40 @@ def full_float32():
 def compare(shape, device, dtype, residual, spec, differ):
     x, weight, bias, keywords = inputs(shape, device, dtype, residual)
     ones = torch.ones_like(bias)
-    current, expected = spike_conv_reference(x, weight, ones, bias, shape[0], spec, return_membrane=True, **keywords)
-    membrane, spikes = conv_lif(x, weight, bias, shape[0], spec, return_membrane=True, **keywords)
+    current, expected = spike_conv_reference(
+        spikes=x,
+        weight=weight,
+        scale=ones,
+        bias=bias,
+        num_steps=shape[0],
+        spec=spec,
+        return_membrane=True,
+        **keywords,
+    )
+    membrane, spikes = conv_lif(
+        x=x,
+        weight=weight,
+        bias=bias,
+        num_steps=shape[0],
+        spec=spec,
+        return_membrane=True,
+        **keywords,
+    )
     assert 0.02 < expected.double().mean() < 0.98
     assert spikes.dtype == membrane.dtype == dtype
     assert spikes.is_contiguous(memory_format=torch.channels_last)
     assert (spikes != expected).float().mean() <= differ
-    assert (conv_lif(x, weight, bias, shape[0], spec, **keywords) != expected).float().mean() <= differ
+    assert (
+        conv_lif(
+            x=x,
+            weight=weight,
+            bias=bias,
+            num_steps=shape[0],
+            spec=spec,
+            **keywords,
+        )
+        != expected
+    ).float().mean() <= differ
     tolerance = 4 * torch.finfo(dtype).eps if dtype != torch.float32 else 1e-4
     assert ((membrane - current).norm() / current.norm()).item() <= tolerance
 
@@ -53,7 +80,14 @@ def compare(shape, device, dtype, residual, spec, differ):
 @pytest.mark.parametrize("dtype", DIFFER, ids=str)
 @pytest.mark.parametrize("shape", [(2, 3, 16, 24, 5, 7, 1), (3, 2, 32, 16, 6, 5, 2)], ids=["stride 1", "stride 2"])
 def test_two_passes(shape, dtype, residual, device, poisoned):
-    compare(shape, device, dtype, residual, IMAGENET if shape[0] == 2 else CIFAR, DIFFER[dtype])
+    compare(
+        shape=shape,
+        device=device,
+        dtype=dtype,
+        residual=residual,
+        spec=IMAGENET if shape[0] == 2 else CIFAR,
+        differ=DIFFER[dtype],
+    )
 
 
 @pytest.fixture
@@ -71,7 +105,7 @@ def one_pass_everywhere(monkeypatch, device):
 
 def try_kernels(device):
     """Why kernels do not compile, so that what follows launches only what it calls."""
-    return {hopper_conv._failure(torch.empty(0, device=device).device, made) for made in hopper_conv.PROBES}
+    return {hopper_conv._failure(torch.empty(0, device=device).device, plan) for plan in hopper_conv.PROBES}
 
 
 def take_every_layer(monkeypatch, copies, steps):
@@ -81,9 +115,9 @@ def take_every_layer(monkeypatch, copies, steps):
     tuning.shape_config.cache_clear()
     launched = []
 
-    def note(*arguments, run=hopper_conv.launch):
-        launched.append(arguments[0])
-        run(*arguments)
+    def note(plan, *arguments, run=hopper_conv.launch, **keywords):
+        launched.append(plan)
+        run(plan, *arguments, **keywords)
 
     monkeypatch.setattr(hopper_conv, "launch", note)
     yield launched
@@ -99,7 +133,14 @@ def test_one_pass(one_pass, shape, dtype, residual, device, poisoned):
     assert try_kernels(device) == {""}
     one_pass.clear()
     spec = IMAGENET if shape[0] == 3 else LIFSpec(reset="soft", decay=0.9) if shape[0] == 5 else CIFAR
-    compare(shape, device, dtype, residual, spec, ONE_PASS_DIFFER)
+    compare(
+        shape=shape,
+        device=device,
+        dtype=dtype,
+        residual=residual,
+        spec=spec,
+        differ=ONE_PASS_DIFFER,
+    )
     assert len(one_pass) == 2
 
 
@@ -114,8 +155,21 @@ def side_by_side(x, weight, keywords, dtype, device):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_shortcut_in_two_passes(dtype, device, poisoned):
     x, weight, bias, keywords = inputs((2, 3, 16, 24, 5, 7, 1), device, dtype, False)
-    keywords = side_by_side(x, weight, keywords, dtype, device)
-    expected = spike_conv_reference(x, weight, torch.ones_like(bias), bias, 2, **keywords)
+    keywords = side_by_side(
+        x=x,
+        weight=weight,
+        keywords=keywords,
+        dtype=dtype,
+        device=device,
+    )
+    expected = spike_conv_reference(
+        spikes=x,
+        weight=weight,
+        scale=torch.ones_like(bias),
+        bias=bias,
+        num_steps=2,
+        **keywords,
+    )
     assert (conv_lif(x, weight, bias, 2, **keywords) != expected).float().mean() <= DIFFER[dtype]
 
 
@@ -125,8 +179,21 @@ def test_shortcut_in_one_pass(one_pass, device, poisoned):
     x, weight, bias, keywords = inputs((4, 3, 64, 128, 8, 16, 1), device, torch.bfloat16, False)
     assert try_kernels(device) == {""}
     one_pass.clear()
-    keywords = side_by_side(x, weight, keywords, torch.bfloat16, device)
-    expected = spike_conv_reference(x, weight, torch.ones_like(bias), bias, 4, **keywords)
+    keywords = side_by_side(
+        x=x,
+        weight=weight,
+        keywords=keywords,
+        dtype=torch.bfloat16,
+        device=device,
+    )
+    expected = spike_conv_reference(
+        spikes=x,
+        weight=weight,
+        scale=torch.ones_like(bias),
+        bias=bias,
+        num_steps=4,
+        **keywords,
+    )
     # The shortcut's sums are rounded to bfloat16, now and then to the other side.
     assert (conv_lif(x, weight, bias, 4, **keywords) != expected).float().mean() <= 3 * ONE_PASS_DIFFER
     assert len(one_pass) == 1

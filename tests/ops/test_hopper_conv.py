@@ -14,7 +14,7 @@ import torch
 
 from gac_kernels import CIFAR, IMAGENET, LIFSpec, spike_conv, spike_conv_reference, tuning
 from gac_kernels.convolution.hopper import launch as hopper_conv
-from gac_kernels.convolution.hopper.launch import GLUON_ERROR, Plan, plan
+from gac_kernels.convolution.hopper.launch import GLUON_ERROR, Plan, plan_call
 from gac_kernels.convolution.hopper.plan import Call, one_pass_fills, pair_plan, ring_plan, tile_of
 from test_spike_conv import GRID, borderline, inputs, with_shortcut
 
@@ -41,7 +41,7 @@ LAUNCHES = {
     "two tiles, rows apart": {"COPIES": 2, "STEPS": 2, "APART": 1},
 }
 # The shortcut's input channels and stride.
-SIDES = {"whole tiles": (64, 1), "odd": (96, 1), "one pixel": (64, 2), "deep": (256, 2), "wide": (128, 1)}
+SHORTCUTS = {"whole tiles": (64, 1), "odd": (96, 1), "one pixel": (64, 2), "deep": (256, 2), "wide": (128, 1)}
 
 
 @pytest.fixture
@@ -50,7 +50,7 @@ def launch(request, monkeypatch, filled):
     monkeypatch.setitem(tuning.DEFAULTS, "spike_conv_hopper", request.param)
     if "APART" in request.param:  # as with a Triton that refuses what the other launches do
         compiled = hopper_conv._failure
-        monkeypatch.setattr(hopper_conv, "_failure", lambda device, made: made.shared or compiled(device, made))
+        monkeypatch.setattr(hopper_conv, "_failure", lambda device, plan: plan.shared or compiled(device, plan))
     tuning.shape_config.cache_clear()
     yield request.param
     tuning.shape_config.cache_clear()
@@ -59,14 +59,14 @@ def launch(request, monkeypatch, filled):
 @pytest.fixture
 def planned(monkeypatch):
     """The plans of the calls of a test."""
-    made = []
+    plans = []
 
-    def note(*arguments):
-        made.append(plan(*arguments))
-        return made[-1]
+    def note(**arguments):
+        plans.append(plan_call(**arguments))
+        return plans[-1]
 
-    monkeypatch.setattr(hopper_conv, "plan", note)
-    return made
+    monkeypatch.setattr(hopper_conv, "plan_call", note)
+    return plans
 
 
 @hopper
@@ -84,31 +84,31 @@ def test_same_bits_as_the_definition(launch, shape, residual, planned, device, p
     assert torch.equal(got, spikes)
     assert torch.equal(membrane, expected.to(residual or torch.float32))
     assert torch.equal(spike_conv(*tensors, shape[0], spec, **keywords), spikes)
-    assert len(planned) == 2 and all(isinstance(made, Plan) for made in planned)
+    assert len(planned) == 2 and all(isinstance(plan, Plan) for plan in planned)
 
 
 @hopper
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("name", SIDES)
+@pytest.mark.parametrize("name", SHORTCUTS)
 @pytest.mark.parametrize("launch", list(LAUNCHES.values())[1:], ids=str, indirect=True)
 def test_shortcut(launch, name, dtype, planned, device, poisoned):
     shape = SHAPES[name]
     *tensors, keywords = inputs(shape, device, None, GRID)
-    keywords = with_shortcut(keywords, shape, *SIDES[name], dtype, device)
+    keywords = with_shortcut(keywords, shape, *SHORTCUTS[name], dtype, device)
     expected, spikes = spike_conv_reference(*tensors, shape[0], return_membrane=True, dtype=torch.float32, **keywords)
     membrane, got = spike_conv(*tensors, shape[0], return_membrane=True, **keywords)
     assert torch.equal(got, spikes) and torch.equal(membrane, expected.to(dtype))
     assert torch.equal(spike_conv(*tensors, shape[0], **keywords), spikes)
-    assert len(planned) == 2 and all(isinstance(made, Plan) for made in planned)
+    assert len(planned) == 2 and all(isinstance(plan, Plan) for plan in planned)
 
 
 @hopper
 def test_shortcuts_that_run_apart(filled, planned, device, poisoned):
     """In float32, of too few channels, or where the call does not fill the GPU."""
     shape = (4, 3, 64, 128, 8, 8, 1)
-    for side_channels, dtype, reason in ((64, torch.float32, "not 16 bits"), (24, torch.float16, "not a multiple")):
+    for shortcut_channels, dtype, reason in ((64, torch.float32, "not 16 bits"), (24, torch.float16, "not a multiple")):
         *tensors, keywords = inputs(shape, device, None, GRID)
-        keywords = with_shortcut(keywords, shape, side_channels, 1, dtype, device)
+        keywords = with_shortcut(keywords, shape, shortcut_channels, 1, dtype, device)
         expected = spike_conv_reference(*tensors, 4, dtype=torch.float32, **keywords)
         assert torch.equal(spike_conv(*tensors, 4, **keywords), expected)
         first, second = planned
@@ -135,7 +135,7 @@ def test_neurons_at_their_threshold_fire_as_in_float64(launch, planned, device, 
         exact = spike_conv_reference(*tensors, shape[0], **keywords)
         assert torch.equal(spike_conv(*tensors, shape[0], **keywords), exact)
         assert (spike_conv(*tensors, shape[0], **keywords | {"grid": 0.0}) != exact).float().mean() > 0.1
-    assert all(isinstance(made, Plan) for made in planned)
+    assert all(isinstance(plan, Plan) for plan in planned)
 
 
 @hopper
@@ -180,11 +180,21 @@ def test_every_tile_is_whole_and_begins_where_copies_may(pixels):
 
 
 def test_few_tiles_take_fewer_channels_each():
-    call = Call(512, 512, 512, 8, 8, 4, 1, 1, 2)
+    call = Call(
+        batch=512,
+        channels=512,
+        out_channels=512,
+        height=8,
+        width=8,
+        num_steps=4,
+        stride=1,
+        operand_bytes=1,
+        value_bytes=2,
+    )
     assert ring_plan(call, 132).programs(*call.frames) == 512 * 4
     few = call._replace(batch=16)  # 16 x 4 programs: half of the processors, so 16 x 8
-    made = ring_plan(few, 132)
-    assert made.block_n == 64 and made.programs(*few.frames) == 128
+    plan = ring_plan(few, 132)
+    assert plan.block_n == 64 and plan.programs(*few.frames) == 128
     least = call._replace(batch=1, out_channels=64)
     assert ring_plan(least, 132).block_n == 32 and ring_plan(least, 132).programs(*least.frames) == 2
 
@@ -195,25 +205,42 @@ def test_two_tiles_fit_into_shared_memory(operand_bytes, stride):
     for channels, steps, copies, value_bytes, shared in itertools.product(
         (32, 64, 96, 512), (1, 2), (2, 4), (0, 2, 4), (True, False)
     ):
-        call = Call(512, channels, 128, 8, 8, 4, stride, operand_bytes, value_bytes)
-        made = pair_plan(call, copies, steps, shared)
-        if made is None:
+        call = Call(
+            batch=512,
+            channels=channels,
+            out_channels=128,
+            height=8,
+            width=8,
+            num_steps=4,
+            stride=stride,
+            operand_bytes=operand_bytes,
+            value_bytes=value_bytes,
+        )
+        plan = pair_plan(call, copies, steps, shared)
+        if plan is None:
             assert steps == 2 or copies == 4 or value_bytes == 4
             continue
         lines = 8 if not shared else 10 if stride == 1 else 17
-        copied = 2 * copies * steps * lines * 8 * made.block_k + made.ring * made.block_n * made.block_k
+        copied = 2 * copies * steps * lines * 8 * plan.block_k + plan.ring * plan.block_n * plan.block_k
         buffers = 2 * steps * 64 * 128 * (operand_bytes + value_bytes)
         assert copied * operand_bytes + buffers < 227 * 1024
-        assert 3 <= made.ring <= 9 * channels // made.block_k
+        assert 3 <= plan.ring <= 9 * channels // plan.block_k
 
 
 def test_an_odd_tile_is_a_turn_of_its_own():
-    made = Plan((8, 1, 8), 128, 128, 7, 1, 3)
-    assert made.programs(3, 256, 8, 8) == 2 * 2 and made._replace(copies=0).programs(3, 256, 8, 8) == 3 * 2
+    plan = Plan(
+        tile=(8, 1, 8),
+        block_n=128,
+        block_k=128,
+        ring=7,
+        steps=1,
+        copies=3,
+    )
+    assert plan.programs(3, 256, 8, 8) == 2 * 2 and plan._replace(copies=0).programs(3, 256, 8, 8) == 3 * 2
 
 
 @pytest.mark.parametrize(
-    ("batch", "channels", "side", "num_steps", "expected"),
+    ("batch", "channels", "size", "num_steps", "expected"),
     [
         (512, 512, 8, 4, True),
         (16, 128, 32, 4, True),  # 128 tiles on 132 processors
@@ -223,18 +250,37 @@ def test_an_odd_tile_is_a_turn_of_its_own():
         (17, 128, 32, 4, False),  # 136 tiles: a second wave for four of them
     ],
 )
-def test_one_pass_where_it_fills_the_gpu(batch, channels, side, num_steps, expected):
-    assert one_pass_fills(batch, channels, side, side, num_steps, 132) == expected
+def test_one_pass_where_it_fills_the_gpu(batch, channels, size, num_steps, expected):
+    assert (
+        one_pass_fills(
+            batch=batch,
+            channels=channels,
+            height=size,
+            width=size,
+            num_steps=num_steps,
+            processors=132,
+        )
+        == expected
+    )
 
 
 def test_says_why_it_stays_away():
     spikes = torch.zeros(4, 32, 4, 4, dtype=torch.int8)
-    reason = plan(spikes, spikes, None, None, spikes[:0].float(), 2, 1, tuning.DEFAULTS["spike_conv_hopper"])
+    reason = plan_call(
+        spikes=spikes,
+        out=spikes,
+        residual=None,
+        shortcut=None,
+        membrane=spikes[:0].float(),
+        num_steps=2,
+        stride=1,
+        config=tuning.DEFAULTS["spike_conv_hopper"],
+    )
     assert isinstance(reason, str) and ("compute capability 9.0" in reason or "Gluon" in reason)
 
 
 def test_a_compiler_that_refuses_is_logged_once(monkeypatch, caplog, device):
-    def refuse(*_):
+    def refuse(**_):
         raise RuntimeError("no such layout\nand more")
 
     monkeypatch.setattr(hopper_conv, "launch", refuse)

@@ -39,9 +39,16 @@ class Case:
 
     def grads(self, function: Callable) -> tuple[list[Tensor], list[Tensor]]:
         out = function(
-            self.x, *self.stats, self.num_steps, self.spec, weight=self.weight, bias=self.bias,
-            residual=self.residual, batch_stats=self.batch, return_membrane=self.membrane,
-        )  # fmt: skip
+            self.x,
+            *self.stats,
+            self.num_steps,
+            self.spec,
+            weight=self.weight,
+            bias=self.bias,
+            residual=self.residual,
+            batch_stats=self.batch,
+            return_membrane=self.membrane,
+        )
         outputs = list(out) if self.membrane else [out]
         towards = [self.grad_membrane, self.grad_spikes] if self.membrane else [self.grad_spikes]
         inputs = [t for t in (self.x, self.residual, self.weight, self.bias) if t is not None]
@@ -101,9 +108,18 @@ def test_smooth_twin_passes_gradcheck():
 
     def smooth(x, residual, weight, bias):
         return norm_lif_reference(
-            x, x, x, 2, spec, weight=weight, bias=bias, residual=residual, batch_stats=True, return_membrane=True,
+            x=x,
+            mean=x,
+            var=x,
+            num_steps=2,
+            spec=spec,
+            weight=weight,
+            bias=bias,
+            residual=residual,
+            batch_stats=True,
+            return_membrane=True,
             smooth=True,
-        )  # fmt: skip
+        )
 
     assert torch.autograd.gradcheck(smooth, (x, residual, weight, bias), atol=1e-6)
 
@@ -122,9 +138,16 @@ def test_gradient_through_one_output_only(backend, used, device):
 
     def grads(function):
         out = function(
-            case.x, *case.stats, 4, CIFAR, weight=case.weight, bias=case.bias, residual=case.residual,
-            batch_stats=True, return_membrane=True,
-        )[used == "spikes"]  # fmt: skip
+            case.x,
+            *case.stats,
+            4,
+            CIFAR,
+            weight=case.weight,
+            bias=case.bias,
+            residual=case.residual,
+            batch_stats=True,
+            return_membrane=True,
+        )[used == "spikes"]
         return torch.autograd.grad(out, (case.x, case.residual, case.weight, case.bias), case.grad_spikes)
 
     actual = grads(norm_lif)
@@ -142,7 +165,13 @@ def test_batch_stats_are_those_of_batch_norm(backend, shape, dtype, memory_forma
     norm = nn.BatchNorm2d(shape[1], momentum=0.3, device=device)
     running_mean, running_var = norm.running_mean.clone(), norm.running_var.clone()
     batches = norm.num_batches_tracked.clone()
-    mean, var = batch_stats(x, running_mean, running_var, 0.3, batches)
+    mean, var = batch_stats(
+        x=x,
+        running_mean=running_mean,
+        running_var=running_var,
+        momentum=0.3,
+        num_batches=batches,
+    )
     wide = x.double()
     torch.testing.assert_close(mean.double(), wide.mean((0, 2, 3)), rtol=1e-6, atol=0)
     torch.testing.assert_close(var.double(), wide.var((0, 2, 3), correction=0), rtol=1e-5, atol=1e-6)

@@ -201,8 +201,8 @@ def test_integer_lif(backend, dtype, shape, layout, device, poisoned) -> None:
     assert torch.equal(op(x, shape[0], IMAGENET), spikes)
 
 
-@pytest.mark.parametrize(("residual", "side_stride"), [(False, 0), (True, 0), (True, 1), (True, 2)])
-def test_conv_lif(dtype, residual, side_stride, layout, device, poisoned) -> None:
+@pytest.mark.parametrize(("residual", "shortcut_stride"), [(False, 0), (True, 0), (True, 1), (True, 2)])
+def test_conv_lif(dtype, residual, shortcut_stride, layout, device, poisoned) -> None:
     """Of a 16-bit current that is rounded on the way, a spike in a hundred may differ."""
     op, reference = pair("conv_lif")
     x = frames((3, 2, 16, 7, 5), dtype, layout, device, spikes=True)
@@ -210,9 +210,9 @@ def test_conv_lif(dtype, residual, side_stride, layout, device, poisoned) -> Non
     bias = torch.randn(24, device=device, dtype=torch.promote_types(dtype, torch.float32)) * 0.3 + 0.3
     keywords: dict[str, Tensor] = {}
     if residual:
-        size = (3, 2, 16, 4 * side_stride, 3 * side_stride) if side_stride else (3, 2, 24, 4, 3)
+        size = (3, 2, 16, 4 * shortcut_stride, 3 * shortcut_stride) if shortcut_stride else (3, 2, 24, 4, 3)
         keywords["residual"] = frames(size, dtype, layout, device)
-    if side_stride:
+    if shortcut_stride:
         keywords["shortcut"] = (torch.randn(24, 16, 1, 1, device=device) / 4).to(dtype)
     with torch.backends.cudnn.flags(allow_tf32=False):
         current, spikes = op(x, weight, bias, 3, stride=2, return_membrane=True, **keywords)

@@ -58,7 +58,15 @@ def test_packed_convolution_is_the_convolution_to_the_bit(backend, stride, group
     weight = torch.randn(10, 5 // groups, 3, 3, device=device).contiguous(memory_format=memory_format).requires_grad_()
     bits = pack_spikes(spikes, 4)
     plain = F.conv2d(spikes, weight, None, stride, 1, 1, groups)
-    packed = packed_conv2d(spikes, bits, weight, 4, (stride, stride), (1, 1), groups=groups)
+    packed = packed_conv2d(
+        spikes=spikes,
+        bits=bits,
+        weight=weight,
+        num_steps=4,
+        stride=(stride, stride),
+        padding=(1, 1),
+        groups=groups,
+    )
     upstream = torch.randn_like(plain)
     expected = torch.autograd.grad(plain, (spikes, weight), upstream)
     found = torch.autograd.grad(packed, (spikes, weight), upstream)
@@ -99,9 +107,17 @@ def test_normed_residual_is_a_norm_before(backend, num_steps, keep, affine, batc
     x, weight, bias, residual, res_weight, res_bias = leaves
     of_norms = ((weight, bias), (res_weight, res_bias)) if affine else ((None, None), (None, None))
     out = norm_lif(
-        x, *stats[0], num_steps, spec, weight=of_norms[0][0], bias=of_norms[0][1], residual=residual,
-        batch_stats=batch, return_membrane=keep, residual_norm=ResidualNorm(*stats[1], *of_norms[1]),
-    )  # fmt: skip
+        x,
+        *stats[0],
+        num_steps,
+        spec,
+        weight=of_norms[0][0],
+        bias=of_norms[0][1],
+        residual=residual,
+        batch_stats=batch,
+        return_membrane=keep,
+        residual_norm=ResidualNorm(*stats[1], *of_norms[1]),
+    )
     out = list(out) if keep else [out]
     x, weight, bias, residual, res_weight, res_bias = twins
     if not affine:

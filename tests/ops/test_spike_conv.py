@@ -47,12 +47,12 @@ def inputs(shape, device, residual=None, grid=0.0):
     return spikes.contiguous(memory_format=layout), weight.contiguous(memory_format=layout), scale, bias, keywords
 
 
-def with_shortcut(keywords, shape, side_channels, side_stride, dtype, device):
+def with_shortcut(keywords, shape, shortcut_channels, shortcut_stride, dtype, device):
     """Keywords with a 1x1 shortcut in place of the residual, of numbers whose sums every order gives exactly."""
     num_steps, batch, _, out_channels, height, width, stride = shape
-    size = [((n - 1) // stride + 1) * side_stride for n in (height, width)]
-    residual = torch.randint(-3, 4, (num_steps * batch, side_channels, *size), device=device) / 4
-    shortcut = torch.randint(-2, 3, (out_channels, side_channels, 1, 1), device=device) / 16
+    size = [((n - 1) // stride + 1) * shortcut_stride for n in (height, width)]
+    residual = torch.randint(-3, 4, (num_steps * batch, shortcut_channels, *size), device=device) / 4
+    shortcut = torch.randint(-2, 3, (out_channels, shortcut_channels, 1, 1), device=device) / 16
     residual = residual.to(dtype).contiguous(memory_format=torch.channels_last)
     return keywords | {"residual": residual, "shortcut": shortcut.to(dtype)}
 
@@ -66,8 +66,8 @@ def borderline(shape, device, grid):
     currents, _ = spike_conv_reference(*tensors, shape[0], return_membrane=True, **keywords)
     residuals, v = [], 0.0
     for current in currents.unflatten(0, (shape[0], -1)):
-        wanted = CIFAR.threshold + grid * torch.randint(-1, 2, current.shape, device=device)
-        added = on_grid(wanted - CIFAR.decay * v - current, grid).float().double()
+        target = CIFAR.threshold + grid * torch.randint(-1, 2, current.shape, device=device)
+        added = on_grid(target - CIFAR.decay * v - current, grid).float().double()
         residuals.append(added + grid * (torch.rand_like(added) - 0.5) * 0.9)
         u = CIFAR.decay * v + current + added
         v = u * (u <= CIFAR.threshold)
@@ -109,11 +109,18 @@ def test_residual_dtypes_and_soft_reset(backend, residual, device, poisoned):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("side_stride", [1, 2])
-def test_shortcut(backend, side_stride, dtype, device, poisoned):
+@pytest.mark.parametrize("shortcut_stride", [1, 2])
+def test_shortcut(backend, shortcut_stride, dtype, device, poisoned):
     shape = (2, 3, 32, 48, 5, 3, 1)
     *tensors, keywords = inputs(shape, device, None, GRID)
-    keywords = with_shortcut(keywords, shape, 24, side_stride, dtype, device)
+    keywords = with_shortcut(
+        keywords=keywords,
+        shape=shape,
+        shortcut_channels=24,
+        shortcut_stride=shortcut_stride,
+        dtype=dtype,
+        device=device,
+    )
     expected, spikes = spike_conv_reference(*tensors, 2, return_membrane=True, dtype=torch.float32, **keywords)
     membrane, got = spike_conv(*tensors, 2, return_membrane=True, **keywords)
     without = spike_conv(*tensors, 2, grid=GRID)
@@ -171,7 +178,14 @@ def test_largest_sums_are_exact(backend, device):
     weight = torch.full((32, 512, 3, 3), 127, dtype=torch.int8, device=device)
     weight[1::2] = -128
     ones, zeros = torch.ones(32, device=device), torch.zeros(32, device=device)
-    membrane, _ = spike_conv(spikes, weight, ones, zeros, 1, return_membrane=True)
+    membrane, _ = spike_conv(
+        spikes=spikes,
+        weight=weight,
+        scale=ones,
+        bias=zeros,
+        num_steps=1,
+        return_membrane=True,
+    )
     assert membrane[0, :2, 1, 1].tolist() == [127 * 4608, -128 * 4608]
 
 
@@ -182,9 +196,26 @@ def test_any_layout_and_no_elements(backend, device):
     spikes, weight, scale, bias = tensors
     keywords["residual"] = keywords["residual"].contiguous()
     strided = torch.stack((spikes, spikes), -1)[..., 0]
-    assert torch.equal(spike_conv(strided, weight.contiguous(), scale, bias, 2, **keywords), expected)
+    assert torch.equal(
+        spike_conv(
+            spikes=strided,
+            weight=weight.contiguous(),
+            scale=scale,
+            bias=bias,
+            num_steps=2,
+            **keywords,
+        ),
+        expected,
+    )
     keywords["residual"] = keywords["residual"][:0]
-    assert spike_conv(spikes[:0], weight, scale, bias, 2, **keywords).shape == (0, 32, 4, 5)
+    assert spike_conv(
+        spikes=spikes[:0],
+        weight=weight,
+        scale=scale,
+        bias=bias,
+        num_steps=2,
+        **keywords,
+    ).shape == (0, 32, 4, 5)
 
 
 def test_registration(device):
@@ -204,8 +235,8 @@ def test_compiles_whole(device):
     *tensors, keywords = inputs((2, 1, 32, 32, 3, 3, 1), device, torch.float32)
 
     def both(residual):
-        made = spike_conv(*tensors, 2, residual=residual, return_membrane=True, grid=GRID)
-        return made, integer_lif(residual, 2)
+        outputs = spike_conv(*tensors, 2, residual=residual, return_membrane=True, grid=GRID)
+        return outputs, integer_lif(residual, 2)
 
     compiled = torch.compile(both, fullgraph=True, backend="aot_eager")(keywords["residual"])
     (membrane, spikes), encoded = both(keywords["residual"])
@@ -225,9 +256,34 @@ def test_integer_lif_is_lif(backend, dtype, layout, device, poisoned):
 
 
 def test_names_of_a_shape():
-    assert Shape(64, 128, 32, 32, 1, False).keys() == ("64-128", "64-128@32x32")
-    assert Shape(64, 128, 16, 16, 2, True).keys()[-1] == "64-128:s2@16x16+res"
-    assert Shape(64, 64, 8, 8, 1, True, True).keys()[-2:] == ("64-64+res+side", "64-64@8x8+res+side")
+    assert Shape(
+        channels=64,
+        out_channels=128,
+        height=32,
+        width=32,
+        stride=1,
+        residual=False,
+    ).keys() == ("64-128", "64-128@32x32")
+    assert (
+        Shape(
+            channels=64,
+            out_channels=128,
+            height=16,
+            width=16,
+            stride=2,
+            residual=True,
+        ).keys()[-1]
+        == "64-128:s2@16x16+res"
+    )
+    assert Shape(
+        channels=64,
+        out_channels=64,
+        height=8,
+        width=8,
+        stride=1,
+        residual=True,
+        shortcut=True,
+    ).keys()[-2:] == ("64-64+res+side", "64-64@8x8+res+side")
 
 
 def test_errors(device):
@@ -254,6 +310,12 @@ def test_errors(device):
             spike_conv(**arguments)
     many = torch.zeros(1, 20_000, 1, 1, dtype=torch.int8, device=device)
     with pytest.raises(ValueError, match="lose bits"):
-        spike_conv(many, torch.zeros(1, 20_000, 3, 3, dtype=torch.int8, device=device), scale[:1], bias[:1], 1)
+        spike_conv(
+            spikes=many,
+            weight=torch.zeros(1, 20_000, 3, 3, dtype=torch.int8, device=device),
+            scale=scale[:1],
+            bias=bias[:1],
+            num_steps=1,
+        )
     with pytest.raises(ValueError, match="divides the first axis"):
         integer_lif(torch.randn(3, 2, 2, 2, device=device), 2)

@@ -62,7 +62,15 @@ def draw(shape):
 def currents(spikes, weight, stride=1):
     """The sums, as neurons of one step with scale 1 and no bias get them."""
     ones, zeros = torch.ones(len(weight)), torch.zeros(len(weight))
-    return spike_conv(spikes, weight, ones, zeros, 1, stride=stride, return_membrane=True)[0]
+    return spike_conv(
+        spikes=spikes,
+        weight=weight,
+        scale=ones,
+        bias=zeros,
+        num_steps=1,
+        stride=stride,
+        return_membrane=True,
+    )[0]
 
 
 def sums(spikes, weight, stride=1):
@@ -81,10 +89,26 @@ def test_samples_in_pieces_give_the_bits_of_the_whole(monkeypatch, poisoned):
     spikes, weight = draw((3 * 5, 24, 32, 6, 5, 1))
     scale, bias, residual = torch.rand(32) / 100, torch.randn(32), torch.randn(15, 32, 6, 5)
     with use_backend("eager"):
-        expected = spike_conv(spikes, weight, scale, bias, 3, residual=residual, return_membrane=True)
+        expected = spike_conv(
+            spikes=spikes,
+            weight=weight,
+            scale=scale,
+            bias=bias,
+            num_steps=3,
+            residual=residual,
+            return_membrane=True,
+        )
     for samples in (1, 2, 5):
         monkeypatch.setattr(onednn, "_SUMS", samples * residual[0].numel())
-        got = spike_conv(spikes, weight, scale, bias, 3, residual=residual, return_membrane=True)
+        got = spike_conv(
+            spikes=spikes,
+            weight=weight,
+            scale=scale,
+            bias=bias,
+            num_steps=3,
+            residual=residual,
+            return_membrane=True,
+        )
         assert torch.equal(got[0], expected[0]) and torch.equal(got[1], expected[1])
     assert 0.05 < expected[1].float().mean() < 0.95
 
@@ -120,19 +144,19 @@ def test_changed_weights_are_noticed(size):
 @needs_onednn
 def test_a_weight_is_packed_once_and_forgotten_with_its_memory(monkeypatch):
     monkeypatch.setattr(onednn, "_cache", {})
-    made, pack = [], onednn._Packed.of
-    monkeypatch.setattr(onednn._Packed, "of", lambda *a: made.append(1) or pack(*a))
+    packed, pack = [], onednn._Packed.of
+    monkeypatch.setattr(onednn._Packed, "of", lambda *a: packed.append(1) or pack(*a))
     spikes, weight = draw((1, 16, 16, 3, 3, 1))
     for _ in range(3):
         currents(spikes, weight)
-    assert len(made) == 1 and len(onednn._cache) == 1
+    assert len(packed) == 1 and len(onednn._cache) == 1
     for stride in (2, 1, 2):
         currents(spikes, weight, stride)
-    assert len(made) == 2 and len(onednn._cache) == 2
+    assert len(packed) == 2 and len(onednn._cache) == 2
     del weight
     gc.collect()
     currents(*draw((1, 16, 16, 3, 3, 1)))
-    assert len(made) == 3 and len(onednn._cache) == 1
+    assert len(packed) == 3 and len(onednn._cache) == 1
 
 
 @needs_onednn

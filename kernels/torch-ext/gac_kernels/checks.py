@@ -1,4 +1,4 @@
-"""Checks of what a user hands to an op: each failure says what was expected, what came and what to do."""
+"""Checks of what a user hands to an op: each failure says what was expected, what given and what to do."""
 
 from __future__ import annotations
 
@@ -56,8 +56,8 @@ def check_gate(x: Tensor, spatial: Tensor, temporal: Tensor) -> None:
     """Raise unless the two gate inputs fit the current ``x``, (B, C, H, W) or (T, B, C, H, W)."""
     for name, tensor in (("spatial", spatial), ("temporal", temporal)):
         if not isinstance(tensor, Tensor) or tensor.dtype not in DTYPES:
-            came = getattr(tensor, "dtype", type(tensor).__name__)
-            raise ValueError(f"expected {name} to be a floating tensor, got {came}: convert it with .float()")
+            given = getattr(tensor, "dtype", type(tensor).__name__)
+            raise ValueError(f"expected {name} to be a floating tensor, got {given}: convert it with .float()")
         if tensor.device != x.device:
             raise ValueError(f"expected {name} on {x.device}, got {tensor.device}: move it with .to(...)")
     if spatial.shape != x.shape or spatial.dtype != x.dtype:
@@ -68,17 +68,23 @@ def check_gate(x: Tensor, spatial: Tensor, temporal: Tensor) -> None:
     batch = x.shape[0] if x.dim() == 4 else x.shape[1]
     steps = temporal.shape[1] if x.dim() == 4 and temporal.dim() == 2 else x.shape[0]
     if tuple(temporal.shape) != (batch, steps) or steps == 0:
-        wanted = f"({batch}, T)" if x.dim() == 4 else f"({batch}, {steps})"
+        expected = f"({batch}, T)" if x.dim() == 4 else f"({batch}, {steps})"
         raise ValueError(
-            f"expected temporal of shape {wanted} (batch, steps) with T >= 1, got {tuple(temporal.shape)}: give one "
+            f"expected temporal of shape {expected} (batch, steps) with T >= 1, got {tuple(temporal.shape)}: give one "
             "score for each sample and step"
         )
 
 
 def check_residual_norm(
-    x: Tensor, residual: Tensor | None, weight: Tensor | None, res_weight: Tensor | None, res_bias: Tensor | None,
-    res_mean: Tensor | None, res_var: Tensor | None, group: str = "",
-) -> None:  # fmt: skip
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    res_weight: Tensor | None,
+    res_bias: Tensor | None,
+    res_mean: Tensor | None,
+    res_var: Tensor | None,
+    group: str = "",
+) -> None:
     """Raise unless the residual's own norm, if any, fits the residual and the norm of ``x``."""
     given = [tensor for tensor in (res_weight, res_bias, res_mean, res_var) if tensor is not None]
     if not given:
@@ -100,9 +106,15 @@ def check_residual_norm(
 
 
 def check_norm(
-    x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, mean: Tensor | None,
-    var: Tensor | None, num_steps: int, batch_stats: bool,
-) -> None:  # fmt: skip
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor | None,
+    var: Tensor | None,
+    num_steps: int,
+    batch_stats: bool,
+) -> None:
     """Raise unless residual, scale, shift and statistics fit the time-folded (T*B, C, H, W) tensor ``x``."""
     check_current("x", x, min_dims=4, max_dims=4)
     if not isinstance(num_steps, int) or num_steps < 1 or x.shape[0] % num_steps:
@@ -130,23 +142,36 @@ def check_norm(
 
 
 def check_spike_conv(
-    spikes: Tensor, weight: Tensor, scale: Tensor, bias: Tensor, residual: Tensor | None, num_steps: int, stride: int,
-    grid: float, shortcut: Tensor | None,
-) -> None:  # fmt: skip
+    spikes: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    bias: Tensor,
+    residual: Tensor | None,
+    num_steps: int,
+    stride: int,
+    grid: float,
+    shortcut: Tensor | None,
+) -> None:
     """Raise unless weights, scale, bias, residual and grid fit the time-folded int8 spikes (T*B, C, H, W)."""
     for name, tensor in (("spikes", spikes), ("weight", weight)):
         if not isinstance(tensor, Tensor) or tensor.dtype != torch.int8 or tensor.dim() != 4:
-            came = f"{tensor.dtype}, {tuple(tensor.shape)}" if isinstance(tensor, Tensor) else type(tensor).__name__
-            raise ValueError(f"expected {name} as int8 with 4 axes, got {came}: convert them with .to(torch.int8)")
-    _check_conv3x3("spikes", spikes, weight, num_steps, stride)
-    channels, made = spikes.shape[1], weight.shape[0]
+            given = f"{tensor.dtype}, {tuple(tensor.shape)}" if isinstance(tensor, Tensor) else type(tensor).__name__
+            raise ValueError(f"expected {name} as int8 with 4 axes, got {given}: convert them with .to(torch.int8)")
+    _check_conv3x3(
+        name="spikes",
+        x=spikes,
+        weight=weight,
+        num_steps=num_steps,
+        stride=stride,
+    )
+    channels, out_channels = spikes.shape[1], weight.shape[0]
     if channels > MAX_INT8_CHANNELS:
         raise ValueError(f"expected at most {MAX_INT8_CHANNELS:,} channels, got {channels:,}: sums would lose bits")
     for name, tensor in (("scale", scale), ("bias", bias)):
-        if tensor.shape != (made,) or tensor.dtype != torch.float32:
+        if tensor.shape != (out_channels,) or tensor.dtype != torch.float32:
             raise ValueError(
-                f"expected {name} of shape ({made},) in float32, got {tuple(tensor.shape)} in {tensor.dtype}: give one "
-                "value an output channel"
+                f"expected {name} of shape ({out_channels},) in float32, got {tuple(tensor.shape)} in {tensor.dtype}: "
+                "give one value an output channel"
             )
     shape = _conv3x3_shape(spikes, weight, stride)
     if shortcut is not None:
@@ -164,12 +189,23 @@ def check_spike_conv(
 
 
 def check_conv_lif(
-    x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, num_steps: int, stride: int,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    residual: Tensor | None,
+    num_steps: int,
+    stride: int,
     shortcut: Tensor | None,
-) -> None:  # fmt: skip
+) -> None:
     """Raise unless weights, bias and residual fit the time-folded input (T*B, C, H, W)."""
     check_current("x", x, min_dims=4, max_dims=4)
-    _check_conv3x3("x", x, weight, num_steps, stride)
+    _check_conv3x3(
+        name="x",
+        x=x,
+        weight=weight,
+        num_steps=num_steps,
+        stride=stride,
+    )
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
     if bias.shape != weight.shape[:1] or bias.dtype != wide:
         raise ValueError(
@@ -192,9 +228,9 @@ def check_conv_lif(
 
 def _check_shortcut(residual: Tensor | None, shortcut: Tensor, shape: tuple[int, ...]) -> None:
     if residual is None or residual.dim() != 4 or residual.dtype not in DTYPES or residual.dtype != shortcut.dtype:
-        came = "none" if residual is None else f"{tuple(residual.shape)} in {residual.dtype}"
+        given = "none" if residual is None else f"{tuple(residual.shape)} in {residual.dtype}"
         raise ValueError(
-            f"expected a residual with 4 axes in the shortcut's {shortcut.dtype}, a floating dtype, got {came}: give "
+            f"expected a residual with 4 axes in the shortcut's {shortcut.dtype}, a floating dtype, got {given}: give "
             "what the shortcut convolves"
         )
     if tuple(shortcut.shape) != (shape[1], residual.shape[1], 1, 1):

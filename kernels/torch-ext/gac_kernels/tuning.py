@@ -1,6 +1,6 @@
 """Launch parameters as data: a deterministic default, and one reviewed JSON file for each device that has been tuned.
 
-``configs/<device name>.json`` maps an op to ``{"<bytes an element>": {"BLOCK": ..., "num_warps": ...}}``; a key
+``configs/<device name>.json`` maps an op to ``{"<bytes per element>": {"BLOCK": ..., "num_warps": ...}}``; a key
 ``"<bytes>:<T>"`` is more specific and wins. Nothing is tuned at run time: a search on the training path would stall the
 first step and could choose differently on each rank.
 """
@@ -32,7 +32,7 @@ DEFAULTS: dict[str, dict[str, int]] = {
 }
 # REVERSE: each kernel walks against the one before it, convolution > statistics > forward, convolution > reduce >
 # apply, since the L2 cache holds what was touched last. Without statistics in between, forward walks the other way.
-# PER_SM: as many programs as registers allow at once, for one more waits for all the others; a key with T wins.
+# PER_SM: as many programs as registers allow at once, since one more would wait for all others; a key with T wins.
 DEFAULTS |= {
     "batch_stats": {"TILE": 4096, "BLOCK_C": 128, "num_warps": 8, "PER_SM": 4, "STAGES": 1, "REVERSE": 1},
     "norm_lif_fwd_eval": {"TILE": 4096, "BLOCK_C": 128, "num_warps": 8, "REVERSE": 1},
@@ -71,9 +71,9 @@ def launch_config(op: str, num_steps: int, element_size: int, device: torch.devi
         device: Where it will run.
 
     Returns:
-        num_warps and BLOCK, for ``gac_bwd`` also TILES (blocks a program); for the batch-norm kernels num_warps, TILE
-        (elements a tile), BLOCK_C (channels a tile) and, where a fixed number of programs shares the tiles, PER_SM
-        (programs a multiprocessor) and STAGES (tiles in flight).
+        num_warps and BLOCK, for ``gac_bwd`` also TILES (blocks per program); for the batch-norm kernels num_warps, TILE
+        (elements per tile), BLOCK_C (channels per tile) and, where a fixed number of programs shares the tiles, PER_SM
+        (programs per multiprocessor) and STAGES (tiles in flight).
     """
     tuned = _device_configs(_device_name(device)).get(op, {})
     default = DEFAULTS[op] | DEFAULTS.get(f"{op}:{num_steps}", {})

@@ -182,7 +182,7 @@ class Call:
 
     def alternative(self) -> Tensor | tuple[Tensor, Tensor]:
         """Run it without the Hopper kernel: plain Triton in int8, two passes in 16 bits."""
-        with mock.patch.object(hopper, "plan", lambda *_, **__: "the alternative is asked for"):
+        with mock.patch.object(hopper, "plan_call", lambda *_, **__: "the alternative is asked for"):
             return self()
 
     def agrees(self, got: Tensor | tuple[Tensor, Tensor], expected: Tensor | tuple[Tensor, Tensor]) -> bool:
@@ -194,7 +194,7 @@ class Call:
 
     def fits(self, config: dict[str, int]) -> bool:
         """Whether the kernel uses these parameters unchanged."""
-        made = hopper.plan(
+        plan = hopper.plan_call(
             spikes=self.spikes,
             out=self.out,
             residual=self.residual,
@@ -204,10 +204,10 @@ class Call:
             stride=self.layer.stride,
             config=config,
         )
-        if isinstance(made, str):
-            raise SystemExit(f"expected a layer for the Hopper kernel, got {self.layer}: {made}")
-        copies = made.copies if made.shared else made.copies // 2
-        return (copies, made.steps) == (config["COPIES"], config["STEPS"])
+        if isinstance(plan, str):
+            raise SystemExit(f"expected a layer for the Hopper kernel, got {self.layer}: {plan}")
+        copies = plan.copies if plan.shared else plan.copies // 2
+        return (copies, plan.steps) == (config["COPIES"], config["STEPS"])
 
     def operations(self) -> int:
         """Additions and multiplications of the convolution."""

@@ -26,7 +26,7 @@ from torch.profiler import ProfilerActivity, profile
 from triton.runtime.errors import OutOfResources
 
 from gac_kernels import tuning
-from gac_kernels.norm import batch_stats, norm_lif
+from gac_kernels.norm import batch_stats, launch
 
 from ...runtime import graphs
 from ...runtime.dtypes import DTYPES
@@ -97,7 +97,7 @@ def record_launches(into: list[str]) -> Iterator[None]:
         return ask(op, *args)
 
     with contextlib.ExitStack() as stack:
-        for module in (batch_stats, norm_lif):
+        for module in (batch_stats, launch):
             stack.enter_context(mock.patch.object(module, "launch_config", note))
         yield
 

@@ -1,4 +1,4 @@
-"""Memory layouts: which tensors a kernel may walk as they lie, and how the rest are brought into line."""
+"""Memory layouts: which tensors a kernel can read as they are, and copies of the others."""
 
 from __future__ import annotations
 

@@ -45,9 +45,15 @@ def reset(u, THRESHOLD: tl.constexpr, SOFT: tl.constexpr):
 
 @triton.jit
 def membrane_grad(
-    u, gs, gv, THRESHOLD: tl.constexpr, SURROGATE: tl.constexpr, WIDTH: tl.constexpr, DETACH: tl.constexpr,
+    u,
+    gs,
+    gv,
+    THRESHOLD: tl.constexpr,
+    SURROGATE: tl.constexpr,
+    WIDTH: tl.constexpr,
+    DETACH: tl.constexpr,
     SOFT: tl.constexpr,
-):  # fmt: skip
+):
     """Gradient at the membrane u from the gradients at the spike (gs) and at the membrane after reset (gv)."""
     keep = tl.where(u > THRESHOLD, 0.0, 1.0)
     return membrane_grad_by(u, keep, gs, gv, THRESHOLD, SURROGATE, WIDTH, DETACH, SOFT)
@@ -65,9 +71,16 @@ def reset_by(u, keep, THRESHOLD: tl.constexpr, SOFT: tl.constexpr):
 
 @triton.jit
 def membrane_grad_by(
-    u, keep, gs, gv, THRESHOLD: tl.constexpr, SURROGATE: tl.constexpr, WIDTH: tl.constexpr, DETACH: tl.constexpr,
+    u,
+    keep,
+    gs,
+    gv,
+    THRESHOLD: tl.constexpr,
+    SURROGATE: tl.constexpr,
+    WIDTH: tl.constexpr,
+    DETACH: tl.constexpr,
     SOFT: tl.constexpr,
-):  # fmt: skip
+):
     """`membrane_grad` where it is known already whether the membrane was kept."""
     sg = surrogate_grad(u - THRESHOLD, SURROGATE, WIDTH)
     if SOFT:

@@ -1,4 +1,4 @@
-"""The 1x1 convolution of a block's shortcut: its stride, and how it runs where no kernel takes it along."""
+"""The 1x1 convolution of a block's shortcut: its stride, and the plain convolution where no kernel fuses it."""
 
 from __future__ import annotations
 
@@ -19,5 +19,5 @@ def shortcut_stride(size: tuple[int, ...], out: tuple[int, ...]) -> int:
 def convolve_shortcut(residual: Tensor, weight: Tensor, out: tuple[int, ...]) -> Tensor:
     """The convolution of a residual with a weight (C', C'', 1, 1), to so many rows and columns; channels-last."""
     stride = [shortcut_stride(tuple(residual.shape[2:]), out)] * 2
-    made = torch.ops.aten.convolution(residual, weight, None, stride, [0, 0], [1, 1], False, [0, 0], 1)
-    return made.contiguous(memory_format=torch.channels_last)  # as it mostly is already
+    result = torch.ops.aten.convolution(residual, weight, None, stride, [0, 0], [1, 1], False, [0, 0], 1)
+    return result.contiguous(memory_format=torch.channels_last)  # cuDNN's mostly is already

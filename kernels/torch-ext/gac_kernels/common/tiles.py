@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .triton import cdiv, next_power_of_2, tl, triton
 
-# Where there is no multiprocessor to fill (the interpreter), two programs still exercise the sharing of tiles.
+# In the interpreter: two programs, so that the sharing of tiles is tested.
 _INTERPRETED_PROCESSORS = 2
 
 
@@ -68,7 +68,7 @@ def sum_partials(partial_ptr, channel, programs, C, SUMS: tl.constexpr, BLOCK_P:
     return tl.sum(a, 0), tl.sum(b, 0), tl.sum(c, 0)
 
 
-# Few, wide iterations: one after the other each costs a trip to memory, and there are up to 8 programs a processor.
+# Few, wide iterations: each waits for memory, and there are up to 8 programs per multiprocessor.
 FINISH = {"BLOCK_P": 512, "BLOCK_C": 8, "num_warps": 8}
 
 
@@ -108,14 +108,15 @@ def channel_tiles(x: Tensor, num_steps: int, config: dict[str, int]) -> Tiles:
     Args:
         x: (T*B, C, H, W), contiguous or channels-last.
         num_steps: T.
-        config: TILE (elements a tile), BLOCK_C (channels a tile at most), num_warps, REVERSE (from the last tile to the
-            first) and, where a fixed number of programs shares the tiles, PER_SM (programs a multiprocessor) and STAGES
-            (tiles in flight; 1 loads a tile when it is its turn).
+        config: TILE (elements per tile), BLOCK_C (channels per tile), num_warps, REVERSE (from the last tile to the
+            first) and, where a fixed number of programs shares the tiles, PER_SM (programs per multiprocessor) and
+            STAGES (tiles in flight; with 1 a tile is loaded when it is needed).
     """
+    # By position: a cached function takes longer to look up keywords.
     return _divide(x.shape, is_channels_last(x), num_steps, tuple(config.items()), x.device)
 
 
-@functools.lru_cache(maxsize=4096)  # a training step asks some 70 times, and eagerly it waits for the host
+@functools.lru_cache(maxsize=4096)  # about 70 calls per training step, which is bound by launches where it is eager
 def _divide(
     shape: torch.Size, channels_last: bool, num_steps: int, items: tuple[tuple[str, int], ...], device: torch.device
 ) -> Tiles:
@@ -129,7 +130,14 @@ def _divide(
         programs = max(1, min(count, config["PER_SM"] * multiprocessors(device) // blocks))
     meta = dict(CHANNELS_LAST=channels_last, REVERSE=bool(config["REVERSE"]), BLOCK_R=block_r, BLOCK_C=block_c)
     meta |= {name: config[name] for name in ("num_warps", "STAGES") if name in config}
-    return Tiles((programs, blocks), rows, channels, shape[2] * shape[3], count, meta)
+    return Tiles(
+        grid=(programs, blocks),
+        rows=rows,
+        channels=channels,
+        spatial=shape[2] * shape[3],
+        tiles=count,
+        meta=meta,
+    )
 
 
 @functools.cache

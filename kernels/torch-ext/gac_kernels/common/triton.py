@@ -1,4 +1,8 @@
-"""Triton where it is installed, and a stand-in that lets the same files import where it is not."""
+"""Triton where it is installed, and a stand-in with which the same files import where it is not.
+
+Kernel launches and registered operators pass tensors by position and name constants only: both bind their arguments
+anew at each call, and small networks are bound by that.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +36,7 @@ __all__ = ["HAS_TRITON", "INTERPRETED", "TRITON_ERROR", "cdiv", "next_power_of_2
 
 
 def cdiv(a: int, b: int) -> int:
-    """A / b, rounded up. Triton's own is made for kernels too, and takes longer than a launch has for it."""
+    """A / b, rounded up; faster on the host than Triton's own."""
     return -(-a // b)
 
 

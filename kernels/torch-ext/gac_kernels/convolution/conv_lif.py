@@ -29,27 +29,59 @@ _lib.define(
 def _outputs(x: Tensor, weight: Tensor, stride: int, keep_membrane: bool) -> tuple[Tensor, Tensor]:
     """Unwritten spikes and, where asked for, membrane."""
     size = (x.shape[0], weight.shape[0], *((n - 1) // stride + 1 for n in x.shape[2:]))
-    made = torch.empty(size, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
-    return made, torch.empty_like(made) if keep_membrane else x.new_empty(0)
+    out = torch.empty(size, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+    return out, torch.empty_like(out) if keep_membrane else x.new_empty(0)
 
 
 def _two_passes(
-    x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, num_steps: int, stride: int, threshold: float,
-    decay: float, soft_reset: bool, keep_membrane: bool,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    residual: Tensor | None,
+    num_steps: int,
+    stride: int,
+    threshold: float,
+    decay: float,
+    soft_reset: bool,
+    keep_membrane: bool,
+) -> tuple[Tensor, Tensor]:
     size = [stride, stride]
     current = torch.ops.aten.convolution(x, weight, None, size, [1, 1], [1, 1], False, [0, 0], 1)
     current = current.contiguous(memory_format=torch.channels_last)  # as it mostly is already
     spikes, membrane, _ = torch.ops.gac_kernels.norm_lif(
-        current, residual, None, bias, None, None, None, 0.0, num_steps, threshold, decay, 0, 1.0, False,
-        soft_reset, False, keep_membrane, "",
-    )  # fmt: skip
+        current,
+        residual,
+        None,
+        bias,
+        None,
+        None,
+        None,
+        0.0,
+        num_steps,
+        threshold,
+        decay,
+        0,
+        1.0,
+        False,
+        soft_reset,
+        False,
+        keep_membrane,
+        "",
+    )
     return spikes, membrane
 
 
 @torch.library.impl(_lib, "conv_lif", "CompositeExplicitAutograd")
 def _conv_lif(x, weight, bias, residual, num_steps, stride, threshold, decay, soft_reset, keep_membrane, shortcut=None):
-    check_conv_lif(x, weight, bias, residual, num_steps, stride, shortcut)
+    check_conv_lif(
+        x=x,
+        weight=weight,
+        bias=bias,
+        residual=residual,
+        num_steps=num_steps,
+        stride=stride,
+        shortcut=shortcut,
+    )
     if not x.numel() or not weight.numel():
         return _outputs(x, weight, stride, keep_membrane)
     layout = torch.channels_last
@@ -63,13 +95,31 @@ def _conv_lif(x, weight, bias, residual, num_steps, stride, threshold, decay, so
         frames = (len(x) // num_steps, shape.out_channels, shape.height, shape.width)
         if config["ONE_PASS"] and one_pass_fills(*frames, num_steps, hopper.multiprocessors(x.device)):
             out, membrane = _outputs(x, weight, stride, keep_membrane)
-            made = hopper.plan(x, out, residual, shortcut, membrane, num_steps, stride, config)
-            if shortcut is not None and not isinstance(made, hopper.Plan):
+            plan = hopper.plan_call(
+                spikes=x,
+                out=out,
+                residual=residual,
+                shortcut=shortcut,
+                membrane=membrane,
+                num_steps=num_steps,
+                stride=stride,
+                config=config,
+            )
+            if shortcut is not None and not isinstance(plan, hopper.Plan):
                 residual, shortcut = convolve_shortcut(residual, shortcut, size), None
-                made = hopper.plan(x, out, residual, None, membrane, num_steps, stride, config)
-            if isinstance(made, hopper.Plan):
+                plan = hopper.plan_call(
+                    spikes=x,
+                    out=out,
+                    residual=residual,
+                    shortcut=None,
+                    membrane=membrane,
+                    num_steps=num_steps,
+                    stride=stride,
+                    config=config,
+                )
+            if isinstance(plan, hopper.Plan):
                 hopper.launch(
-                    made, x, weight, None, bias, residual, shortcut, num_steps, stride, *neuron, 0.0, out, membrane
+                    plan, x, weight, None, bias, residual, shortcut, num_steps, stride, *neuron, 0.0, out, membrane
                 )
                 return out, membrane
     if shortcut is not None:
@@ -85,9 +135,17 @@ def _conv_lif_fake(
 
 
 def conv_lif(
-    x: Tensor, weight: Tensor, bias: Tensor, num_steps: int, spec: LIFSpec = CIFAR, *, stride: int = 1,
-    residual: Tensor | None = None, return_membrane: bool = False, shortcut: Tensor | None = None,
-) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    num_steps: int,
+    spec: LIFSpec = CIFAR,
+    *,
+    stride: int = 1,
+    residual: Tensor | None = None,
+    return_membrane: bool = False,
+    shortcut: Tensor | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
     """``lif(conv3x3(x, weight) + bias + residual)`` over T steps, for inference: no gradient.
 
     Args:
@@ -111,7 +169,15 @@ def conv_lif(
         ValueError: A tensor has the wrong shape, dtype or device, or T does not divide the first axis.
     """
     check_spec(spec)
-    check_conv_lif(x, weight, bias, residual, num_steps, stride, shortcut)
+    check_conv_lif(
+        x=x,
+        weight=weight,
+        bias=bias,
+        residual=residual,
+        num_steps=num_steps,
+        stride=stride,
+        shortcut=shortcut,
+    )
     out, membrane = torch.ops.gac_kernels.conv_lif(
         x, weight, bias, residual, num_steps, stride, *spec.forward_arguments, return_membrane, shortcut
     )

@@ -1,4 +1,4 @@
-"""`spike_conv` in vectorised PyTorch, written into outputs that the caller made: exact on any device, only slower."""
+"""`spike_conv` in vectorised PyTorch, written into given outputs: exact on any device, only slower."""
 
 from __future__ import annotations
 
@@ -10,9 +10,20 @@ from ..neuron.eager import lif_forward, shifted
 
 
 def forward(
-    spikes: Tensor, weight: Tensor, scale: Tensor, bias: Tensor, residual: Tensor | None, num_steps: int, stride: int,
-    threshold: float, decay: float, soft_reset: bool, shift: float, out: Tensor, membrane: Tensor,
-) -> None:  # fmt: skip
+    spikes: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    bias: Tensor,
+    residual: Tensor | None,
+    num_steps: int,
+    stride: int,
+    threshold: float,
+    decay: float,
+    soft_reset: bool,
+    shift: float,
+    out: Tensor,
+    membrane: Tensor,
+) -> None:
     """Write spikes and, where it has elements, the neuron's input current."""
     # Integers below 2**24 are exact in float32, and so is their sum in any order. An algorithm that transforms its
     # input (Winograd, FFT) is off by far less than 1/2, which rounding mends.
@@ -25,4 +36,14 @@ def forward(
         membrane.copy_(current)
     nothing = current.new_empty(0)
     steps, fired = current.unflatten(0, (num_steps, -1)), out.unflatten(0, (num_steps, -1))
-    lif_forward(steps, None, fired, nothing, nothing, threshold, decay, 1.0, soft_reset)
+    lif_forward(
+        x=steps,
+        state=None,
+        spikes=fired,
+        last=nothing,
+        mask=nothing,
+        threshold=threshold,
+        decay=decay,
+        width=1.0,
+        soft_reset=soft_reset,
+    )

@@ -34,9 +34,20 @@ def why_not() -> str:
 
 
 def forward(
-    spikes: Tensor, weight: Tensor, scale: Tensor, bias: Tensor, residual: Tensor | None, num_steps: int, stride: int,
-    threshold: float, decay: float, soft_reset: bool, shift: float, out: Tensor, membrane: Tensor,
-) -> None:  # fmt: skip
+    spikes: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    bias: Tensor,
+    residual: Tensor | None,
+    num_steps: int,
+    stride: int,
+    threshold: float,
+    decay: float,
+    soft_reset: bool,
+    shift: float,
+    out: Tensor,
+    membrane: Tensor,
+) -> None:
     """Write spikes and, where it has elements, the neuron's input current."""
     packed = _packed(weight, stride)
     scale, bias = scale[:, None, None], bias.sub(shift)[:, None, None]
@@ -80,9 +91,9 @@ class _Packed(NamedTuple):
     def of(cls, weight: Tensor, stride: int) -> _Packed:
         """Pack a dense (C', C, 3, 3) weight."""
         ones, zeros = (torch.full((len(weight),), n, dtype=d) for n, d in ((1, torch.float32), (0, torch.int32)))
-        made = torch.ops.onednn.qconv_prepack(weight, ones, 1.0, 0, [stride] * 2, [1, 1], [1, 1], 1, None)
+        packed = torch.ops.onednn.qconv_prepack(weight, ones, 1.0, 0, [stride] * 2, [1, 1], [1, 1], 1, None)
         source = in_memory_order(weight).clone()
-        return cls(StorageWeakRef(weight.untyped_storage()), source, made, ones, zeros, stride)
+        return cls(StorageWeakRef(weight.untyped_storage()), source, packed, ones, zeros, stride)
 
     def convolve(self, spikes: Tensor) -> Tensor:
         """Exact sums (N, C', H', W') in float32, channels-last.
@@ -90,9 +101,24 @@ class _Packed(NamedTuple):
         Without VNNI the products are added in pairs in 16 bits, which saturates; pairs of spikes and weights do not.
         """
         return torch.ops.onednn.qconv2d_pointwise(
-            spikes.view(torch.uint8), 1.0, 0, self.weight, self.ones, self.zeros, None, [self.stride] * 2, [1, 1],
-            [1, 1], 1, 1.0, 0, torch.float32, "none", [], "",
-        )  # fmt: skip
+            spikes.view(torch.uint8),
+            1.0,
+            0,
+            self.weight,
+            self.ones,
+            self.zeros,
+            None,
+            [self.stride] * 2,
+            [1, 1],
+            [1, 1],
+            1,
+            1.0,
+            0,
+            torch.float32,
+            "none",
+            [],
+            "",
+        )
 
 
 _cache: dict[tuple[int, torch.Size, int], _Packed] = {}

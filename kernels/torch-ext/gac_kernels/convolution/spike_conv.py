@@ -13,93 +13,78 @@ from torch import Tensor
 
 from ..checks import check_spec, check_spike_conv
 from ..common.layout import on_device
-from ..common.neuron_step import reset
 from ..common.shortcut import convolve_shortcut
-from ..common.triton import cdiv, next_power_of_2, tl, triton
+from ..common.triton import cdiv, next_power_of_2
 from ..reference import grid_shift
 from ..spec import CIFAR, LIFSpec
 from . import eager, onednn
 from .dispatch import Shape, spike_conv_backend, spike_conv_config
 from .hopper import launch as hopper
+from .spike_conv_kernel import spike_conv_kernel
 
 _logger = logging.getLogger(__name__)
 
 
-@triton.jit
-def _spike_conv_kernel(
-    x_ptr, w_ptr, scale_ptr, bias_ptr, res_ptr, s_ptr, y_ptr, rows, H, W, OH, OW, C, N, frame_in, frame_out,
-    T: tl.constexpr, STRIDE: tl.constexpr, THRESHOLD: tl.constexpr, DECAY: tl.constexpr, SOFT: tl.constexpr,
-    RESIDUAL: tl.constexpr, SHIFT: tl.constexpr, KEEP: tl.constexpr, WHOLE_K: tl.constexpr, WHOLE_N: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
-    # Neighbouring programs share pixels and differ in channels: the second finds the pixels in the L2 cache.
-    blocks_n = tl.cdiv(N, BLOCK_N)
-    row = (tl.program_id(0) // blocks_n) * BLOCK_M + tl.arange(0, BLOCK_M)
-    n = (tl.program_id(0) % blocks_n) * BLOCK_N + tl.arange(0, BLOCK_N)
-    k = tl.arange(0, BLOCK_K)
-    exists = row < rows
-    in_n = n < N
-    batch = row // (OH * OW)
-    top = (row % (OH * OW)) // OW * STRIDE - 1
-    left = row % OW * STRIDE - 1
-    corner = ((batch.to(tl.int64) * H + top) * W + left) * C  # [M], the window's first pixel, maybe in the padding
-    frame_in = tl.cast(frame_in, tl.int64)
-    frame_out = tl.cast(frame_out, tl.int64)
-    scale = tl.load(scale_ptr + n, mask=in_n, other=0.0)[None, :]
-    bias = tl.load(bias_ptr + n, mask=in_n, other=0.0)[None, :] - SHIFT
-    out = row.to(tl.int64)[:, None] * N + n[None, :]
-    here = exists[:, None] & in_n[None, :]
-    v = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for t in range(T):
-        acc = tl.zeros((BLOCK_M, BLOCK_N), tl.int32)
-        for step in range(9 * tl.cdiv(C, BLOCK_K)):
-            tap = step % 9
-            first = step // 9 * BLOCK_K
-            ih = top + tap // 3
-            iw = left + tap % 3
-            inside = (exists & (ih >= 0) & (ih < H) & (iw >= 0) & (iw < W))[:, None]
-            of_weight = in_n[None, :]
-            if WHOLE_N:
-                of_weight = tl.full((1, BLOCK_N), True, tl.int1)
-            if not WHOLE_K:
-                inside = inside & (first + k < C)[None, :]
-                of_weight = of_weight & (first + k < C)[:, None]
-            pixels = x_ptr + t * frame_in + ((tap // 3 * W + tap % 3) * C + first) + corner[:, None] + k[None, :]
-            weights = w_ptr + (tap * C + first) + n[None, :] * (9 * C) + k[:, None]
-            a = tl.load(pixels, mask=inside, other=0)  # [M, K]
-            b = tl.load(weights, mask=of_weight, other=0)  # [K, N]
-            acc = tl.dot(a, b, acc, out_dtype=tl.int32)
-        current = acc.to(tl.float32) * scale + bias
-        if RESIDUAL:
-            r = tl.load(res_ptr + t * frame_out + out, mask=here, other=0.0).to(tl.float32)
-            if SHIFT != 0.0:
-                r += SHIFT  # so large that r is rounded to the grid; the bias takes it away again
-            current += r
-        if KEEP:
-            tl.store(y_ptr + t * frame_out + out, current.to(y_ptr.dtype.element_ty), mask=here)
-        u = DECAY * v + current
-        tl.store(s_ptr + t * frame_out + out, tl.where(u > THRESHOLD, 1, 0).to(tl.int8), mask=here)
-        v = reset(u, THRESHOLD, SOFT)
-
-
 def _forward_triton(
-    spikes: Tensor, weight: Tensor, scale: Tensor, bias: Tensor, residual: Tensor | None, num_steps: int, stride: int,
-    threshold: float, decay: float, soft_reset: bool, shift: float, out: Tensor, membrane: Tensor,
+    spikes: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    bias: Tensor,
+    residual: Tensor | None,
+    num_steps: int,
+    stride: int,
+    threshold: float,
+    decay: float,
+    soft_reset: bool,
+    shift: float,
+    out: Tensor,
+    membrane: Tensor,
     shortcut: Tensor | None = None,
-) -> None:  # fmt: skip
+) -> None:
     shape = Shape.of(spikes, weight, stride, residual is not None, shortcut is not None)
     config = spike_conv_config("spike_conv_hopper", shape, spikes.device)
-    made = hopper.plan(spikes, out, residual, shortcut, membrane, num_steps, stride, config)
-    if residual is not None and shortcut is not None and not isinstance(made, hopper.Plan):
+    plan = hopper.plan_call(
+        spikes=spikes,
+        out=out,
+        residual=residual,
+        shortcut=shortcut,
+        membrane=membrane,
+        num_steps=num_steps,
+        stride=stride,
+        config=config,
+    )
+    if residual is not None and shortcut is not None and not isinstance(plan, hopper.Plan):
         residual, shortcut = convolve_shortcut(residual, shortcut, tuple(out.shape[2:])), None
-        made = hopper.plan(spikes, out, residual, None, membrane, num_steps, stride, config)
-    if isinstance(made, hopper.Plan):
+        plan = hopper.plan_call(
+            spikes=spikes,
+            out=out,
+            residual=residual,
+            shortcut=None,
+            membrane=membrane,
+            num_steps=num_steps,
+            stride=stride,
+            config=config,
+        )
+    if isinstance(plan, hopper.Plan):
         hopper.launch(
-            made, spikes, weight, scale, bias, residual, shortcut, num_steps, stride, threshold, decay, soft_reset,
-            shift, out, membrane,
-        )  # fmt: skip
+            plan=plan,
+            spikes=spikes,
+            weight=weight,
+            scale=scale,
+            bias=bias,
+            residual=residual,
+            shortcut=shortcut,
+            num_steps=num_steps,
+            stride=stride,
+            threshold=threshold,
+            decay=decay,
+            soft_reset=soft_reset,
+            shift=shift,
+            out=out,
+            membrane=membrane,
+        )
         return
-    _logger.debug("spike_conv of %s runs in plain Triton: %s", shape, made)
+    _logger.debug("spike_conv of %s runs in plain Triton: %s", shape, plan)
     channels, height, width = spikes.shape[1:]
     out_channels, out_height, out_width = out.shape[1:]
     config = dict(spike_conv_config("spike_conv", shape, spikes.device))
@@ -108,15 +93,38 @@ def _forward_triton(
     block_n = min(config.pop("BLOCK_N"), max(16, next_power_of_2(out_channels)))
     rows = out.numel() // (num_steps * out_channels)
     with on_device(spikes):
-        _spike_conv_kernel[(cdiv(rows, config["BLOCK_M"]) * cdiv(out_channels, block_n),)](
-            spikes, weight, scale, bias, residual, out, membrane, rows, height, width, out_height, out_width, channels,
-            out_channels, spikes.numel() // num_steps, out.numel() // num_steps,
-            T=num_steps, STRIDE=stride, THRESHOLD=threshold, DECAY=decay, SOFT=soft_reset,
-            RESIDUAL=residual is not None, SHIFT=shift, KEEP=membrane.numel() > 0, WHOLE_K=channels % block_k == 0,
-            WHOLE_N=out_channels % block_n == 0, BLOCK_N=block_n, BLOCK_K=block_k,
+        spike_conv_kernel[(cdiv(rows, config["BLOCK_M"]) * cdiv(out_channels, block_n),)](
+            spikes,
+            weight,
+            scale,
+            bias,
+            residual,
+            out,
+            membrane,
+            rows,
+            height,
+            width,
+            out_height,
+            out_width,
+            channels,
+            out_channels,
+            spikes.numel() // num_steps,
+            out.numel() // num_steps,
+            T=num_steps,
+            STRIDE=stride,
+            THRESHOLD=threshold,
+            DECAY=decay,
+            SOFT=soft_reset,
+            RESIDUAL=residual is not None,
+            SHIFT=shift,
+            KEEP=membrane.numel() > 0,
+            WHOLE_K=channels % block_k == 0,
+            WHOLE_N=out_channels % block_n == 0,
+            BLOCK_N=block_n,
+            BLOCK_K=block_k,
             enable_fp_fusion=False,  # a fused multiply-add rounds once where every other path rounds twice
             **config,
-        )  # fmt: skip
+        )
 
 
 _FORWARD = {"eager": eager.forward, "onednn": onednn.forward, "triton": _forward_triton}
@@ -135,49 +143,114 @@ def _outputs(
     """Unwritten spikes and, where asked for, membrane."""
     size = (spikes.shape[0], weight.shape[0], *((n - 1) // stride + 1 for n in spikes.shape[2:]))
     dtype = torch.float32 if residual is None or residual.dtype == torch.int8 else residual.dtype
-    made = torch.empty(size, dtype=torch.int8, device=spikes.device, memory_format=torch.channels_last)
-    kept = torch.empty_like(made, dtype=dtype) if keep_membrane else spikes.new_empty(0, dtype=dtype)
-    return made, kept
+    out = torch.empty(size, dtype=torch.int8, device=spikes.device, memory_format=torch.channels_last)
+    membrane = torch.empty_like(out, dtype=dtype) if keep_membrane else spikes.new_empty(0, dtype=dtype)
+    return out, membrane
 
 
 @torch.library.impl(_lib, "spike_conv", "CompositeExplicitAutograd")
 def _spike_conv(
-    spikes, weight, scale, bias, residual, num_steps, stride, threshold, decay, soft_reset, keep_membrane, grid=0.0,
+    spikes,
+    weight,
+    scale,
+    bias,
+    residual,
+    num_steps,
+    stride,
+    threshold,
+    decay,
+    soft_reset,
+    keep_membrane,
+    grid=0.0,
     shortcut=None,
-):  # fmt: skip
-    check_spike_conv(spikes, weight, scale, bias, residual, num_steps, stride, grid, shortcut)
-    out, membrane = _outputs(spikes, weight, residual, stride, keep_membrane)
+):
+    check_spike_conv(
+        spikes=spikes,
+        weight=weight,
+        scale=scale,
+        bias=bias,
+        residual=residual,
+        num_steps=num_steps,
+        stride=stride,
+        grid=grid,
+        shortcut=shortcut,
+    )
+    out, membrane = _outputs(
+        spikes=spikes,
+        weight=weight,
+        residual=residual,
+        stride=stride,
+        keep_membrane=keep_membrane,
+    )
     if out.numel():
         layout = torch.channels_last
         spikes, weight = (tensor.contiguous(memory_format=layout) for tensor in (spikes, weight))
         residual = None if residual is None else residual.contiguous(memory_format=layout)
         backend = spike_conv_backend(spikes.device)
-        beside = {}
+        shortcut_argument = {}
         if shortcut is not None and backend == "triton":
-            beside = {"shortcut": shortcut.contiguous()}
+            shortcut_argument = {"shortcut": shortcut.contiguous()}
         elif shortcut is not None:
             residual = convolve_shortcut(residual, shortcut, tuple(out.shape[2:]))
         shift = grid_shift(grid) if residual is not None and residual.is_floating_point() else 0.0
         _FORWARD[backend](
-            spikes, weight, scale, bias, residual, num_steps, stride, threshold, decay, soft_reset, shift, out,
-            membrane, **beside,
-        )  # fmt: skip
+            spikes,
+            weight,
+            scale,
+            bias,
+            residual,
+            num_steps,
+            stride,
+            threshold,
+            decay,
+            soft_reset,
+            shift,
+            out,
+            membrane,
+            **shortcut_argument,
+        )
     return out, membrane
 
 
 @torch.library.register_fake("gac_kernels::spike_conv", lib=_lib)
 def _spike_conv_fake(
-    spikes, weight, scale, bias, residual, num_steps, stride, threshold, decay, soft_reset, keep_membrane, grid=0.0,
+    spikes,
+    weight,
+    scale,
+    bias,
+    residual,
+    num_steps,
+    stride,
+    threshold,
+    decay,
+    soft_reset,
+    keep_membrane,
+    grid=0.0,
     shortcut=None,
-):  # fmt: skip
-    return _outputs(spikes, weight, residual, stride, keep_membrane)
+):
+    return _outputs(
+        spikes=spikes,
+        weight=weight,
+        residual=residual,
+        stride=stride,
+        keep_membrane=keep_membrane,
+    )
 
 
 def spike_conv(
-    spikes: Tensor, weight: Tensor, scale: Tensor, bias: Tensor, num_steps: int, spec: LIFSpec = CIFAR, *,
-    stride: int = 1, residual: Tensor | None = None, return_membrane: bool = False, grid: float = 0.0,
+    spikes: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    bias: Tensor,
+    num_steps: int,
+    spec: LIFSpec = CIFAR,
+    *,
+    stride: int = 1,
+    residual: Tensor | None = None,
+    return_membrane: bool = False,
+    grid: float = 0.0,
     shortcut: Tensor | None = None,
-) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
+) -> Tensor | tuple[Tensor, Tensor]:
     """``lif(conv3x3(spikes, weight) * scale + bias + residual)`` over T steps, with integer arithmetic inside.
 
     The convolution has padding 1 and is summed exactly; scale, bias, residual and neuron are float32 operations in the
@@ -214,9 +287,28 @@ def spike_conv(
             power of two, or C is above 14,563, where sums of int8 weights may leave the integers that float32 holds.
     """
     check_spec(spec)
-    check_spike_conv(spikes, weight, scale, bias, residual, num_steps, stride, grid, shortcut)
+    check_spike_conv(
+        spikes=spikes,
+        weight=weight,
+        scale=scale,
+        bias=bias,
+        residual=residual,
+        num_steps=num_steps,
+        stride=stride,
+        grid=grid,
+        shortcut=shortcut,
+    )
     out, membrane = torch.ops.gac_kernels.spike_conv(
-        spikes, weight, scale, bias, residual, num_steps, stride, *spec.forward_arguments, return_membrane, grid,
+        spikes,
+        weight,
+        scale,
+        bias,
+        residual,
+        num_steps,
+        stride,
+        *spec.forward_arguments,
+        return_membrane,
+        grid,
         shortcut,
-    )  # fmt: skip
+    )
     return (membrane, out) if return_membrane else out

@@ -1,4 +1,4 @@
-"""`gated_lif` in vectorised PyTorch, written into outputs that the caller made: what runs without Triton."""
+"""`gated_lif` in vectorised PyTorch, written into given outputs: what runs without Triton."""
 
 from __future__ import annotations
 
@@ -26,10 +26,20 @@ def gated_lif_forward(
 
 
 def gated_lif_backward(
-    grad: Tensor, x: Tensor, spatial: Tensor, temporal: Tensor, grad_x: Tensor, grad_spatial: Tensor,
-    grad_temporal: Tensor, threshold: float, decay: float, surrogate: int, width: float, detach_reset: bool,
+    grad: Tensor,
+    x: Tensor,
+    spatial: Tensor,
+    temporal: Tensor,
+    grad_x: Tensor,
+    grad_spatial: Tensor,
+    grad_temporal: Tensor,
+    threshold: float,
+    decay: float,
+    surrogate: int,
+    width: float,
+    detach_reset: bool,
     soft_reset: bool,
-) -> None:  # fmt: skip
+) -> None:
     """Write the gradients at the current, the spatial and the temporal scores."""
     dtype, static = state_dtype(x.dtype), x.dim() == 4
     membranes = []

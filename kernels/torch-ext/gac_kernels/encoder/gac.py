@@ -14,151 +14,13 @@ from torch import Tensor
 from ..backend import resolve_backend
 from ..checks import check_current, check_gate, check_spec
 from ..common.layout import as_layout, on_device
-from ..common.neuron_step import membrane_grad_by, reset, reset_by, within
-from ..common.triton import cdiv, tl, triton
+from ..common.triton import cdiv
 from ..spec import CIFAR, LIFSpec
 from ..tuning import launch_config
 from . import eager
+from .gated_lif_kernels import gated_bwd_kernel, gated_fwd_kernel
 
 CHUNK = 8  # steps held in registers at once, as in neuron/lif.py
-
-
-@triton.jit
-def gate_of(m, n):
-    """sigmoid(m * n) in two special-function operations: 1 / (1 + e) as rsqrt squared, which spares a division.
-
-    The backward kernel is bound by instructions, not memory, from T = 4 in bfloat16 on; a full division is six of them.
-    For the same reason it multiplies by whether a neuron kept its membrane, where a comparison and a selection an use
-    would be 26 instructions an element and step for 23.
-    """
-    r = tl.rsqrt(1.0 + tl.exp2((m * -1.4426950408889634) * n))
-    return r * r
-
-
-@triton.jit
-def _gated_fwd_kernel(
-    x_ptr, n_ptr, m_ptr, y_ptr, size, tiles, x_step, x_sample, y_step, y_sample,
-    T: tl.constexpr, STATIC: tl.constexpr, THRESHOLD: tl.constexpr, DECAY: tl.constexpr, SOFT: tl.constexpr,
-    BLOCK: tl.constexpr,
-):  # fmt: skip
-    pid = tl.program_id(0).to(tl.int64)
-    sample = pid // tiles
-    i = (pid % tiles) * BLOCK + tl.arange(0, BLOCK)
-    inside = i < size
-    x_ptr += sample * x_sample + i
-    n_ptr += sample * x_sample + i
-    y_ptr += sample * y_sample + i
-    if STATIC:
-        x = tl.load(x_ptr, mask=inside, other=0.0).to(tl.float32)
-        n = tl.load(n_ptr, mask=inside, other=0.0).to(tl.float32)
-    v = tl.zeros((BLOCK,), tl.float32)
-    for t in range(T):
-        if not STATIC:
-            x = tl.load(x_ptr + tl.cast(t, tl.int64) * x_step, mask=inside, other=0.0).to(tl.float32)
-            n = tl.load(n_ptr + tl.cast(t, tl.int64) * x_step, mask=inside, other=0.0).to(tl.float32)
-        u = DECAY * v + x
-        m = tl.load(m_ptr + sample * T + t).to(tl.float32)
-        y = tl.where(u > THRESHOLD, gate_of(m, n), 0.0)
-        tl.store(y_ptr + tl.cast(t, tl.int64) * y_step, y.to(y_ptr.dtype.element_ty), mask=inside)
-        v = reset(u, THRESHOLD, SOFT)
-
-
-@triton.jit
-def _gated_bwd_kernel(
-    gy_ptr, x_ptr, n_ptr, m_ptr, gx_ptr, gn_ptr, gm_ptr, scratch_ptr,
-    size, groups, x_step, x_sample, y_step, y_sample,
-    T: tl.constexpr, STEPS: tl.constexpr, STATIC: tl.constexpr, THRESHOLD: tl.constexpr, DECAY: tl.constexpr,
-    SURROGATE: tl.constexpr, WIDTH: tl.constexpr, DETACH: tl.constexpr, SOFT: tl.constexpr, BLOCK: tl.constexpr,
-    TILES: tl.constexpr,
-):  # fmt: skip
-    pid = tl.program_id(0).to(tl.int64)
-    sample = pid // groups
-    CHUNKS: tl.constexpr = (T + STEPS - 1) // STEPS
-    gms = ()  # sums for the temporal gradient, last step first: one vector a step, reduced once after all tiles
-    for _ in tl.static_range(STEPS):
-        gms += (tl.zeros((BLOCK,), tl.float32),)
-    for tile in range(TILES):
-        i = ((pid % groups) * TILES + tile) * BLOCK + tl.arange(0, BLOCK)
-        inside = i < size
-        at_x = sample * x_sample + i
-        at_y = sample * y_sample + i
-        if STATIC:
-            x = tl.load(x_ptr + at_x, mask=inside, other=0.0).to(tl.float32)
-            n = tl.load(n_ptr + at_x, mask=inside, other=0.0).to(tl.float32)
-            gx = tl.zeros((BLOCK,), tl.float32)
-            gn = tl.zeros((BLOCK,), tl.float32)
-        scratch = (pid * TILES + tile) * (CHUNKS * BLOCK) + tl.arange(0, BLOCK)
-        if CHUNKS > 1:  # first sweep: the membrane at the start of each chunk, [pid, tile, chunk, BLOCK]
-            v = tl.zeros((BLOCK,), tl.float32)
-            for chunk in range(CHUNKS):
-                tl.store(scratch_ptr + scratch + chunk * BLOCK, v)
-                for k in tl.static_range(STEPS):
-                    t = tl.cast(chunk * STEPS + k, tl.int64)
-                    if not STATIC:
-                        here = within(inside, t, T, STEPS)
-                        x = tl.load(x_ptr + at_x + t * x_step, mask=here, other=0.0).to(tl.float32)
-                    v = reset(DECAY * v + x, THRESHOLD, SOFT)
-            tl.debug_barrier()
-        gv = tl.zeros((BLOCK,), tl.float32)
-        for back in range(CHUNKS):
-            first = tl.cast((CHUNKS - 1 - back) * STEPS, tl.int64)
-            gys = ()
-            xs = ()
-            ns = ()
-            for k in tl.static_range(STEPS):
-                here = within(inside, first + k, T, STEPS)
-                gys += (tl.load(gy_ptr + at_y + (first + k) * y_step, mask=here, other=0.0),)
-                if STATIC:
-                    xs += (x,)
-                    ns += (n,)
-                else:
-                    xs += (tl.load(x_ptr + at_x + (first + k) * x_step, mask=here, other=0.0).to(tl.float32),)
-                    ns += (tl.load(n_ptr + at_x + (first + k) * x_step, mask=here, other=0.0).to(tl.float32),)
-            v = tl.zeros((BLOCK,), tl.float32)
-            if CHUNKS > 1:
-                v = tl.load(scratch_ptr + scratch + (CHUNKS - 1 - back) * BLOCK)
-            us = ()
-            keeps = ()
-            for k in tl.static_range(STEPS):
-                u = DECAY * v + xs[k]
-                keep = tl.where(u > THRESHOLD, 0.0, 1.0)
-                us += (u,)
-                keeps += (keep,)
-                v = reset_by(u, keep, THRESHOLD, SOFT)
-            sums = ()
-            for k in tl.static_range(STEPS - 1, -1, -1):
-                t = first + k
-                here = within(inside, t, T, STEPS)
-                m = tl.load(m_ptr + sample * T + t, mask=t < T, other=0.0).to(tl.float32)
-                gate = gate_of(m, ns[k])
-                gs = gys[k].to(tl.float32) * gate
-                gz = gs - gs * gate  # at the score m * n, where the neuron fired
-                gz -= gz * keeps[k]
-                gu = membrane_grad_by(us[k], keeps[k], gs, gv, THRESHOLD, SURROGATE, WIDTH, DETACH, SOFT)
-                if T % STEPS != 0:
-                    gu = tl.where(here, gu, 0.0)
-                if CHUNKS > 1:
-                    tl.store(gm_ptr + pid * T + t, tl.sum(gz * ns[k], 0), mask=t < T)
-                else:
-                    sums += (gms[STEPS - 1 - k] + gz * ns[k],)
-                if STATIC:
-                    gn += gz * m
-                    gx += gu
-                else:
-                    tl.store(gn_ptr + at_x + t * x_step, (gz * m).to(gn_ptr.dtype.element_ty), mask=here)
-                    tl.store(gx_ptr + at_x + t * x_step, gu.to(gx_ptr.dtype.element_ty), mask=here)
-                if T % STEPS != 0:
-                    gv = tl.where(here, DECAY * gu, gv)
-                else:
-                    gv = DECAY * gu
-            if CHUNKS == 1:
-                gms = sums
-        if STATIC:
-            tl.store(gx_ptr + at_x, gx.to(gx_ptr.dtype.element_ty), mask=inside)
-            tl.store(gn_ptr + at_x, gn.to(gn_ptr.dtype.element_ty), mask=inside)
-    if CHUNKS == 1:
-        for k in tl.static_range(STEPS):
-            tl.store(gm_ptr + pid * T + k, tl.sum(gms[STEPS - 1 - k], 0))
 
 
 def frames_like(x: Tensor, *outer: int) -> Tensor:
@@ -188,17 +50,36 @@ def _forward_triton(
 ) -> None:
     sizes, config, programs = geometry(x, y, "gac_fwd")
     with on_device(x):
-        _gated_fwd_kernel[(programs,)](
-            x, spatial, temporal, y, *sizes, T=y.shape[0], STATIC=x.dim() == 4, THRESHOLD=threshold, DECAY=decay,
-            SOFT=soft_reset, **config,
-        )  # fmt: skip
+        gated_fwd_kernel[(programs,)](
+            x,
+            spatial,
+            temporal,
+            y,
+            *sizes,
+            T=y.shape[0],
+            STATIC=x.dim() == 4,
+            THRESHOLD=threshold,
+            DECAY=decay,
+            SOFT=soft_reset,
+            **config,
+        )
 
 
 def _backward_triton(
-    grad: Tensor, x: Tensor, spatial: Tensor, temporal: Tensor, grad_x: Tensor, grad_spatial: Tensor,
-    grad_temporal: Tensor, threshold: float, decay: float, surrogate: int, width: float, detach_reset: bool,
+    grad: Tensor,
+    x: Tensor,
+    spatial: Tensor,
+    temporal: Tensor,
+    grad_x: Tensor,
+    grad_spatial: Tensor,
+    grad_temporal: Tensor,
+    threshold: float,
+    decay: float,
+    surrogate: int,
+    width: float,
+    detach_reset: bool,
     soft_reset: bool,
-) -> None:  # fmt: skip
+) -> None:
     sizes, config, programs = geometry(x, grad, "gac_bwd")
     num_steps, batch = grad.shape[:2]
     chunks = cdiv(num_steps, CHUNK)
@@ -206,11 +87,27 @@ def _backward_triton(
     partial = torch.empty((batch, programs // batch, num_steps), dtype=torch.float32, device=x.device)
     scratch = partial.new_empty(programs * chunks * config["BLOCK"] if chunks > 1 else 0)
     with on_device(x):
-        _gated_bwd_kernel[(programs,)](
-            grad, x, spatial, temporal, grad_x, grad_spatial, partial, scratch, *sizes, T=num_steps,
-            STEPS=min(num_steps, CHUNK), STATIC=x.dim() == 4, THRESHOLD=threshold, DECAY=decay, SURROGATE=surrogate,
-            WIDTH=width, DETACH=detach_reset, SOFT=soft_reset, **config,
-        )  # fmt: skip
+        gated_bwd_kernel[(programs,)](
+            grad,
+            x,
+            spatial,
+            temporal,
+            grad_x,
+            grad_spatial,
+            partial,
+            scratch,
+            *sizes,
+            T=num_steps,
+            STEPS=min(num_steps, CHUNK),
+            STATIC=x.dim() == 4,
+            THRESHOLD=threshold,
+            DECAY=decay,
+            SURROGATE=surrogate,
+            WIDTH=width,
+            DETACH=detach_reset,
+            SOFT=soft_reset,
+            **config,
+        )
     grad_temporal.copy_(partial.sum(1))
 
 
@@ -227,7 +124,17 @@ _lib.define(
 
 @torch.library.impl(_lib, "gated_lif", "CompositeExplicitAutograd")
 def _gated_lif(x, spatial, temporal, threshold, decay, surrogate, width, detach_reset, soft_reset):
-    y = _gated_lif_fake(x, spatial, temporal, threshold, decay, surrogate, width, detach_reset, soft_reset)
+    y = _gated_lif_fake(
+        x=x,
+        spatial=spatial,
+        temporal=temporal,
+        threshold=threshold,
+        decay=decay,
+        surrogate=surrogate,
+        width=width,
+        detach_reset=detach_reset,
+        soft_reset=soft_reset,
+    )
     if y.numel():
         like = frames_like(x, *x.shape[:-3])
         run = _forward_triton if resolve_backend(x.device, x.dtype) == "triton" else eager.gated_lif_forward
@@ -236,18 +143,25 @@ def _gated_lif(x, spatial, temporal, threshold, decay, surrogate, width, detach_
 
 
 @torch.library.impl(_lib, "gated_lif_backward", "CompositeExplicitAutograd")
-def _gated_lif_backward(
-    grad, x, spatial, temporal, threshold, decay, surrogate, width, detach_reset, soft_reset
-):  # fmt: skip
+def _gated_lif_backward(grad, x, spatial, temporal, threshold, decay, surrogate, width, detach_reset, soft_reset):
     grad_x, grad_spatial, grad_temporal = backward_outputs(x, temporal)
     if grad.numel():
-        sources = [as_layout(x, grad_x), as_layout(spatial, grad_spatial), temporal.contiguous()]
+        sources = as_layout(x, grad_x), as_layout(spatial, grad_spatial), temporal.contiguous()
         grad = as_layout(grad, frames_like(x, *grad.shape[:2]))
         run = _backward_triton if resolve_backend(x.device, x.dtype) == "triton" else eager.gated_lif_backward
         run(
-            grad, *sources, grad_x, grad_spatial, grad_temporal, threshold, decay, surrogate, width, detach_reset,
+            grad,
+            *sources,
+            grad_x,
+            grad_spatial,
+            grad_temporal,
+            threshold,
+            decay,
+            surrogate,
+            width,
+            detach_reset,
             soft_reset,
-        )  # fmt: skip
+        )
     else:
         grad_temporal.zero_()
     return grad_x, grad_spatial, grad_temporal
@@ -267,9 +181,7 @@ def _gated_lif_fake(x, spatial, temporal, threshold, decay, surrogate, width, de
 
 
 @torch.library.register_fake("gac_kernels::gated_lif_backward", lib=_lib)
-def _gated_lif_backward_fake(
-    grad, x, spatial, temporal, threshold, decay, surrogate, width, detach_reset, soft_reset
-):  # fmt: skip
+def _gated_lif_backward_fake(grad, x, spatial, temporal, threshold, decay, surrogate, width, detach_reset, soft_reset):
     return backward_outputs(x, temporal)
 
 

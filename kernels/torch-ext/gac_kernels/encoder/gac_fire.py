@@ -14,150 +14,83 @@ from torch import Tensor
 from ..backend import resolve_backend
 from ..checks import check_current, check_gate, check_spec
 from ..common.layout import as_layout, on_device
-from ..common.neuron_step import membrane_grad_by, reset, reset_by
-from ..common.triton import tl, triton
 from ..neuron.eager import lif_forward
 from ..neuron.lif import launch_forward
 from ..spec import CIFAR, LIFSpec
-from .gac import CHUNK, backward_outputs, frames_like, gate_of, geometry
-
-
-@triton.jit
-def _fire_fwd_kernel(
-    x_ptr, n_ptr, m_ptr, y_ptr, s_ptr, size, tiles, x_step, x_sample, y_step, y_sample,
-    T: tl.constexpr, STATIC: tl.constexpr, THRESHOLD: tl.constexpr, DECAY: tl.constexpr, SOFT: tl.constexpr,
-    BLOCK: tl.constexpr,
-):  # fmt: skip
-    pid = tl.program_id(0).to(tl.int64)
-    sample = pid // tiles
-    i = (pid % tiles) * BLOCK + tl.arange(0, BLOCK)
-    inside = i < size
-    at_x = sample * x_sample + i
-    at_y = sample * y_sample + i
-    x_step = tl.cast(x_step, tl.int64)
-    y_step = tl.cast(y_step, tl.int64)
-    if STATIC:
-        x = tl.load(x_ptr + at_x, mask=inside, other=0.0).to(tl.float32)
-        n = tl.load(n_ptr + at_x, mask=inside, other=0.0).to(tl.float32)
-    v = tl.zeros((BLOCK,), tl.float32)
-    w = tl.zeros((BLOCK,), tl.float32)  # membrane of the second neuron
-    for t in range(T):
-        if not STATIC:
-            x = tl.load(x_ptr + at_x + t * x_step, mask=inside, other=0.0).to(tl.float32)
-            n = tl.load(n_ptr + at_x + t * x_step, mask=inside, other=0.0).to(tl.float32)
-        u = DECAY * v + x
-        m = tl.load(m_ptr + sample * T + t).to(tl.float32)
-        y = tl.where(u > THRESHOLD, gate_of(m, n), 0.0).to(y_ptr.dtype.element_ty)
-        tl.store(y_ptr + at_y + t * y_step, y, mask=inside)
-        v = reset(u, THRESHOLD, SOFT)
-        z = DECAY * w + y.to(tl.float32)  # of what was stored, so that spikes are those of the two ops to the bit
-        tl.store(s_ptr + at_y + t * y_step, tl.where(z > THRESHOLD, 1.0, 0.0).to(s_ptr.dtype.element_ty), mask=inside)
-        w = reset(z, THRESHOLD, SOFT)
-
-
-@triton.jit
-def _fire_bwd_kernel(
-    gy_ptr, gs_ptr, x_ptr, n_ptr, m_ptr, gx_ptr, gn_ptr, gm_ptr, size, tiles, x_step, x_sample, y_step, y_sample,
-    T: tl.constexpr, STATIC: tl.constexpr, THRESHOLD: tl.constexpr, DECAY: tl.constexpr, SURROGATE: tl.constexpr,
-    WIDTH: tl.constexpr, DETACH: tl.constexpr, SOFT: tl.constexpr, HAS_GY: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    pid = tl.program_id(0).to(tl.int64)
-    sample = pid // tiles
-    i = (pid % tiles) * BLOCK + tl.arange(0, BLOCK)
-    inside = i < size
-    at_x = sample * x_sample + i
-    at_y = sample * y_sample + i
-    x_step = tl.cast(x_step, tl.int64)
-    y_step = tl.cast(y_step, tl.int64)
-    if STATIC:
-        x = tl.load(x_ptr + at_x, mask=inside, other=0.0).to(tl.float32)
-        n = tl.load(n_ptr + at_x, mask=inside, other=0.0).to(tl.float32)
-        gx = tl.zeros((BLOCK,), tl.float32)
-        gn = tl.zeros((BLOCK,), tl.float32)
-    xs = ()
-    ns = ()
-    gys = ()
-    gss = ()
-    for t in tl.static_range(T):
-        gss += (tl.load(gs_ptr + at_y + t * y_step, mask=inside, other=0.0),)
-        if HAS_GY:
-            gys += (tl.load(gy_ptr + at_y + t * y_step, mask=inside, other=0.0),)
-        if STATIC:
-            xs += (x,)
-            ns += (n,)
-        else:
-            xs += (tl.load(x_ptr + at_x + t * x_step, mask=inside, other=0.0).to(tl.float32),)
-            ns += (tl.load(n_ptr + at_x + t * x_step, mask=inside, other=0.0).to(tl.float32),)
-    v = tl.zeros((BLOCK,), tl.float32)
-    w = tl.zeros((BLOCK,), tl.float32)
-    us = ()  # membranes of the first neuron
-    zs = ()  # and of the second
-    gates = ()
-    for t in tl.static_range(T):
-        u = DECAY * v + xs[t]
-        g = gate_of(tl.load(m_ptr + sample * T + t).to(tl.float32), ns[t])
-        z = DECAY * w + tl.where(u > THRESHOLD, g, 0.0).to(gs_ptr.dtype.element_ty).to(tl.float32)
-        us += (u,)
-        zs += (z,)
-        gates += (g,)
-        v = reset_by(u, tl.where(u > THRESHOLD, 0.0, 1.0), THRESHOLD, SOFT)
-        w = reset_by(z, tl.where(z > THRESHOLD, 0.0, 1.0), THRESHOLD, SOFT)
-    gv = tl.zeros((BLOCK,), tl.float32)
-    gw = tl.zeros((BLOCK,), tl.float32)
-    for t in tl.static_range(T - 1, -1, -1):
-        keep_z = tl.where(zs[t] > THRESHOLD, 0.0, 1.0)
-        gy = membrane_grad_by(
-            zs[t], keep_z, gss[t].to(tl.float32), gw, THRESHOLD, SURROGATE, WIDTH, DETACH, SOFT
-        )  # fmt: skip
-        gw = DECAY * gy
-        if HAS_GY:
-            gy += gys[t].to(tl.float32)
-        keep = tl.where(us[t] > THRESHOLD, 0.0, 1.0)
-        through = gy * gates[t]  # at the first neuron's spike
-        score = through - through * gates[t]  # at the score m * n, where the neuron fired
-        score -= score * keep
-        gu = membrane_grad_by(us[t], keep, through, gv, THRESHOLD, SURROGATE, WIDTH, DETACH, SOFT)
-        gv = DECAY * gu
-        tl.store(gm_ptr + pid * T + t, tl.sum(score * ns[t], 0))
-        m = tl.load(m_ptr + sample * T + t).to(tl.float32)  # again: kept, it would take 40 registers more at T = 8
-        if STATIC:
-            gn += score * m
-            gx += gu
-        else:
-            tl.store(gn_ptr + at_x + t * x_step, (score * m).to(gn_ptr.dtype.element_ty), mask=inside)
-            tl.store(gx_ptr + at_x + t * x_step, gu.to(gx_ptr.dtype.element_ty), mask=inside)
-    if STATIC:
-        tl.store(gx_ptr + at_x, gx.to(gx_ptr.dtype.element_ty), mask=inside)
-        tl.store(gn_ptr + at_x, gn.to(gn_ptr.dtype.element_ty), mask=inside)
+from .gac import CHUNK, backward_outputs, frames_like, geometry
+from .gac_fire_kernels import fire_bwd_kernel, fire_fwd_kernel
 
 
 def _forward_triton(
-    stem: Tensor, spatial: Tensor, temporal: Tensor, gated: Tensor, spikes: Tensor, threshold: float, decay: float,
+    stem: Tensor,
+    spatial: Tensor,
+    temporal: Tensor,
+    gated: Tensor,
+    spikes: Tensor,
+    threshold: float,
+    decay: float,
     soft_reset: bool,
-) -> None:  # fmt: skip
+) -> None:
     sizes, config, programs = geometry(stem, gated, "gac_fire_fwd")
     with on_device(stem):
-        _fire_fwd_kernel[(programs,)](
-            stem, spatial, temporal, gated, spikes, *sizes, T=gated.shape[0], STATIC=stem.dim() == 4,
-            THRESHOLD=threshold, DECAY=decay, SOFT=soft_reset, **config,
-        )  # fmt: skip
+        fire_fwd_kernel[(programs,)](
+            stem,
+            spatial,
+            temporal,
+            gated,
+            spikes,
+            *sizes,
+            T=gated.shape[0],
+            STATIC=stem.dim() == 4,
+            THRESHOLD=threshold,
+            DECAY=decay,
+            SOFT=soft_reset,
+            **config,
+        )
 
 
 def _backward_triton(
-    grad_gated: Tensor | None, grad_spikes: Tensor, stem: Tensor, spatial: Tensor, temporal: Tensor, grad_stem: Tensor,
-    grad_spatial: Tensor, grad_temporal: Tensor, threshold: float, decay: float, surrogate: int, width: float,
-    detach_reset: bool, soft_reset: bool,
-) -> None:  # fmt: skip
+    grad_gated: Tensor | None,
+    grad_spikes: Tensor,
+    stem: Tensor,
+    spatial: Tensor,
+    temporal: Tensor,
+    grad_stem: Tensor,
+    grad_spatial: Tensor,
+    grad_temporal: Tensor,
+    threshold: float,
+    decay: float,
+    surrogate: int,
+    width: float,
+    detach_reset: bool,
+    soft_reset: bool,
+) -> None:
     sizes, config, programs = geometry(stem, grad_spikes, "gac_fire_bwd")
     num_steps, batch = grad_spikes.shape[:2]
     # One partial sum a program and step, added up by torch in a fixed order: no atomics, so the same bits every time.
     partial = torch.empty((batch, programs // batch, num_steps), dtype=torch.float32, device=stem.device)
     with on_device(stem):
-        _fire_bwd_kernel[(programs,)](
-            grad_gated, grad_spikes, stem, spatial, temporal, grad_stem, grad_spatial, partial, *sizes, T=num_steps,
-            STATIC=stem.dim() == 4, THRESHOLD=threshold, DECAY=decay, SURROGATE=surrogate, WIDTH=width,
-            DETACH=detach_reset, SOFT=soft_reset, HAS_GY=grad_gated is not None, **config,
-        )  # fmt: skip
+        fire_bwd_kernel[(programs,)](
+            grad_gated,
+            grad_spikes,
+            stem,
+            spatial,
+            temporal,
+            grad_stem,
+            grad_spatial,
+            partial,
+            *sizes,
+            T=num_steps,
+            STATIC=stem.dim() == 4,
+            THRESHOLD=threshold,
+            DECAY=decay,
+            SURROGATE=surrogate,
+            WIDTH=width,
+            DETACH=detach_reset,
+            SOFT=soft_reset,
+            HAS_GY=grad_gated is not None,
+            **config,
+        )
     grad_temporal.copy_(partial.sum(1))
 
 
@@ -198,9 +131,19 @@ def _gac_fire(stem, spatial, temporal, integer, threshold, decay, surrogate, wid
 
 @torch.library.impl(_lib, "gac_fire_backward", "CompositeExplicitAutograd")
 def _gac_fire_backward(
-    grad_gated, grad_spikes, stem, spatial, temporal, gated, threshold, decay, surrogate, width, detach_reset,
+    grad_gated,
+    grad_spikes,
+    stem,
+    spatial,
+    temporal,
+    gated,
+    threshold,
+    decay,
+    surrogate,
+    width,
+    detach_reset,
     soft_reset,
-):  # fmt: skip
+):
     spec = (threshold, decay, surrogate, width, detach_reset, soft_reset)
     if grad_spikes.numel() and _in_one_pass(stem, temporal.shape[1]):
         grads = backward_outputs(stem, temporal)
@@ -227,9 +170,19 @@ def _gac_fire_fake(stem, spatial, temporal, integer, threshold, decay, surrogate
 
 @torch.library.register_fake("gac_kernels::gac_fire_backward", lib=_lib)
 def _gac_fire_backward_fake(
-    grad_gated, grad_spikes, stem, spatial, temporal, gated, threshold, decay, surrogate, width, detach_reset,
+    grad_gated,
+    grad_spikes,
+    stem,
+    spatial,
+    temporal,
+    gated,
+    threshold,
+    decay,
+    surrogate,
+    width,
+    detach_reset,
     soft_reset,
-):  # fmt: skip
+):
     return backward_outputs(stem, temporal)
 
 

@@ -1,7 +1,7 @@
 """Zero padding of frames in one pass, with the rectification before it where there is one.
 
-PyTorch fills the padded tensor, then copies into it; with a ReLU these are three passes, which weigh as much as the
-'same' convolutions of even size that need the padding, for cuDNN in PyTorch pads both sides alike.
+PyTorch fills the padded tensor, then copies into it; with a ReLU that is three passes. They take as long as the
+convolutions of even size that need this padding, since cuDNN pads both sides alike.
 """
 
 from __future__ import annotations
@@ -20,9 +20,17 @@ from ..tuning import launch_config
 
 @triton.jit
 def _pad_kernel(
-    x_ptr, y_ptr, H, row_x, row_y, shift, BEFORE: tl.constexpr, AFTER: tl.constexpr, RECTIFY: tl.constexpr,
+    x_ptr,
+    y_ptr,
+    H,
+    row_x,
+    row_y,
+    shift,
+    BEFORE: tl.constexpr,
+    AFTER: tl.constexpr,
+    RECTIFY: tl.constexpr,
     BLOCK: tl.constexpr,
-):  # fmt: skip
+):
     row = tl.program_id(0)
     i = row % (H + BEFORE + AFTER) - BEFORE
     source = (row // (H + BEFORE + AFTER) * H + i).to(tl.int64) * row_x - shift
@@ -36,9 +44,18 @@ def _pad_kernel(
 
 @triton.jit
 def _pad_backward_kernel(
-    grad_ptr, y_ptr, gx_ptr, H, row_x, row_y, shift, BEFORE: tl.constexpr, AFTER: tl.constexpr, RECTIFY: tl.constexpr,
+    grad_ptr,
+    y_ptr,
+    gx_ptr,
+    H,
+    row_x,
+    row_y,
+    shift,
+    BEFORE: tl.constexpr,
+    AFTER: tl.constexpr,
+    RECTIFY: tl.constexpr,
     BLOCK: tl.constexpr,
-):  # fmt: skip
+):
     row = tl.program_id(0)
     source = (row // H * (H + BEFORE + AFTER) + row % H + BEFORE).to(tl.int64) * row_y + shift
     j = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -88,9 +105,17 @@ def _pad_frames(x, before, after, rectify):
     if x.numel() and resolve_backend(x.device, x.dtype) == "triton":
         geometry = _geometry(x, y, before)
         _launch(
-            _pad_kernel, y.numel() // geometry[2], geometry[2], x, x, y, *geometry, BEFORE=before, AFTER=after,
+            _pad_kernel,
+            y.numel() // geometry[2],
+            geometry[2],
+            x,
+            x,
+            y,
+            *geometry,
+            BEFORE=before,
+            AFTER=after,
             RECTIFY=rectify,
-        )  # fmt: skip
+        )
     else:
         y.copy_(F.pad(x.relu() if rectify else x, [before, after, before, after]))
     return y
@@ -103,9 +128,18 @@ def _pad_frames_backward(grad, y, before, after, rectify):
     if gx.numel() and resolve_backend(y.device, y.dtype) == "triton":
         geometry = _geometry(gx, y, before)
         _launch(
-            _pad_backward_kernel, gx.numel() // geometry[1], geometry[1], y, grad, y, gx, *geometry, BEFORE=before,
-            AFTER=after, RECTIFY=rectify,
-        )  # fmt: skip
+            _pad_backward_kernel,
+            gx.numel() // geometry[1],
+            geometry[1],
+            y,
+            grad,
+            y,
+            gx,
+            *geometry,
+            BEFORE=before,
+            AFTER=after,
+            RECTIFY=rectify,
+        )
     elif gx.numel():
         inner = (..., slice(before, before + gx.shape[2]), slice(before, before + gx.shape[3]))
         gx.copy_(torch.where(y[inner] <= 0, 0.0, grad[inner]) if rectify else grad[inner])

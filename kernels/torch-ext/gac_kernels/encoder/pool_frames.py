@@ -57,7 +57,7 @@ def _pool_frames_kernel(x_ptr, partial_ptr, size, tiles, BLOCK: tl.constexpr):
 @triton.jit
 def _pool_frames_finish_kernel(
     partial_ptr, mean_ptr, maximum_ptr, ties_ptr, size, tiles, programs, BLOCK: tl.constexpr
-):  # fmt: skip
+):
     sample = tl.program_id(0).to(tl.int64)
     total = tl.zeros((BLOCK,), tl.float32)
     ties = tl.zeros((BLOCK,), tl.float32)
@@ -80,7 +80,7 @@ def _pool_frames_finish_kernel(
 @triton.jit
 def _pool_frames_backward_kernel(
     grad_mean_ptr, grad_maximum_ptr, x_ptr, maximum_ptr, ties_ptr, gx_ptr, size, tiles, BLOCK: tl.constexpr
-):  # fmt: skip
+):
     sample, at, inside = _block(size, tiles, BLOCK)
     x = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32)
     maximum = tl.load(maximum_ptr + sample).to(tl.float32)
@@ -109,7 +109,7 @@ def _forward_triton(x: Tensor, mean: Tensor, maximum: Tensor, ties: Tensor) -> N
 
 def _backward_triton(
     grad_mean: Tensor, grad_maximum: Tensor, x: Tensor, maximum: Tensor, ties: Tensor, gx: Tensor
-) -> None:  # fmt: skip
+) -> None:
     size, tiles, config = _geometry(x)
     with on_device(x):
         _pool_frames_backward_kernel[(x.shape[0] * tiles,)](
@@ -131,7 +131,7 @@ def _forward_eager(x: Tensor, mean: Tensor, maximum: Tensor, ties: Tensor) -> No
 
 def _backward_eager(
     grad_mean: Tensor, grad_maximum: Tensor, x: Tensor, maximum: Tensor, ties: Tensor, gx: Tensor
-) -> None:  # fmt: skip
+) -> None:
     everywhere, share = grad_mean / x.shape[1:].numel(), grad_maximum / ties
     there, elsewhere = (_over_frame((everywhere + share * here).to(x.dtype)) for here in (1, 0))
     torch.where(x == _over_frame(maximum), there, elsewhere, out=gx)

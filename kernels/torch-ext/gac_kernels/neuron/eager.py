@@ -1,4 +1,4 @@
-"""The ops in vectorised PyTorch, written into outputs that the caller made: what runs without Triton.
+"""The ops in vectorised PyTorch, written into given outputs: what runs without Triton.
 
 Unlike the reference these keep no graph: forward overwrites one membrane buffer, backward is the written-out
 backpropagation through time. Formulas and their source stand in `LIFSpec` and `reference`.
@@ -40,9 +40,16 @@ def reset(u: Tensor, fired: Tensor, threshold: float, soft_reset: bool, scratch:
 
 
 def lif_forward(
-    x: Tensor, state: Tensor | None, spikes: Tensor, last: Tensor, mask: Tensor, threshold: float, decay: float,
-    width: float, soft_reset: bool,
-) -> None:  # fmt: skip
+    x: Tensor,
+    state: Tensor | None,
+    spikes: Tensor,
+    last: Tensor,
+    mask: Tensor,
+    threshold: float,
+    decay: float,
+    width: float,
+    soft_reset: bool,
+) -> None:
     """Write spikes and, where they have elements, the last membrane and the bit mask."""
     rows = x.shape[1] if x.dim() > 1 else 1
     block = rows
@@ -51,15 +58,29 @@ def lif_forward(
     for first in range(0, rows, block):
         part = (slice(None), slice(first, first + block)) if block < rows else (slice(None),)
         _lif_forward(
-            x[part], None if state is None else state[part[1:]], spikes[part], last[part[1:]] if last.numel() else last,
-            mask, threshold, decay, width, soft_reset,
-        )  # fmt: skip
+            x=x[part],
+            state=None if state is None else state[part[1:]],
+            spikes=spikes[part],
+            last=last[part[1:]] if last.numel() else last,
+            mask=mask,
+            threshold=threshold,
+            decay=decay,
+            width=width,
+            soft_reset=soft_reset,
+        )
 
 
 def _lif_forward(
-    x: Tensor, state: Tensor | None, spikes: Tensor, last: Tensor, mask: Tensor, threshold: float, decay: float,
-    width: float, soft_reset: bool,
-) -> None:  # fmt: skip
+    x: Tensor,
+    state: Tensor | None,
+    spikes: Tensor,
+    last: Tensor,
+    mask: Tensor,
+    threshold: float,
+    decay: float,
+    width: float,
+    soft_reset: bool,
+) -> None:
     v = torch.empty_like(x[0], dtype=state_dtype(x.dtype)).copy_(x[0] if state is None else state)
     scratch = torch.empty_like(v)
     bits = torch.zeros_like(v, dtype=torch.int64) if mask.numel() else None
@@ -81,10 +102,20 @@ def _lif_forward(
 
 
 def lif_backward(
-    grad: Tensor, grad_last: Tensor | None, x: Tensor, state: Tensor | None, mask: Tensor, grad_x: Tensor,
-    grad_state: Tensor, threshold: float, decay: float, surrogate: int, width: float, detach_reset: bool,
+    grad: Tensor,
+    grad_last: Tensor | None,
+    x: Tensor,
+    state: Tensor | None,
+    mask: Tensor,
+    grad_x: Tensor,
+    grad_state: Tensor,
+    threshold: float,
+    decay: float,
+    surrogate: int,
+    width: float,
+    detach_reset: bool,
     soft_reset: bool,
-) -> None:  # fmt: skip
+) -> None:
     """Write the gradients at x and, where it has elements, at the initial state."""
     dtype = state_dtype(grad.dtype)
     num_steps = grad.shape[0]

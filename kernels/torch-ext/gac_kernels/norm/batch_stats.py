@@ -21,9 +21,18 @@ from ..tuning import launch_config
 
 @triton.jit
 def _batch_stats_kernel(
-    x_ptr, partial_ptr, rows, C, S, tiles, CHANNELS_LAST: tl.constexpr, REVERSE: tl.constexpr, STAGES: tl.constexpr,
-    BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
-):  # fmt: skip
+    x_ptr,
+    partial_ptr,
+    rows,
+    C,
+    S,
+    tiles,
+    CHANNELS_LAST: tl.constexpr,
+    REVERSE: tl.constexpr,
+    STAGES: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
     channel = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     pivot_at = tl.cast(channel, tl.int64) * (1 if CHANNELS_LAST else S)
     pivot = tl.load(x_ptr + pivot_at, mask=channel < C, other=0.0).to(tl.float32)[None, :]
@@ -42,9 +51,23 @@ def _batch_stats_kernel(
 
 @triton.jit
 def _finish_stats_kernel(
-    x_ptr, partial_ptr, mean_ptr, var_ptr, running_mean_ptr, running_var_ptr, batches_ptr, momentum, count, programs, C,
-    stride, UPDATE: tl.constexpr, COUNT: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
-):  # fmt: skip
+    x_ptr,
+    partial_ptr,
+    mean_ptr,
+    var_ptr,
+    running_mean_ptr,
+    running_var_ptr,
+    batches_ptr,
+    momentum,
+    count,
+    programs,
+    C,
+    stride,
+    UPDATE: tl.constexpr,
+    COUNT: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
     if COUNT:
         tl.store(batches_ptr, tl.load(batches_ptr) + 1, mask=tl.program_id(0) == 0)
     channel = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -68,9 +91,14 @@ def _finish_stats_kernel(
 
 
 def _stats_triton(
-    x: Tensor, mean: Tensor, var: Tensor, running_mean: Tensor | None, running_var: Tensor | None, momentum: float,
+    x: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    momentum: float,
     num_batches: Tensor | None,
-) -> None:  # fmt: skip
+) -> None:
     tiles = channel_tiles(x, 1, launch_config("batch_stats", 1, x.element_size(), x.device))
     programs, channels = tiles.grid[0], tiles.channels
     partial = torch.empty((programs, 2, channels), dtype=torch.float32, device=x.device)
@@ -78,15 +106,33 @@ def _stats_triton(
     with on_device(x):
         _batch_stats_kernel[tiles.grid](x, partial, tiles.rows, channels, tiles.spatial, tiles.tiles, **tiles.meta)
         _finish_stats_kernel[(cdiv(channels, FINISH["BLOCK_C"]),)](
-            x, partial, mean, var, running_mean, running_var, num_batches, momentum, tiles.rows, programs, channels,
-            stride, UPDATE=running_mean is not None, COUNT=num_batches is not None, **FINISH,
-        )  # fmt: skip
+            x,
+            partial,
+            mean,
+            var,
+            running_mean,
+            running_var,
+            num_batches,
+            momentum,
+            tiles.rows,
+            programs,
+            channels,
+            stride,
+            UPDATE=running_mean is not None,
+            COUNT=num_batches is not None,
+            **FINISH,
+        )
 
 
 def _stats_eager(
-    x: Tensor, mean: Tensor, var: Tensor, running_mean: Tensor | None, running_var: Tensor | None, momentum: float,
+    x: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    momentum: float,
     num_batches: Tensor | None,
-) -> None:  # fmt: skip
+) -> None:
     count = x.numel() // x.shape[1]
     batch_var, batch_mean = torch.var_mean(x.to(mean.dtype), (0, 2, 3), correction=0)
     mean.copy_(batch_mean)
@@ -151,9 +197,12 @@ def _empty_stats(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def batch_stats(
-    x: Tensor, running_mean: Tensor | None = None, running_var: Tensor | None = None, momentum: float = 0.1,
+    x: Tensor,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    momentum: float = 0.1,
     num_batches: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor]:
     """Mean and (biased) variance of each channel, in one read of x; without gradient, which `norm_lif` has instead.
 
     Args:

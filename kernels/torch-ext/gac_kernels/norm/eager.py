@@ -1,4 +1,4 @@
-"""`norm_lif` in vectorised PyTorch, written into outputs that the caller made: what runs without Triton."""
+"""`norm_lif` in vectorised PyTorch, written into given outputs: what runs without Triton."""
 
 from __future__ import annotations
 
@@ -46,9 +46,19 @@ def _steps(tensor: Tensor, num_steps: int) -> Tensor:
 
 
 def forward(
-    x: Tensor, residual: Tensor | None, norm: Norm, res_norm: Norm, eps: float, res_eps: float, num_steps: int,
-    neuron: Neuron, batch_stats: bool, spikes: Tensor, membrane: Tensor, bits: Tensor,
-) -> None:  # fmt: skip
+    x: Tensor,
+    residual: Tensor | None,
+    norm: Norm,
+    res_norm: Norm,
+    eps: float,
+    res_eps: float,
+    num_steps: int,
+    neuron: Neuron,
+    batch_stats: bool,
+    spikes: Tensor,
+    membrane: Tensor,
+    bits: Tensor,
+) -> None:
     """Write spikes and, where they have elements, the neuron's input current and the spikes' bits."""
     threshold, decay, _, width, _, soft_reset = neuron
     current = _current(x, residual, norm, res_norm, eps, res_eps)
@@ -57,18 +67,42 @@ def forward(
         current = membrane  # the neuron sees what is stored
     nothing = x.new_empty(0)
     lif_forward(
-        _steps(current, num_steps), None, _steps(spikes, num_steps), nothing, nothing, threshold, decay, width,
-        soft_reset,
-    )  # fmt: skip
+        x=_steps(current, num_steps),
+        state=None,
+        spikes=_steps(spikes, num_steps),
+        last=nothing,
+        mask=nothing,
+        threshold=threshold,
+        decay=decay,
+        width=width,
+        soft_reset=soft_reset,
+    )
     if bits.numel():
         pack_eager(spikes, bits, num_steps)
 
 
 def backward(
-    gs: Tensor | None, gy: Tensor | None, x: Tensor, residual: Tensor | None, membrane: Tensor | None, norm: Norm,
-    res_norm: Norm, total: Tensor | None, eps: float, res_eps: float, num_steps: int, neuron: Neuron,
-    batch_stats: bool, ga: Tensor, gx: Tensor, gw: Tensor, gb: Tensor, grw: Tensor, grb: Tensor, group: str,
-) -> None:  # fmt: skip
+    gs: Tensor | None,
+    gy: Tensor | None,
+    x: Tensor,
+    residual: Tensor | None,
+    membrane: Tensor | None,
+    norm: Norm,
+    res_norm: Norm,
+    total: Tensor | None,
+    eps: float,
+    res_eps: float,
+    num_steps: int,
+    neuron: Neuron,
+    batch_stats: bool,
+    ga: Tensor,
+    gx: Tensor,
+    gw: Tensor,
+    gb: Tensor,
+    grw: Tensor,
+    grb: Tensor,
+    group: str,
+) -> None:
     """Write the gradients at x and, where they have elements, at the residual, the weights and the biases."""
     threshold, decay, surrogate, width, detach_reset, soft_reset = neuron
     dtype = state_dtype(x.dtype)
@@ -76,22 +110,62 @@ def backward(
     at_spikes = torch.zeros_like(current) if gs is None else gs.to(dtype)
     at_current, nothing = torch.empty_like(current), x.new_empty(0)
     lif_backward(
-        _steps(at_spikes, num_steps), None, _steps(current, num_steps), None, nothing, _steps(at_current, num_steps),
-        nothing, threshold, decay, surrogate, width, detach_reset, soft_reset,
-    )  # fmt: skip
+        grad=_steps(at_spikes, num_steps),
+        grad_last=None,
+        x=_steps(current, num_steps),
+        state=None,
+        mask=nothing,
+        grad_x=_steps(at_current, num_steps),
+        grad_state=nothing,
+        threshold=threshold,
+        decay=decay,
+        surrogate=surrogate,
+        width=width,
+        detach_reset=detach_reset,
+        soft_reset=soft_reset,
+    )
     if gy is not None:
         at_current.add_(gy)
-    gx.copy_(_at_input(at_current, x, norm, eps, total, batch_stats, gw, gb, group))
+    gx.copy_(
+        _at_input(
+            grad=at_current,
+            x=x,
+            norm=norm,
+            eps=eps,
+            total=total,
+            batch_stats=batch_stats,
+            gw=gw,
+            gb=gb,
+            group=group,
+        )
+    )
     if residual is not None and res_norm[2] is not None:
-        at_current = _at_input(at_current, residual, res_norm, res_eps, total, batch_stats, grw, grb, "")
+        at_current = _at_input(
+            grad=at_current,
+            x=residual,
+            norm=res_norm,
+            eps=res_eps,
+            total=total,
+            batch_stats=batch_stats,
+            gw=grw,
+            gb=grb,
+            group="",
+        )
     if ga.numel():
         ga.copy_(at_current)
 
 
 def _at_input(
-    grad: Tensor, x: Tensor, norm: Norm, eps: float, total: Tensor | None, batch_stats: bool, gw: Tensor, gb: Tensor,
+    grad: Tensor,
+    x: Tensor,
+    norm: Norm,
+    eps: float,
+    total: Tensor | None,
+    batch_stats: bool,
+    gw: Tensor,
+    gb: Tensor,
     group: str,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """Gradient at a norm's input x from that at its output; those at its scale and shift are written."""
     weight, bias, mean, var = norm
     dtype = grad.dtype

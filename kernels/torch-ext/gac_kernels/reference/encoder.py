@@ -50,7 +50,13 @@ def gac_encode_reference(
         (T, B, C, H, W) in stem's dtype, values in [0, 1).
     """
     repeats = (temporal.shape[1], *stem.shape)
-    return gated_lif_reference(stem.expand(repeats), spatial.expand(repeats), temporal, spec, smooth)
+    return gated_lif_reference(
+        x=stem.expand(repeats),
+        spatial=spatial.expand(repeats),
+        temporal=temporal,
+        spec=spec,
+        smooth=smooth,
+    )
 
 
 def gac_fire_reference(

@@ -97,7 +97,17 @@ def norm_lif_reference(
         Spikes (T*B, C, H, W) in x's dtype; with ``return_membrane`` the current before them, with ``return_bits`` the
         bits behind them, in a tuple. A current that is returned is rounded to x's dtype before the neuron sees it.
     """
-    a = _norm(x.to(state_dtype(x.dtype)), ResidualNorm(mean, var, weight, bias, eps), batch_stats)
+    a = _norm(
+        x.to(state_dtype(x.dtype)),
+        ResidualNorm(
+            mean=mean,
+            var=var,
+            weight=weight,
+            bias=bias,
+            eps=eps,
+        ),
+        batch_stats,
+    )
     if residual is not None and residual_norm is not None:
         a = a + _norm(residual.to(a.dtype), residual_norm, batch_stats)
     elif residual is not None:

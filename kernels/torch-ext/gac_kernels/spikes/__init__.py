@@ -1,1 +1,1 @@
-"""What is made of spikes: bits, counts and rates."""
+"""Spikes as bits, spike counts and firing rates."""

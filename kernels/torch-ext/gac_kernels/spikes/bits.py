@@ -90,7 +90,13 @@ def _unpacked(bits: Tensor, num_steps: int, dtype: torch.dtype) -> Tensor:
     spikes = torch.empty_strided((num_steps * batch, *bits.shape[1:]), bits.stride(), dtype=dtype, device=bits.device)
     if spikes.numel():
         if resolve_backend(bits.device, dtype) == "triton":
-            _launch(_unpack_kernel, bits, spikes, num_steps, spikes.numel() // num_steps)
+            _launch(
+                kernel=_unpack_kernel,
+                source=bits,
+                target=spikes,
+                num_steps=num_steps,
+                frame=spikes.numel() // num_steps,
+            )
         else:
             _unpack_eager(bits, spikes, num_steps)
     return spikes
@@ -115,7 +121,13 @@ def _pack_spikes(spikes, num_steps):
     bits = empty_bits(spikes, num_steps)
     if spikes.numel():
         if resolve_backend(spikes.device, spikes.dtype) == "triton":
-            _launch(_pack_kernel, spikes, bits, num_steps, spikes.numel() // num_steps)
+            _launch(
+                kernel=_pack_kernel,
+                source=spikes,
+                target=bits,
+                num_steps=num_steps,
+                frame=spikes.numel() // num_steps,
+            )
         else:
             pack_eager(spikes, bits, num_steps)
     return bits
@@ -147,9 +159,7 @@ torch.library.register_fake("gac_kernels::packed_conv2d", _convolve, lib=_lib)
 
 
 @torch.library.impl(_lib, "packed_conv2d_backward", "CompositeExplicitAutograd")
-def _packed_conv2d_backward(
-    grad, bits, weight, num_steps, stride, padding, dilation, groups, need_input, need_weight
-):  # fmt: skip
+def _packed_conv2d_backward(grad, bits, weight, num_steps, stride, padding, dilation, groups, need_input, need_weight):
     # The gradient at the input asks for the spikes' shape and layout alone.
     spikes = (_unpacked if need_weight else _unpack_spikes_fake)(dense(bits), num_steps, grad.dtype)
     gx, gw, _ = torch.ops.aten.convolution_backward(
@@ -161,7 +171,7 @@ def _packed_conv2d_backward(
 @torch.library.register_fake("gac_kernels::packed_conv2d_backward", lib=_lib)
 def _packed_conv2d_backward_fake(
     grad, bits, weight, num_steps, stride, padding, dilation, groups, need_input, need_weight
-):  # fmt: skip
+):
     spikes = _unpack_spikes_fake(bits, num_steps, grad.dtype)
     gx, gw, _ = torch.ops.aten.convolution_backward(
         grad, spikes, weight, None, stride, padding, dilation, False, [0, 0], groups, [need_input, need_weight, False]
@@ -223,9 +233,15 @@ def unpack_spikes(bits: Tensor, num_steps: int, dtype: torch.dtype = torch.float
 
 
 def packed_conv2d(
-    spikes: Tensor, bits: Tensor, weight: Tensor, num_steps: int, stride: tuple[int, int] = (1, 1),
-    padding: tuple[int, int] = (0, 0), dilation: tuple[int, int] = (1, 1), groups: int = 1,
-) -> Tensor:  # fmt: skip
+    spikes: Tensor,
+    bits: Tensor,
+    weight: Tensor,
+    num_steps: int,
+    stride: tuple[int, int] = (1, 1),
+    padding: tuple[int, int] = (0, 0),
+    dilation: tuple[int, int] = (1, 1),
+    groups: int = 1,
+) -> Tensor:
     """``conv2d(spikes, weight)`` that keeps the spikes' bits for its backward pass, and not the spikes.
 
     Args:

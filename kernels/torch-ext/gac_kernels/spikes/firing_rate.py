@@ -72,7 +72,13 @@ def _firing_rate(x, num_steps, dtype=None):
     if rate.numel():
         x = dense(x)
         if resolve_backend(x.device, rate.dtype) == "triton":
-            _launch(_firing_rate_kernel, x, x, rate, num_steps)
+            _launch(
+                kernel=_firing_rate_kernel,
+                x=x,
+                source=x,
+                target=rate,
+                num_steps=num_steps,
+            )
         else:
             wide = torch.promote_types(rate.dtype, torch.float32)
             count = torch.sum(x.unflatten(0, (num_steps, -1)), 0, dtype=wide)
@@ -94,7 +100,13 @@ def _firing_rate_backward(grad, num_steps, dtype, channels_last):
     if gx.numel():
         frames = gx.unflatten(0, (num_steps, -1))
         if resolve_backend(gx.device, dtype) == "triton":
-            _launch(_firing_rate_backward_kernel, gx, as_layout(grad, frames[0]), gx, num_steps)
+            _launch(
+                kernel=_firing_rate_backward_kernel,
+                x=gx,
+                source=as_layout(grad, frames[0]),
+                target=gx,
+                num_steps=num_steps,
+            )
         else:
             frames.copy_(grad / num_steps)
     return gx

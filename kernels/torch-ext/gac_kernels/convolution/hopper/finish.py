@@ -1,4 +1,4 @@
-"""How both Hopper kernels end a time step: from sums to membrane, spikes and their stores."""
+"""The end of a time step in both Hopper kernels: from the sums to the membrane, the spikes and their stores."""
 
 from __future__ import annotations
 
@@ -11,14 +11,36 @@ barrier = gl.thread_barrier if hasattr(gl, "thread_barrier") else gl.barrier
 
 @gluon.jit
 def finish_step(
-    total, side, v, scale_ptr, bias_ptr, SCALED: gl.constexpr, t, b0, h0, w0, n0, s_desc, s_buffer, y_desc, y_buffer,
-    THRESHOLD: gl.constexpr, DECAY: gl.constexpr, SOFT: gl.constexpr, RESIDUAL: gl.constexpr, SIDE: gl.constexpr,
-    SHIFT: gl.constexpr, KEEP: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, SUMS: gl.constexpr,
-):  # fmt: skip
-    """Membrane after step t from its sums; stores start here and are waited for by who needs the buffers.
+    total,
+    shortcut,
+    v,
+    scale_ptr,
+    bias_ptr,
+    SCALED: gl.constexpr,
+    t,
+    b0,
+    h0,
+    w0,
+    n0,
+    s_desc,
+    s_buffer,
+    y_desc,
+    y_buffer,
+    THRESHOLD: gl.constexpr,
+    DECAY: gl.constexpr,
+    SOFT: gl.constexpr,
+    RESIDUAL: gl.constexpr,
+    SHORTCUT: gl.constexpr,
+    SHIFT: gl.constexpr,
+    KEEP: gl.constexpr,
+    BM: gl.constexpr,
+    BN: gl.constexpr,
+    SUMS: gl.constexpr,
+):
+    """Membrane after step t from its sums. Stores start here; the caller waits for them before it reuses the buffers.
 
-    The residual lies in the membrane's buffer or, with SIDE, in registers: the sums of the shortcut's convolution,
-    rounded to the dtype that they would have in memory. Copies clip what lies outside of a tensor, a step T too.
+    The residual lies in the membrane's buffer or, with SHORTCUT, in registers: the sums of the shortcut's convolution,
+    rounded to the dtype that they would have in memory. TMA copies clip what lies outside of a tensor, also a step T.
     """
     # Loaded here, they occupy no registers while sums are taken.
     channel = n0 + gl.arange(0, BN, layout=gl.SliceLayout(0, SUMS))
@@ -30,9 +52,9 @@ def finish_step(
     if RESIDUAL or KEEP:
         Y: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BM, BN], y_buffer.dtype)
         flat_y = y_buffer._reinterpret(y_buffer.dtype, [BM, BN], Y)
-    if RESIDUAL or SIDE:
-        if SIDE:
-            r = side.to(gl.float32)
+    if RESIDUAL or SHORTCUT:
+        if SHORTCUT:
+            r = shortcut.to(gl.float32)
         else:
             r = flat_y.load(SUMS).to(gl.float32)
         if SHIFT != 0.0:

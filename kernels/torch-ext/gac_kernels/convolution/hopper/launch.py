@@ -1,10 +1,10 @@
 """Convolution and neuron in one pass for Hopper, in Gluon: which kernel takes a call, and its launch.
 
-`spike_conv` uses it with int8 operands, `conv_lif` with 16-bit ones. Tensor copies fill shared memory, tensor cores
-read it, the membrane stays in registers; residual, membrane and spikes travel through shared memory too. Calls that
-fill the GPU run in `pair`, smaller ones in `ring`.
+`spike_conv` uses it with int8 operands, `conv_lif` with 16-bit ones. TMA copies fill shared memory, tensor cores read
+it, and the membrane stays in registers; residual, current and spikes go through shared memory too. Calls that fill the
+GPU run in `pair`, smaller ones in `ring`.
 
-Gluon is experimental in Triton: what uses it is in this package, `plan` says where they apply, and where a
+Gluon is experimental in Triton: what uses it is in this package, `plan_call` says where they apply, and where a
 version of Triton does not compile them, that is logged and the other implementations run.
 """
 
@@ -37,18 +37,24 @@ _CAPABILITY = (9, 0)
 _GLUON_DTYPES = {torch.int8: "int8", torch.float16: "float16", torch.bfloat16: "bfloat16", torch.float32: "float32"}
 
 
-def plan(
-    spikes: Tensor, out: Tensor, residual: Tensor | None, shortcut: Tensor | None, membrane: Tensor, num_steps: int,
-    stride: int, config: dict[str, int],
-) -> Plan | str:  # fmt: skip
-    """The division of a call, or why these kernels cannot take it.
+def plan_call(
+    spikes: Tensor,
+    out: Tensor,
+    residual: Tensor | None,
+    shortcut: Tensor | None,
+    membrane: Tensor,
+    num_steps: int,
+    stride: int,
+    config: dict[str, int],
+) -> Plan | str:
+    """How a call is divided among programs, or why these kernels cannot take it.
 
     Args:
         spikes: Input (T*B, C, H, W).
         out: Output spikes (T*B, C', H', W').
         residual: Of the call, or what the shortcut convolves.
         shortcut: Weight of the 1x1 shortcut, or None.
-        membrane: Output of the call, or empty.
+        membrane: Output for the neuron's input current, or empty.
         num_steps: T.
         stride: 1 or 2.
         config: Launch parameters, see `tuning`.
@@ -74,34 +80,42 @@ def plan(
         return "residual and membrane have different dtypes"
     kept = membrane if membrane.numel() else residual if shortcut is None else None
     call = Call(
-        spikes.shape[0] // num_steps, channels, out_channels, out_height, out_width, num_steps, stride,
-        spikes.element_size(), 0 if kept is None else kept.element_size(), 0 if shortcut is None else shortcut.shape[1],
-    )  # fmt: skip
+        batch=spikes.shape[0] // num_steps,
+        channels=channels,
+        out_channels=out_channels,
+        height=out_height,
+        width=out_width,
+        num_steps=num_steps,
+        stride=stride,
+        operand_bytes=spikes.element_size(),
+        value_bytes=0 if kept is None else kept.element_size(),
+        shortcut_channels=0 if shortcut is None else shortcut.shape[1],
+    )
     processors = multiprocessors(spikes.device)
-    made = None
+    plan = None
     if config["COPIES"] and not _failure(spikes.device, _TWO_TILES):
-        made = _fitting(call, config, shared=not _failure(spikes.device, _SHARED))
-    fills = made is not None and 2 * made.programs(*call.frames) > processors
+        plan = _fitting(call, config, shared=not _failure(spikes.device, _SHARED))
+    fills = plan is not None and 2 * plan.programs(*call.frames) > processors
     if shortcut is not None:
-        if made is None or not fills:
-            return "the shortcut would be one tap more of a kernel that fills the GPU"
-        return _refused_shortcut(residual, shortcut, call, made) or made
-    return made if made is not None and fills else ring_plan(call, processors)
+        if plan is None or not fills:
+            return "only the kernel with two tiles per program takes a shortcut"
+        return _refused_shortcut(residual, shortcut, call, plan) or plan
+    return plan if plan is not None and fills else ring_plan(call, processors)
 
 
 def _fitting(call: Call, config: dict[str, int], shared: bool) -> Plan | None:
-    """The division with two tiles a program nearest to the launch parameters that shared memory has room for."""
+    """The plan with two tiles per program that is nearest to the launch parameters and fits into shared memory."""
     copies, steps = config["COPIES"] * (1 if shared else 2), min(config["STEPS"], call.num_steps)
-    if call.side_channels:  # the sums of both convolutions take the registers of two steps
+    if call.shortcut_channels:  # the sums of both convolutions need as many registers as two steps
         steps = 1
     tries = (pair_plan(call, fewer, s, shared) for s in range(steps, 0, -1) for fewer in range(copies, 1, -1))
-    return next((made for made in tries if made is not None), None)
+    return next((plan for plan in tries if plan is not None), None)
 
 
-def _refused_shortcut(residual: Tensor | None, shortcut: Tensor, call: Call, made: Plan) -> str:
-    """Why a shortcut's convolution runs apart, empty where it does not."""
+def _refused_shortcut(residual: Tensor | None, shortcut: Tensor, call: Call, plan: Plan) -> str:
+    """Why a shortcut's convolution is not fused; empty where it is."""
     assert residual is not None
-    depth = made.block_k * call.operand_bytes // shortcut.element_size()
+    depth = plan.block_k * call.operand_bytes // shortcut.element_size()
     if shortcut.element_size() != 2 or residual.dtype != shortcut.dtype:
         return f"the shortcut is {shortcut.dtype} of {residual.dtype}, not 16 bits of 16 bits"
     if shortcut.shape[1] % depth:
@@ -112,13 +126,29 @@ def _refused_shortcut(residual: Tensor | None, shortcut: Tensor, call: Call, mad
 
 
 # Small calls on which each kernel is tried before it is used.
-_ONE_TILE, _TWO_TILES = Plan((8, 1, 8), 32, 32, 2, 1), Plan((8, 1, 8), 32, 32, 3, 1, 2)
+_ONE_TILE, _TWO_TILES = (
+    Plan(
+        tile=(8, 1, 8),
+        block_n=32,
+        block_k=32,
+        ring=2,
+        steps=1,
+    ),
+    Plan(
+        tile=(8, 1, 8),
+        block_n=32,
+        block_k=32,
+        ring=3,
+        steps=1,
+        copies=2,
+    ),
+)
 _SHARED = _TWO_TILES._replace(shared=True)
 PROBES = (_ONE_TILE, _TWO_TILES, _SHARED)
 
 
 @functools.cache
-def _failure(device: torch.device, made: Plan) -> str:
+def _failure(device: torch.device, plan: Plan) -> str:
     """Why this version of Triton does not compile a kernel, empty where it does; tried on one small call."""
     layout = torch.channels_last
     spikes = torch.zeros((1, 32, 8, 8), dtype=torch.int8, device=device).contiguous(memory_format=layout)
@@ -126,7 +156,23 @@ def _failure(device: torch.device, made: Plan) -> str:
     zeros = torch.zeros(32, device=device)
     try:
         out = torch.empty_like(spikes)
-        launch(made, spikes, weight, zeros, zeros, None, None, 1, 1, 1.0, 0.5, False, 0.0, out, zeros[:0])
+        launch(
+            plan=plan,
+            spikes=spikes,
+            weight=weight,
+            scale=zeros,
+            bias=zeros,
+            residual=None,
+            shortcut=None,
+            num_steps=1,
+            stride=1,
+            threshold=1.0,
+            decay=0.5,
+            soft_reset=False,
+            shift=0.0,
+            out=out,
+            membrane=zeros[:0],
+        )
     except Exception as error:  # whatever the compiler raises: there is another way to compute the same
         first = str(error).partition("\n")[0]
         reason = f"its kernel does not compile with this Triton ({type(error).__name__}: {first})"
@@ -158,14 +204,26 @@ def _pairs_descriptor(tensor: Tensor, num_steps: int, block: list[int]) -> Any:
 
 
 def launch(
-    made: Plan, spikes: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor, residual: Tensor | None,
-    shortcut: Tensor | None, num_steps: int, stride: int, threshold: float, decay: float, soft_reset: bool,
-    shift: float, out: Tensor, membrane: Tensor,
-) -> None:  # fmt: skip
+    plan: Plan,
+    spikes: Tensor,
+    weight: Tensor,
+    scale: Tensor | None,
+    bias: Tensor,
+    residual: Tensor | None,
+    shortcut: Tensor | None,
+    num_steps: int,
+    stride: int,
+    threshold: float,
+    decay: float,
+    soft_reset: bool,
+    shift: float,
+    out: Tensor,
+    membrane: Tensor,
+) -> None:
     """Write spikes and, where it has elements, the neuron's input current.
 
     Args:
-        made: What `plan` gave.
+        plan: What `plan_call` gave.
         spikes: (T*B, C, H, W) int8, float16 or bfloat16, dense channels-last, as all four-dimensional tensors here.
         weight: (C', C, 3, 3) in the spikes' dtype.
         scale: (C',) float32, or None for 1.
@@ -183,13 +241,13 @@ def launch(
     """
     channels, (out_channels, height, width) = spikes.shape[1], out.shape[1:]
     batch = out.shape[0] // num_steps
-    _, tiles_h, tiles_w = made.tiles(batch, height, width)
-    tiles_n = out_channels // made.block_n
-    outer = [made.tile[0], 1, *made.tile[1:], made.block_n]
-    taken = [*outer[:-1], made.block_k]
+    _, tiles_h, tiles_w = plan.tiles(batch, height, width)
+    tiles_n = out_channels // plan.block_n
+    outer = [plan.tile[0], 1, *plan.tile[1:], plan.block_n]
+    taken = [*outer[:-1], plan.block_k]
     describe = _steps_descriptor if stride == 1 else _pairs_descriptor
     pixels = describe(spikes, num_steps, taken)
-    weights = _descriptor(weight, [out_channels, 9 * channels], [9 * channels, 1], [made.block_n, made.block_k])
+    weights = _descriptor(weight, [out_channels, 9 * channels], [9 * channels, 1], [plan.block_n, plan.block_k])
     fired = _steps_descriptor(out, num_steps, outer)
     kept, source = fired, fired
     if residual is not None and shortcut is None:
@@ -197,33 +255,75 @@ def launch(
     if membrane.numel():
         kept = _steps_descriptor(membrane, num_steps, outer)
     constants: dict[str, Any] = dict(
-        T=num_steps, STRIDE=stride, CHUNKS=channels // made.block_k, STEPS=made.steps, THRESHOLD=threshold, DECAY=decay,
-        SOFT=soft_reset, RESIDUAL=residual is not None and shortcut is None, SHIFT=shift, KEEP=membrane.numel() > 0,
-        BH=made.tile[0], NB=made.tile[1], BW=made.tile[2], BN=made.block_n, BK=made.block_k, RING=made.ring,
-        SCALED=scale is not None, num_warps=4,
+        T=num_steps,
+        STRIDE=stride,
+        CHUNKS=channels // plan.block_k,
+        STEPS=plan.steps,
+        THRESHOLD=threshold,
+        DECAY=decay,
+        SOFT=soft_reset,
+        RESIDUAL=residual is not None and shortcut is None,
+        SHIFT=shift,
+        KEEP=membrane.numel() > 0,
+        BH=plan.tile[0],
+        NB=plan.tile[1],
+        BW=plan.tile[2],
+        BN=plan.block_n,
+        BK=plan.block_k,
+        RING=plan.ring,
+        SCALED=scale is not None,
+        num_warps=4,
         enable_fp_fusion=False,  # a fused multiply-add rounds once where every other path rounds twice
-    )  # fmt: skip
-    programs = made.programs(batch, out_channels, height, width)
-    if not made.copies:
+    )
+    programs = plan.programs(batch, out_channels, height, width)
+    if not plan.copies:
         with on_device(spikes):
             ring_kernel[(programs,)](
-                pixels, weights, fired, source, kept, scale, bias, batch, channels, tiles_h, tiles_w, tiles_n,
+                pixels,
+                weights,
+                fired,
+                source,
+                kept,
+                scale,
+                bias,
+                batch,
+                channels,
+                tiles_h,
+                tiles_w,
+                tiles_n,
                 **constants,
-            )  # fmt: skip
+            )
         return
-    edge = describe(spikes, num_steps, [2 // stride, *taken[1:]]) if made.shared else pixels
-    beside, side_chunks, side_stride = weights, 0, 1
+    edge = describe(spikes, num_steps, [2 // stride, *taken[1:]]) if plan.shared else pixels
+    shortcut_weights, shortcut_chunks, shortcut_stride = weights, 0, 1
     if residual is not None and shortcut is not None:
-        depth, inputs = made.block_k * spikes.element_size() // 2, shortcut.shape[1]
-        side_chunks, side_stride = inputs // depth, residual.shape[2] // height
-        describe = _steps_descriptor if side_stride == 1 else _pairs_descriptor
+        depth, inputs = plan.block_k * spikes.element_size() // 2, shortcut.shape[1]
+        shortcut_chunks, shortcut_stride = inputs // depth, residual.shape[2] // height
+        describe = _steps_descriptor if shortcut_stride == 1 else _pairs_descriptor
         source = describe(residual, num_steps, [*taken[:-1], depth])
-        beside = _descriptor(shortcut, [out_channels, inputs], [inputs, 1], [made.block_n, depth])
-    # Programs differ in pixels before they differ in channels, so that each keeps its own.
+        shortcut_weights = _descriptor(shortcut, [out_channels, inputs], [inputs, 1], [plan.block_n, depth])
+    # A multiple of the channel blocks: each program keeps its block of channels, and so its weights.
     at_once = max(multiprocessors(spikes.device) // tiles_n, 1) * tiles_n
     with on_device(spikes):
         pair_kernel[(min(programs, at_once),)](
-            pixels, edge, weights, fired, source, kept, beside, scale, bias, batch, channels, tiles_h, tiles_w, tiles_n,
-            programs, SIDE_CHUNKS=side_chunks, SIDE_STRIDE=side_stride, SHARED=made.shared, COPIES=made.copies,
+            pixels,
+            edge,
+            weights,
+            fired,
+            source,
+            kept,
+            shortcut_weights,
+            scale,
+            bias,
+            batch,
+            channels,
+            tiles_h,
+            tiles_w,
+            tiles_n,
+            programs,
+            SHORTCUT_CHUNKS=shortcut_chunks,
+            SHORTCUT_STRIDE=shortcut_stride,
+            SHARED=plan.shared,
+            COPIES=plan.copies,
             **constants,
-        )  # fmt: skip
+        )

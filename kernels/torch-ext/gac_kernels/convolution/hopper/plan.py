@@ -1,4 +1,4 @@
-"""How a call of the Hopper kernel is divided among programs: pixels by output channels."""
+"""How the work of a call is divided among programs of the Hopper kernels: tiles of pixels by output channels."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ import functools
 import math
 from typing import NamedTuple
 
-# What a group of four warps multiplies, and the least channels of a tensor copy that the kernel stores.
+# Output pixels per warpgroup; smallest channel block of a TMA store.
 TILE_PIXELS, _LEAST_CHANNELS = 64, 32
-SHARED_MEMORY = 227 * 1024  # bytes that a Hopper program can have
-_LEAST_RING = 3  # copies of weights of which one arrives while another is used
+SHARED_MEMORY = 227 * 1024  # bytes per program on Hopper
+_LEAST_RING = 3  # buffers of weights, so that one is filled while another is read
 
 
 class Call(NamedTuple):
-    """What of a call its division depends on.
+    """The sizes of a call that decide how it is divided.
 
     Attributes:
         batch: Images of a time step.
@@ -23,9 +23,9 @@ class Call(NamedTuple):
         width: Columns of the output.
         num_steps: T.
         stride: 1 or 2.
-        operand_bytes: Of an element of spikes and weights.
-        value_bytes: Of an element of the residual or of the membrane that is kept, 0 without.
-        side_channels: Input channels of a 1x1 shortcut, 0 without.
+        operand_bytes: Bytes per element of spikes and weights.
+        value_bytes: Bytes per element of the residual or of the current that is returned; 0 without either.
+        shortcut_channels: Input channels of the 1x1 shortcut; 0 without one.
     """
 
     batch: int
@@ -37,7 +37,7 @@ class Call(NamedTuple):
     stride: int
     operand_bytes: int
     value_bytes: int
-    side_channels: int = 0
+    shortcut_channels: int = 0
 
     @property
     def frames(self) -> tuple[int, int, int, int]:
@@ -46,7 +46,7 @@ class Call(NamedTuple):
 
     @property
     def block_k(self) -> int:
-        """Input channels of a copy: 128, 64 or 32 bytes."""
+        """Input channels per TMA copy, the most that divide C: 128, 64 or 32 bytes."""
         depth = self.channels * self.operand_bytes
         return next(size // self.operand_bytes for size in (128, 64, 32) if depth % size == 0)
 
@@ -62,12 +62,11 @@ class Plan(NamedTuple):
     Attributes:
         tile: Rows, images and columns of a tile of 64 output pixels, powers of two.
         block_n: Output channels of a program.
-        block_k: Input channels of a copy, 32, 64 or 128 bytes.
-        ring: Copies that are in flight: of weights, and where a program has one tile, of their pixels.
+        block_k: Input channels per TMA copy, 32, 64 or 128 bytes.
+        ring: Buffers of weights; of pixels too, where a program has one tile.
         steps: Time steps that share a copy of weights, 1 or 2.
-        copies: Copies of pixels in flight of each tile, where a program has two at a time (`pair`); 0 where it
-            has one (`ring`).
-        shared: A copy of pixels has the rows around them, for three taps of the window.
+        copies: Buffers of pixels per tile where a program has two tiles (`pair`); 0 where it has one (`ring`).
+        shared: A buffer of pixels includes the rows above and below, so that it serves three taps of the window.
     """
 
     tile: tuple[int, int, int]
@@ -84,19 +83,19 @@ class Plan(NamedTuple):
         return math.ceil(batch / images), math.ceil(height / rows), math.ceil(width / columns)
 
     def programs(self, batch: int, channels: int, height: int, width: int) -> int:
-        """Programs, or turns of them, of an output (T*batch, channels, height, width)."""
+        """Units of work (one per program, or more in turn) of an output (T*batch, channels, height, width)."""
         tiles = math.prod(self.tiles(batch, height, width))
         return math.ceil(tiles / 2 if self.copies else tiles) * (channels // self.block_n)
 
 
 def pair_plan(call: Call, copies: int, steps: int, shared: bool) -> Plan | None:
-    """The division among programs with two tiles at a time; None if their shared memory does not suffice.
+    """The plan with two tiles per program, or None if it needs more shared memory than there is.
 
     Args:
         call: The call.
-        copies: Copies of pixels in flight of each tile, at least 2.
+        copies: Buffers of pixels per tile, at least 2.
         steps: Time steps that share a copy of weights, 1 or 2.
-        shared: A copy of pixels has the rows around them, for three taps of the window.
+        shared: A buffer of pixels includes the rows above and below, so that it serves three taps of the window.
     """
     tile = tile_of(TILE_PIXELS, call.batch, call.height, call.width)
     rows, images, columns = tile
@@ -107,26 +106,40 @@ def pair_plan(call: Call, copies: int, steps: int, shared: bool) -> Plan | None:
     ring = (SHARED_MEMORY - 1024 - stored - pixels) // (call.block_n * depth)
     if ring < _LEAST_RING:
         return None
-    taps = (9 * call.channels + 2 * call.side_channels // call.operand_bytes) // call.block_k
-    return Plan(tile, call.block_n, call.block_k, min(ring, taps), steps, copies, shared)
+    taps = (9 * call.channels + 2 * call.shortcut_channels // call.operand_bytes) // call.block_k
+    return Plan(
+        tile=tile,
+        block_n=call.block_n,
+        block_k=call.block_k,
+        ring=min(ring, taps),
+        steps=steps,
+        copies=copies,
+        shared=shared,
+    )
 
 
 def ring_plan(call: Call, processors: int) -> Plan:
-    """The division among programs with one tile, of fewer channels where half of the GPU would be left without work.
+    """The plan with one tile per program, and fewer channels per tile where half of the GPU would be idle.
 
     Args:
         call: The call.
         processors: Multiprocessors of the GPU.
     """
-    made = Plan(tile_of(TILE_PIXELS, call.batch, call.height, call.width), call.block_n, call.block_k, 4, 1)
-    while made.block_n > _LEAST_CHANNELS and 2 * made.programs(*call.frames) <= processors:
-        made = made._replace(block_n=made.block_n // 2)
-    return made
+    plan = Plan(
+        tile=tile_of(TILE_PIXELS, call.batch, call.height, call.width),
+        block_n=call.block_n,
+        block_k=call.block_k,
+        ring=4,
+        steps=1,
+    )
+    while plan.block_n > _LEAST_CHANNELS and 2 * plan.programs(*call.frames) <= processors:
+        plan = plan._replace(block_n=plan.block_n // 2)
+    return plan
 
 
 @functools.cache
 def tile_of(pixels: int, batch: int, height: int, width: int) -> tuple[int, int, int]:
-    """Rows, images and columns of a tile: least padding, then the smallest surround, then the longest runs.
+    """Rows, images and columns of a tile: least padding, then fewest surrounding pixels, then longest rows.
 
     Args:
         pixels: Of the tile, a power of two of at least 8.
@@ -149,9 +162,9 @@ def tile_of(pixels: int, batch: int, height: int, width: int) -> tuple[int, int,
 
 
 def one_pass_fills(batch: int, channels: int, height: int, width: int, num_steps: int, processors: int) -> bool:
-    """Whether programs that each take all time steps keep the GPU nearly as busy as those that take one step each.
+    """Whether one program for all time steps of a tile keeps the GPU about as busy as one per step.
 
-    Counted in whole waves of 128x128 tiles; a quarter more is what the second pass over memory would take.
+    Counted in whole waves of 128x128 tiles. Up to 1.25 times as many are accepted, since two passes read memory twice.
 
     Args:
         batch: Images of a time step.

@@ -1,4 +1,4 @@
-"""The Hopper kernel for few pixels: one group of four warps copies, multiplies and fires.
+"""The Hopper kernel for few pixels: one warpgroup copies, multiplies and computes the neurons.
 
 A program owns a tile of 64 output pixels (rows, images, columns) by BN channels at all time steps. For every tap of the
 3x3 window and every BK input channels, one stage of a ring takes the shifted pixels and the weights; the weights of a
@@ -22,10 +22,26 @@ from .finish import barrier, finish_step
 
 @gluon.jit
 def _copy_tap(
-    x_desc, w_desc, pixels, weights, ready, tap, active, b0, h0, w0, n0, B, C,
-    STRIDE: gl.constexpr, STEPS: gl.constexpr, CHUNKS: gl.constexpr, RING: gl.constexpr, BK: gl.constexpr,
+    x_desc,
+    w_desc,
+    pixels,
+    weights,
+    ready,
+    tap,
+    active,
+    b0,
+    h0,
+    w0,
+    n0,
+    B,
+    C,
+    STRIDE: gl.constexpr,
+    STEPS: gl.constexpr,
+    CHUNKS: gl.constexpr,
+    RING: gl.constexpr,
+    BK: gl.constexpr,
     BYTES: gl.constexpr,
-):  # fmt: skip
+):
     """Start the copies of a tap: BK channels of pixels at STEPS time steps, and their weights.
 
     Taps run over the window's rows and columns, then channels, then time. What lies outside is copied as 0.
@@ -45,20 +61,48 @@ def _copy_tap(
             corner = [h0 + kh - 1, step + s, b0, w0 + kw - 1, first]
         else:  # in pairs of rows and columns: the middle of the window is even, its sides odd
             corner = [
-                h0 - (kh == 0).to(gl.int32), (kh != 1).to(gl.int32), (step + s) * B + b0,
-                w0 - (kw == 0).to(gl.int32), (kw != 1).to(gl.int32) * C + first,
-            ]  # fmt: skip
+                h0 - (kh == 0).to(gl.int32),
+                (kh != 1).to(gl.int32),
+                (step + s) * B + b0,
+                w0 - (kw == 0).to(gl.int32),
+                (kw != 1).to(gl.int32) * C + first,
+            ]
         tma.async_copy_global_to_shared(x_desc, corner, done, tile, pred=active)
 
 
 @gluon.jit
 def ring_kernel(
-    x_desc, w_desc, s_desc, r_desc, y_desc, scale_ptr, bias_ptr, B, C, tiles_h, tiles_w, tiles_n,
-    T: gl.constexpr, STRIDE: gl.constexpr, CHUNKS: gl.constexpr, STEPS: gl.constexpr,
-    THRESHOLD: gl.constexpr, DECAY: gl.constexpr, SOFT: gl.constexpr, RESIDUAL: gl.constexpr, SHIFT: gl.constexpr,
-    KEEP: gl.constexpr, BH: gl.constexpr, NB: gl.constexpr, BW: gl.constexpr, BN: gl.constexpr, BK: gl.constexpr,
-    RING: gl.constexpr, SCALED: gl.constexpr, num_warps: gl.constexpr,
-):  # fmt: skip
+    x_desc,
+    w_desc,
+    s_desc,
+    r_desc,
+    y_desc,
+    scale_ptr,
+    bias_ptr,
+    B,
+    C,
+    tiles_h,
+    tiles_w,
+    tiles_n,
+    T: gl.constexpr,
+    STRIDE: gl.constexpr,
+    CHUNKS: gl.constexpr,
+    STEPS: gl.constexpr,
+    THRESHOLD: gl.constexpr,
+    DECAY: gl.constexpr,
+    SOFT: gl.constexpr,
+    RESIDUAL: gl.constexpr,
+    SHIFT: gl.constexpr,
+    KEEP: gl.constexpr,
+    BH: gl.constexpr,
+    NB: gl.constexpr,
+    BW: gl.constexpr,
+    BN: gl.constexpr,
+    BK: gl.constexpr,
+    RING: gl.constexpr,
+    SCALED: gl.constexpr,
+    num_warps: gl.constexpr,
+):
     """All steps of one tile; arguments as `launch.launch` gives them."""
     OPERAND: gl.constexpr = x_desc.dtype
     BITS: gl.constexpr = OPERAND.primitive_bitwidth
@@ -98,9 +142,26 @@ def ring_kernel(
 
     for i in gl.static_range(RING - 1):
         _copy_tap(
-            x_desc, w_desc, pixels, weights, ready, i, True, b0, h0, w0, n0, B, C, STRIDE, STEPS, CHUNKS, RING, BK,
+            x_desc,
+            w_desc,
+            pixels,
+            weights,
+            ready,
+            i,
+            True,
+            b0,
+            h0,
+            w0,
+            n0,
+            B,
+            C,
+            STRIDE,
+            STEPS,
+            CHUNKS,
+            RING,
+            BK,
             BYTES,
-        )  # fmt: skip
+        )
 
     v = gl.zeros([BM, BN], gl.float32, SUMS)
     for group in range(GROUPS):
@@ -124,9 +185,26 @@ def ring_kernel(
                 first = warpgroup_mma_wait(1, deps=(first,))
             barrier()
             _copy_tap(
-                x_desc, w_desc, pixels, weights, ready, tap + RING - 1, tap + RING - 1 < GROUPS * TAPS, b0, h0, w0,
-                n0, B, C, STRIDE, STEPS, CHUNKS, RING, BK, BYTES,
-            )  # fmt: skip
+                x_desc,
+                w_desc,
+                pixels,
+                weights,
+                ready,
+                tap + RING - 1,
+                tap + RING - 1 < GROUPS * TAPS,
+                b0,
+                h0,
+                w0,
+                n0,
+                B,
+                C,
+                STRIDE,
+                STEPS,
+                CHUNKS,
+                RING,
+                BK,
+                BYTES,
+            )
             if RESIDUAL:  # noqa: SIM102 (known when compiling, the other when running)
                 if j == 2:  # by now the stores of the group before have left the buffers
                     tma.store_wait(0)
@@ -146,13 +224,58 @@ def ring_kernel(
             tma.store_wait(0)
             barrier()
         v = finish_step(
-            first, first, v, scale_ptr, bias_ptr, SCALED, group * STEPS, b0, h0, w0, n0, s_desc, s_buffers.index(0),
-            y_desc, y_buffers.index(0), THRESHOLD, DECAY, SOFT, RESIDUAL, False, SHIFT, KEEP, BM, BN, SUMS,
-        )  # fmt: skip
+            first,
+            first,
+            v,
+            scale_ptr,
+            bias_ptr,
+            SCALED,
+            group * STEPS,
+            b0,
+            h0,
+            w0,
+            n0,
+            s_desc,
+            s_buffers.index(0),
+            y_desc,
+            y_buffers.index(0),
+            THRESHOLD,
+            DECAY,
+            SOFT,
+            RESIDUAL,
+            False,
+            SHIFT,
+            KEEP,
+            BM,
+            BN,
+            SUMS,
+        )
         if STEPS == 2:
             v = finish_step(
-                second, second, v, scale_ptr, bias_ptr, SCALED, group * STEPS + 1, b0, h0, w0, n0, s_desc,
-                s_buffers.index(1), y_desc, y_buffers.index(1), THRESHOLD, DECAY, SOFT, RESIDUAL, False, SHIFT, KEEP,
-                BM, BN, SUMS,
-            )  # fmt: skip
+                second,
+                second,
+                v,
+                scale_ptr,
+                bias_ptr,
+                SCALED,
+                group * STEPS + 1,
+                b0,
+                h0,
+                w0,
+                n0,
+                s_desc,
+                s_buffers.index(1),
+                y_desc,
+                y_buffers.index(1),
+                THRESHOLD,
+                DECAY,
+                SOFT,
+                RESIDUAL,
+                False,
+                SHIFT,
+                KEEP,
+                BM,
+                BN,
+                SUMS,
+            )
     tma.store_wait(0)
