@@ -111,14 +111,14 @@ def prepare(accelerator: Accelerator, recipe: Recipe, model: nn.Module, optimize
 
 
 def describe_input(network: Any, shape: tuple[int, ...], whole: bool = False) -> None:
-    """Write the shape of the training images into a network's ``pretrained_cfg``, which is stored with the model.
+    """Write what the network is trained on into its ``pretrained_cfg``, which is stored with the model.
 
     If it has another number of channels, mean and std become those of the average channel.
 
     Args:
         network: Network whose ``pretrained_cfg`` is replaced.
         shape: (C, H, W) of the training images.
-        whole: Whether they are resized without a crop (see `load_arrays`), as test pictures are to be too.
+        whole: Whether test pictures are resized whole, without a crop.
     """
     cfg = dict(network.pretrained_cfg) | {"input_size": tuple(shape)}
     if whole:
