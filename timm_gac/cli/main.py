@@ -23,6 +23,7 @@ from .output import nearest
 COMMANDS = {
     "demo": "demo:demo",
     "models": "models:models",
+    "data": "data:data",
     "train": "train:train",
     "eval": "evaluate:evaluate",
     "predict": "predict:predict",
