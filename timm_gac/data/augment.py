@@ -24,6 +24,7 @@ MAX_TRANSLATION = 32  # pixels
 MAX_ENHANCEMENT = 0.99
 ERASED_AREA = (0.02, 1 / 3)  # of the image, Zhong et al., AAAI 2020
 ERASED_ASPECT = (0.3, 1 / 0.3)
+CROP_ASPECT = (3 / 4, 4 / 3)  # of a random resized crop, Szegedy et al., CVPR 2015
 NOISE_FIELDS = 64
 
 # One row of draws per image, by column: see `transforms.BatchAugmenter`, which alone reads them.
@@ -58,6 +59,7 @@ class Augmentation:
     Args:
         crop_padding: Pixels by which the image is padded on each side before a crop of its own size is taken.
         padding_mode: What lies outside of the image: ``zeros`` (black) or ``reflect``.
+        crop_scale: Smallest share of the image's area that a random resized crop keeps; 1 takes none.
         flip: Mirror half of the images horizontally.
         trivial_augment: Apply one operation out of `OPERATIONS` to each image, of random strength, as TrivialAugment's
             wide space has them; translations reach 32 pixels, but at most half the image's side.
@@ -74,6 +76,7 @@ class Augmentation:
 
     crop_padding: int = 0
     padding_mode: Literal["zeros", "reflect"] = "zeros"
+    crop_scale: float = 1.0
     flip: bool = False
     trivial_augment: bool = False
     trivial_augment_strength: float = 1.0
@@ -92,6 +95,7 @@ class Augmentation:
             "mix_probability": (0, 1),
             "label_smoothing": (0, 1),
             "trivial_augment_strength": (0, 1),
+            "crop_scale": (0, 1),
         }
         for name, (low, high) in ranges.items():
             value = getattr(self, name)
@@ -99,6 +103,8 @@ class Augmentation:
                 raise ValueError(f"expected {name} between {low} and {high}, got {value!r}: choose one in between")
         if self.crop_padding != int(self.crop_padding):
             raise ValueError(f"expected crop_padding in whole pixels, got {self.crop_padding}: try 4")
+        if self.crop_scale == 0:
+            raise ValueError("expected crop_scale above 0, got 0: try 0.35, or 1 for no crop")
         if self.label_smoothing == 1 or self.trivial_augment_strength == 0:
             raise ValueError(
                 "expected label_smoothing below 1 and trivial_augment_strength above 0, got "
@@ -119,7 +125,12 @@ class Augmentation:
     @property
     def moves(self) -> bool:
         """Whether pixels change places."""
-        return self.crop_padding > 0 or self.flip or self.trivial_augment
+        return self.crop_padding > 0 or self.crop_scale < 1 or self.flip or self.trivial_augment
+
+    @property
+    def interpolates(self) -> bool:
+        """Whether pixels move by less than whole ones."""
+        return self.crop_scale < 1 or self.trivial_augment
 
 
 def draw_augmentation(
@@ -177,6 +188,22 @@ def _draw_geometry(
     table[:, COLUMNS["grid_0"]] = np.stack(
         [(mirror * move_x + shift[0]) * 2 / width, (move_y + shift[1]) * 2 / height], 1
     )
+    if augmentation.crop_scale < 1:
+        _crop(table, augmentation.crop_scale, rng)
+
+
+def _crop(table: Floats, scale: float, rng: np.random.Generator) -> None:
+    """A box of the image fills the output: the map so far, scaled to the box and moved to its centre.
+
+    A side that would be longer than the image's is cut to it.
+    """
+    area = rng.uniform(scale, 1, len(table))
+    aspect = np.exp(rng.uniform(math.log(CROP_ASPECT[0]), math.log(CROP_ASPECT[1]), len(table)))
+    box = np.minimum(np.sqrt(np.stack([area * aspect, area / aspect], 1)), 1)  # width, height, of the image's
+    centre = (1 - box) * rng.uniform(-1, 1, (len(table), 2))
+    for name in ("grid_x", "grid_y", "grid_0"):
+        table[:, COLUMNS[name]] *= box
+    table[:, COLUMNS["grid_0"]] += centre
 
 
 def _set_colour(table: Floats, operation: npt.NDArray[np.int64], strength: npt.NDArray[np.float64]) -> None:

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from .arrays import ImageArrays
-from .augment import Augmentation, draw_augmentation
+from .augment import COLUMNS, Augmentation, draw_augmentation
 from .transforms import BatchAugmenter, Normalizer
 
 __all__ = ["DeviceLoader", "check_sharding", "generator"]
 
+_Epoch = tuple[np.ndarray, np.ndarray]  # order of the images, and what happens at each place
 _PURPOSES = ("order", "augmentation", "workers")
 
 
@@ -31,8 +33,8 @@ class DeviceLoader:
     with 128 sees (with an even ``batch_size``, also the same pairs mixed), and to resume, the epoch and the step are
     enough. In evaluation the processes take consecutive parts of the set, in order, each image once.
 
-    No step waits for the device. The draws of a whole epoch, some 100 bytes an image, are made on the host when it
-    begins.
+    No step waits for the device. The draws of a whole epoch, some 100 bytes an image, are made on the host by a thread
+    during the epoch before.
 
     Args:
         arrays: The images.
@@ -86,6 +88,8 @@ class DeviceLoader:
         self._normalizer = Normalizer(mean, std, self.device, dtype)
         shape = (images.shape[1], *self._size)
         self._augmenter = BatchAugmenter(augmentation, shape, num_classes, self._normalizer, self.device)
+        self._ahead: tuple[int, Future[_Epoch]] | None = None
+        self._thread = ThreadPoolExecutor(1, "draws")
 
     def __len__(self) -> int:
         """Steps of an epoch on this process."""
@@ -115,12 +119,23 @@ class DeviceLoader:
         return self._training_batches(epoch, start) if self.training else self._evaluation_batches(start)
 
     def _training_batches(self, epoch: int, start: int) -> Iterator[tuple[Tensor, Tensor]]:
+        if self._ahead is not None and self._ahead[0] == epoch:
+            order, draws = self._ahead[1].result()
+        else:
+            order, draws = self._draw(epoch)
+        self._ahead = epoch + 1, self._thread.submit(self._draw, epoch + 1)
+        marked = draws[:, COLUMNS["equalize"].start].reshape(-1, self.batch_size).sum(1)
+        equalized = int(marked.max(initial=0))
+        own_order, own_draws = self._upload(order, start), self._upload(draws, start)
+        for index, rows in zip(own_order.unbind(), own_draws.unbind(), strict=True):
+            images, labels = self._images.index_select(0, index), self._labels.index_select(0, index)
+            yield self._augmenter(images, labels, rows, equalized)
+
+    def _draw(self, epoch: int) -> _Epoch:
         used = len(self) * self.batch_size * self.world_size
         order = generator("order", self.seed, epoch).permutation(self.num_images)[:used]
         draws = draw_augmentation(self.augmentation, used, self._size, generator("augmentation", self.seed, epoch))
-        own_order, own_draws = self._upload(order, start), self._upload(draws, start)
-        for index, rows in zip(own_order.unbind(), own_draws.unbind(), strict=True):
-            yield self._augmenter(self._images.index_select(0, index), self._labels.index_select(0, index), rows)
+        return order, draws
 
     def _upload(self, places: np.ndarray, start: int) -> Tensor:
         """This process' part (steps, B, ...) of what is given for each place of the epoch."""

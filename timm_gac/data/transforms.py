@@ -88,13 +88,16 @@ class BatchAugmenter:
             noise = np.random.default_rng(NOISE_SEED).standard_normal((NOISE_FIELDS, *shape), np.float32)
             self._noise = torch.from_numpy(noise).to(device)
 
-    def __call__(self, images: Tensor, labels: Tensor, draws: Tensor) -> tuple[Tensor, Tensor]:
+    def __call__(
+        self, images: Tensor, labels: Tensor, draws: Tensor, equalized: int | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Augment and mix.
 
         Args:
             images: (B, C, H, W) grey values 0 to 255, uint8 or float.
             labels: (B,) int64.
             draws: (B, K) rows of `draw_augmentation`.
+            equalized: At most so many rows are to be equalised, by far the dearest operation; None is any number.
 
         Returns:
             The network's input (B, C, H, W), channels_last, and targets (B, num_classes), float32 with sum 1.
@@ -103,7 +106,7 @@ class BatchAugmenter:
         if self.augmentation.moves:
             pixels = self._move(pixels, draws)
         if self.augmentation.trivial_augment:
-            pixels = self._colour(pixels, draws)
+            pixels = self._colour(pixels, draws, len(images) if equalized is None else equalized)
         inputs = self.normalizer(pixels)
         if self.augmentation.random_erasing > 0:
             noise = self._noise.index_select(0, draws[:, COLUMNS["noise"].start].long())
@@ -118,11 +121,11 @@ class BatchAugmenter:
         # No matrix product: where TF32 is on, it would move pixels by hundredths.
         grid = torch.addcmul(origin, self._x, along_x) + self._y * along_y
         # A crop and a mirror hit pixels, which `nearest` takes as they are.
-        mode = "bilinear" if self.augmentation.trivial_augment else "nearest"
+        mode = "bilinear" if self.augmentation.interpolates else "nearest"
         padding = "reflection" if self.augmentation.padding_mode == "reflect" else "zeros"
         return F.grid_sample(pixels, grid, mode=mode, padding_mode=padding, align_corners=False)
 
-    def _colour(self, pixels: Tensor, draws: Tensor) -> Tensor:
+    def _colour(self, pixels: Tensor, draws: Tensor, equalized: int) -> Tensor:
         """At most one of the operations differs from the identity in a row of draws, so that their order is free."""
         grey = (pixels * self._luma).sum(1, keepdim=True)
         low, high = _extremes(pixels)
@@ -137,7 +140,12 @@ class BatchAugmenter:
         changed = torch.addcmul(offset, pixels, scale + (1 - SMOOTH_MEAN) * blur)
         changed = changed.addcmul_(smooth, blur, value=SMOOTH_MEAN).addcmul_(grey, _column(draws, "grey"))
         changed = changed.clamp_(0, 255)
-        changed = torch.where(_column(draws, "equalize").bool(), _equalized(changed), changed)
+        if equalized:
+            # Those to be equalised come first; which of the others fill up does not matter, they stay.
+            rows = draws[:, COLUMNS["equalize"].start].topk(equalized).indices
+            some, marks = changed.index_select(0, rows), draws.index_select(0, rows)
+            some = torch.where(_column(marks, "equalize").bool(), _equalized(some), some)
+            changed = changed.index_copy_(0, rows, some)
         # Here pixels become whole grey values, as they are for Pillow after each operation.
         levels = _column(draws, "levels")
         changed = torch.div(changed + 0.5, levels, rounding_mode="floor") * levels

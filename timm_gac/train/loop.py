@@ -104,7 +104,8 @@ class Trainer:
         num_classes, in_chans = (1000, 3) if sets is None else (sets[0].num_classes, sets[0].images.shape[1])
         self.network = create_network(recipe, num_classes, in_chans)
         side = recipe.image_size or 224
-        describe_input(self.network, (3, side, side) if sets is None else tuple(sets[0].images.shape[1:]))
+        shape = (3, side, side) if sets is None else tuple(sets[0].images.shape[1:])
+        describe_input(self.network, shape, whole=sets is not None)
         freeze_stages(self.network, recipe.freeze_stages)
         self.loaders = create_loaders(recipe, sets, num_classes, self.network.pretrained_cfg, self.accelerator)
         self.network.to(self.device)

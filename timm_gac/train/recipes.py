@@ -60,6 +60,8 @@ class Recipe:
         tet_lambda: Share of that regulariser.
         label_smoothing: Of the targets.
         crop_padding: Random crops after padding by so many pixels.
+        crop_scale: Random resized crops of at least this share of the image's area; 1 for none. Streamed images have
+            such crops of their own already.
         flip: Mirror half of the images.
         trivial_augment: One random operation an image (Müller and Hutter, ICCV 2021).
         random_erasing: Probability of erasing a rectangle.
@@ -111,6 +113,7 @@ class Recipe:
     tet_lambda: float = 0.05
     label_smoothing: float = 0.0
     crop_padding: int = 4
+    crop_scale: float = 1.0
     flip: bool = True
     trivial_augment: bool = False
     random_erasing: float = 0.0
@@ -156,8 +159,9 @@ class Recipe:
                 cutmix=self.cutmix, mix_probability=self.mix_probability,
             )  # fmt: skip
         return Augmentation(
-            crop_padding=self.crop_padding, flip=self.flip, label_smoothing=self.label_smoothing, **strong
-        )
+            crop_padding=self.crop_padding, crop_scale=self.crop_scale, flip=self.flip,
+            label_smoothing=self.label_smoothing, **strong,
+        )  # fmt: skip
 
     def to_dict(self) -> dict[str, Any]:
         """The fields, ready for JSON."""
@@ -169,6 +173,30 @@ Name = Literal["cifar10", "cifar100", "cifar100_fast", "imagenet"]
 _PAPER_CIFAR = Recipe(
     epochs=250, batch_size=64, weight_decay=5e-5, warmup_epochs=0, cutmix=1.0, mix_probability=0.5
 )  # fmt: skip
+
+# Photographs of 64 to 144 pixels, resized: a network that halves the image five times wants 128. Training has two
+# phases, the first at few time steps on smaller images.
+_PHOTOS = Recipe(
+    model="gac_msresnet34",
+    image_size=128,
+    batch_size=256,
+    weight_decay=3e-4,
+    ema_decay=0.999,
+    report="ema",
+    loss="tet",
+    tet_lambda=0.0,
+    label_smoothing=0.1,
+    crop_padding=0,
+    crop_scale=0.4,
+    trivial_augment=True,
+    cutmix=1.0,
+    mix_probability=0.5,
+    precision="bfloat16",
+    cuda_graph=True,
+    eval_every=10,
+)
+_FIRST_PHASE = dataclasses.replace(_PHOTOS, num_steps=2, image_size=96, lr=0.2, min_lr=0.1, warmup_epochs=3.0)
+_LAST_PHASE = dataclasses.replace(_PHOTOS, lr=0.1, warmup_epochs=0.2, mix_off_epochs=5)
 
 # cifar10, cifar100 and imagenet follow the published hyper-parameters (Qiu et al., AAAI 2024), but report the last
 # epoch where the paper reports the best one on the test set.
@@ -191,6 +219,10 @@ RECIPES: dict[str, Recipe] = {
         precision="bfloat16",
         cuda_graph=True,
     ),
+    "tiny_imagenet_first": dataclasses.replace(_FIRST_PHASE, data="", dataset="tiny_imagenet", epochs=90),
+    "tiny_imagenet": dataclasses.replace(_LAST_PHASE, data="", dataset="tiny_imagenet", epochs=50),
+    "in293_first": dataclasses.replace(_FIRST_PHASE, data="", dataset="in293", epochs=60, weight_decay=2e-4),
+    "in293": dataclasses.replace(_LAST_PHASE, data="", dataset="in293", epochs=30, weight_decay=2e-4),
     "imagenet": Recipe(
         model="gac_msresnet34",
         data="",

@@ -109,7 +109,7 @@ def prepare(accelerator: Accelerator, recipe: Recipe, model: nn.Module, optimize
     return accelerator.prepare(model, optimizer)
 
 
-def describe_input(network: Any, shape: tuple[int, ...]) -> None:
+def describe_input(network: Any, shape: tuple[int, ...], whole: bool = False) -> None:
     """Write into a network's ``pretrained_cfg`` what it is trained on, so that its stored model says how to use it.
 
     Where the number of channels is another than the configuration's, mean and std become those of its average channel.
@@ -117,8 +117,9 @@ def describe_input(network: Any, shape: tuple[int, ...]) -> None:
     Args:
         network: Its ``pretrained_cfg`` is replaced.
         shape: C, H, W of the training images.
+        whole: Whether test images are shown whole, not cropped.
     """
-    cfg = dict(network.pretrained_cfg) | {"input_size": tuple(shape)}
+    cfg = dict(network.pretrained_cfg) | {"input_size": tuple(shape)} | ({"crop_pct": 1.0} if whole else {})
     if len(cfg["mean"]) != shape[0]:
         cfg |= {name: (sum(cfg[name]) / len(cfg[name]),) * shape[0] for name in ("mean", "std")}
     network.pretrained_cfg = cfg
