@@ -196,7 +196,7 @@ _PHOTOS = Recipe(
     eval_every=10,
 )
 _FIRST_PHASE = dataclasses.replace(_PHOTOS, num_steps=2, image_size=96, lr=0.2, min_lr=0.1, warmup_epochs=3.0)
-_LAST_PHASE = dataclasses.replace(_PHOTOS, lr=0.1, warmup_epochs=0.2, mix_off_epochs=5)
+_LAST_PHASE = dataclasses.replace(_PHOTOS, lr=0.1, warmup_epochs=1.0, mix_off_epochs=5)
 
 # cifar10, cifar100 and imagenet follow the published hyper-parameters (Qiu et al., AAAI 2024), but report the last
 # epoch where the paper reports the best one on the test set.
