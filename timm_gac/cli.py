@@ -14,6 +14,7 @@ from tyro.extras import SubcommandApp
 from .anytime_command import AnytimeConfig
 from .bench_model import ModelBenchConfig
 from .benchmark import KernelBenchConfig
+from .data.command import DataConfig
 from .demo import DemoConfig
 from .energy.command import EnergyConfig
 from .evaluate_command import EvaluateConfig
@@ -279,11 +280,30 @@ def models(pattern: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="
     return 0
 
 
+def data(
+    name: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="NAME")],
+    paths: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="FOLDER... OUT")],
+    config: Annotated[DataConfig, tyro.conf.arg(name="")],
+) -> int:
+    """Make the .npz that `train` reads out of folders of images, or of CIFAR as torchvision keeps it.
+
+    Args:
+        name: cifar10 or cifar100; any other name stands for the folders of images that follow.
+        paths: One folder or more (train/CLASS/IMAGE and val/CLASS/IMAGE, or Tiny-ImageNet-200), and the file to write.
+        config: How.
+    """
+    from .data.command import run_data
+
+    run_data(name, paths, config)
+    return 0
+
+
 def train(recipe: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RECIPE")]) -> int:
     """Train a network by a recipe, any of whose fields can be overridden: `timm-gac train --help`.
 
     Args:
-        recipe: cifar10, cifar100, cifar100_fast or imagenet.
+        recipe: cifar10, cifar100, cifar100_fast, imagenet, tiny_imagenet or in293 (each of these two after its
+            ..._first).
     """
     return _train([recipe])
 
@@ -301,6 +321,7 @@ def _parser() -> SubcommandApp:
     app.command(convert)
     app.command(quantize)
     app.command(models)
+    app.command(data)
     app.command(train)
     app.command(name="eval")(evaluate)
     app.command(predict)

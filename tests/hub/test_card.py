@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -153,3 +154,22 @@ def test_card_of_a_quantised_network(tmp_path: Path) -> None:
     card = write_card(facts, "org/name")
     assert 'load_model(fetch_model("org/name"))' in card and card.count("## Use") == 1
     assert "| quantisation | scheme int8-weights-per-channel-on-grid, clip mse |" in card
+
+
+def test_parts_of_the_test_set_and_other_sizes_are_shown() -> None:
+    part = {
+        "set": "Imagenette", "size": 160, "images": 3925, "top1": 0.9, "top5": 0.99,
+        "top1_per_step": [0.6, 0.7, 0.8, 0.9],
+    }  # fmt: skip
+    parts = [part, part | {"top1_among_present_classes": 0.95, "present_classes": 10}]
+    evaluation = {**MEASURED.evaluation, "parts_note": "Sizes.", "parts": parts}
+    card = write_card(replace(MEASURED, evaluation=evaluation), "me/x")
+    row = "| Imagenette | 160 | 3,925 | 90.00% | 99.00% | 60.00% | 70.00% | 80.00% | 90.00% |"
+    assert f"{row}  |\n{row} 95.00% of 10 |\n\nSizes.\n" in card
+
+
+def test_weights_of_imagenet_say_its_terms() -> None:
+    card = write_card(MEASURED, "me/x", "other")
+    data = ModelCard(card).data
+    assert (data.license, data.license_name) == ("other", "imagenet-terms") and "image-net.org" in data.license_link
+    assert "not commercial" in card and "not commercial" not in write_card(MEASURED, "me/x")

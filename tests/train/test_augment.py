@@ -205,8 +205,49 @@ def test_mixing_is_done_in_the_wanted_share_of_pairs():
         {"trivial_augment_strength": 0},
         {"padding_mode": "edge"},
         {"flip": 0.5},
+        {"crop_scale": 0},
+        {"crop_scale": 1.2},
     ],
 )
 def test_augmentations_refuse_values_out_of_range(wrong):
     with pytest.raises(ValueError, match=next(iter(wrong))):
         Augmentation(**wrong)
+
+
+@pytest.mark.parametrize("flip", [False, True])
+def test_random_resized_crops_lie_in_the_image_and_keep_their_share(flip):
+    height, width, count = 24, 32, 500
+    # Where a pixel comes from is its value: x in the first channel, y in the second.
+    x, y = (
+        torch.arange(width).float().expand(height, width),
+        torch.arange(height).float()[:, None].expand(height, width),
+    )
+    pixels = torch.stack([x, y, x * 0]).expand(count, -1, -1, -1)
+    got, _ = augment(pixels, Augmentation(crop_scale=0.3, flip=flip))
+    inner = got[:, :, 6:-6, 8:-8]  # the outermost pixels may reach half a pixel beyond the border, where it is black
+    step_x, step_y = inner[:, 0, 0].diff(dim=1), inner[:, 1, :, 0].diff(dim=1)
+    for step in (step_x, step_y):  # an affine map
+        torch.testing.assert_close(step, step[:, :1].expand_as(step), rtol=0, atol=1e-3)
+    share_x, share_y = step_x[:, 0].abs(), step_y[:, 0]
+    area, aspect = share_x * share_y, share_x / share_y
+    assert 0.3 - 1e-3 < area.min() < 0.33 and 0.85 < area.max() < 1 + 1e-3
+    assert 0.75 - 1e-3 < aspect.min() < 0.8 and 1.25 < aspect.max() < 4 / 3 + 1e-3
+    for channel, share, side in ((0, share_x, width), (1, share_y, height)):
+        centre = inner[:, channel].mean((1, 2)) + 0.5
+        assert (centre - share * side / 2).min() > -1e-2 and (centre + share * side / 2).max() < side + 1e-2
+        assert (centre - share * side / 2).max() > side / 5  # and they lie everywhere
+    mirrored = (step_x[:, 0] < 0).float().mean()
+    assert 0.4 < mirrored < 0.6 if flip else mirrored == 0
+
+
+def test_equalising_the_marked_rows_alone_is_the_same():
+    augmentation = Augmentation(trivial_augment=True, crop_scale=0.4)
+    pixels, labels = torch.randint(256, (64, 3, 12, 12), dtype=torch.uint8), torch.zeros(64, dtype=torch.int64)
+    draws = torch.from_numpy(draw_augmentation(augmentation, 64, (12, 12), np.random.default_rng(0)))
+    marked = int(draws[:, COLUMNS["equalize"]].sum())
+    assert 0 < marked < 16
+    normalizer = Normalizer((0.5,) * 3, (0.25,) * 3, CPU, torch.float32)
+    augmenter = BatchAugmenter(augmentation, (3, 12, 12), CLASSES, normalizer, CPU)
+    of_all, _ = augmenter(pixels, labels, draws)
+    for count in (marked, marked + 5):
+        torch.testing.assert_close(augmenter(pixels, labels, draws, count)[0], of_all, rtol=0, atol=0)

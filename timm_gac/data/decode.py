@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
-__all__ = ["class_names", "decode_dataset", "fingerprint", "open_dataset"]
+__all__ = ["class_names", "decode_dataset", "fingerprint", "fit", "open_dataset"]
 
 BATCH = 64
 # The split as the file systems' and the Hub's data sets call it; timm maps "validation" to val and valid in folders.
@@ -124,11 +124,12 @@ class _Decoded(Dataset[tuple[Tensor, int]]):
         except OSError as error:
             raise ValueError(f"expected a readable image as sample {index}, got {error}: repair or remove it") from None
         if self._image_size is not None:
-            image = _fit(image, self._image_size)
+            image = fit(image, self._image_size)
         return torch.from_numpy(np.array(image).transpose(2, 0, 1).copy()), -1 if label is None else int(label)
 
 
-def _fit(image: Image.Image, side: int) -> Image.Image:
+def fit(image: Image.Image, side: int) -> Image.Image:
+    """The image with its shorter side resized to ``side``, and of that the centre square."""
     if image.size == (side, side):
         return image
     scale = side / min(image.size)

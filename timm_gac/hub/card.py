@@ -16,6 +16,8 @@ from .remote import GOLDEN
 # How the energy table names the conventions of timm_gac.energy.
 CONVENTIONS = {"strict": "strict", "paper": "paper", "neurobench": "NeuroBench", "ann": "the same layers as an ANN"}
 PAPER = "arXiv:2308.06582"
+# What "other" stands for here: weights made of ImageNet's photographs.
+OTHER_LICENSE = {"license_name": "imagenet-terms", "license_link": "https://www.image-net.org/download"}
 CITATION = """\
 @inproceedings{qiu2024gac,
   title     = {Gated Attention Coding for Training High-performance and Efficient Spiking Neural Networks},
@@ -43,7 +45,7 @@ def write_card(facts: Facts, repo_id: str, license_id: str = "apache-2.0") -> st
         _firing_rates(facts),
         _energy(facts),
         _training(facts),
-        _limits(facts),
+        _limits(facts, license_id),
         _verification(repo_id),
         f"## Source\n\nThe method is that of Qiu et al., AAAI 2024 ({PAPER}).\n\n```bibtex\n{CITATION}\n```",
     ]
@@ -70,6 +72,7 @@ def card_data(facts: Facts, name: str, license_id: str) -> ModelCardData:
     tags = ["image-classification", "timm", "transformers", "spiking-neural-network", "neuromorphic"]
     return ModelCardData(
         license=license_id,
+        **(OTHER_LICENSE if license_id == "other" else {}),
         library_name="timm",
         pipeline_tag="image-classification",
         tags=[*tags, "gated-attention-coding"] if facts.gated else tags,
@@ -196,7 +199,30 @@ def _results(facts: Facts) -> str:
         return ""
     where = f" on the test set of {facts.dataset[1]}" if facts.dataset and facts.dataset != DIGITS else ""
     where = where or (" on held-out digits of scikit-learn" if facts.dataset == DIGITS else "")
-    return f"## Results\n\nMeasured{where} with these weights, one run.\n\n" + _table(("", "value"), rows)
+    results = f"## Results\n\nMeasured{where} with these weights, one run.\n\n" + _table(("", "value"), rows)
+    return "\n\n".join(part for part in (results, _parts(facts)) if part)
+
+
+def _parts(facts: Facts) -> str:
+    """Further measurements: of parts of the test set, and at other sizes."""
+    parts = facts.evaluation.get("parts")
+    if not isinstance(parts, list) or not parts:
+        return ""
+    steps = range(1, facts.num_steps + 1)
+    lines = [
+        "| set | pixels | images | top-1 | top-5 | "
+        + " | ".join(f"step {step}" for step in steps)
+        + " | own classes |",
+        "|---|---|---|---|---|" + "---|" * facts.num_steps + "---|",
+    ]
+    for part in parts:
+        own = part.get("top1_among_present_classes")
+        cells = [part["set"], part["size"], f"{part['images']:,}", f"{part['top1']:.2%}", f"{part['top5']:.2%}"]
+        cells += [f"{value:.2%}" for value in part["top1_per_step"]]
+        cells.append("" if own is None else f"{own:.2%} of {part['present_classes']}")
+        lines.append("| " + " | ".join(map(_cell, cells)) + " |")
+    note = facts.evaluation.get("parts_note", "")
+    return "\n".join(lines) + (f"\n\n{note}" if note else "")
 
 
 def _firing_rates(facts: Facts) -> str:
@@ -267,7 +293,7 @@ def _training(facts: Facts) -> str:
     return "## Training\n\n" + "\n\n".join(parts) if parts else ""
 
 
-def _limits(facts: Facts) -> str:
+def _limits(facts: Facts, license_id: str) -> str:
     _, height, width = facts.preprocessing.get("input_size", (3, 32, 32))
     lines = [
         f"- It sorts images of {height}x{width} pixels into {facts.num_classes} classes and always names one of them, "
@@ -278,6 +304,12 @@ def _limits(facts: Facts) -> str:
         "single logits can differ.",
         "- It has not been examined for bias or robustness to other data: do not use it for decisions about people.",
     ]  # fmt: skip
+    if license_id == "other":
+        lines.append(
+            "- It was trained on photographs of ImageNet, whose terms allow research and teaching that is not "
+            f"commercial: see {OTHER_LICENSE['license_link']}. The weights come under the same terms; the code is "
+            "Apache-2.0."
+        )
     return "## Limits\n\n" + "\n".join(lines)
 
 

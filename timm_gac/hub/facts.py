@@ -27,6 +27,8 @@ DATASETS = {
     "cifar10": ("uoft-cs/cifar10", "CIFAR-10"),
     "cifar100": ("uoft-cs/cifar100", "CIFAR-100"),
     "imagenet": ("ILSVRC/imagenet-1k", "ImageNet-1k"),
+    "tiny_imagenet": ("", "Tiny-ImageNet-200"),
+    "in293": ("", "293 classes of ImageNet"),
 }
 DIGITS = ("", "scikit-learn digits")
 # Where a path of this machine begins, and the folders in it.

@@ -33,7 +33,8 @@ class PublishConfig:
         label_names: Names of the classes: cifar10, cifar100, or a text file with the name of one class a line, in
             order. Where left out: those of the run, or of the data set it names, if known.
         dataset: Name of the training data, such as cifar100, where the run does not say it.
-        license: Licence of the weights, as the Hub spells it.
+        license: Licence of the weights, as the Hub spells it; what the model's own configuration says where left out,
+            or apache-2.0.
     """
 
     repo_id: str
@@ -43,7 +44,7 @@ class PublishConfig:
     overwrite: bool = False
     label_names: str | None = None
     dataset: str | None = None
-    license: str = "apache-2.0"
+    license: str | None = None
 
     def __post_init__(self) -> None:
         try:
@@ -85,7 +86,9 @@ def prepare_folder(source: Path, out: Path, config: PublishConfig) -> list[Path]
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as scratch:
         stage = Path(scratch)
         labels = {"label_names": list(facts.label_names)} if facts.label_names else {}
-        write_config(stage / CONFIG, read_config(folder) | labels)
+        own = read_config(folder)
+        license_id = config.license or own.get("pretrained_cfg", {}).get("license") or "apache-2.0"
+        write_config(stage / CONFIG, own | labels)
         shutil.copyfile(folder / WEIGHTS, stage / WEIGHTS)
         for name, file in facts.files.items():
             if file.suffix == ".json":
@@ -93,7 +96,7 @@ def prepare_folder(source: Path, out: Path, config: PublishConfig) -> list[Path]
             else:
                 shutil.copyfile(file, stage / name)
         write_golden(folder, stage)
-        (stage / CARD).write_text(write_card(facts, config.repo_id, config.license), encoding="utf-8")
+        (stage / CARD).write_text(write_card(facts, config.repo_id, license_id), encoding="utf-8")
         out.mkdir(exist_ok=True)
         names = sorted(file.name for file in stage.iterdir())
         for name in names:

@@ -19,7 +19,7 @@ from gac_kernels import CIFAR, IMAGENET
 from .blocks import MSBlock, SpikingBlock
 from .checkpoint import checkpoint_filter_fn
 from .network import SpikingResNet
-from .weights import HUB_ORGANISATION, WEIGHTS, explain_missing, weights_cfg
+from .weights import HUB_ORGANISATION, WEIGHTS, describe_weights, explain_missing, weights_cfg
 
 __all__ = ["SpikingResNet"]
 
@@ -28,8 +28,12 @@ def _create_spiking_resnet(variant: str, pretrained: bool = False, **kwargs: Any
     stages = len(kwargs["layers"])
     # Of a Hub repository timm would else read a pickle where it finds no safetensors.
     overlay = {"hf_hub_filename": WEIGHTS} | (kwargs.pop("pretrained_cfg_overlay", None) or {})
+    own, default = default_cfgs[variant].cfgs.get(""), default_cfgs[variant].default
+    if not pretrained and kwargs.get("pretrained_cfg") is None and own and own.num_classes != default.num_classes:
+        # Untrained it has the architecture's own classes and input, whatever its default weights were trained on.
+        kwargs["pretrained_cfg"] = own
     with explain_missing(_repository(variant, kwargs.get("pretrained_cfg"))):
-        return build_model_with_cfg(
+        network: SpikingResNet = build_model_with_cfg(
             SpikingResNet,
             variant,
             pretrained,
@@ -38,6 +42,9 @@ def _create_spiking_resnet(variant: str, pretrained: bool = False, **kwargs: Any
             feature_cfg=dict(out_indices=tuple(range(stages + 1)), feature_cls="getter"),
             **kwargs,
         )
+    if pretrained:
+        describe_weights(network)
+    return network
 
 
 def _repository(variant: str, cfg: Any) -> str:
@@ -67,6 +74,17 @@ def _cifar_cfg(**kwargs: Any) -> dict[str, Any]:
 _IMAGENET_NAMES = ("msresnet18", "msresnet34", "spiking_resnet18", "spiking_resnet34")
 _CIFAR_NAMES = ("msresnet18_cifar", "spiking_resnet19")
 
+
+def _photos_cfg(**kwargs: Any) -> dict[str, Any]:
+    """Of weights trained on small photographs of ImageNet's classes; a little larger ones are read better."""
+    photos = {
+        "input_size": (3, 128, 128), "test_input_size": (3, 160, 160), "pool_size": (4, 4), "crop_pct": 1.0,
+        "license": "other",
+    }  # fmt: skip
+    return _cfg(**photos | kwargs)
+
+
+_PUBLISHED_PHOTOS = {("gac_msresnet34", "in293"): 293, ("gac_msresnet34", "tiny_imagenet"): 200}
 _PUBLISHED_CIFAR100 = ("gac_msresnet18_cifar", "msresnet18_cifar")
 
 default_cfgs = generate_default_cfgs(
@@ -74,6 +92,10 @@ default_cfgs = generate_default_cfgs(
     | {prefix + name: _cifar_cfg() for prefix in ("gac_", "") for name in _CIFAR_NAMES}
     | {"test_gac_msresnet": _cifar_cfg()}
     | {f"{name}.cifar100": _cifar_cfg(**weights_cfg(name, "cifar100")) for name in _PUBLISHED_CIFAR100}
+    | {
+        f"{name}.{tag}": _photos_cfg(num_classes=classes, **weights_cfg(name, tag))
+        for (name, tag), classes in _PUBLISHED_PHOTOS.items()
+    }
 )
 
 # The architecture of every variant. The number of time steps is a default, so it may be given to create_model.

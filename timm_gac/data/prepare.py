@@ -1,0 +1,275 @@
+"""Data sets as people keep them, many files in folders, made into the .npz that the trainer reads.
+
+Several folders make one set of all their classes: classes of the same name are one class. Training images that show
+what a validation image shows are left out, wherever the two come from.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from .arrays import Split, save_arrays
+from .decode import fit
+
+__all__ = ["ImageFile", "Match", "find_matches", "list_images", "prepare_images"]
+
+SUFFIXES = (".jpeg", ".jpg", ".png", ".webp", ".bmp")
+ANNOTATIONS = Path("val", "val_annotations.txt")  # by which Tiny-ImageNet-200 is known
+WORDS = "words.txt"  # of Tiny-ImageNet-200: every synset of WordNet and its words
+# Not of Tiny-ImageNet-200, but in a copy of it that is on GitHub, with images of their own.
+STRAY_CLASSES = ("n02480855", "n10148035")
+THUMBNAIL = 16  # pixels
+SIMILARITY = 0.985
+CHUNK = 256
+
+
+@dataclass(frozen=True)
+class ImageFile:
+    """An image of a set.
+
+    Attributes:
+        file: Where it is.
+        source: Name of the set it comes from.
+        split: ``train`` or ``test``.
+        label: Name of its class.
+    """
+
+    file: Path
+    source: str
+    split: Split
+    label: str
+
+
+@dataclass(frozen=True)
+class Match:
+    """A training image that shows the same as a test image.
+
+    Attributes:
+        train: Index of the training image.
+        test: Index of the test image.
+        similarity: Cosine of their thumbnails, each less its mean.
+    """
+
+    train: int
+    test: int
+    similarity: float
+
+
+def list_images(folder: Path, source: str | None = None) -> list[ImageFile]:
+    """The images of a folder, in the order of their names.
+
+    Args:
+        folder: ``train/CLASS/IMAGE`` and ``val/CLASS/IMAGE`` (or ``test``, ``valid``, ``validation``), or
+            Tiny-ImageNet-200 as it is distributed; of that, classes that are not its own are left out.
+        source: Name of the set; the folder's where left out.
+
+    Raises:
+        ValueError: It is neither, or a split is empty.
+    """
+    source = source or folder.resolve().name
+    if (folder / ANNOTATIONS).is_file():
+        found = _list_tiny(folder, source)
+    else:
+        names = [name for name in ("val", "test", "valid", "validation") if (folder / name).is_dir()]
+        if not (folder / "train").is_dir() or not names:
+            raise ValueError(
+                f"expected train/CLASS/IMAGE and val/CLASS/IMAGE in {str(folder)!r}, got no such folders: "
+                "check the path"
+            )
+        found = _list_classes(folder / "train", source, "train") + _list_classes(folder / names[0], source, "test")
+    for split in ("train", "test"):
+        if not any(image.split == split for image in found):
+            raise ValueError(f"expected images to {split} on in {str(folder)!r}, got none: check its folders")
+    return found
+
+
+def _list_classes(folder: Path, source: str, split: Split, inner: str = "") -> list[ImageFile]:
+    classes = sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+    return [
+        ImageFile(file, source, split, path.name)
+        for path in classes
+        if path.name not in STRAY_CLASSES or not inner
+        for file in sorted((path / inner).iterdir())
+        if file.suffix.lower() in SUFFIXES and not file.name.startswith(".")
+    ]
+
+
+def _list_tiny(folder: Path, source: str) -> list[ImageFile]:
+    found = _list_classes(folder / "train", source, "train", "images")
+    for line in (folder / ANNOTATIONS).read_text(encoding="utf-8").splitlines():
+        name, _, rest = line.partition("\t")
+        label = rest.partition("\t")[0]
+        if label and label not in STRAY_CLASSES:
+            found.append(ImageFile(folder / "val" / "images" / name, source, "test", label))
+    return found
+
+
+def _read(file: Path, mode: str, draft: int = 0) -> Image.Image:
+    """An image in a mode; a JPEG coarser where its sides stay above ``draft``, which is faster."""
+    try:
+        with Image.open(file) as image:
+            if draft:
+                image.draft(mode, (draft, draft))
+            return image.convert(mode)
+    except OSError as error:
+        raise ValueError(f"expected a readable image at {file}, got {error}: repair or remove it") from None
+
+
+def _thumbnails(file: Path) -> np.ndarray:
+    """Grey thumbnails (2, 256) of the centre square and of the whole: sets differ in which of them they keep."""
+    grey, size = _read(file, "L", 4 * THUMBNAIL), (THUMBNAIL, THUMBNAIL)
+    side = min(grey.size)
+    left, top = ((length - side) // 2 for length in grey.size)
+    square = grey.resize(size, Image.Resampling.BOX, box=(left, top, left + side, top + side))
+    return np.stack([np.asarray(square).ravel(), np.asarray(grey.resize(size, Image.Resampling.BOX)).ravel()])
+
+
+def find_matches(
+    images: Sequence[ImageFile], similarity: float = SIMILARITY, num_workers: int = 0, block: int = 512
+) -> list[Match]:
+    """Pairs of a training and a test image whose thumbnails are alike, the most alike first.
+
+    Args:
+        images: Of both splits.
+        similarity: Smallest cosine of two thumbnails of 16 x 16 grey values, each less its mean.
+        num_workers: Processes that decode.
+        block: Test images compared at once.
+    """
+    raw = np.stack(list(_map(_thumbnails, [image.file for image in images], num_workers))).astype(np.float32)
+    raw -= raw.mean(2, keepdims=True)
+    flat = torch.from_numpy(raw / np.maximum(np.linalg.norm(raw, axis=2, keepdims=True), 1e-6))
+    train, test = (
+        torch.tensor([index for index, image in enumerate(images) if image.split == split], dtype=torch.int64)
+        for split in ("train", "test")
+    )
+    best: dict[tuple[int, int], float] = {}
+    for rows in test.split(block):
+        for kind in (0, 1):
+            for other in (0, 1):
+                cosine = flat[rows, kind] @ flat[train, other].T
+                for row, column in (cosine > similarity).nonzero().tolist():
+                    pair = int(train[column]), int(rows[row])
+                    best[pair] = max(best.get(pair, 0.0), float(cosine[row, column]))
+    return [Match(*pair, value) for pair, value in sorted(best.items(), key=lambda item: (-item[1], item[0]))]
+
+
+def prepare_images(
+    folders: Iterable[Path],
+    out: Path,
+    *,
+    size: int,
+    similarity: float = SIMILARITY,
+    num_workers: int = 0,
+) -> dict[str, Any]:
+    """Write a set made of one or more folders.
+
+    Beside ``out`` there will be ``STEM.SOURCE.npz`` with the test images of each folder, where there are several, and
+    ``STEM.json``: the figures, and every training image that was left out with the test image that it matches.
+
+    Args:
+        folders: What `list_images` takes; classes of the same name are one.
+        out: The .npz file.
+        size: Side of the images in pixels: the shorter one is resized to it, and the centre square kept.
+        similarity: From which cosine of thumbnails on two images are the same; 1 keeps all.
+        num_workers: Processes that decode.
+
+    Returns:
+        What ``STEM.json`` says.
+
+    Raises:
+        ValueError: A folder holds no set, or an image cannot be read.
+        OSError: The files cannot be written.
+    """
+    folders = [Path(folder) for folder in folders]
+    if out.suffix != ".npz":
+        raise ValueError(f"expected a file ending in .npz to write, got {out.name!r}: such as tiny_imagenet.npz")
+    if not folders or size < 1:
+        raise ValueError(f"expected one folder or more and a size of at least 1, got {len(folders)} and {size}")
+    listed = [list_images(folder) for folder in folders]
+    names = [images[0].source for images in listed]
+    if len(set(names)) < len(names):
+        raise ValueError(f"expected folders of different names, got {', '.join(names)}: rename one")
+    images = [image for part in listed for image in part]
+    matches = find_matches(images, similarity, num_workers) if similarity < 1 else []
+    dropped = {match.train for match in matches}
+    kept = [image for index, image in enumerate(images) if index not in dropped]
+    classes = sorted({image.label for image in images})
+    words = _words(folders)
+    label_names = np.array([f"{name} {words[name]}" if name in words else name for name in classes], str)
+    report = _report(images, kept, classes, matches, size, similarity)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.stem}.") as scratch:
+        arrays: dict[str, np.ndarray] = {"label_names": label_names}
+        for split in ("train", "test"):
+            chosen = [image for image in kept if image.split == split]
+            arrays[f"y_{split}"] = np.array([classes.index(image.label) for image in chosen])
+            arrays[f"x_{split}"] = _decode(chosen, size, num_workers, Path(scratch, f"{split}.npy"))
+        save_arrays(out, arrays)
+        sources = np.array([image.source for image in kept if image.split == "test"])
+        for name in names if len(names) > 1 else ():
+            part = {"x_test": arrays["x_test"][sources == name], "y_test": arrays["y_test"][sources == name]}
+            save_arrays(out.with_name(f"{out.stem}.{name}.npz"), part | {"label_names": label_names})
+        del arrays
+    out.with_suffix(".json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    return report
+
+
+def _report(
+    images: Sequence[ImageFile], kept: Sequence[ImageFile], classes: Sequence[str], matches: Sequence[Match],
+    size: int, similarity: float,
+) -> dict[str, Any]:  # fmt: skip
+    def counts(of: Iterable[ImageFile]) -> dict[str, int]:
+        return dict(sorted(Counter(f"{image.source} {image.split}" for image in of).items()))
+
+    def name(index: int) -> str:
+        image = images[index]
+        return f"{image.source}/{image.label}/{image.file.name}"
+
+    return {
+        "size": size, "classes": len(classes), "found": counts(images), "kept": counts(kept), "similarity": similarity,
+        "left_out": [
+            {"train": name(match.train), "test": name(match.test), "cosine": round(match.similarity, 4)}
+            for match in matches
+        ],
+    }  # fmt: skip
+
+
+def _words(folders: Iterable[Path]) -> dict[str, str]:
+    """The words of WordNet's synsets, from the folder that has them."""
+    for folder in folders:
+        if (folder / WORDS).is_file():
+            lines = (folder / WORDS).read_text(encoding="utf-8").splitlines()
+            return {synset: words for synset, _, words in (line.partition("\t") for line in lines) if words}
+    return {}
+
+
+def _pixels(job: tuple[Path, int]) -> np.ndarray:
+    file, size = job
+    return np.asarray(fit(_read(file, "RGB"), size)).transpose(2, 0, 1)
+
+
+def _decode(images: Sequence[ImageFile], size: int, num_workers: int, scratch: Path) -> np.ndarray:
+    """The images as uint8 (N, 3, H, W), kept in a file, as they may be larger than the memory."""
+    pixels = np.lib.format.open_memmap(scratch, "w+", np.uint8, (len(images), 3, size, size))
+    for index, one in enumerate(_map(_pixels, [(image.file, size) for image in images], num_workers)):
+        pixels[index] = one
+    return pixels
+
+
+def _map(function: Any, jobs: Sequence[Any], num_workers: int) -> Iterator[Any]:
+    if num_workers < 1:
+        yield from map(function, jobs)
+        return
+    with ProcessPoolExecutor(num_workers) as pool:
+        yield from pool.map(function, jobs, chunksize=CHUNK)
