@@ -80,7 +80,7 @@ def test_other_dtypes_and_the_rest_of_the_contract(device: torch.device) -> None
     with torch.no_grad():
         assert model(images).dtype == torch.bfloat16 and model(images).isfinite().all()
         assert model.forward_steps(images).shape == (2, 3, 7)
-    with pytest.raises(ValueError, match="fused already"):
+    with pytest.raises(ValueError, match="folded or quantised"):
         fuse_for_inference(model)
     with pytest.raises(ValueError, match="spiking network"):
         fuse_for_inference(nn.Linear(2, 2))

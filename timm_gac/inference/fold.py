@@ -15,32 +15,38 @@ from ..layers.convolution import shortcut_operands
 from ..layers.neuron import LIF, BatchNormLIF
 from ..layers.neuron_layer import add_residual, at_least_float32, spikes_of
 from ..models.blocks import MSBlock, SpikingBlock, Stage
+from .batch_norm import check_foldable, fold_batch_norm, plain_weights
 
 __all__ = [
-    "FoldedBlock", "FoldedConv2d", "FoldedLIF", "FoldedStem", "bias_in_channel", "fold_batch_norm",
-    "fuse_for_inference", "shift_in_neuron",
-]  # fmt: skip
+    "FoldedBlock",
+    "FoldedConv2d",
+    "FoldedLIF",
+    "FoldedStem",
+    "bias_in_channel",
+    "fuse_for_inference",
+    "shift_in_neuron",
+]
 
-# cuDNN fills the channels of 16-bit operands up to a multiple of this.
+# cuDNN pads the channels of 16-bit operands to a multiple of this.
 _CHANNELS = 8
-# Outputs below which more launches could outweigh the pass that adds a bias: on an H100 3 us per million outputs.
+# With fewer outputs the extra launches can cost more than a pass that adds a bias: on an H100 3 us per million outputs.
 _FEW_OUTPUTS = 2**22
 
 
 def shift_in_neuron(x: Tensor) -> bool:
-    """Whether the neuron adds a folded norm's shift, and not the convolution.
+    """Whether the neuron adds a folded norm's shift, not the convolution.
 
-    On a CPU a convolution's bias costs nothing. On a GPU it would be a pass of its own over the convolution's output,
-    while the neuron's kernel adds it for nothing. Asked at every call, so a model may be folded before it is moved.
+    On a CPU a convolution's bias costs nothing. On a GPU it is a pass of its own over the convolution's output, while
+    the neuron's kernel adds the shift at no cost. Decided at every call, so a model may be folded before it is moved.
     """
     return x.is_cuda
 
 
 def bias_in_channel(x: Tensor, conv: nn.Conv2d) -> bool:
-    """Whether a stem's bias is the weight of a channel of ones, and not added by PyTorch's convolution.
+    """Whether to fold the stem's bias into an extra constant-1 input channel, which saves a pass over the output.
 
-    On a GPU that would be a pass of its own over the output, while cuDNN fills the channels of 16-bit images up
-    anyway. What torch.compile or torch.export make of the addition is left to them.
+    It does on a GPU in 16 bits, where cuDNN pads the channels anyway. Under torch.compile and torch.export the bias is
+    an ordinary one, which they fuse themselves.
     """
     if not (isinstance(x, Tensor) and x.is_cuda) or torch.compiler.is_compiling():  # under fx it is no tensor
         return False
@@ -67,15 +73,15 @@ class _ShiftedConv2d(nn.Conv2d):
 
 
 class FoldedConv2d(_ShiftedConv2d):
-    """A convolution that adds a folded norm's shift where the neuron behind it does not."""
+    """A convolution that adds a folded norm's shift as its bias, unless the neuron behind it does."""
 
     def forward(self, x: Tensor, bits: Tensor | None = None) -> Tensor:
-        """The convolution of x; there is no backward pass for which ``bits`` would be kept."""
+        """The convolution of x; ``bits``, which serve the backward pass alone, are ignored."""
         return self._conv_forward(x, self.weight, None if shift_in_neuron(x) else self.bias)
 
 
 class FoldedStem(_ShiftedConv2d):
-    """A network's first convolution with a folded norm's shift as its bias, added where that costs least."""
+    """A network's first convolution, with a folded norm's shift as its bias or in an extra channel."""
 
     def forward(self, x: Tensor) -> Tensor:
         """The convolution of images x with its bias."""
@@ -84,13 +90,13 @@ class FoldedStem(_ShiftedConv2d):
         return self._conv_forward(x, self.weight, self.bias)
 
     def _sees_every_centre(self) -> bool:
-        """Whether the centre of each window lies inside the image, where added channels are 1, and not in padding."""
+        """Whether each window's centre lies inside the image, where the extra channel is 1, not in the padding."""
         centres = tuple(step * (size // 2) for size, step in zip(self.kernel_size, self.dilation, strict=True))
         odd = all(size % 2 == 1 for size in self.kernel_size)
         return odd and self.padding == centres and self.padding_mode == "zeros" and self.groups == 1
 
     def _with_ones(self, x: Tensor) -> Tensor:
-        """The convolution of x and channels of ones, to the first of which the bias is the weight at the centre."""
+        """The convolution of x and extra channels of ones; the first one's weight is the bias at the centre, else 0."""
         assert self.bias is not None
         added = (0, 0, 0, 0, 0, _CHANNELS - self.in_channels % _CHANNELS)
         weight = F.pad(self.weight, added)
@@ -99,7 +105,7 @@ class FoldedStem(_ShiftedConv2d):
 
 
 class FoldedLIF(nn.Module):
-    """What is left of a `BatchNormLIF` whose scale went into a convolution: shift, residual and neuron in one pass.
+    """A `BatchNormLIF` whose scale is folded into the convolution before it: shift, residual and neuron in one pass.
 
     Shape:
         - ``x``, ``residual`` and spikes: ``(T*B, C, H, W)``
@@ -107,7 +113,7 @@ class FoldedLIF(nn.Module):
     Args:
         norm: The module to replace, with ``num_steps``.
         shift: (C,).
-        keep_membrane: Write the neuron's input current, which the next membrane shortcut reads.
+        keep_membrane: Return the neuron's input current too, for the next membrane shortcut.
     """
 
     shift: Tensor
@@ -249,8 +255,9 @@ def _dtype_on_gpu(conv: nn.Conv2d) -> torch.dtype:
 def fuse_for_inference(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
     """Fold every batch norm of a spiking network into its convolutions, in place, and put it into eval mode.
 
-    The network then gives the same logits up to rounding, in fewer passes over memory, and can no longer be trained;
-    its state_dict is another. To undo it, create the model anew and load its weights.
+    The network then gives the same logits up to rounding, in fewer passes over memory. It can no longer be trained, and
+    its state_dict is another: to undo it, create the model anew and load its weights. Weights that parametrizations,
+    pruning or weight norm compute become plain ones of the same values. A replaced module's hooks stay.
 
     Args:
         model: A network of this package, with running statistics.
@@ -260,29 +267,28 @@ def fuse_for_inference(model: nn.Module, dtype: torch.dtype | None = None) -> nn
         The same model.
 
     Raises:
-        ValueError: The model has no spiking blocks, is fused already, or has a batch norm without running statistics.
+        ValueError: The model is no spiking network of this package, is folded already, has a batch norm without
+            running statistics, or other modules in the place of its blocks, convolutions or norms. It is then left as
+            it was.
 
     Example:
         >>> import timm, timm_gac
         >>> model = timm_gac.fuse_for_inference(timm.create_model("gac_msresnet18_cifar"))
     """
-    if any(isinstance(module, FoldedLIF) for module in model.modules()):
-        raise ValueError("expected a network with batch norm, got one that is fused already: create it anew")
-    blocks = [module for module in model.modules() if isinstance(module, MSBlock | SpikingBlock)]
-    if not blocks or not hasattr(model, "conv1"):
-        raise ValueError(f"expected a spiking network of this package, got {type(model).__name__}: see timm-gac models")
-    norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d | BatchNormLIF) and m.track_running_stats]
-    if any(norm.running_mean is None or norm.running_var is None for norm in norms):
-        raise ValueError("expected batch norms with running statistics, got one without: it cannot be folded")
+    blocks = check_foldable(model)
     model.eval()
+    plain_weights(model)
     network: Any = model
     network.set_spike_packing(False)
-    network.conv1 = FoldedStem(network.conv1, fold_batch_norm(network.conv1, network.bn1))
-    network.bn1 = nn.Identity()
+    stem = FoldedStem(network.conv1, fold_batch_norm(network.conv1, network.bn1))
+    network.conv1 = _with_hooks(stem, network.conv1)
+    network.bn1 = _with_hooks(nn.Identity(), network.bn1)
     for stage in [module for module in model.modules() if isinstance(module, Stage)]:
         for index, block in enumerate(stage):
             _fuse_block(block, last=block is blocks[-1])
-            stage[index] = FoldedBlock(block)  # type: ignore[arg-type]
+            stage[index] = _with_hooks(FoldedBlock(block), block)  # type: ignore[arg-type]
+    network.inference_only = True
+    model.eval()  # the new modules
     return model if dtype is None else model.to(dtype)
 
 
@@ -291,24 +297,22 @@ def _fuse_block(block: Any, last: bool) -> None:
     shift = fold_batch_norm(block.conv2, block.bn2)
     if block.downsample is not None:
         shift = shift + fold_batch_norm(block.downsample[0], block.downsample[1])
-        block.downsample = block.downsample[:1]
+        block.downsample = _with_hooks(block.downsample[:1], block.downsample)
     keep = block.bn2.returns_pair and not last
     _replace(block, "conv2", "bn2", shift, keep_membrane=keep)
 
 
 def _replace(block: Any, conv: str, norm: str, shift: Tensor, keep_membrane: bool) -> None:
     """A convolution and its norm by those that share a folded shift."""
-    before = getattr(block, conv)
-    shift = shift.to(torch.promote_types(before.weight.dtype, torch.float32))
-    setattr(block, conv, FoldedConv2d(before, shift))
-    setattr(block, norm, FoldedLIF(getattr(block, norm), shift, keep_membrane))
+    conv_before, norm_before = getattr(block, conv), getattr(block, norm)
+    shift = shift.to(torch.promote_types(conv_before.weight.dtype, torch.float32))
+    setattr(block, conv, _with_hooks(FoldedConv2d(conv_before, shift), conv_before))
+    setattr(block, norm, _with_hooks(FoldedLIF(norm_before, shift, keep_membrane), norm_before))
 
 
-def fold_batch_norm(conv: nn.Conv2d, norm: Any) -> Tensor:
-    """Scale a convolution's weights by the batch norm that follows it; the shift that is left, (C,) in float64."""
-    scale = torch.rsqrt(norm.running_var.double() + norm.eps)
-    shift = torch.zeros_like(scale)
-    if norm.affine:
-        scale, shift = scale * norm.weight.double(), norm.bias.double()
-    conv.weight.copy_(conv.weight.double() * scale[:, None, None, None])
-    return shift - norm.running_mean.double() * scale
+def _with_hooks(module: nn.Module, before: nn.Module) -> nn.Module:
+    """A module with the hooks of the one that it replaces; their handles remove them there too."""
+    for name, value in vars(before).items():
+        if name.startswith(("_forward_", "_backward_", "_is_full_backward_hook")):
+            vars(module)[name] = value
+    return module

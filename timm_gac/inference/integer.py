@@ -86,6 +86,7 @@ class RealConv(nn.Conv2d):
             kernel_size=3,
             stride=stride,
             padding=1,
+            device=conv.weight.device,
             dtype=conv.weight.dtype,
         )
         self.lif = IntegerLIF(spec, num_steps)
@@ -118,6 +119,7 @@ class SpikeConv(nn.Module):
         num_steps: Number of time steps T folded into the first axis.
         keep_membrane: Return the neuron's input current too.
         grid: What a floating-point residual is rounded to; 0 where it consists of multiples of the grid already.
+        device: Device of weight, scale and bias.
     """
 
     weight: Tensor
@@ -138,15 +140,16 @@ class SpikeConv(nn.Module):
         num_steps: int,
         keep_membrane: bool,
         grid: float = 0.0,
+        device: torch.device | None = None,
     ) -> None:
         super().__init__()
         self.stride, self.spec, self.num_steps, self.keep_membrane = stride, spec, num_steps, keep_membrane
         self.grid = grid
         self.in_channels, self.out_channels = in_channels, out_channels
         # Three axes: a memory format, which has meaning for four, leaves it as the kernel reads it.
-        self.register_buffer("weight", torch.zeros(out_channels, 9, in_channels, dtype=torch.int8))
-        self.register_buffer("scale", torch.ones(out_channels))
-        self.register_buffer("bias", torch.zeros(out_channels))
+        self.register_buffer("weight", torch.zeros(out_channels, 9, in_channels, dtype=torch.int8, device=device))
+        self.register_buffer("scale", torch.ones(out_channels, dtype=torch.float32, device=device))
+        self.register_buffer("bias", torch.zeros(out_channels, dtype=torch.float32, device=device))
 
     @property
     def kernel(self) -> Tensor:
@@ -267,6 +270,7 @@ class IntegerSpikingResNet(SpikingResNet):
         quantization: Scheme and options of the quantisation, as in its folder's config.json.
     """
 
+    inference_only = True
     quantization: dict[str, Any]
     num_classes: int
     pretrained_cfg: dict[str, Any]
@@ -277,7 +281,10 @@ class IntegerSpikingResNet(SpikingResNet):
         """A network of this class with a copy of the model's modules and attributes."""
         network = cls.__new__(cls)
         nn.Module.__init__(network)
-        network.__dict__.update(copy.deepcopy(model.__dict__))
+        # Pruning and weight norm keep what they computed last, which deepcopy refuses where it has a gradient.
+        computed = [value for module in model.modules() for value in vars(module).values() if isinstance(value, Tensor)]
+        memo = {id(value): value.detach().clone() for value in computed}
+        network.__dict__.update(copy.deepcopy(model.__dict__, memo))
         network.quantization = quantization
         return network
 
@@ -290,6 +297,15 @@ class IntegerSpikingResNet(SpikingResNet):
                     f"expected {name} with scales and biases that are multiples of {grid} (T={self.num_steps}), got "
                     "others: quantise anew with this T"
                 )
+
+    def _stem(self, x: Tensor) -> Tensor:
+        stem = super()._stem(x)
+        if stem.requires_grad:
+            raise ValueError(
+                "expected a quantised network to run without gradients (with torch.no_grad()), got an input that "
+                "requires one, or a stem that does: take gradients through the float network"
+            )
+        return stem
 
     def _rate(self, spikes: Tensor) -> Tensor:
         return firing_rate(spikes, self.num_steps, self.conv1.weight.dtype)

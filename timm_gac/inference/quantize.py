@@ -9,10 +9,11 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from ..layers.neuron import LIF, BatchNormLIF
+from ..layers.neuron import LIF
 from ..models.blocks import MSBlock, SpikingBlock
 from ..models.network import SpikingResNet
-from .fold import FoldedLIF, FoldedStem, fold_batch_norm
+from .batch_norm import check_foldable, fold_batch_norm, plain_weights
+from .fold import FoldedStem
 from .integer import IntegerBlock, IntegerLIF, IntegerSpikingResNet, RealConv, SpikeConv, current_grid
 
 __all__ = ["CLIPS", "SCHEME", "dequantize", "quantize"]
@@ -51,7 +52,8 @@ def quantize(model: nn.Module, clip: str = "mse") -> IntegerSpikingResNet:
 
     Raises:
         ValueError: The model is no spiking network of this package, is folded or quantised already, has a batch norm
-            without running statistics or a stride above 2, or ``clip`` is unknown.
+            without running statistics, a stride above 2, neurons of several specs, or other modules in the place of its
+            blocks, convolutions, norms or neurons; or ``clip`` is unknown.
 
     Example:
         >>> import timm, timm_gac
@@ -59,16 +61,14 @@ def quantize(model: nn.Module, clip: str = "mse") -> IntegerSpikingResNet:
     """
     if clip not in CLIPS:
         raise ValueError(f"expected clip out of {CLIPS}, got {clip!r}: choose one of these")
-    if isinstance(model, IntegerSpikingResNet) or any(isinstance(m, FoldedLIF) for m in model.modules()):
-        raise ValueError("expected a network with batch norm, got one that is folded or quantised: create it anew")
-    if not isinstance(model, SpikingResNet):
-        raise ValueError(f"expected a spiking network of this package, got {type(model).__name__}: see timm-gac models")
-    norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d | BatchNormLIF) and m.track_running_stats]
-    if any(norm.running_mean is None or norm.running_var is None for norm in norms):
-        raise ValueError("expected batch norms with running statistics, got one without: it cannot be folded")
+    check_foldable(model)
+    assert isinstance(model, SpikingResNet)
+    _check_parts(model)
     dtype, device = model.conv1.weight.dtype, model.conv1.weight.device
     network = IntegerSpikingResNet.like(model, {"scheme": SCHEME, "clip": clip})
-    network.double().eval()  # so that weights are rounded once, to int8
+    network.eval()
+    plain_weights(network)
+    network.double()  # so that weights are rounded once, to int8
     parts: Any = network
     parts.conv1 = FoldedStem(parts.conv1, fold_batch_norm(parts.conv1, parts.bn1))
     parts.bn1 = nn.Identity()
@@ -79,7 +79,32 @@ def quantize(model: nn.Module, clip: str = "mse") -> IntegerSpikingResNet:
     for stage in stages:
         for index, block in enumerate(stage):
             stage[index] = _integer_block(block, network, clip, first=block is blocks[0], last=block is blocks[-1])
-    return network.to(device, dtype).requires_grad_(False)
+    return network.to(device, dtype).requires_grad_(False).eval()
+
+
+def _check_parts(model: SpikingResNet) -> None:
+    """Refuse neurons and convolutions that `SpikeConv` does not compute."""
+    for name, module in model.named_modules():
+        if isinstance(module, MSBlock | SpikingBlock):
+            neurons = {f"{name}.bn1.lif": module.bn1.lif, f"{name}.bn2.lif": module.bn2.lif}
+            _check_geometry(f"{name}.conv1", module.conv1)
+            _check_geometry(f"{name}.conv2", module.conv2)
+        else:
+            neurons = {} if module is not model or isinstance(model.lif, nn.Identity) else {"lif": model.lif}
+        for neuron_name, neuron in neurons.items():
+            if type(neuron) is not LIF or neuron.spec != model.spec:
+                raise ValueError(
+                    f"expected neurons LIF of the network's {model.spec}, got {type(neuron).__name__} of "
+                    f"{getattr(neuron, 'spec', None)} as {neuron_name}: it cannot be quantised"
+                )
+
+
+def _check_geometry(name: str, conv: nn.Conv2d) -> None:
+    plain = conv.kernel_size == (3, 3) and conv.padding == conv.dilation == (1, 1) and conv.padding_mode == "zeros"
+    if not plain or conv.groups != 1 or conv.stride not in ((1, 1), (2, 2)):
+        raise ValueError(
+            f"expected a 3x3 convolution with padding 1 and stride 1 or 2 as {name}, got {conv}: it cannot be quantised"
+        )
 
 
 def _integer_block(
@@ -109,23 +134,21 @@ def _integer_block(
 
 
 def _spike_conv(conv: nn.Conv2d, shift: Tensor, network: SpikingResNet, clip: str, keep_membrane: bool) -> SpikeConv:
-    stride = conv.stride[0]
-    if stride > 2:
-        raise ValueError(f"expected strides 1 or 2, got {stride}: this network cannot be quantised")
     layer = SpikeConv(
         conv.in_channels,
         conv.out_channels,
-        stride=stride,
+        stride=conv.stride[0],
         spec=network.spec,
         num_steps=network.num_steps,
         keep_membrane=keep_membrane,
+        device=conv.weight.device,
     )
     grid = current_grid(network.spec, network.num_steps)
     weight, scale = quantize_weight(conv.weight, clip, grid)
     layer.weight.copy_(weight.flatten(2).transpose(1, 2))
     layer.scale.copy_(scale)
     layer.bias.copy_((shift / grid).round_() * grid)
-    return layer.to(conv.weight.device)
+    return layer
 
 
 def quantize_weight(weight: Tensor, clip: str, grid: float) -> tuple[Tensor, Tensor]:

@@ -94,6 +94,7 @@ class SpikingResNet(nn.Module):
     """
 
     pretrained_cfg: dict[str, Any]  # set by timm
+    inference_only = False  # set where batch norms are folded away
     num_steps = fixed_num_steps()
     spec: Any = SetOnce("create the network with this spec; its neurons have specs of their own")
     # Set by name in the constructor.
@@ -206,6 +207,19 @@ class SpikingResNet(nn.Module):
         if scaled_init:
             self.init_weights()
 
+    def train(self, mode: bool = True) -> SpikingResNet:
+        """Set the mode of all modules.
+
+        Raises:
+            ValueError: The network is folded or quantised and is to be trained.
+        """
+        if mode and self.inference_only:
+            raise ValueError(
+                "expected a network with batch norms to train, got one that is folded or quantised: create it anew and "
+                "load its weights"
+            )
+        return super().train(mode)
+
     def init_weights(self) -> None:
         """Initialise as the ImageNet models are: see ``scaled_init``."""
         for module in self.modules():
@@ -223,8 +237,10 @@ class SpikingResNet(nn.Module):
         Device and dtype are not among them.
 
         Raises:
-            ValueError: Some neurons have another spec than the network, so that no arguments rebuild it.
+            ValueError: The network is folded, or some neurons have another spec than it, so no arguments rebuild it.
         """
+        if self.inference_only and not hasattr(self, "quantization"):
+            raise ValueError("expected a network with batch norms, got one that is folded: use it as it was before")
         specs = {module.spec for module in self.modules() if isinstance(getattr(module, "spec", None), LIFSpec)}
         if len(specs) > 1:
             raise ValueError(
