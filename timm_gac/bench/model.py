@@ -52,16 +52,16 @@ def bench_model(config: ModelBenchConfig) -> tuple[list[Row], list[Row]]:
     """
     if config.csv:
         check_csv(config.csv, COLUMNS)
-    if config.profile_path():
-        read_json(config.profile_path())
+    if profile := config.profile_path():
+        read_json(profile)
     results = _Results(config, resolve_device(config.device))
     with exit_on_sigterm():
         try:
             _measure(config, results)
         finally:  # results so far are kept if the run is stopped
             rows = results.write()
-            if config.profile_path():
-                append_json(config.profile_path(), results.profiles)
+            if profile:
+                append_json(profile, results.profiles)
     if config.png:
         write_chart(rows, config.png)
     return rows, results.profiles

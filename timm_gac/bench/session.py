@@ -47,7 +47,9 @@ def open_stored(case: Case) -> SpikingResNet:
         raise ValueError(
             f"expected num_steps={network.num_steps} as {case.model} has, got {case.num_steps}: give --num-steps"
         )
-    return (dequantize(network) if isinstance(network, IntegerSpikingResNet) else network).train()
+    floating: SpikingResNet = dequantize(network) if isinstance(network, IntegerSpikingResNet) else network
+    floating.train()
+    return floating
 
 
 class Session:

@@ -222,7 +222,9 @@ def _images(values: np.ndarray, source: str) -> Tensor:
 def _load_npz(file: Path, split: Split) -> ImageArrays:
     with _open_npz(file) as archive:
         images, labels = _read(archive, file, (f"x_{split}", f"y_{split}"))
-        names = _names(*_read(archive, file, ("label_names",)), str(file)) if "label_names" in archive else ()
+        names: tuple[str, ...] = ()
+        if "label_names" in archive:
+            names = _names(_read(archive, file, ("label_names",))[0], str(file))
     return ImageArrays(_images(images, f"{file}, x_{split}"), _labels(labels, f"{file}, y_{split}"), names)
 
 

@@ -70,9 +70,10 @@ def card_data(facts: Facts, name: str, license_id: str) -> ModelCardData:
             if value is not None
         ]
     tags = ["image-classification", "timm", "transformers", "spiking-neural-network", "neuromorphic"]
+    terms: dict[str, Any] = dict(OTHER_LICENSE) if license_id == "other" else {}
     return ModelCardData(
         license=license_id,
-        **(OTHER_LICENSE if license_id == "other" else {}),
+        **terms,
         library_name="timm",
         pipeline_tag="image-classification",
         tags=[*tags, "gated-attention-coding"] if facts.gated else tags,

@@ -204,7 +204,8 @@ def dequantize(network: IntegerSpikingResNet) -> SpikingResNet:
     Its batch norms add the biases and do nothing else. It does not round residuals to the grid.
     """
     model: Any = timm.create_model(network.pretrained_cfg["architecture"], **network.changed_args())
-    state, stored = {}, network.state_dict()
+    state: dict[str, Any] = {}
+    stored = network.state_dict()
     for name, module in model.named_modules():
         if getattr(module, "running_var", None) is not None:
             state |= {f"{name}.{key}": torch.zeros_like(value) for key, value in module.state_dict().items()}

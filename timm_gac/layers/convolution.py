@@ -47,7 +47,7 @@ class SpikeConv2d(Conv2d):
     num_steps = fixed_num_steps()
 
     def __init__(self, *args: Any, num_steps: int = 4, bias: bool = False, **kwargs: Any) -> None:
-        super().__init__(*args, bias=bias, **kwargs)
+        super().__init__(*args, **kwargs, bias=bias)  # type: ignore[misc]
         self.num_steps = check_num_steps(num_steps)
 
     def forward(self, x: Tensor, bits: Tensor | None = None) -> Tensor:

@@ -46,7 +46,7 @@ def check_model_args(args: Mapping[str, Any]) -> None:
         if name in _INTEGERS:
             _check_integer(name, value, *_INTEGERS[name])
         elif name in _RATES:
-            if not isinstance(value, Real) or isinstance(value, bool) or not 0 <= value <= 1:
+            if not isinstance(value, Real) or isinstance(value, bool) or not 0 <= float(value) <= 1:
                 raise ValueError(f"expected {name} from 0 to 1, got {_short(value)}: give one such as 0.1")
         elif name in _SEQUENCES:
             _check_sequence(name, value)
@@ -69,7 +69,7 @@ def check_model_args(args: Mapping[str, Any]) -> None:
 
 
 def _check_integer(name: str, value: Any, low: int, high: int) -> None:
-    if not isinstance(value, Integral) or isinstance(value, bool) or not low <= value <= high:
+    if not isinstance(value, Integral) or isinstance(value, bool) or not low <= int(value) <= high:
         raise ValueError(
             f"expected {name} as an integer from {low:,} to {high:,}, got {_short(value)}: give one in this range"
         )

@@ -154,7 +154,7 @@ class SpikingResNet(nn.Module):
                 f"expected layers, channels and strides of one length, 3 or 4, got {layers}, {channels}, {strides}: "
                 "give one entry a stage"
             )
-        self._args = kept | dict(block=block.__name__, channels=list(channels), strides=list(strides))
+        self._args: dict[str, Any] = kept | dict(block=block.__name__, channels=list(channels), strides=list(strides))
         self.num_steps = num_steps
         self.spec = spec
         self.num_classes = num_classes
