@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import timm
 import torch
@@ -42,12 +43,12 @@ def open_stored(case: Case) -> SpikingResNet:
     Raises:
         ValueError: The folder is damaged, or its network has another T than the case.
     """
-    network = load_model(Path(case.model))
+    network: Any = load_model(Path(case.model))
     if network.num_steps != case.num_steps:
         raise ValueError(
             f"expected num_steps={network.num_steps} as {case.model} has, got {case.num_steps}: give --num-steps"
         )
-    floating: SpikingResNet = dequantize(network) if isinstance(network, IntegerSpikingResNet) else network
+    floating: Any = dequantize(network) if isinstance(network, IntegerSpikingResNet) else network
     floating.train()
     return floating
 
