@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -10,6 +11,7 @@ import tyro
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from .output import check_new_files, check_packages, create_console, wrote
 from .sources import AnyNetworkOptions, DataOptions, Model, check_positive, open_labelled
@@ -122,6 +124,7 @@ def _measure(model: str, config: AnytimeConfig) -> tuple[AnytimeReport, CodingRe
     from ..hub import open_network
     from ..runtime.device import resolve_device
     from ..runtime.dtypes import AUTOCAST
+    from ..runtime.progress import progress_of
 
     device = resolve_device(config.device)
     opened = open_network(model, config.num_steps, config.seed, device)
@@ -134,28 +137,33 @@ def _measure(model: str, config: AnytimeConfig) -> tuple[AnytimeReport, CodingRe
         label_names=opened.label_names if opened.trained else None,
     )
 
-    def batches(limit: int | None = None) -> Any:
+    def batches(limit: int | None = None, advance: Callable[[int], None] | None = None) -> Any:
         size = config.batch_size
         for part, classes in zip(images[:limit].split(size), labels[:limit].split(size), strict=True):
             yield part.to(device), classes.to(device)
+            if advance is not None:
+                advance(len(part))
 
     opened.calibrate_untrained(part for part, _ in batches(256))
-    anytime = measure_anytime(
-        opened.network,
-        batches(),
-        confidences=config.confidences,
-        costs=config.costs,
-        weights=opened.origin,
-        amp_dtype=AUTOCAST[config.precision],
-        trained=opened.trained,
-    )
+    with progress_of("measuring", len(images)) as advance:
+        anytime = measure_anytime(
+            opened.network,
+            batches(advance=advance),
+            confidences=config.confidences,
+            costs=config.costs,
+            weights=opened.origin,
+            amp_dtype=AUTOCAST[config.precision],
+            trained=opened.trained,
+        )
     return anytime, measure_coding(opened.network, (part for part, _ in batches(config.coding_images)))
 
 
 def _step_table(report: AnytimeReport, coding: CodingReport) -> Table:
+    from ..data.pictures import plain
+
     energy = report.energy
     title = f"{energy.model}, T={energy.num_steps}, weights {energy.weights or 'as given'}, {energy.images:,} images"
-    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
+    table = Table(title=Text(plain(title)), title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
     headings = (
         "step t",
         "top-1",

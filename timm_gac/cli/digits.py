@@ -15,7 +15,6 @@ import torch
 import torch.nn.functional as F
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -25,6 +24,7 @@ from ..data.pictures import plain
 from ..hub import save_model_folder
 from ..inference.record import record_spikes
 from ..runtime.files import write_json
+from ..runtime.progress import progress_of
 from .demo_config import DemoConfig
 from .output import check_packages, check_writable, create_console
 
@@ -153,11 +153,9 @@ def train(model: nn.Module, digits: TensorDataset, config: DemoConfig, console: 
         optimizer, total, warmup_t=total // 10, warmup_lr_init=config.lr / 100, t_in_epochs=False
     )
     network, optimizer, loader = accelerator.prepare(model, optimizer, loader)
-    columns = ("{task.description}", BarColumn(), MofNCompleteColumn(), TextColumn("loss {task.fields[loss]:.3f}"))
     step, average = 0, float("nan")
     network.train()
-    with Progress(*columns, TimeElapsedColumn(), console=console) as progress:
-        task = progress.add_task("training", total=total, loss=average)
+    with progress_of("training", total, console=console, seconds=10) as advance:
         for _ in range(config.epochs):
             for images, labels in loader:
                 scheduler.step_update(step)
@@ -167,7 +165,8 @@ def train(model: nn.Module, digits: TensorDataset, config: DemoConfig, console: 
                 optimizer.step()
                 step += 1
                 average = loss.item() if step == 1 else 0.95 * average + 0.05 * loss.item()
-                progress.update(task, advance=1, loss=average)
+                advance(1)
+    console.print(f"loss            {average:.3f} in the end", soft_wrap=True, highlight=False)
     model.eval()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -13,6 +14,8 @@ from .output import check_new_files, check_packages, create_console, wrote
 from .sources import AnyNetworkOptions, DataOptions, Model, check_positive, open_images
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from ..energy import EnergyReport
 
 __all__ = ["EnergyConfig", "energy", "run_energy"]
@@ -79,13 +82,21 @@ def run_energy(model: str, config: EnergyConfig, console: Console | None = None)
     from ..energy.output import layer_table, totals_table, write_chart, write_csv, write_json
     from ..hub import open_network
     from ..runtime.device import resolve_device
+    from ..runtime.progress import progress_of
 
     device = resolve_device(config.device)
     opened = open_network(model, config.num_steps, config.seed, device)
     images = open_images(config.data, opened.network, config.images, config.data_dir, config.split)
     batches = [batch.to(device) for batch in images.split(config.batch_size)]
     opened.calibrate_untrained(batches)
-    report = measure_energy(opened.network, batches, config.costs, opened.origin, opened.trained)
+    with progress_of("measuring", len(images)) as advance:
+        report = measure_energy(
+            opened.network,
+            _counted(batches, advance),
+            costs=config.costs,
+            weights=opened.origin,
+            trained=opened.trained,
+        )
     console = console or create_console()
     console.print(layer_table(report))
     console.print(totals_table(report))
@@ -100,3 +111,9 @@ def run_energy(model: str, config: EnergyConfig, console: Console | None = None)
             write(report, config.out / name)
             wrote(console, config.out / name)
     return report
+
+
+def _counted(batches: Iterable[Tensor], advance: Callable[[int], None]) -> Iterator[Tensor]:
+    for batch in batches:
+        yield batch
+        advance(len(batch))

@@ -76,23 +76,25 @@ def layer_table(report: EnergyReport) -> Table:
     """One row per layer, for a terminal."""
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
+    from rich.text import Text
 
     title = f"{report.model}, T={report.num_steps}, weights {report.weights or 'as given'}, {report.images} images"
-    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
+    # As text: what stands in brackets in a folder's name is no markup.
+    table = Table(title=Text(title), title_justify="left", box=SIMPLE_HEAD, pad_edge=False, padding=0)
     for heading in ("layer", "kind", "input"):
         table.add_column(heading, no_wrap=True)
-    for heading in ("MACs a run", "runs", "rate", "SOPs", *(f"{name} mJ" for name in CONVENTIONS)):
-        table.add_column(heading, justify="right", no_wrap=True)
+    for heading in ("MACs/run", "runs", "rate", "SOPs", *(f"{name} µJ" for name in CONVENTIONS)):
+        table.add_column(heading, justify="right")
     for row in layer_rows(report):
-        energies = [f"{row[f'{name}_mj']:.4g}" for name in CONVENTIONS]
+        energies = [f"{1000 * row[f'{name}_mj']:,.2f}" for name in CONVENTIONS]
         table.add_row(
             row["layer"],
             row["kind"],
             row["input"],
-            f"{row['macs']:,}",
+            _short(row["macs"]),
             f"{row['runs']:g}",
             f"{row['rate']:.1%}",
-            f"{row['sops']:,.0f}",
+            _short(row["sops"]),
             *energies,
         )
     return table
@@ -155,3 +157,11 @@ def write_chart(report: EnergyReport, file: Path) -> None:
         fontsize=10,
     )
     figure.savefig(file, dpi=110)
+
+
+def _short(count: float) -> str:
+    """A count for a narrow column: 9.63 M; `layer_rows` has all digits."""
+    for size, unit in ((1e9, " G"), (1e6, " M"), (1e3, " k")):
+        if count >= size:
+            return f"{count / size:.3g}{unit}"
+    return f"{count:.3g}"
