@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ import timm
 import torch
 from PIL import Image
 
+import timm_gac
 from timm_gac import cli
 from timm_gac.cli.sources import open_pictures
 from timm_gac.data import load_arrays, open_test_set
@@ -17,6 +19,7 @@ from timm_gac.hub import calibrate, save_model_folder
 from timm_gac.hub.folder import CONFIG, write_config
 from timm_gac.inference.early_exit import early_exit
 from timm_gac.inference.predict import answers, predict
+from timm_gac.runtime.progress import progress_of
 
 NAMES = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
 
@@ -154,6 +157,83 @@ def test_predict_exits_when_it_is_sure(folder, pictures, tmp_path, capsys):
     assert text.count("after 1 of 3 steps") == 3 + 1  # per step for all three, and one exit
     (row,) = predict(model, torch.zeros(1, 1, 8, 8), exit_at=1e-9)
     assert (row.steps, row.num_steps) == (1, 3)
+
+
+def test_folding_changes_no_answer(folder, pictures, tmp_path, monkeypatch):
+    folded = []
+    fuse = timm_gac.fuse_for_inference
+    monkeypatch.setattr("timm_gac.inference.fold.fuse_for_inference", lambda network: folded.append(1) or fuse(network))
+    results = {}
+    for command in (["eval", str(folder), "--data", "digits"], ["predict", str(pictures[0]), "--model", str(folder)]):
+        for options in ([], ["--no-fold"], ["--precision", "bfloat16"]):
+            file = tmp_path / f"{command[0]}{''.join(options)}.json"
+            folded.clear()
+            assert cli.main([*command, *options, "--json", str(file)]) == 0
+            assert len(folded) == (not options)  # the published bfloat16 figures are of networks that are not folded
+            results[(command[0], *options)] = json.loads(file.read_text())
+    one, other = results[("eval",)], results[("eval", "--no-fold")]
+    assert one["loss"] == pytest.approx(other["loss"], abs=1e-3)
+    assert one["top1"] == pytest.approx(other["top1"], abs=0.006)
+    assert one["firing_rates"] == pytest.approx(other["firing_rates"], abs=1e-3)
+    (one,), (other,) = (results[key]["pictures"].values() for key in (("predict",), ("predict", "--no-fold")))
+    assert one["classes"] == other["classes"]
+    assert one["confidences"] == pytest.approx(other["confidences"], abs=1e-4)
+
+
+def test_a_network_that_cannot_be_folded_runs_as_it_is(folder, tmp_path, pictures, caplog):
+    quantised = tmp_path / "quantised"
+    assert cli.main(["quantize", str(folder), str(quantised)]) == 0
+    with caplog.at_level("INFO"):
+        assert cli.main(["predict", str(pictures[0]), "--model", str(quantised)]) == 0
+    assert "runs as it is" in caplog.text
+
+
+def test_predict_wants_a_picture(folder, capsys):
+    assert cli.main(["predict", "--model", str(folder)]) == 2
+    assert "expected at least one picture" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["a[old]", "[/x]", "[bold]b"])
+def test_names_in_brackets_are_shown_as_they_are(name, folder, pictures, tmp_path, capsys):
+    model = tmp_path / name
+    shutil.copytree(folder, model)
+    out = tmp_path / f"{name} out"
+    picture = tmp_path / f"{name}.png"
+    shutil.copy(pictures[0], picture)
+    commands = {
+        "eval": ["eval", str(model), "--data", "digits", "--images", "4", "--json", str(out / "e.json")],
+        "predict": ["predict", str(picture), "--model", str(model)],
+        "inspect": ["inspect", str(model), str(picture), "--out", str(out / "inspect")],
+        "energy": ["energy", str(model), "--data", str(picture), "--out", str(out / "energy")],
+        "anytime": ["anytime", str(model), "--data", "digits", "--images", "4", "--out", str(out / "anytime")],
+        "quantize": ["quantize", str(model), str(out / "quantised")],
+        "verify": ["verify", str(out / "quantised")],
+    }
+    for command, arguments in commands.items():
+        assert cli.main(arguments) in (0, 2), command  # nothing but a refusal or an answer
+        captured = capsys.readouterr()
+        assert name in captured.out + captured.err and "Traceback" not in captured.err, command
+
+
+def test_pictures_that_cannot_be_used_are_left_out_of_a_folder(folder, pictures, tmp_path, caplog):
+    (tmp_path / "inside" / "bad.png").write_bytes(b"no picture")
+    with caplog.at_level("WARNING"):
+        assert cli.main(["energy", str(folder), "--data", str(tmp_path / "inside")]) == 0
+    assert "skipped" in caplog.text and "bad.png" in caplog.text
+    for picture in pictures[1:]:
+        picture.unlink()
+    assert cli.main(["energy", str(folder), "--data", str(tmp_path / "inside")]) == 2
+
+
+def test_progress_off_a_terminal_is_a_line_now_and_then(capsys):
+    with progress_of("evaluating", 10, seconds=0) as advance:
+        advance(4)
+        advance(6)
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.partition(",")[0] for line in lines] == ["evaluating: 4 of 10", "evaluating: 10 of 10"]
+    with progress_of("evaluating", 10) as advance:  # done before the first line is due
+        advance(10)
+    assert capsys.readouterr() == ("", "")
 
 
 def test_answers_by_hand_and_classes_without_a_name():
