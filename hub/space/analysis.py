@@ -14,7 +14,8 @@ from torch import Tensor
 
 from timm_gac.energy import EnergyMeter, EnergyReport
 from timm_gac.hub import load_model
-from timm_gac.hub.facts import DIGITS, Facts, gather
+from timm_gac.hub.dataset import DIGITS
+from timm_gac.hub.facts import Facts, gather
 from timm_gac.inference.record import record_spikes
 
 MAX_FILE_BYTES = 20 << 20

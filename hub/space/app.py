@@ -19,7 +19,7 @@ from pictures import examples
 from PIL import Image
 
 from timm_gac.hub import open_source
-from timm_gac.hub.facts import DIGITS
+from timm_gac.hub.dataset import DIGITS
 
 HERE = Path(__file__).resolve().parent
 MODELS = HERE.parent / "models"  # beside the Space in a clone

@@ -16,7 +16,7 @@ from timm_gac import cli
 from timm_gac.cli.sources import open_pictures
 from timm_gac.data import load_arrays, open_test_set
 from timm_gac.hub import calibrate, save_model_folder
-from timm_gac.hub.folder import CONFIG, write_config
+from timm_gac.hub.config import CONFIG, write_config
 from timm_gac.inference.early_exit import early_exit
 from timm_gac.inference.predict import answers, predict
 from timm_gac.runtime.progress import progress_of

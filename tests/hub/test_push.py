@@ -48,10 +48,13 @@ def test_same_files_again_are_no_commit_and_other_ones_are_refused(
     again = push(model_folder, PublishConfig(REPO), api)
     assert again.sent == () and len(hub.repositories[REPO].commits) == 2
 
-    with pytest.raises(ValueError, match=r"expected a repository without README\.md, got me/gac-tiny"):
+    with pytest.raises(ValueError, match=r"expected a repository without README\.md, config\.json, got me/gac"):
         push(model_folder, PublishConfig(REPO, license="mit"), api)
     assert b"apache-2.0" in published(hub)["README.md"]
-    assert push(model_folder, PublishConfig(REPO, license="mit", overwrite=True), api).sent == ("README.md",)
+    assert push(model_folder, PublishConfig(REPO, license="mit", overwrite=True), api).sent == (
+        "README.md",
+        "config.json",
+    )
     assert b"license: mit" in published(hub)["README.md"]
 
 

@@ -15,7 +15,7 @@ from huggingface_hub.errors import EntryNotFoundError
 
 from loopback import LoopbackHub, Repository
 from timm_gac.hub import PublishConfig, check_config, fetch_model, open_source, push, read_config
-from timm_gac.hub.folder import MAX_CONFIG_BYTES, folder_format
+from timm_gac.hub.config import MAX_CONFIG_BYTES, folder_format
 
 REPO = "me/gac-tiny"
 
@@ -151,13 +151,13 @@ GOOD: dict[str, Any] = {"architecture": "test_gac_msresnet", "num_classes": 3, "
     [
         ({"architecture": "resnet18"}, "expected an architecture of this package"),
         ({"architecture": None}, "expected an architecture of this package"),
-        ({"num_classes": "3"}, "expected num_classes from 0"),
-        ({"num_classes": 10**12}, "expected num_classes from 0"),
-        ({"num_classes": True}, "expected num_classes from 0"),
+        ({"num_classes": "3"}, "expected num_classes as an integer from 0"),
+        ({"num_classes": 10**12}, "expected num_classes as an integer from 0"),
+        ({"num_classes": True}, "expected num_classes as an integer from 0"),
         ({"model_args": [1]}, "expected model_args as an object"),
-        ({"model_args": {"num_steps": 10**9}}, "expected num_steps from 1 to 1,024"),
-        ({"model_args": {"in_chans": 10**9}}, "expected in_chans from 1"),
-        ({"model_args": {"checkpoint_path": "/etc/passwd"}}, "expected model_args among"),
+        ({"model_args": {"num_steps": 10**9}}, "expected num_steps as an integer from 1 to 1,024"),
+        ({"model_args": {"in_chans": 10**9}}, "expected in_chans as an integer from 1"),
+        ({"model_args": {"checkpoint_path": "/etc/passwd"}}, "expected arguments among"),
         ({"model_args": {"num_classes": 4}}, "expected one number of classes"),
         ({"pretrained_cfg": "x"}, "expected pretrained_cfg as an object"),
         ({"pretrained_cfg": {"file": "/etc/passwd"}}, "which leads elsewhere"),

@@ -109,15 +109,25 @@ def test_reads_pictures() -> None:
 
 
 def test_from_a_wheel_without_connection(tmp_path: Path) -> None:
-    """Outside of a clone the name leads to the Hub; where that is not reachable, a sentence says so."""
+    """Outside of a clone a sentence says at once where the weights are; a folder of model folders serves them."""
     for package in (ROOT / "timm_gac", ROOT / "kernels" / "torch-ext" / "gac_kernels"):
         shutil.copytree(package, tmp_path / package.name, ignore=shutil.ignore_patterns("__pycache__"))
-    env = {"PYTHONPATH": str(tmp_path), "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "cache"), "PATH": "/usr/bin"}
+    env = {"PYTHONPATH": str(tmp_path), "HF_HOME": str(tmp_path / "cache"), "PATH": "/usr/bin"}
     done = subprocess.run(
         [sys.executable, "-c", CHILD], capture_output=True, text=True, env=env, timeout=120, cwd=tmp_path
     )
     assert done.returncode == 1
-    assert "in the Hub's repository timm-gac/gac_msresnet18_cifar.cifar100" in done.stderr, done.stderr[-1000:]
+    assert "expected weights of gac_msresnet18_cifar.cifar100 on this machine, got none" in done.stderr, done.stderr
+    assert "set TIMM_GAC_MODELS to its hub/models" in done.stderr
+    done = subprocess.run(
+        [sys.executable, "-c", CHILD],
+        capture_output=True,
+        text=True,
+        env=env | {"TIMM_GAC_MODELS": str(ROOT / "hub" / "models")},
+        timeout=120,
+        cwd=tmp_path,
+    )
+    assert done.returncode == 0, done.stderr[-1000:]
 
 
 def test_tracked_tree_stays_small() -> None:

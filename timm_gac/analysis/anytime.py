@@ -116,6 +116,8 @@ def measure_anytime(
             confidences_after.append(answers.softmax(-1).amax(-1).cpu())
     report = meter.report(costs, weights, trained)
     right, probability = torch.cat(hits), torch.cat(confidences_after)  # [images, T]
+    if not bool(probability.isfinite().all()):
+        raise ValueError("expected finite logits, got NaN or infinity: look for it in the weights and the images")
     by_step = {name: report.energy_by_step(name) for name in report.totals() if name != "ann"}
     exits = []
     for confidence in confidences:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from ..inference.record import forward_hooks, neuron_layers
 from ..layers.encoder import DirectCoding
 from ..layers.neuron_layer import NeuronLayer
+from ..runtime.modes import eval_mode
 
 __all__ = ["Evaluation", "evaluate", "evaluate_state"]
 
@@ -76,7 +78,7 @@ class _Sums:
         hits = (top == labels[:, None]).any(1).sum()
         self.scalars += torch.stack((torch.full_like(loss, len(labels)), hits.to(loss.dtype), loss))
         confidence, chosen = logits.softmax(-1).max(-1)
-        place = (confidence * ECE_BINS).long().clamp(max=ECE_BINS - 1)
+        place = (confidence * ECE_BINS).long().clamp(0, ECE_BINS - 1)  # of NaN any bin: the loss shows it
         values = torch.stack((torch.ones_like(confidence), (chosen == labels).double(), confidence))
         self.bins.index_add_(1, place, values)
 
@@ -116,7 +118,7 @@ def evaluate(
     """Evaluate a spiking network, over all processes where there are several.
 
     Args:
-        model: With ``forward_steps``; put into eval mode for the duration.
+        model: With ``forward_steps``; in eval mode for the duration, then in the mode it had, after an error too.
         batches: Images (B, C, H, W) and labels (B,), int64, on one device; each image once over all processes.
         num_steps: T; the model's own where None.
         amp_dtype: Autocast to this dtype.
@@ -127,18 +129,16 @@ def evaluate(
         The results.
 
     Raises:
-        ValueError: There is no image, or the model has no per-step logits.
+        ValueError: There is no image, the model has no per-step logits, or its logits are not finite.
     """
     if not hasattr(model, "forward_steps"):
         raise ValueError(f"expected a model with forward_steps, got {type(model).__name__}: use one of this package")
     steps = num_steps or int(model.num_steps)  # type: ignore[arg-type]
     device = next(model.parameters()).device
-    was_training = model.training
-    model.eval()
     sums, rates = _Sums(steps, device), _Rates(model, firing_rates, device)
     amp = torch.autocast(device.type, amp_dtype) if amp_dtype is not None else nullcontext()
     started = time.perf_counter()
-    with forward_hooks(rates.layers, rates.add):
+    with eval_mode(model), forward_hooks(rates.layers, rates.add):
         for images, labels in batches:
             with amp:
                 logits = model.forward_steps(images)  # type: ignore[operator]
@@ -149,7 +149,6 @@ def evaluate(
     if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
         for tensor in tensors:
             dist.all_reduce(tensor)
-    model.train(was_training)
     return _result(sums, rates, started)
 
 
@@ -157,6 +156,8 @@ def _result(sums: _Sums, rates: _Rates, started: float) -> Evaluation:
     images, top5, loss = sums.scalars.tolist()
     if not images:
         raise ValueError("expected at least one image to evaluate, got none: check the data set and its split")
+    if not math.isfinite(loss):
+        raise ValueError(f"expected finite logits, got a loss of {loss}: look for NaN in the weights and the images")
     _, correct, confidence = sums.bins
     per_step = tuple((sums.per_step / images).tolist())
     ece = (correct - confidence).abs().sum().item() / images

@@ -53,7 +53,7 @@ def push(
     overwrite: bool = False,
     label_names: str | None = None,
     dataset: str | None = None,
-    license: str = "apache-2.0",
+    license: str | None = None,
 ) -> int:
     """Publish a run or a model folder on the Hugging Face Hub.
 
@@ -71,7 +71,8 @@ def push(
         label_names: Names of the classes: cifar10, cifar100, or a text file with the name of one class a line, in
             order. Where left out: those of the run, or of the data set it names, if known.
         dataset: Name of the training data, such as cifar100, where the run does not say it.
-        license: Licence of the weights, as the Hub spells it.
+        license: Licence of the weights, as the Hub spells it; that of the model's config, else apache-2.0, where left
+            out.
     """
     from ..data.pictures import plain
     from ..hub import PublishConfig

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from contextlib import ExitStack
+from threading import RLock, get_ident
 from types import TracebackType
 from typing import Any
 
@@ -18,6 +19,8 @@ from .tables import COSTS, EnergyCosts
 
 __all__ = ["EnergyMeter", "measure_energy"]
 
+# Meters replace methods of a network: two at once in different threads would not restore them.
+_LOCK = RLock()
 _ENTRIES = ("forward", "forward_steps", "forward_features", "forward_intermediates")
 
 
@@ -64,11 +67,15 @@ class EnergyMeter:
         self._counting: ExitStack | None = None  # takes away what was put on the network
 
     def __enter__(self) -> EnergyMeter:
-        """Start to count; counts of an earlier ``with`` are kept."""
+        """Start to count; counts of an earlier ``with`` are kept.
+
+        Only calls of this thread count; a meter of another thread waits until this one has stopped.
+        """
         if self._counting is not None:
             raise ValueError("expected a meter that is not counting yet, got one within `with`: use another meter")
         layers = {name: counter.layer for name, counter in self._counters.items()}
         with ExitStack() as stack:
+            stack.enter_context(_LOCK)
             stack.enter_context(forward_hooks(layers, self._count))
             for name in _ENTRIES:
                 if hasattr(self.model, name):
@@ -86,9 +93,11 @@ class EnergyMeter:
 
     def _watch(self, name: str, stack: ExitStack) -> None:
         """Learn the batch size from a call of the network's method, until the stack is closed."""
-        method = getattr(self.model, name)
+        method, thread = getattr(self.model, name), get_ident()
 
         def watched(x: Tensor, *args: Any, **kwargs: Any) -> Any:
+            if get_ident() != thread:
+                return method(x, *args, **kwargs)
             if self._depth == 0:
                 self._batch, self._frames = x.shape[0], x.ndim == 5
                 self.images += x.shape[0]

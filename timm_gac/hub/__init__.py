@@ -3,8 +3,9 @@
 Weights are safetensors only: no pickle is written, published or read from the Hub.
 """
 
+from .config import check_config, read_config
 from .convert import convert_checkpoint, infer_model, read_checkpoint
-from .folder import check_config, load_model, read_config, save_model_folder, save_quantized
+from .folder import load_model, save_model_folder, save_quantized
 from .golden import Verification, verify, write_golden
 from .open import OpenedNetwork, calibrate, open_network
 from .prepare import PublishConfig, prepare_folder

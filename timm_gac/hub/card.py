@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
 
 from gac_kernels import LIFSpec
 
-from .facts import CURVE, DIGITS, ENERGY, ENERGY_CHART, LOG, RASTER, TRAINING, Facts
+from .dataset import DIGITS
+from .facts import CURVE, ENERGY, ENERGY_CHART, LOG, RASTER, TRAINING, Facts
 from .folder import WEIGHTS
 from .remote import GOLDEN
 
 # How the energy table names the conventions of timm_gac.energy.
 CONVENTIONS = {"strict": "strict", "paper": "paper", "neurobench": "NeuroBench", "ann": "the same layers as an ANN"}
+DEFAULT_LICENSE = "apache-2.0"
 PAPER = "arXiv:2308.06582"
 # What "other" stands for here: weights made of ImageNet's photographs.
 OTHER_LICENSE = {"license_name": "imagenet-terms", "license_link": "https://www.image-net.org/download"}
@@ -27,15 +30,17 @@ CITATION = """\
 }"""
 
 
-def write_card(facts: Facts, repo_id: str, license_id: str = "apache-2.0") -> str:
+def write_card(facts: Facts, repo_id: str, license_id: str | None = None) -> str:
     """The card as text; sections about things that were not measured are left out.
 
     Args:
         facts: What is known of the model.
         repo_id: ``ORG/NAME`` that its snippets load.
-        license_id: The Hub's identifier of the licence of the weights.
+        license_id: The Hub's identifier of the licence of the weights; that of the facts, else apache-2.0, where None.
     """
     name = repo_id.rpartition("/")[2]
+    terms = {"license": DEFAULT_LICENSE, **facts.license} | ({"license": license_id} if license_id else {})
+    facts = replace(facts, license=OTHER_LICENSE | terms if terms["license"] == "other" else terms)
     sections = [
         f"# {name}",
         _summary(facts),
@@ -45,15 +50,15 @@ def write_card(facts: Facts, repo_id: str, license_id: str = "apache-2.0") -> st
         _firing_rates(facts),
         _energy(facts),
         _training(facts),
-        _limits(facts, license_id),
+        _limits(facts),
         _verification(repo_id),
         f"## Source\n\nThe method is that of Qiu et al., AAAI 2024 ({PAPER}).\n\n```bibtex\n{CITATION}\n```",
     ]
-    header = card_data(facts, name, license_id).to_yaml()
+    header = card_data(facts, name).to_yaml()
     return f"---\n{header.strip()}\n---\n\n" + "\n\n".join(section for section in sections if section) + "\n"
 
 
-def card_data(facts: Facts, name: str, license_id: str) -> ModelCardData:
+def card_data(facts: Facts, name: str) -> ModelCardData:
     """The card's YAML header."""
     dataset, results = facts.dataset, []
     if dataset is not None:
@@ -70,10 +75,8 @@ def card_data(facts: Facts, name: str, license_id: str) -> ModelCardData:
             if value is not None
         ]
     tags = ["image-classification", "timm", "transformers", "spiking-neural-network", "neuromorphic"]
-    terms: dict[str, Any] = dict(OTHER_LICENSE) if license_id == "other" else {}
     return ModelCardData(
-        license=license_id,
-        **terms,
+        **facts.license,
         library_name="timm",
         pipeline_tag="image-classification",
         tags=[*tags, "gated-attention-coding"] if facts.gated else tags,
@@ -96,9 +99,8 @@ def _summary(facts: Facts) -> str:
 
 def _usage(facts: Facts, repo_id: str) -> str:
     channels, height, width = facts.preprocessing.get("input_size", (3, 32, 32))
-    integer = ""
     if facts.quantization:
-        integer = f"""\
+        return f"""\
 ## Use
 
 The weights of the 3x3 convolutions are 8-bit integers with one scale per output channel. The integer network:
@@ -112,12 +114,11 @@ with torch.no_grad():
     logits = model(torch.randn(1, {channels}, {height}, {width}))  # (1, {facts.num_classes})
 ```
 
-In timm and transformers the same weights make a floating-point network, which can be fine-tuned.
-
-"""
-    start = "" if integer else "## Use\n\n"
+timm and transformers know no integer networks and refuse these weights."""
     return f"""\
-{integer}{start}The models are registered by `import timm_gac`, without which neither library knows the architecture.
+## Use
+
+The models are registered by `import timm_gac`, without which neither library knows the architecture.
 
 ```python
 import timm
@@ -144,7 +145,7 @@ model = AutoModelForImageClassification.from_pretrained("{repo_id}")
 def _table(heading: tuple[str, str], rows: Mapping[str, Any] | list[tuple[str, Any]]) -> str:
     pairs = list(rows.items()) if isinstance(rows, Mapping) else rows
     lines = [f"| {heading[0]} | {heading[1]} |", "|---|---|"]
-    return "\n".join([*lines, *(f"| {key} | {_cell(value)} |" for key, value in pairs)])
+    return "\n".join([*lines, *(f"| {_cell(key)} | {_cell(value)} |" for key, value in pairs)])
 
 
 def _cell(value: Any) -> str:
@@ -187,7 +188,7 @@ def _results(facts: Facts) -> str:
     if error is not None:
         rows.append(("expected calibration error", f"{error:.4f}"))
     images = next((facts.evaluation[key] for key in ("images", "test_digits") if key in facts.evaluation), None)
-    if rows and images is not None:
+    if rows and type(images) is int:
         rows.append(("images", f"{images:,}"))
     stored = facts.evaluation.get("stored_dtype")
     if rows and isinstance(stored, str):
@@ -216,12 +217,15 @@ def _parts(facts: Facts) -> str:
         + " | own classes |",
         "|---|---|---|---|---|" + "---|" * facts.num_steps + "---|",
     ]
-    for part in parts:
-        own = part.get("top1_among_present_classes")
-        cells = [part["set"], part["size"], f"{part['images']:,}", f"{part['top1']:.2%}", f"{part['top5']:.2%}"]
-        cells += [f"{value:.2%}" for value in part["top1_per_step"]]
-        cells.append("" if own is None else f"{own:.2%} of {part['present_classes']}")
-        lines.append("| " + " | ".join(map(_cell, cells)) + " |")
+    try:
+        for part in parts:
+            own = part.get("top1_among_present_classes")
+            cells = [part["set"], part["size"], f"{part['images']:,}", f"{part['top1']:.2%}", f"{part['top5']:.2%}"]
+            cells += [f"{value:.2%}" for value in part["top1_per_step"]]
+            cells.append("" if own is None else f"{own:.2%} of {part['present_classes']}")
+            lines.append("| " + " | ".join(map(_cell, cells)) + " |")
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        raise ValueError(f"expected parts of eval.json with set, size, images and accuracies, got {error!r}") from error
     note = facts.evaluation.get("parts_note", "")
     return "\n".join(lines) + (f"\n\n{note}" if note else "")
 
@@ -294,7 +298,7 @@ def _training(facts: Facts) -> str:
     return "## Training\n\n" + "\n\n".join(parts) if parts else ""
 
 
-def _limits(facts: Facts, license_id: str) -> str:
+def _limits(facts: Facts) -> str:
     _, height, width = facts.preprocessing.get("input_size", (3, 32, 32))
     steps = f"- It was trained for T = {facts.num_steps}."
     if facts.gated:
@@ -307,13 +311,19 @@ def _limits(facts: Facts, license_id: str) -> str:
         "single logits can differ.",
         "- It has not been examined for bias or robustness to other data: do not use it for decisions about people.",
     ]
-    if license_id == "other":
-        lines.append(
-            "- It was trained on photographs of ImageNet, whose terms allow research and teaching that is not "
-            f"commercial: see {OTHER_LICENSE['license_link']}. The weights come under the same terms; the code is "
-            "Apache-2.0."
-        )
+    if facts.license.get("license") == "other":
+        lines.append(_terms(facts.license))
     return "## Limits\n\n" + "\n".join(lines)
+
+
+def _terms(named: Mapping[str, str]) -> str:
+    if named["license_link"] != OTHER_LICENSE["license_link"]:
+        return f"- The weights have a licence of their own: [{named['license_name']}]({named['license_link']})."
+    return (
+        "- It was trained on photographs of ImageNet, whose terms allow research and teaching that is not "
+        f"commercial: see {OTHER_LICENSE['license_link']}. The weights come under the same terms; the code is "
+        "Apache-2.0."
+    )
 
 
 def _verification(repo_id: str) -> str:

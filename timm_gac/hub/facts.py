@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -14,7 +15,9 @@ from gac_kernels import LIFSpec
 from ..inference.integer import IntegerBlock, SpikeConv
 from ..layers.encoder import GatedAttentionCoding
 from ..models.blocks import MSBlock
-from .folder import CONFIG, load_model, read_config
+from .config import CONFIG, license_of, read_config, short
+from .dataset import DIGITS, dataset_name
+from .folder import load_model
 
 EVALUATIONS = ("eval.json", "demo.json")  # the trainer's evaluation, and the demonstration's result
 ENERGY = "energy.json"  # of `timm-gac energy --out RUN`
@@ -22,15 +25,6 @@ LOG = "metrics.csv"
 CURVE, RASTER, ENERGY_CHART = "curve.png", "spikes.png", "energy.png"
 TRAINING = "training.json"  # the run's own config.json, whose name the model's takes in a repository
 MAX_JSON_BYTES = 1 << 22
-# Names of data sets in recipes, as the Hub knows them.
-DATASETS = {
-    "cifar10": ("uoft-cs/cifar10", "CIFAR-10"),
-    "cifar100": ("uoft-cs/cifar100", "CIFAR-100"),
-    "imagenet": ("ILSVRC/imagenet-1k", "ImageNet-1k"),
-    "tiny_imagenet": ("", "Tiny-ImageNet-200"),
-    "in293": ("", "293 classes of ImageNet"),
-}
-DIGITS = ("", "scikit-learn digits")
 # Where a path of this machine begins, and the folders in it.
 _ROOT = r"(?:~|\.{1,2}|[A-Za-z]:)?[\\/](?=[^\s\\/])"
 _WHOLE_PATH = re.compile(rf"(local-dir:)?{_ROOT}.*")
@@ -50,6 +44,7 @@ class Facts:
         membrane_shortcut: Whether its blocks have membrane shortcuts.
         spec: Its neuron.
         preprocessing: Fields of pretrained_cfg that say how an image is prepared.
+        license: ``license`` of the weights, ``license_name`` and ``license_link`` as far as its config names them.
         label_names: Names of the classes, empty if unknown.
         quantization: How the weights were rounded, empty where they were not.
         training: The run's configuration.
@@ -66,6 +61,7 @@ class Facts:
     membrane_shortcut: bool
     spec: LIFSpec
     preprocessing: Mapping[str, Any]
+    license: Mapping[str, str] = field(default_factory=dict)
     label_names: tuple[str, ...] = ()
     quantization: Mapping[str, Any] = field(default_factory=dict)
     training: Mapping[str, Any] = field(default_factory=dict)
@@ -75,14 +71,17 @@ class Facts:
 
     @property
     def dataset(self) -> tuple[str, str] | None:
-        """Id on the Hub ('' where there is none) and name of the data set, where the run names it."""
+        """Id on the Hub ('' where there is none) and name of the data set, where the run says what its data was.
+
+        A recipe's name of a data set is none: the recipe may have been given other data.
+        """
         if "test_digits" in self.evaluation:
             return DIGITS
         for source in (self.evaluation, self.training):
-            name = first(source, "dataset", "data")
-            if isinstance(name, str) and name:
-                return DATASETS.get(name.lower().replace("-", ""), ("", name))
-        return None
+            name = dataset_name(source.get("data"))
+            if name is not None:
+                return name
+        return None if "recipe_name" in self.training else dataset_name(self.evaluation.get("dataset"))
 
     def accuracy(self, *names: str) -> float | None:
         """A measured accuracy as a fraction, under the first of these names that the evaluation has."""
@@ -101,7 +100,7 @@ class Facts:
         values = list(values.values()) if isinstance(values, Mapping) else values
         if not isinstance(values, list) or not all(isinstance(value, int | float) for value in values):
             return []
-        return [float(value) for value in values]
+        return [float(value) for value in values if 0 <= value <= 1]
 
     @property
     def firing_rates(self) -> dict[str, float]:
@@ -109,7 +108,9 @@ class Facts:
         rates = first(self.evaluation, "firing_rates", "firing_rate")
         if not isinstance(rates, Mapping):
             return {}
-        return {str(name): float(rate) for name, rate in rates.items() if isinstance(rate, int | float)}
+        return {
+            str(name): float(rate) for name, rate in rates.items() if isinstance(rate, int | float) and 0 <= rate <= 1
+        }
 
 
 def first(source: Mapping[str, Any], *names: str) -> Any:
@@ -131,7 +132,7 @@ def read_json(file: Path) -> dict[str, Any]:
         content = json.loads(file.read_bytes())
     except (ValueError, RecursionError) as error:
         raise ValueError(
-            f"expected {str(file)!r} as a JSON object, got {error}: delete it or write it again"
+            f"expected {str(file)!r} as a JSON object, got {str(error)[:200]}: delete it or write it again"
         ) from error
     if not isinstance(content, dict):
         raise ValueError(f"expected {str(file)!r} as a JSON object, got {type(content).__name__}: write it again")
@@ -150,7 +151,10 @@ def read_public(file: Path) -> dict[str, Any]:
     recipe = content.get("recipe")
     if isinstance(recipe, dict) and recipe.items() <= content.items():
         del content["recipe"]
-    return {key: _without_folders(value) for key, value in content.items()}
+    try:
+        return {key: _without_folders(value) for key, value in content.items()}
+    except RecursionError as error:
+        raise ValueError(f"expected {str(file)!r} of less depth, got it nested too deeply: write it again") from error
 
 
 def _without_folders(value: Any) -> Any:
@@ -207,7 +211,8 @@ def gather(folder: Path, run: Path) -> Facts:
         ),
         spec=model.spec,
         preprocessing={name: cfg[name] for name in shown if name in cfg},
-        label_names=tuple(names),
+        license=license_of(config),
+        label_names=tuple(names) if isinstance(names, list | tuple) else (),
         quantization=config.get("quantization", {}),
         training=training,
         evaluation=evaluation,
@@ -228,9 +233,13 @@ def check_energy(energy: Mapping[str, Any], architecture: str, num_steps: int) -
         trained = not str(energy.get("weights", "")).startswith("random")
     if found != (architecture, num_steps) or not trained:
         raise ValueError(
-            f"expected {ENERGY} of {architecture} with T={num_steps} and its trained weights, got {found[0]!r} with "
-            f"T={found[1]!r} and weights {energy.get('weights')!r}: measure it again with `timm-gac energy`"
+            f"expected {ENERGY} of {architecture} with T={num_steps} and its trained weights, got {short(found[0])} "
+            f"with T={short(found[1])} and weights {short(energy.get('weights'))}: measure it again with "
+            "`timm-gac energy`"
         )
-    tables = [energy.get(key) for key in ("energy_mj", "of_ann", "macs", "acs")]
-    if not all(isinstance(table, dict) and {"strict", "ann"} <= table.keys() for table in tables):
+    tables, costs = [energy.get(key) for key in ("energy_mj", "of_ann", "macs", "acs")], energy.get("costs", {})
+    whole = all(isinstance(table, dict) and {"strict", "ann"} <= table.keys() == tables[0].keys() for table in tables)
+    numbers = [value for table in tables if whole for value in table.values()]
+    numbers += [energy.get("images"), *(costs.get(key, 0) for key in ("mac_pj", "ac_pj") if isinstance(costs, dict))]
+    if not (whole and isinstance(costs, dict) and all(type(n) in (int, float) and math.isfinite(n) for n in numbers)):
         raise ValueError(f"expected {ENERGY} as `timm-gac energy --out` writes it, got another form: measure it again")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,17 +12,21 @@ import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..runtime.files import write_bytes
-from .folder import WEIGHTS, load_model, read_config
+from .config import MAX_VALUES, read_config, short
+from .folder import WEIGHTS, load_model
 from .remote import GOLDEN
 
 IMAGES = 4
+MAX_IMAGES = 16
 # Both sides run in float64 on a CPU, where sums in another order differ by some 1e-15 of their size: a membrane would
 # have to lie that close to its threshold for a spike to change. A changed weight changes spikes.
 TOLERANCE = 1e-6
 WEIGHTS_SHA = "weights_sha256"
+_DTYPES = {"F64", "F32", "F16", "BF16"}
+_FOREIGN = f"{GOLDEN} belongs to another model"
 
 
 @dataclass(frozen=True)
@@ -74,7 +79,9 @@ def write_golden(folder: Path, out: Path | None = None) -> Path:
     model = load_model(folder)
     cfg: Any = model.pretrained_cfg
     images = golden_images(tuple(cfg["input_size"]))
-    output = model.double()(images.double())
+    output = _outputs(model.double(), images.double())
+    if not bool(output.isfinite().all()):
+        raise ValueError(f"expected finite logits of the network in {str(folder)!r}, got others: train it again")
     if torch.allclose(output[:1].expand_as(output), output, rtol=0, atol=TOLERANCE):
         raise ValueError(
             f"expected a network whose logits depend on the image, got one in {str(folder)!r} that gives the same for "
@@ -97,16 +104,12 @@ def verify(folder: Path) -> Verification:
     config = read_config(folder)
     if not (folder / GOLDEN).is_file():
         raise ValueError(f"expected {GOLDEN} in {str(folder)!r}, got none: it was not published by `timm-gac push`")
-    try:
-        with safe_open(folder / GOLDEN, "pt") as file:
-            images, output = file.get_tensor("input"), file.get_tensor("output")
-            digest = (file.metadata() or {}).get(WEIGHTS_SHA)
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"expected input and output in {GOLDEN}, got {error}: download it again") from error
     model = load_model(folder)
-    _check_shapes(images, output, model, config["num_classes"])
-    single = model(images.float())
-    present = model.double()(images.double())
+    images, output, digest = _read_golden(folder / GOLDEN, config, model)
+    single = _outputs(model, images.float())
+    present = _outputs(model.double(), images.double())
+    if present.shape != output.shape:
+        raise ValueError(f"expected logits {tuple(present.shape)}, got {tuple(output.shape)}: {_FOREIGN}")
     return Verification(
         images=len(images),
         difference=(present - output.double()).abs().max().item(),
@@ -116,13 +119,37 @@ def verify(folder: Path) -> Verification:
     )
 
 
-def _check_shapes(images: Tensor, output: Tensor, model: nn.Module, num_classes: int) -> None:
-    channels = model.in_chans
-    if images.ndim != 4 or not len(images) or images.shape[1] != channels or output.shape != (len(images), num_classes):
-        raise ValueError(
-            f"expected golden images (N, {channels}, H, W) and logits (N, {num_classes}), got {tuple(images.shape)} "
-            f"and {tuple(output.shape)}: {GOLDEN} belongs to another model"
-        )
+def _outputs(model: Any, images: Tensor) -> Tensor:
+    """Outputs ``(N, ...)`` for images ``(N, C, H, W)``, one image at a time to save memory, flattened to two axes."""
+    return torch.cat([model(image[None]).flatten(1) for image in images])
+
+
+def _read_golden(file: Path, config: dict[str, Any], model: Any) -> tuple[Tensor, Tensor, str | None]:
+    """Golden images and output, and the checksum of the weights; the shapes are checked before a tensor is read.
+
+    Raises:
+        ValueError: The file is damaged, or belongs to another model.
+    """
+    _, height, width = config.get("pretrained_cfg", {}).get("input_size", model.pretrained_cfg["input_size"])
+    expected = [model.in_chans, height, width]
+    try:
+        with safe_open(file, "pt") as tensors:
+            slices = {name: tensors.get_slice(name) for name in ("input", "output")}
+            found = {name: list(part.get_shape()) for name, part in slices.items()}
+            types = {part.get_dtype() for part in slices.values()}
+            if found["input"][1:] != expected or not 1 <= found["input"][0] <= MAX_IMAGES or not types <= _DTYPES:
+                raise ValueError(
+                    f"expected golden images (N, {', '.join(map(str, expected))}), N from 1 to {MAX_IMAGES}, got "
+                    f"{short(found['input'])} of {', '.join(sorted(types))}: {_FOREIGN}"
+                )
+            size = found["output"]
+            if size[:1] != found["input"][:1] or len(size) < 2 or math.prod(size) > MAX_VALUES:
+                raise ValueError(f"expected logits of {found['input'][0]} images, got {short(size)}: {_FOREIGN}")
+            images, output = tensors.get_tensor("input"), tensors.get_tensor("output").flatten(1)
+            return images, output, (tensors.metadata() or {}).get(WEIGHTS_SHA)
+    except (SafetensorError, OSError, LookupError) as error:
+        detail = " ".join(str(error).split())[:200]
+        raise ValueError(f"expected input and output in {GOLDEN}, got {detail}: download it again") from error
 
 
 def sha256(file: Path) -> str:

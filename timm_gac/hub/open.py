@@ -13,7 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from ..layers.neuron import BatchNormLIF
-from .folder import load_model, read_config
+from ..runtime.modes import restored_modes
+from .config import CONFIG, read_config
+from .folder import check_finite, load_model
 from .remote import fetch_model, open_source
 
 __all__ = ["OpenedNetwork", "calibrate", "open_network"]
@@ -40,9 +42,10 @@ class OpenedNetwork:
         """Names of the classes, in order; () where its files hold none. May fetch a config.json from the Hub."""
         cfg = self.network.pretrained_cfg
         names = cfg.get("label_names")
-        if not names and cfg.get("file"):  # published weights in a clone of the repository
-            config = Path(cfg["file"]).with_name("config.json")
-            names = read_config(config.parent).get("label_names") if config.is_file() else None
+        if not names and cfg.get("file"):  # a model folder, or the weights in one
+            path = Path(cfg["file"])
+            folder = path if path.is_dir() else path.parent
+            names = read_config(folder).get("label_names") if (folder / CONFIG).is_file() else None
         elif not names and cfg.get("hf_hub_id") and _is_registered(self.name):
             names = read_config(fetch_model(cfg["hf_hub_id"])).get("label_names")
         return tuple(names or ())
@@ -107,7 +110,11 @@ def _open_registered(model: str, num_steps: int | None, seed: int) -> OpenedNetw
     try:
         network: Any = timm.create_model(model, pretrained=bool(tag), **steps).eval()
     except (RuntimeError, OSError) as error:
+        if str(error).startswith("expected"):
+            raise ValueError(str(error)) from error
         raise ValueError(f"expected published weights of {model!r}, got none ({error}): check the tag") from error
+    if tag:
+        check_finite(network, f"of {model!r}")
     origin = f"published, {model}" if tag else f"random (seed {seed})"
     return OpenedNetwork(name=model, network=network, origin=origin, trained=bool(tag))
 
@@ -126,17 +133,20 @@ def calibrate(model: nn.Module, batches: Iterable[Tensor]) -> nn.Module:
     """Set batch-norm statistics to those of these images: without them neurons of untrained weights rarely fire.
 
     Args:
-        model: The network; it is left in eval mode.
+        model: The network; it is left in eval mode, and after an error in the mode it had.
         batches: Images ``(B, C, H, W)``. A batch of one image has statistics too, those of its pixels.
     """
     norms = [module for module in model.modules() if isinstance(module, (nn.BatchNorm2d, BatchNormLIF))]
     momenta = [norm.momentum for norm in norms]
-    for norm in norms:
-        norm.reset_running_stats()
-        norm.momentum = None  # a plain average over the batches
-    model.train()
-    for images in batches:
-        model(images)
-    for norm, momentum in zip(norms, momenta, strict=True):
-        norm.momentum = momentum
+    with restored_modes(model):
+        try:
+            for norm in norms:
+                norm.reset_running_stats()
+                norm.momentum = None  # a plain average over the batches
+            model.train()
+            for images in batches:
+                model(images)
+        finally:
+            for norm, momentum in zip(norms, momenta, strict=True):
+                norm.momentum = momentum
     return model.eval()

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import shutil
 import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub.utils import validate_repo_id
 
 from ..data.labels import known_label_names
 from ..runtime.files import write_json, write_text
-from .card import write_card
-from .facts import Facts, gather, read_public
-from .folder import CONFIG, WEIGHTS, check_labels, read_config, write_config
+from .card import DEFAULT_LICENSE, write_card
+from .config import CONFIG, LICENSE_KEYS, check_labels, read_config, write_config
+from .facts import EVALUATIONS, Facts, gather, read_public
+from .folder import WEIGHTS
 from .golden import write_golden
 from .remote import CARD, model_folder
 
@@ -33,8 +36,8 @@ class PublishConfig:
         label_names: Names of the classes: cifar10, cifar100, or a text file with the name of one class a line, in
             order. Where left out: those of the run, or of the data set it names, if known.
         dataset: Name of the training data, such as cifar100, where the run does not say it.
-        license: Licence of the weights, as the Hub spells it; what the model's own configuration says where left out,
-            or apache-2.0.
+        license: Licence of the weights, as the Hub spells it. Where left out: that of the model's config, else
+            apache-2.0.
     """
 
     repo_id: str
@@ -86,17 +89,16 @@ def prepare_folder(source: Path, out: Path, config: PublishConfig) -> list[Path]
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as scratch:
         stage = Path(scratch)
         labels = {"label_names": list(facts.label_names)} if facts.label_names else {}
-        own = read_config(folder)
-        license_id = config.license or own.get("pretrained_cfg", {}).get("license") or "apache-2.0"
-        write_config(stage / CONFIG, own | labels)
+        write_config(stage / CONFIG, _with_license(read_config(folder), facts.license) | labels)
         shutil.copyfile(folder / WEIGHTS, stage / WEIGHTS)
         for name, file in facts.files.items():
             if file.suffix == ".json":
-                write_json(stage / name, read_public(file))
+                said = {"data": config.dataset} if config.dataset and name in EVALUATIONS else {}
+                write_json(stage / name, read_public(file) | said)
             else:
                 shutil.copyfile(file, stage / name)
         write_golden(folder, stage)
-        write_text(stage / CARD, write_card(facts, config.repo_id, license_id))
+        write_text(stage / CARD, write_card(facts, config.repo_id))
         out.mkdir(exist_ok=True)
         names = sorted(file.name for file in stage.iterdir())
         for name in names:
@@ -107,8 +109,10 @@ def prepare_folder(source: Path, out: Path, config: PublishConfig) -> list[Path]
 def _complete(facts: Facts, config: PublishConfig) -> Facts:
     """The facts, completed by what the user says and by class names of known data sets."""
     if config.dataset is not None:
-        said = {"dataset": config.dataset}
-        facts = replace(facts, evaluation={**facts.evaluation, **said}, training={**facts.training, **said})
+        facts = replace(facts, evaluation={**facts.evaluation, "data": config.dataset})
+    if config.license is not None:
+        named = dict(facts.license) if config.license == "other" else {}
+        facts = replace(facts, license=named | {"license": config.license})
     labels = facts.label_names
     if config.label_names is not None:
         labels = known_label_names(config.label_names) or read_labels(Path(config.label_names))
@@ -118,6 +122,13 @@ def _complete(facts: Facts, config: PublishConfig) -> Facts:
     if labels:
         check_labels(labels, facts.num_classes)
     return replace(facts, label_names=tuple(labels))
+
+
+def _with_license(config: dict[str, Any], named: Mapping[str, str]) -> dict[str, Any]:
+    config = {key: value for key, value in config.items() if key not in LICENSE_KEYS}
+    license_id = named.get("license", DEFAULT_LICENSE)
+    cfg = config.get("pretrained_cfg", {}) | {"license": license_id}
+    return config | {"pretrained_cfg": cfg} | {key: named[key] for key in LICENSE_KEYS if key in named}
 
 
 def read_labels(file: Path) -> tuple[str, ...]:

@@ -15,7 +15,7 @@ from huggingface_hub.hf_api import RepoFile
 
 from .golden import sha256
 from .prepare import PublishConfig, prepare_folder
-from .remote import PICKLES, check_names, hub_errors
+from .remote import PICKLES, TIMEOUT, check_names, hub_errors
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ def _publish(files: list[Path], config: PublishConfig, api: HfApi | None, folder
         api.whoami()  # a bad token is told apart here from a missing right below
         if not api.repo_exists(config.repo_id):  # a token for this one repository may not create any
             api.create_repo(config.repo_id, private=config.private or None, exist_ok=True)
-        head = api.model_info(config.repo_id).sha
+        head = api.model_info(config.repo_id, timeout=TIMEOUT).sha
         changed = changed_files(api, config.repo_id, files)
         if changed and not config.overwrite:
             occupied = [file.name for file, exists in changed if exists]

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 
-from huggingface_hub import HfApi, constants, snapshot_download
+from huggingface_hub import HfApi, constants, get_session, snapshot_download
 from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
@@ -19,7 +19,8 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-from .folder import CONFIG, MAX_CONFIG_BYTES, WEIGHTS, read_config
+from .config import CONFIG, MAX_CONFIG_BYTES, read_config, short
+from .folder import WEIGHTS
 
 GOLDEN = "golden.safetensors"
 CARD = "README.md"
@@ -27,9 +28,12 @@ CARD = "README.md"
 DOWNLOADED = (CONFIG, WEIGHTS, GOLDEN, CARD)
 # The largest network here has 22 million parameters, 176 MB in float64.
 MAX_BYTES = {CONFIG: MAX_CONFIG_BYTES, WEIGHTS: 1 << 32, GOLDEN: 1 << 28, CARD: 1 << 22}
+TIMEOUT = 30.0
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".tar", ".joblib", ".npy", ".npz", ".h5", ".keras")
 _FORBIDDEN = re.compile(r"[\x00-\x1f\x7f\\:]")
 # HTTPError and what else the client's HTTP library raises: which one that is differs between its versions.
+# What reading an answer that is no JSON, or other JSON than the Hub's, raises.
+_UNREADABLE = (ValueError, TypeError, LookupError, AttributeError, AssertionError)
 _TRANSPORT_LIBRARIES = ("httpx", "httpx2", "httpcore", "httpcore2", "requests", "urllib3")
 
 
@@ -43,7 +47,7 @@ def check_names(names: Sequence[str], source: str) -> None:
         parts = PurePosixPath(name).parts
         if not parts or name.startswith(("/", "~")) or ".." in parts or _FORBIDDEN.search(name):
             raise ValueError(
-                f"expected plain relative file names in {source}, got {name!r}, which may lead out of its folder: "
+                f"expected plain relative file names in {source}, got {short(name)}, which may lead out of its folder: "
                 "do not use this repository"
             )
 
@@ -112,12 +116,12 @@ def fetch_model(
                 name, revision=revision, cache_dir=cache_dir, allow_patterns=list(DOWNLOADED), local_files_only=True
             )
         else:
-            info = api.model_info(name, revision=revision, files_metadata=True)
+            info = api.model_info(name, revision=revision, files_metadata=True, timeout=TIMEOUT)
             siblings = info.siblings or []
             check_files([sibling.rfilename for sibling in siblings], source)
             for sibling in siblings:
                 limit = MAX_BYTES.get(sibling.rfilename)
-                if limit is not None and (sibling.size or 0) > limit:
+                if limit is not None and int(sibling.size or 0) > limit:
                     raise ValueError(
                         f"expected {sibling.rfilename} in {source} of at most {limit:,} bytes, got {sibling.size:,}: "
                         "it is not what its name says"
@@ -153,13 +157,20 @@ def open_source(source: str, revision: str | None = None, api: HfApi | None = No
     if source.startswith("hf-hub:"):
         return fetch_model(source.removeprefix("hf-hub:"), revision, api)
     path = Path(source.removeprefix("local-dir:"))
-    if path.exists() or source.startswith("local-dir:"):
+    if _exists(path) or source.startswith("local-dir:"):
         if revision is not None:
             raise ValueError(f"expected a repository of the Hub with a revision, got the folder {str(path)!r}")
         return model_folder(path)
     if re.fullmatch(r"[\w.-]+/[\w.-]+(@.+)?", source):
         return fetch_model(source, revision, api)
-    raise ValueError(f"expected a model folder or ORG/NAME on the Hub, got {source!r}: check the name")
+    raise ValueError(f"expected a model folder or ORG/NAME on the Hub, got {short(source)}: check the name")
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except OSError:  # such as a name that is too long
+        return False
 
 
 def model_folder(path: Path) -> Path:
@@ -168,7 +179,7 @@ def model_folder(path: Path) -> Path:
     Raises:
         ValueError: There is neither.
     """
-    if not path.is_dir():
+    if not _exists(path) or not path.is_dir():
         raise ValueError(f"expected a model or run folder, got {str(path)!r}, which is none: check the path")
     folder = path / "model" if (path / "model" / CONFIG).is_file() else path
     check_files([file.name for file in folder.iterdir()], repr(str(folder)))
@@ -177,7 +188,13 @@ def model_folder(path: Path) -> Path:
 
 @contextmanager
 def hub_errors(source: str) -> Iterator[None]:
-    """Turn what the Hub's client raises into a ValueError of one sentence that says what to do."""
+    """Turn what the Hub's client raises into a ValueError of one sentence that says what to do.
+
+    A request within ``with`` may wait for `TIMEOUT` seconds without a byte; the client's own default is for ever.
+    """
+    session = get_session()
+    before = session.timeout
+    session.timeout = TIMEOUT
     try:
         yield
     except HFValidationError as error:
@@ -187,6 +204,8 @@ def hub_errors(source: str) -> Iterator[None]:
         if sentence is None:
             raise
         raise ValueError(sentence) from error
+    finally:
+        session.timeout = before
 
 
 def explain(error: BaseException, source: str) -> str | None:
@@ -212,6 +231,13 @@ def explain(error: BaseException, source: str) -> str | None:
     cause = error.__cause__
     if isinstance(error, RuntimeError) and cause is not None:  # so the client wraps what fails in an upload thread
         return explain(cause, source)
+    if isinstance(error, OSError) and error.errno is not None:
+        return f"expected to store {source}, got {type(error).__name__} ({error.strerror}): free space or set HF_HOME"
+    if isinstance(error, _UNREADABLE) and not str(error).startswith("expected "):
+        return (
+            f"expected the Hub's answer about {source}, got one that cannot be read ({type(error).__name__}), such as "
+            "the login page of a network: check the connection and HF_ENDPOINT"
+        )
     return None
 
 

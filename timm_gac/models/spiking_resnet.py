@@ -20,7 +20,14 @@ from .arguments import check_model_args
 from .blocks import MSBlock, SpikingBlock
 from .checkpoint import checkpoint_filter_fn
 from .network import SpikingResNet
-from .weights import HUB_ORGANISATION, WEIGHTS, describe_weights, explain_missing, weights_cfg
+from .weights import (
+    HUB_ORGANISATION,
+    WEIGHTS,
+    check_available,
+    describe_weights,
+    explain_missing,
+    weights_cfg,
+)
 
 __all__ = ["SpikingResNet"]
 
@@ -34,7 +41,10 @@ def _create_spiking_resnet(variant: str, pretrained: bool = False, **kwargs: Any
     if not pretrained and kwargs.get("pretrained_cfg") is None and own and own.num_classes != default.num_classes:
         # Untrained it has the architecture's own classes and input, whatever its default weights were trained on.
         kwargs["pretrained_cfg"] = own
-    with explain_missing(_repository(variant, kwargs.get("pretrained_cfg"))):
+    fields = _pretrained_fields(variant, kwargs.get("pretrained_cfg"))
+    if pretrained:
+        check_available(fields, overlay)
+    with explain_missing(_repository(variant, fields)):
         network: SpikingResNet = build_model_with_cfg(
             SpikingResNet,
             variant,
@@ -49,10 +59,20 @@ def _create_spiking_resnet(variant: str, pretrained: bool = False, **kwargs: Any
     return network
 
 
-def _repository(variant: str, cfg: Any) -> str:
-    """Where timm looks for weights, by what it passes on as pretrained_cfg: a tag, fields, an object, or nothing."""
-    fields = {"tag": cfg} if isinstance(cfg, str) else cfg if isinstance(cfg, dict) else vars(cfg) if cfg else {}
-    tag = fields.get("tag") or next(iter(default_cfgs[variant].tags))
+def _pretrained_fields(variant: str, cfg: Any) -> dict[str, Any]:
+    """Fields of what timm passes on as pretrained_cfg: a tag, fields, an object, or nothing for the default tag."""
+    if isinstance(cfg, dict):
+        return cfg
+    if cfg and not isinstance(cfg, str):
+        return vars(cfg)
+    tag = cfg or next(iter(default_cfgs[variant].tags))
+    known = default_cfgs[variant].cfgs.get(tag)
+    return {"tag": tag} | (vars(known) | {"tag": tag} if known else {})
+
+
+def _repository(variant: str, fields: dict[str, Any]) -> str:
+    """Where timm looks for weights on the Hub."""
+    tag = fields.get("tag")
     return fields.get("hf_hub_id") or f"{HUB_ORGANISATION}/{variant}" + (f".{tag}" if tag else "")
 
 

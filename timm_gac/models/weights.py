@@ -1,33 +1,64 @@
-"""Sources of published weights: a clone of the repository, else the Hub."""
+"""Sources of published weights: a folder of this machine, else the Hub."""
 
 from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator
+import os
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundError
 
 _logger = logging.getLogger(__name__)
 
 HUB_ORGANISATION = "timm-gac"
 WEIGHTS = "model.safetensors"
+# Whether the Hub has the weights. Without them the client would try for 20 seconds and blame the connection.
+UPLOADED = False
+# Names a folder of model folders MODEL.TAG, such as hub/models of a clone, for a package installed from a wheel.
+FOLDER_VARIABLE = "TIMM_GAC_MODELS"
 _CLONE = Path(__file__).resolve().parents[2] / "hub" / "models"
+# Fields of a pretrained_cfg that name other weights.
+_OWN = ("file", "url", "state_dict", "hf_hub_id")
 
 
 def weights_cfg(model: str, tag: str) -> dict[str, Any]:
     """Fields of a pretrained_cfg by which timm finds published weights.
 
-    From a clone of the repository they are a file, so that loading works offline; from an installed wheel they are the
+    They are a file where TIMM_GAC_MODELS or a clone of the repository has them, so that loading works offline; else the
     Hub's ``ORGANISATION/MODEL.TAG``, of which only safetensors are read.
     """
     name = f"{model}.{tag}"
     source: dict[str, Any] = {"hf_hub_id": f"{HUB_ORGANISATION}/{name}", "hf_hub_filename": WEIGHTS}
-    file = _CLONE / name / WEIGHTS
-    return source | ({"file": str(file)} if file.is_file() else {})
+    folder = os.environ.get(FOLDER_VARIABLE)
+    files = [parent / name / WEIGHTS for parent in ([Path(folder)] if folder else []) + [_CLONE]]
+    return source | next(({"file": str(file)} for file in files if file.is_file()), {})
+
+
+def check_available(cfg: Mapping[str, Any], overlay: Mapping[str, Any]) -> None:
+    """Refuse at once to fetch published weights that are not uploaded.
+
+    Args:
+        cfg: Fields of the pretrained_cfg.
+        overlay: What the user puts over them.
+
+    Raises:
+        OSError: The weights are neither on this machine nor on the Hub.
+    """
+    repository = cfg.get("hf_hub_id") or ""
+    if UPLOADED or not repository.startswith(f"{HUB_ORGANISATION}/") or cfg.get("file"):
+        return
+    if any(overlay.get(key) for key in _OWN) or isinstance(try_to_load_from_cache(repository, WEIGHTS), str):
+        return
+    raise OSError(
+        f"expected weights of {repository.partition('/')[2]} on this machine, got none, and they are not uploaded yet: "
+        f"clone the repository and set {FOLDER_VARIABLE} to its hub/models, or give a file of your own with "
+        "pretrained_cfg_overlay=dict(file=...)"
+    )
 
 
 # What weights were trained on whose licence is no common one, by the tag.
@@ -52,11 +83,14 @@ def describe_weights(model: Any) -> None:
             cfg["tag"],
             TRAINED_ON[cfg["tag"]],
         )
-    config = Path(cfg["file"]).with_name("config.json") if cfg.get("file") else None
-    if config is not None and config.is_file() and not cfg.get("label_names"):
-        names = json.loads(config.read_text(encoding="utf-8")).get("label_names")
-        if names and len(names) == model.num_classes:
-            model.pretrained_cfg = model.default_cfg = cfg | {"label_names": names}
+    if not cfg.get("file") or cfg.get("label_names") or Path(cfg["file"]).is_dir():  # timm reads a folder's config
+        return
+    try:
+        names = json.loads(Path(cfg["file"]).with_name("config.json").read_bytes())["label_names"]
+    except (OSError, ValueError, LookupError, TypeError):  # a file of the user's, with something else beside it
+        return
+    if isinstance(names, list) and len(names) == model.num_classes and all(isinstance(name, str) for name in names):
+        model.pretrained_cfg = model.default_cfg = cfg | {"label_names": names}
 
 
 @contextmanager
@@ -73,7 +107,7 @@ def explain_missing(repository: str) -> Iterator[None]:
         yield
     except (LocalEntryNotFoundError, RepositoryNotFoundError) as error:
         raise OSError(
-            f"expected weights in the Hub's repository {repository}, its cache or a clone's hub/models, got none "
-            f"({type(error).__name__}): check the connection and HF_HUB_OFFLINE, or give a file of your own with "
-            "pretrained_cfg_overlay=dict(file=...)"
+            f"expected weights in the Hub's repository {repository}, its cache, {FOLDER_VARIABLE} or a clone's "
+            f"hub/models, got none ({type(error).__name__}): check the connection and HF_HUB_OFFLINE, or give a file "
+            "of your own with pretrained_cfg_overlay=dict(file=...)"
         ) from error

@@ -187,6 +187,8 @@ def inspect_network(
         images += len(batch)
     if first is None or logits is None:
         raise ValueError("expected at least one image, got none: give a picture")
+    if not bool(logits.isfinite().all()):
+        raise ValueError("expected finite logits, got NaN or infinity: look for it in the weights and the picture")
     count = torch.arange(1, recorder.num_steps + 1)[:, None]
     kept = recorder.first
     gate = None
