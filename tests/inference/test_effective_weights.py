@@ -242,10 +242,12 @@ def test_the_default_device_changes_nothing() -> None:
 @pytest.mark.parametrize("make", MAKES)
 def test_what_is_folded_says_that_it_cannot_be_trained(make: Callable[[nn.Module], nn.Module]) -> None:
     made, images = make(network()), torch.randn(2, 3, 16, 16)
-    expected = made(images)
-    with pytest.raises(ValueError, match="with batch norms to train, got one that is folded or quantised"):
-        made.train()
     assert not any(module.training for module in made.modules())
+    expected = made(images)
+    made.train()
+    for call in (made, made.forward_steps, made.forward_intermediates):
+        with pytest.raises(ValueError, match="with batch norms to train, got one that is folded or quantised"):
+            call(images)
     assert torch.equal(made.eval()(images), expected)
 
 

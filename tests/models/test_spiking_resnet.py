@@ -9,7 +9,10 @@ from collections.abc import Callable
 import pytest
 import timm
 import torch
+from timm.models import _features_fx as timm_fx
+from timm.models._features import FeatureHookNet
 from torch import Tensor, nn
+from torchvision.models.feature_extraction import create_feature_extractor
 
 from gac_kernels import CIFAR, IMAGENET
 from timm_gac import fuse_for_inference, quantize
@@ -245,6 +248,81 @@ def test_features_only_is_the_getter_over_firing_rates() -> None:
     taps = model.forward_intermediates(images(), intermediates_only=True)
     torch.testing.assert_close(backbone.eval()(images()), taps, rtol=0, atol=0)
     assert backbone.feature_info.channels() == [16, 24, 32, 48] and backbone.feature_info.reduction() == [1, 1, 2, 4]
+
+
+@pytest.mark.parametrize("kind", ["hook", "fx", "list", "dict", "Hook", FeatureHookNet])
+def test_features_are_rates_or_refused(kind: object) -> None:
+    with pytest.raises(ValueError, match=r"expected feature_cls='getter' for firing rates \(B, C, H, W\), got"):
+        timm.create_model("test_gac_msresnet", features_only=True, feature_cls=kind)
+    backbone = timm.create_model("test_gac_msresnet", features_only=True, feature_cls="getter", out_indices=(1, 3))
+    assert [tuple(rates.shape) for rates in backbone(images().float())] == [(B, 24, 32, 32), (B, 48, 8, 8)]
+
+
+@pytest.mark.parametrize("change", [lambda model: model, fuse_for_inference, quantize], ids=["float", "folded", "int8"])
+def test_a_module_named_rate_has_the_last_feature_map(change: Callable[[nn.Module], nn.Module]) -> None:
+    model, x, seen = change(tiny().float()), images().float(), []
+    handle = model.rate.register_forward_hook(lambda _module, _inputs, output: seen.append(output))
+    logits = model(x)
+    handle.remove()
+    (rates,) = seen
+    assert rates.shape == (B, 48, 8, 8) and 0 < rates.mean() < 1
+    torch.testing.assert_close(model.fc(rates.mean((2, 3))), logits)
+    if not model.inference_only:  # other networks cannot be traced
+        extracted = timm_fx.create_feature_extractor(model, ["rate"])(x)["rate"]
+        torch.testing.assert_close(extracted, rates)
+
+
+@pytest.mark.parametrize("change", [lambda model: model, fuse_for_inference, quantize], ids=["float", "folded", "int8"])
+def test_extractors_that_cannot_trace_say_what_can(change: Callable[[nn.Module], nn.Module]) -> None:
+    model = change(tiny().float())
+    for trace in (lambda: create_feature_extractor(model, ["layer3"]), lambda: torch.fx.symbolic_trace(model)):
+        with pytest.raises(ValueError, match=r"got Proxy: torch.fx and torchvision's .* features_only=True"):
+            trace()
+
+
+def test_grad_cam_on_the_rates() -> None:
+    """As Grad-CAM tools do: activations and gradients at a module by its name."""
+    model, x, kept = tiny(), images(), {}
+
+    def keep(_module: nn.Module, _inputs: tuple, output: Tensor) -> None:
+        kept["rates"] = output
+        output.register_hook(lambda gradient: kept.__setitem__("gradient", gradient))
+
+    model.get_submodule("rate").register_forward_hook(keep)
+    logits = model(x)
+    logits[:, 3].sum().backward()
+    expected = model.fc.weight[3] / (8 * 8)  # of average pooling and a linear layer
+    torch.testing.assert_close(kept["gradient"], expected[None, :, None, None].expand_as(kept["rates"]))
+
+
+def test_images_and_frames_need_not_be_square() -> None:
+    """The stages' rates of the left half of a wide image are those of a square one, away from the cut."""
+    model, wide = tiny(), images(B, 3, 16, 64)
+    for change in (copy.deepcopy, fuse_for_inference, quantize):
+        made = change(copy.deepcopy(model))
+        logits, steps = made(wide), made.forward_steps(wide)
+        assert logits.shape == (B, 7) and steps.shape == (B, T, 7)
+        torch.testing.assert_close(steps.mean(1), logits)
+        rates = made.forward_features(wide)
+        assert rates.shape == (B, 48, 4, 16)
+        for kind, x in (("tall", wide.transpose(2, 3)), ("frames", wide.unsqueeze(1).repeat(1, T, 1, 1, 1))):
+            out = made.forward_features(x)
+            assert out.shape == ((B, 48, 16, 4) if kind == "tall" else rates.shape)
+            if kind == "frames":
+                torch.testing.assert_close(out, rates)
+    backbone = timm.create_model("test_gac_msresnet", features_only=True)
+    assert [tuple(r.shape[2:]) for r in backbone(wide.float())] == [(16, 64), (16, 64), (8, 32), (4, 16)]
+    overlay = dict(input_size=(3, 16, 64))
+    model = timm.create_model("test_gac_msresnet", pretrained_cfg_overlay=overlay)
+    assert timm.data.resolve_model_data_config(model)["input_size"] == (3, 16, 64)
+
+
+def test_names_of_classes_leave_with_the_classifier() -> None:
+    overlay = dict(num_classes=3, label_names=["a", "b", "c"])
+    model = timm.create_model("test_gac_msresnet", pretrained_cfg_overlay=overlay)
+    assert model.num_classes == 3 and model.pretrained_cfg["label_names"] == ["a", "b", "c"]
+    model.reset_classifier(3)
+    assert "label_names" not in model.pretrained_cfg and "label_names" not in model.default_cfg
 
 
 def test_parameter_groups_follow_depth() -> None:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gac_kernels import LIFSpec, firing_rate, integer_lif, spike_conv, spike_conv_reference
+from gac_kernels import LIFSpec, integer_lif, spike_conv, spike_conv_reference
 
 from ..layers.checks import fixed_num_steps, log_called, may_skip
 from ..layers.convolution import shortcut_operands
@@ -300,7 +300,7 @@ class IntegerSpikingResNet(SpikingResNet):
 
     def _stem(self, x: Tensor) -> Tensor:
         stem = super()._stem(x)
-        if stem.requires_grad:
+        if isinstance(stem, Tensor) and stem.requires_grad:  # under fx it is none
             raise ValueError(
                 "expected a quantised network to run without gradients (with torch.no_grad()), got an input that "
                 "requires one, or a stem that does: take gradients through the float network"
@@ -308,7 +308,7 @@ class IntegerSpikingResNet(SpikingResNet):
         return stem
 
     def _rate(self, spikes: Tensor) -> Tensor:
-        return firing_rate(spikes, self.num_steps, self.conv1.weight.dtype)
+        return self.rate(spikes, self.conv1.weight.dtype)
 
     def forward_steps(self, x: Tensor) -> Tensor:
         """Logits of each time step, ``(B, T, num_classes)``."""

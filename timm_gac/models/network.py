@@ -20,7 +20,7 @@ from timm.models import create_model
 from timm.models._features import feature_take_indices  # timm offers it to model files under this name only
 from torch import Tensor, nn
 
-from gac_kernels import IMAGENET, LIFSpec
+from gac_kernels import IMAGENET, LIFSpec, firing_rate
 
 from ..layers.checks import SetOnce, fixed_num_steps, log_called, may_skip
 from ..layers.convolution import Conv2d
@@ -40,6 +40,11 @@ _ENCODER_FORWARDS = (GatedAttentionCoding.forward,)
 @register_notrace_function
 def fold_time(x: Tensor, num_steps: int) -> Tensor:
     """Event frames ``(B, T, C, H, W)`` as ``(T*B, C, H, W)``; images ``(B, C, H, W)`` as they are."""
+    if not isinstance(x, Tensor):
+        raise ValueError(
+            f"expected a tensor of images, got {type(x).__name__}: torch.fx and torchvision's feature extractor cannot "
+            "trace these networks; take firing rates with timm's features_only=True or forward_intermediates"
+        )
     if x.ndim == 4:
         return x
     if x.ndim != 5 or x.shape[1] != num_steps:
@@ -59,6 +64,32 @@ def unfold_time(stem: Tensor, x: Tensor, num_steps: int) -> Tensor:
     if x.ndim == 5:
         return stem.unflatten(0, [num_steps, x.shape[0]])
     return stem
+
+
+class FiringRate(nn.Module):
+    """Firing rates, the mean of time-folded spikes over time: ``(T*B, C, H, W)`` -> ``(B, C, H, W)``.
+
+    In a network it is named ``rate``: the last feature map, which Grad-CAM and other tools can watch.
+
+    Args:
+        num_steps: Number of time steps T.
+    """
+
+    num_steps = fixed_num_steps()
+
+    def __init__(self, num_steps: int) -> None:
+        super().__init__()
+        self.num_steps = num_steps
+
+    def forward(self, spikes: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """The rates, in the dtype of the spikes or, of integer ones, in ``dtype``."""
+        if dtype is not None:
+            return firing_rate(spikes, self.num_steps, dtype)
+        return torch.ops.gac_kernels.firing_rate(spikes, self.num_steps)
+
+    def extra_repr(self) -> str:
+        """The number of steps."""
+        return f"num_steps={self.num_steps}"
 
 
 class SpikingResNet(nn.Module):
@@ -202,23 +233,11 @@ class SpikingResNet(nn.Module):
                 self.feature_info.append(dict(num_chs=width, reduction=reduction, module=name))
 
         self.num_features = width
+        self.rate = FiringRate(num_steps)
         self.global_pool, self.fc = create_classifier(width, num_classes, pool_type=global_pool, **dd)
         self.head_hidden_size = width * self.global_pool.feat_mult()
         if scaled_init:
             self.init_weights()
-
-    def train(self, mode: bool = True) -> SpikingResNet:
-        """Set the mode of all modules.
-
-        Raises:
-            ValueError: The network is folded or quantised and is to be trained.
-        """
-        if mode and self.inference_only:
-            raise ValueError(
-                "expected a network with batch norms to train, got one that is folded or quantised: create it anew and "
-                "load its weights"
-            )
-        return super().train(mode)
 
     def init_weights(self) -> None:
         """Initialise as the ImageNet models are: see ``scaled_init``."""
@@ -298,7 +317,7 @@ class SpikingResNet(nn.Module):
         return "fc" if name_only else self.fc
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Replace the classifier, keeping the pooling where ``global_pool`` is None."""
+        """Replace the classifier, keeping the pooling where ``global_pool`` is None; names of classes are forgotten."""
         check_model_args(dict(num_classes=num_classes, channels=[*self._args["channels"][:-1], self.num_features]))
         dd = get_device_dtype(self)
         self.num_classes = num_classes
@@ -307,16 +326,24 @@ class SpikingResNet(nn.Module):
         self.head_hidden_size = self.num_features * self.global_pool.feat_mult()
         self.global_pool.train(self.training)
         self.fc.train(self.training)
+        cfg = getattr(self, "pretrained_cfg", {})
+        if cfg.get("label_names"):
+            self.pretrained_cfg = self.default_cfg = {key: cfg[key] for key in cfg if not key.startswith("label_")}
 
     def _stem(self, x: Tensor) -> Tensor:
         """What the encoder takes: ``(B, C, H, W)`` for images, ``(T, B, C, H, W)`` for event frames."""
+        if self.training and self.inference_only and torch.is_grad_enabled() and isinstance(x, Tensor):  # none under fx
+            raise ValueError(
+                "expected a network with batch norms to train, got one that is folded or quantised: create it anew and "
+                "load its weights, or call eval()"
+            )
         stem = self.bn1(self.conv1(fold_time(x, self.num_steps)))
         return unfold_time(stem, x, self.num_steps)
 
     def _encode(self, x: Tensor) -> Tensor:
         """The encoder's output, time-folded: ``(T*B, C, H, W)``."""
         coded = self.encoder(self._stem(x))
-        if coded.shape[0] != self.num_steps:
+        if isinstance(coded, Tensor) and coded.shape[0] != self.num_steps:  # under fx it is none
             raise ValueError(
                 f"expected an encoder of {self.num_steps} time steps, got {coded.shape[0]}: create both with one "
                 "num_steps"
@@ -352,7 +379,7 @@ class SpikingResNet(nn.Module):
 
     def _rate(self, spikes: Tensor) -> Tensor:
         """Mean over time: ``(T*B, C, H, W)`` -> ``(B, C, H, W)``."""
-        return torch.ops.gac_kernels.firing_rate(spikes, self.num_steps)
+        return self.rate(spikes)
 
     def _forward_spikes(self, x: Tensor) -> Tensor:
         """Spikes of the last stage, time-folded: ``(T*B, C', H', W')``."""

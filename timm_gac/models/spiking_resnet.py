@@ -13,6 +13,7 @@ from typing import Any
 
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models._features import FeatureGetterNet
 
 from gac_kernels import CIFAR, IMAGENET
 
@@ -34,6 +35,8 @@ __all__ = ["SpikingResNet"]
 
 def _create_spiking_resnet(variant: str, pretrained: bool = False, **kwargs: Any) -> SpikingResNet:
     check_model_args({"layers": kwargs["layers"]})
+    if kwargs.get("features_only"):
+        _check_feature_class(kwargs.get("feature_cls", "getter"))
     stages = len(kwargs["layers"])
     # Of a Hub repository timm would else read a pickle where it finds no safetensors.
     overlay = {"hf_hub_filename": WEIGHTS} | (kwargs.pop("pretrained_cfg_overlay", None) or {})
@@ -57,6 +60,16 @@ def _create_spiking_resnet(variant: str, pretrained: bool = False, **kwargs: Any
     if pretrained:
         describe_weights(network)
     return network
+
+
+def _check_feature_class(kind: Any) -> None:
+    """Refuse what would take the outputs of modules for features: inside a network time is folded into the batch."""
+    fits = issubclass(kind, FeatureGetterNet) if isinstance(kind, type) else str(kind).lower() == "getter"
+    if not fits:
+        raise ValueError(
+            f"expected feature_cls='getter' for firing rates (B, C, H, W), got {kind!r}, which would give spikes with "
+            "time folded into the batch: leave it out"
+        )
 
 
 def _pretrained_fields(variant: str, cfg: Any) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import try_to_load_from_cache
+from huggingface_hub import hf_hub_download, try_to_load_from_cache
 from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundError
 
 _logger = logging.getLogger(__name__)
@@ -73,7 +73,7 @@ def describe_weights(model: Any) -> None:
 
     Args:
         model: A network with loaded weights. Where it has their classes, ``label_names`` of its ``pretrained_cfg``
-            become those of the config.json beside them, if that is a file here.
+            become those of the config.json beside them.
     """
     cfg = dict(model.pretrained_cfg)
     if cfg.get("license") == "other" and cfg.get("tag") in TRAINED_ON:
@@ -83,14 +83,24 @@ def describe_weights(model: Any) -> None:
             cfg["tag"],
             TRAINED_ON[cfg["tag"]],
         )
-    if not cfg.get("file") or cfg.get("label_names") or Path(cfg["file"]).is_dir():  # timm reads a folder's config
-        return
-    try:
-        names = json.loads(Path(cfg["file"]).with_name("config.json").read_bytes())["label_names"]
-    except (OSError, ValueError, LookupError, TypeError):  # a file of the user's, with something else beside it
-        return
-    if isinstance(names, list) and len(names) == model.num_classes and all(isinstance(name, str) for name in names):
+    names = None if cfg.get("label_names") else _label_names(cfg)
+    if names and len(names) == getattr(model, "num_classes", None):  # none of a network that gives features only
         model.pretrained_cfg = model.default_cfg = cfg | {"label_names": names}
+
+
+def _label_names(cfg: dict[str, Any]) -> list[str] | None:
+    """Names of the classes in the config.json beside weights, which are a file or were just fetched from the Hub."""
+    try:
+        if cfg.get("file"):  # of a folder timm reads the config itself
+            config = Path(cfg["file"]).with_name("config.json")
+        elif cfg.get("hf_hub_id") and not (cfg.get("url") or cfg.get("source")):
+            config = Path(hf_hub_download(cfg["hf_hub_id"], "config.json"))
+        else:
+            return None
+        names = json.loads(config.read_text(encoding="utf-8")).get("label_names")
+    except (OSError, ValueError, AttributeError):  # weights load without names too
+        return None
+    return names if isinstance(names, list) and all(isinstance(name, str) for name in names) else None
 
 
 @contextmanager
