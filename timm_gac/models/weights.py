@@ -91,7 +91,9 @@ def describe_weights(model: Any) -> None:
 def _label_names(cfg: dict[str, Any]) -> list[str] | None:
     """Names of the classes in the config.json beside weights, which are a file or were just fetched from the Hub."""
     try:
-        if cfg.get("file"):  # of a folder timm reads the config itself
+        if cfg.get("file") and Path(cfg["file"]).is_dir():  # timm has read its config
+            return None
+        if cfg.get("file"):
             config = Path(cfg["file"]).with_name("config.json")
         elif cfg.get("hf_hub_id") and not (cfg.get("url") or cfg.get("source")):
             config = Path(hf_hub_download(cfg["hf_hub_id"], "config.json"))
