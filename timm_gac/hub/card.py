@@ -20,7 +20,7 @@ CONVENTIONS = {"strict": "strict", "paper": "paper", "neurobench": "NeuroBench",
 DEFAULT_LICENSE = "apache-2.0"
 PAPER = "arXiv:2308.06582"
 # What "other" stands for here: weights made of ImageNet's photographs.
-OTHER_LICENSE = {"license_name": "imagenet-terms", "license_link": "https://www.image-net.org/download"}
+OTHER_LICENSE: dict[str, Any] = {"license_name": "imagenet-terms", "license_link": "https://www.image-net.org/download"}
 CITATION = """\
 @inproceedings{qiu2024gac,
   title     = {Gated Attention Coding for Training High-performance and Efficient Spiking Neural Networks},
