@@ -17,7 +17,7 @@ from .remote import GOLDEN
 CONVENTIONS = {"strict": "strict", "paper": "paper", "neurobench": "NeuroBench", "ann": "the same layers as an ANN"}
 PAPER = "arXiv:2308.06582"
 # What "other" stands for here: weights made of ImageNet's photographs.
-OTHER_LICENSE = {"license_name": "imagenet-terms", "license_link": "https://www.image-net.org/download"}
+OTHER_LICENSE: dict[str, Any] = {"license_name": "imagenet-terms", "license_link": "https://www.image-net.org/download"}
 CITATION = """\
 @inproceedings{qiu2024gac,
   title     = {Gated Attention Coding for Training High-performance and Efficient Spiking Neural Networks},
