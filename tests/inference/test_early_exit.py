@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -110,6 +111,15 @@ def test_threads_share_one_network(change):
         calls = [pool.submit(run, index % 3) for index in range(60) for run in (early, all_steps)]
         assert all(call.result() for call in calls)
     assert {name: list(vars(module)) for name, module in model.named_modules()} == before
+
+
+def test_stepped_neurons_are_no_news_for_the_log(monkeypatch, caplog):
+    monkeypatch.setattr(sys.modules[fuse_for_inference.__module__], "shift_in_neuron", lambda x: True)
+    model, images = network()
+    fuse_for_inference(model)
+    with caplog.at_level("INFO", logger="timm_gac"):
+        forward_early_exit(model, images, 1.0)
+    assert not caplog.text
 
 
 def test_the_network_is_never_changed():

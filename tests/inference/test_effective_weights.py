@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import sys
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -160,8 +161,12 @@ def longer(model: nn.Module) -> None:
     model.layer2[0].downsample.append(nn.ReLU())
 
 
+def other_norm(model: nn.Module) -> None:
+    model.layer1[0].bn1.norm = nn.GroupNorm(4, 24)
+
+
 @pytest.mark.parametrize("make", MAKES)
-@pytest.mark.parametrize("change", [scaled, wrapped, patched, group_norm, longer])
+@pytest.mark.parametrize("change", [scaled, wrapped, patched, group_norm, longer, other_norm])
 def test_other_modules_are_refused_before_anything_changes(
     change: Callable[[nn.Module], None], make: Callable[[nn.Module], nn.Module]
 ) -> None:
@@ -191,11 +196,27 @@ def test_neurons_and_convolutions_that_integers_do_not_have() -> None:
 
 def test_frozen_norms_are_folded() -> None:
     model, images = network().double(), torch.randn(2, 3, 16, 16).double()
-    model.bn1 = freeze_batch_norm_2d(model.bn1)
-    model.layer2[0].downsample[1] = freeze_batch_norm_2d(model.layer2[0].downsample[1])
+    model = freeze_batch_norm_2d(model)
+    assert not [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
     with torch.no_grad():
         expected = model(images)
         torch.testing.assert_close(fuse_for_inference(model)(images), expected, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("padding", [(1, 1), (0, 2)])
+def test_other_geometries_are_convolved_as_they_are(padding: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU too, where other convolutions are one op with their neuron."""
+    model, images = network().double(), torch.randn(2, 3, 16, 16).double()
+    conv = nn.Conv2d(32, 32, 3, padding=padding, padding_mode="circular", bias=False).double()
+    model.layer2[0].conv2 = conv
+    if padding == (0, 2):
+        conv.padding_mode, conv.dilation, conv.padding = "zeros", (1, 2), (1, 2)
+    with torch.no_grad():
+        expected = model(images)
+        fuse_for_inference(model)
+        monkeypatch.setattr(sys.modules[fuse_for_inference.__module__], "shift_in_neuron", lambda x: True)
+        torch.testing.assert_close(model(images), expected, rtol=1e-9, atol=1e-9)
+    assert not model.layer2[0].conv2.in_one_op and model.layer2[0].conv1.in_one_op
 
 
 def test_hooks_stay_where_modules_are_replaced() -> None:

@@ -13,10 +13,11 @@ from torchvision.ops import FrozenBatchNorm2d
 
 from ..layers.convolution import Conv2d, SpikeConv2d
 from ..layers.neuron import BatchNormLIF, MembraneBatchNormLIF
+from ..layers.shared_norm import NORM_FORWARDS
 from ..models.blocks import MSBlock, SpikingBlock
 from ..models.network import SpikingResNet
 
-__all__ = ["check_foldable", "fold_batch_norm", "plain_weights"]
+__all__ = ["check_foldable", "fold_batch_norm", "is_plain_3x3", "plain_weights"]
 
 _BLOCK_FORWARDS = (MSBlock.forward, SpikingBlock.forward)
 _CONVOLUTION_FORWARDS = (nn.Conv2d.forward, Conv2d.forward, SpikeConv2d.forward)
@@ -59,6 +60,8 @@ def _check_pair(conv_name: str, conv: Any, norm_name: str, norm: Any, norm_forwa
     _check_kind(conv_name, conv, _CONVOLUTION_FORWARDS, "a plain convolution")
     kind = "BatchNormLIF" if norm_forwards is _NEURON_FORWARDS else "a plain batch norm"
     _check_kind(norm_name, norm, norm_forwards, kind)
+    if norm_forwards is _NEURON_FORWARDS:
+        _check_kind(f"{norm_name}.norm", norm.norm, NORM_FORWARDS, "a plain batch norm")
     if norm.running_mean is None or norm.running_var is None:
         raise ValueError(
             f"expected batch norms with running statistics, got {norm_name} without: set running_mean and running_var"
@@ -71,6 +74,17 @@ def _check_kind(name: str, module: nn.Module, forwards: tuple[Any, ...], kind: s
         raise ValueError(
             f"expected {kind} as {name}, got {type(module).__name__} with a forward of its own: it cannot be folded"
         )
+
+
+def is_plain_3x3(conv: nn.Conv2d) -> bool:
+    """Whether a convolution is what the kernels compute: 3x3 with padding 1 and stride 1 or 2, in one group."""
+    return (
+        conv.kernel_size == (3, 3)
+        and conv.stride in ((1, 1), (2, 2))
+        and conv.padding == conv.dilation == (1, 1)
+        and conv.padding_mode == "zeros"
+        and conv.groups == 1
+    )
 
 
 def plain_weights(model: nn.Module) -> None:

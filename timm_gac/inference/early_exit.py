@@ -152,6 +152,8 @@ def _logits(network: Any, coded: Tensor) -> Tensor:
 class _SteppedNeuron:
     """A neuron layer's forward for a single step, going on from the membrane of the step before."""
 
+    by_design = True  # no line in the log says that a forward was replaced
+
     def __init__(self, layer: NeuronLayer) -> None:
         self.layer = layer
         self.membrane: Tensor | None = None  # after the reset, [B, ...]

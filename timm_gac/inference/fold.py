@@ -15,7 +15,7 @@ from ..layers.convolution import shortcut_operands
 from ..layers.neuron import LIF, BatchNormLIF
 from ..layers.neuron_layer import add_residual, at_least_float32, spikes_of
 from ..models.blocks import MSBlock, SpikingBlock, Stage
-from .batch_norm import check_foldable, fold_batch_norm, plain_weights
+from .batch_norm import check_foldable, fold_batch_norm, is_plain_3x3, plain_weights
 
 __all__ = [
     "FoldedBlock",
@@ -73,7 +73,15 @@ class _ShiftedConv2d(nn.Conv2d):
 
 
 class FoldedConv2d(_ShiftedConv2d):
-    """A convolution that adds a folded norm's shift as its bias, unless the neuron behind it does."""
+    """A convolution that adds a folded norm's shift as its bias, unless the neuron behind it does.
+
+    Attributes:
+        in_one_op: Whether `gac_kernels.conv_lif` can compute it together with a neuron.
+    """
+
+    def __init__(self, conv: nn.Conv2d, shift: Tensor) -> None:
+        super().__init__(conv, shift)
+        self.in_one_op = is_plain_3x3(self)
 
     def forward(self, x: Tensor, bits: Tensor | None = None) -> Tensor:
         """The convolution of x; ``bits``, which serve the backward pass alone, are ignored."""
@@ -144,9 +152,20 @@ class FoldedLIF(nn.Module):
             if residual is not None:
                 residual = residual.to(x.dtype)
             spikes, current, _ = torch.ops.gac_kernels.norm_lif(
-                x, residual, None, self.shift, None, None, None, 0.0, self.num_steps,
-                *self.lif.spec.op_arguments, False, self.keep_membrane, "",
-            )  # fmt: skip
+                x,
+                residual,
+                None,  # weight
+                self.shift,
+                None,  # no mean, variance and count: there is no norm, the shift alone is added
+                None,
+                None,
+                0.0,
+                self.num_steps,
+                *self.lif.spec.op_arguments,
+                False,
+                self.keep_membrane,
+                "",
+            )
         else:
             current = x if residual is None else x + residual
             spikes = self.lif(current.unflatten(0, (self.num_steps, -1))).flatten(0, 1)
@@ -207,31 +226,26 @@ _SHORTCUT_FORWARDS = (nn.Sequential.forward,)
 def _convolve_and_fire(
     conv: Any, neuron: Any, x: Tensor, downsample: Any = None, residual: Tensor | None = None
 ) -> Any:
-    """A folded convolution and its neuron, as one op where nobody watches what goes on between them or wants gradients.
+    """A folded convolution and its neuron: on a GPU as one op, where nothing watches them and no gradient is asked for.
 
-    The op has none; convolution and neuron apart have, at the input for instance.
+    The op has no gradients; convolution and neuron one after the other have, at the input for instance.
     """
     gradients = torch.is_grad_enabled() and (x.requires_grad or conv.weight.requires_grad)
     watched = not (
         may_skip(conv, _CONV_FORWARDS) and may_skip(neuron, _NEURON_FORWARDS) and may_skip(neuron.lif, _LIF_FORWARDS)
     )
-    if watched:
+    on_gpu = shift_in_neuron(x)
+    if watched and on_gpu:
         log_called(conv, _CONV_FORWARDS)
         log_called(neuron, _NEURON_FORWARDS)
-    if (
-        not shift_in_neuron(x)
-        or gradients
-        or watched
-        or conv.kernel_size != (3, 3)
-        or conv.stride not in ((1, 1), (2, 2))
-    ):
+    if not on_gpu or gradients or watched or not conv.in_one_op:
         current = conv(x)
         if residual is None:
             return neuron(current)
-        beside = residual if downsample is None else downsample(residual)
-        if gradients or watched or shift_in_neuron(x) or beside.dtype != current.dtype:
-            return neuron(current, beside)
-        return neuron(current.add_(beside))  # in memory that is there: fresh memory costs a CPU more than the sum
+        shortcut = residual if downsample is None else downsample(residual)
+        if gradients or watched or on_gpu or shortcut.dtype != current.dtype:
+            return neuron(current, shortcut)
+        return neuron(current.add_(shortcut))  # in place: fresh memory costs a CPU more than the sum
     dtype = _dtype_on_gpu(conv)
     x, weight = x.to(dtype), conv.weight.to(dtype)
     kernel = None
@@ -241,9 +255,16 @@ def _convolve_and_fire(
         residual, kernel = operands if operands is not None else (downsample(residual), None)
     residual, kernel = (None if tensor is None else tensor.to(dtype) for tensor in (residual, kernel))
     spikes, current = torch.ops.gac_kernels.conv_lif(
-        x, weight, neuron.shift, residual, neuron.num_steps, conv.stride[0], *neuron.lif.spec.forward_arguments,
-        neuron.keep_membrane, kernel,
-    )  # fmt: skip
+        x,
+        weight,
+        neuron.shift,
+        residual,
+        neuron.num_steps,
+        conv.stride[0],
+        *neuron.lif.spec.forward_arguments,
+        neuron.keep_membrane,
+        kernel,
+    )
     return neuron.returned(current, spikes)
 
 

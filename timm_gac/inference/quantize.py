@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..layers.neuron import LIF
 from ..models.blocks import MSBlock, SpikingBlock
 from ..models.network import SpikingResNet
-from .batch_norm import check_foldable, fold_batch_norm, plain_weights
+from .batch_norm import check_foldable, fold_batch_norm, is_plain_3x3, plain_weights
 from .fold import FoldedStem
 from .integer import IntegerBlock, IntegerLIF, IntegerSpikingResNet, RealConv, SpikeConv, current_grid
 
@@ -100,8 +100,7 @@ def _check_parts(model: SpikingResNet) -> None:
 
 
 def _check_geometry(name: str, conv: nn.Conv2d) -> None:
-    plain = conv.kernel_size == (3, 3) and conv.padding == conv.dilation == (1, 1) and conv.padding_mode == "zeros"
-    if not plain or conv.groups != 1 or conv.stride not in ((1, 1), (2, 2)):
+    if not is_plain_3x3(conv):
         raise ValueError(
             f"expected a 3x3 convolution with padding 1 and stride 1 or 2 as {name}, got {conv}: it cannot be quantised"
         )

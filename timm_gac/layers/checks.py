@@ -89,7 +89,7 @@ def why_called(module: nn.Module, forwards: Forwards) -> str | None:
 
 def log_called(module: nn.Module, forwards: Forwards) -> None:
     """Log once why a module is called where a faster kernel could have done its work; nothing while compiling."""
-    if torch.compiler.is_compiling() or module in _LOGGED:
+    if torch.compiler.is_compiling() or module in _LOGGED or getattr(vars(module).get("forward"), "by_design", False):
         return
     reason = why_called(module, forwards)
     if reason is not None:
