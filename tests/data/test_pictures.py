@@ -185,6 +185,7 @@ def test_names_on_a_terminal_have_no_control_characters():
         (("b", "c"), ("a", "b", "c"), [1, 2]),
         (("Aquarium_Fish", "bed"), ("bed", "aquarium-fish"), [1, 0]),
         (("0", "1"), ("zero", "one"), None),
+        (("n02124075", "n01443537"), ("n01443537 goldfish", "n02124075 Egyptian cat", "n02808440 bathtub"), [1, 0]),
     ],
 )
 def test_labels_follow_names(found, wanted, labels):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from .pictures import join_names
 __all__ = ["known_label_names", "match_labels"]
 
 _FILE = Path(__file__).with_name("label_names.json")
+_SYNSET = re.compile(r"n\d{8}")
 _logger = logging.getLogger(__name__)
 
 
@@ -30,7 +32,8 @@ def known_label_names(dataset: str) -> tuple[str, ...]:
 def match_labels(found: Sequence[str], wanted: Sequence[str], data: str, *, strict: bool = False) -> list[int] | None:
     """The label that each class of a data set has in a network, by its name.
 
-    Names are compared without regard to case, and ``_`` and ``-`` are spaces. Where no name at all is shared but the
+    Names are compared without regard to case, and ``_`` and ``-`` are spaces. A name that begins with a synset of
+    WordNet, such as ``n02124075 Egyptian cat``, is known by the synset, as ImageNet's folders are called. Where no name at all is shared but the
     number of classes is the same, as for the digits "0" and "zero", the classes are taken in order, and a warning
     says so.
 
@@ -72,4 +75,5 @@ def match_labels(found: Sequence[str], wanted: Sequence[str], data: str, *, stri
 
 
 def _key(name: str) -> str:
-    return " ".join(name.casefold().replace("_", " ").replace("-", " ").split())
+    words = name.casefold().replace("_", " ").replace("-", " ").split()
+    return words[0] if words and _SYNSET.fullmatch(words[0]) else " ".join(words)
