@@ -5,13 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import timm.data
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 
+from timm_gac.data.pictures import PictureError, create_picture_transform, read_picture
 from timm_gac.energy import EnergyMeter, EnergyReport
 from timm_gac.hub import load_model
 from timm_gac.hub.dataset import DIGITS
@@ -19,7 +21,7 @@ from timm_gac.hub.facts import Facts, gather
 from timm_gac.inference.record import record_spikes
 
 MAX_FILE_BYTES = 20 << 20
-MAX_PIXELS = 50_000_000
+MAX_PIXELS = 25_000_000  # 75 MB in memory, and only while it is prepared
 
 
 @dataclass(frozen=True)
@@ -73,6 +75,8 @@ class Network:
         self.model: Any = load_model(folder)
         self.facts: Facts = gather(folder, folder)
         self.config = timm.data.resolve_data_config(pretrained_cfg=self.model.pretrained_cfg)
+        self._transform = create_picture_transform(self.model.pretrained_cfg)
+        self._lock = Lock()
 
     @cached_property
     def labels(self) -> list[str]:
@@ -83,30 +87,29 @@ class Network:
         return [f"{kind} {index}" for index in range(self.facts.num_classes)]
 
     def prepare(self, picture: Image.Image) -> Tensor:
-        """A picture as the network's input, (1, C, H, W).
+        """A picture as the network's input, (1, C, H, W), prepared as `timm-gac predict` does.
 
         For networks of one channel, dark ink on a light ground is inverted: they were trained on light digits.
         """
         channels = self.config["input_size"][0]
         if channels not in (1, 3):
             raise ValueError(f"expected a network for grey or colour pictures, got one for {channels} channels")
-        picture = picture.convert("L" if channels == 1 else "RGB")
-        size = min(picture.size)
-        picture = ImageOps.fit(picture, (size, size))
-        transform = timm.data.create_transform(**self.config, is_training=False)
-        pixels = transform(picture)[None]
+        pixels = self._transform(read_picture(picture, channels))[None]
         if channels == 1:
             border = torch.cat([pixels[..., 0, :], pixels[..., -1, :], pixels[..., 0], pixels[..., -1]], -1)
             pixels = -pixels if border.mean() > 0 else pixels
         return pixels
 
     @torch.no_grad()
-    def analyse(self, picture: Image.Image) -> Analysis:
-        """Run a picture through the network and record what happens in it."""
-        pixels = self.prepare(picture)
+    def analyse(self, pixels: Tensor) -> Analysis:
+        """Run a picture through the network and record what happens in it; one visitor's after the other.
+
+        Args:
+            pixels: Of `prepare`.
+        """
         mean, std = (torch.tensor(self.config[key])[:, None, None] for key in ("mean", "std"))
         meter = EnergyMeter(self.model)
-        with meter, record_spikes(self.model) as recording:
+        with self._lock, meter, record_spikes(self.model) as recording:
             steps = self.model.forward_steps(pixels)[0]
         gate = None if recording.gate is None else recording.gate[0].mean(1)
         spikes = {
@@ -128,14 +131,18 @@ def open_picture(file: Path) -> Image.Image:
     if size > MAX_FILE_BYTES:
         raise ValueError(f"Please choose a picture of at most {MAX_FILE_BYTES >> 20} MB; this one has {size >> 20} MB.")
     try:
-        with Image.open(file) as picture:
-            if picture.width * picture.height > MAX_PIXELS:
-                raise ValueError(
-                    f"Please choose a picture of at most {MAX_PIXELS // 1_000_000} megapixels; this one has "
-                    f"{picture.width} x {picture.height} pixels."
-                )
-            return ImageOps.exif_transpose(picture).convert("RGB")
-    except UnidentifiedImageError as error:
+        with Image.open(file) as picture:  # reads its head alone
+            width, height = picture.size
+    except Image.UnidentifiedImageError as error:
         raise ValueError("This file is not a picture. Please choose a PNG, JPEG or WebP file.") from error
-    except (OSError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
+    except (OSError, SyntaxError, EOFError, ValueError, Image.DecompressionBombError) as error:
         raise ValueError(f"This picture is damaged and cannot be read ({type(error).__name__}).") from error
+    if width * height > MAX_PIXELS:
+        raise ValueError(
+            f"Please choose a picture of at most {MAX_PIXELS // 1_000_000} megapixels; this one has "
+            f"{width} x {height} pixels."
+        )
+    try:
+        return read_picture(file)
+    except PictureError as error:
+        raise ValueError("This picture is damaged, or of a kind that cannot be read.") from error

@@ -17,6 +17,7 @@ import numpy as np
 from analysis import Network, open_picture
 from pictures import examples
 from PIL import Image
+from torch import Tensor
 
 from timm_gac.hub import open_source
 from timm_gac.hub.dataset import DIGITS
@@ -39,6 +40,7 @@ HEADINGS = {
     "raster": "Spikes, and firing rate of each layer",
     "energy": "Energy, estimated",
 }
+KEEP_SECONDS = 1800  # of a visitor's prepared picture, and of uploaded and drawn files
 ENERGY_NOTE = (
     "Estimated from counted operations at 45 nm (4.6 pJ a multiply-accumulate, 0.9 pJ an accumulate; memory traffic, "
     "norms and neurons left out), not measured on a chip. *Strict* counts a multiply-accumulate wherever a layer's input "
@@ -112,10 +114,18 @@ def build(networks: Mapping[str, Network]) -> gr.Blocks:
     """The page; it opens with the first picture to pick, where there is one."""
     titles = list(networks)
     pictures = examples(networks[titles[0]].config["input_size"][0])
-    with gr.Blocks(title="Gated attention coding", analytics_enabled=False) as page:
+    # A session keeps a picture as the networks see it, some kilobytes, and not the picture itself.
+    Prepared = dict[str, Tensor]
+
+    def prepare(picture: Image.Image) -> Prepared:
+        return {title: network.prepare(picture) for title, network in networks.items()}
+
+    with gr.Blocks(
+        title="Gated attention coding", analytics_enabled=False, delete_cache=(KEEP_SECONDS, KEEP_SECONDS)
+    ) as page:
         gr.Markdown("# A spiking network, step by step")
         about = gr.Markdown(describe(networks[titles[0]]), elem_id="about")
-        current = gr.State(pictures[0] if pictures else None)
+        current = gr.State(prepare(pictures[0]) if pictures else None, time_to_live=KEEP_SECONDS)
         choice = gr.Radio(
             titles, value=titles[0], label="Encoder", visible=len(titles) > 1, elem_id="network"
         )
@@ -133,13 +143,13 @@ def build(networks: Mapping[str, Network]) -> gr.Blocks:
         outputs = [current, about, summary, gate_column, *(figure for _, figure in figures_below.values())]
         gr.Markdown(ENERGY_NOTE)
 
-        def show(picture: Image.Image | None, title: str) -> list[object]:
+        def show(prepared: Prepared | None, title: str) -> list[object]:
             network = networks[title]
-            if picture is None:
+            if prepared is None:
                 return [None, describe(network), *[gr.skip()] * (len(outputs) - 2)]
-            analysis = network.analyse(picture)
+            analysis = network.analyse(prepared[title])
             return [
-                picture,
+                prepared,
                 describe(network),
                 figures.summary(analysis, network),
                 gr.update(visible=analysis.gate is not None),
@@ -151,18 +161,21 @@ def build(networks: Mapping[str, Network]) -> gr.Blocks:
 
         def uploaded(file: str, title: str) -> list[object]:
             try:
-                return show(open_picture(Path(file)), title)
+                return show(prepare(open_picture(Path(file))), title)
             except ValueError as error:  # not gr.Error, which would cover the figures that are there
                 gr.Warning(str(error), title="Not shown")
                 return [gr.skip(), gr.skip(), f"**{error}**", *[gr.skip()] * (len(outputs) - 3)]
+            finally:
+                Path(file).unlink(missing_ok=True)  # of a visitor, and no longer needed
 
         def picked(title: str, event: gr.SelectData) -> list[object]:
-            return show(pictures[event.index], title)
+            return show(prepare(pictures[event.index]), title)
 
-        page.load(show, [current, choice], outputs, api_name=False)
-        upload.upload(uploaded, [upload, choice], outputs, api_name="analyse")
-        gallery.select(picked, choice, outputs, api_name=False)
-        choice.change(show, [current, choice], outputs, api_name=False)
+        one = {"concurrency_limit": 1, "concurrency_id": "analysis"}  # decodes and analyses one picture at a time
+        page.load(show, [current, choice], outputs, api_name=False, **one)
+        upload.upload(uploaded, [upload, choice], outputs, api_name="analyse", **one)
+        gallery.select(picked, choice, outputs, api_name=False, **one)
+        choice.change(show, [current, choice], outputs, api_name=False, **one)
     return page
 
 

@@ -12,6 +12,8 @@ from matplotlib import colormaps
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from timm_gac.analysis.inspect.figures import choose_trains
+
 WIDTH, DPI, FONT = 6.4, 120, 13
 NEURONS = 24
 SPIKING, SPIKING_PALE, DENSE = "#2a6f97", "#8fb8d0", "#b5651d"
@@ -60,7 +62,7 @@ def classes(analysis: Analysis, labels: Sequence[str], count: int = 5) -> np.nda
 
 
 def raster(analysis: Analysis) -> np.ndarray:
-    """Spikes of some neurons of each layer over time, those whose firing varies first, beside each layer's rate."""
+    """Spikes of some neurons of each layer over time, spread over those that fire, and each layer's rate."""
     figure, axes = new_figure(
         1.0 + 0.7 * len(analysis.spikes), 1, 2, sharey=True, gridspec_kw={"width_ratios": [3, 1.1]}
     )
@@ -68,10 +70,9 @@ def raster(analysis: Analysis) -> np.ndarray:
     top, places, names = 0.0, [], []
     colours = colormaps["viridis"]
     for index, (name, spikes) in enumerate(analysis.spikes.items()):
-        trains = (spikes != 0).float().flatten(1)  # (T, neurons)
-        count = min(NEURONS, trains.shape[1])
-        score = trains.var(0, correction=0) + 1e-3 * trains.mean(0)
-        when, which = trains[:, score.topk(count).indices.sort().values].nonzero(as_tuple=True)
+        trains = choose_trains(spikes, NEURONS)  # (T, neurons)
+        count = trains.shape[1]
+        when, which = trains.nonzero(as_tuple=True)
         colour = colours(0.85 * index / max(1, len(analysis.spikes) - 1))
         trains_axis.hlines(top + which, when + 0.08, when + 0.92, linewidth=1.4, color=colour)
         rate = analysis.rates[name]

@@ -12,6 +12,7 @@ import sys
 import time
 import urllib.request
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -22,6 +23,7 @@ import timm
 import torch
 from PIL import Image
 
+from timm_gac.cli.sources import open_pictures
 from timm_gac.hub import save_model_folder
 from timm_gac.layers.neuron import BatchNormLIF
 
@@ -79,8 +81,8 @@ def picture(seed: int = 0, size: tuple[int, int] = (40, 32)) -> Image.Image:
 
 
 def test_analysis_is_what_the_network_computes(network: Any) -> None:
-    result = network.analyse(picture())
     pixels = network.prepare(picture())
+    result = network.analyse(pixels)
     assert pixels.shape == (1, 3, 16, 16)
     model = network.model
     with torch.no_grad():
@@ -102,7 +104,7 @@ def test_analysis_is_what_the_network_computes(network: Any) -> None:
 
 
 def test_energy_is_the_count_by_hand(network: Any) -> None:
-    result = network.analyse(picture())
+    result = network.analyse(network.prepare(picture()))
     layers = {layer.name: layer for layer in result.report.layers}
     assert (layers["conv1"].macs, layers["conv1"].runs) == (16 * 16 * 16 * 27, 1)
     assert (layers["layer2.0.conv2"].macs, layers["layer2.0.conv2"].runs) == (32 * 8 * 8 * 32 * 9, 4)
@@ -118,10 +120,25 @@ def test_energy_is_the_count_by_hand(network: Any) -> None:
     assert 0 < result.energy["paper"] < result.energy["strict"]
 
 
+def test_visitors_at_once_get_the_figures_of_their_own_pictures(network: Any) -> None:
+    pixels = [network.prepare(picture(seed)) for seed in range(8)]
+    alone = [network.analyse(one).energy["strict"] for one in pixels]
+    with ThreadPoolExecutor(8) as pool:
+        together = [result.energy["strict"] for result in pool.map(network.analyse, pixels)]
+    assert together == alone and len(set(alone)) > 1
+
+
+def test_pictures_are_prepared_as_predict_does(network: Any, tmp_path: Path) -> None:
+    picture(size=(47, 31)).save(tmp_path / "wide.png")
+    ours = network.prepare(Image.open(tmp_path / "wide.png"))
+    assert torch.equal(ours, open_pictures([tmp_path / "wide.png"], network.model))
+
+
 def test_direct_coding_has_no_gate(analysis: ModuleType, figures: ModuleType, tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = timm.create_model("msresnet18_cifar", num_classes=3, num_steps=2)
-    result = analysis.Network(save_model_folder(model.eval(), tmp_path / "direct")).analyse(picture())
+    network = analysis.Network(save_model_folder(model.eval(), tmp_path / "direct"))
+    result = network.analyse(network.prepare(picture()))
     assert result.gate is None and figures.gate(result) is None
     assert result.steps.shape == (2, 3)
 
@@ -136,7 +153,7 @@ def test_grey_networks_see_light_ink_whatever_the_paper(analysis: ModuleType, tm
 
 
 def test_figures_follow_the_picture(network: Any, figures: ModuleType) -> None:
-    first, second = network.analyse(picture(0)), network.analyse(picture(1))
+    first, second = (network.analyse(network.prepare(picture(seed))) for seed in (0, 1))
     fewer = dataclasses.replace(second.report, layers=second.report.layers[1:])
     second = dataclasses.replace(second, steps=10 * second.steps, report=fewer)  # enough to be seen
     for draw in (figures.gate, figures.raster, lambda result: figures.classes(result, network.labels), figures.energy):

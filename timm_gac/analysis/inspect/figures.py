@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .record import BINS, HIGH, LOW, Inspection
 
-__all__ = ["FIGURES", "draw_trains"]
+__all__ = ["FIGURES", "choose_trains", "draw_trains"]
 
 WIDTH, DPI, FONT = 6.4, 130, 12
 NEURONS = 24
@@ -38,15 +38,29 @@ def draw_trains(axis: Any, trains: dict[str, Tensor]) -> None:
     axis.set_yticks([place for place, _ in labels], [name for _, name in labels])
 
 
-def _some_neurons(spikes: Tensor) -> Tensor:
-    """Some neurons of (T, C, H, W), (T, neurons): from all over those that change, then those that always fire."""
-    trains = spikes.flatten(1)
-    mean = trains.float().mean(0)
-    changing, others = ((mean > 0) & (mean < 1)).nonzero()[:, 0], ((mean == 0) | (mean == 1)).nonzero()[:, 0]
-    count = min(NEURONS, len(changing))
-    chosen = changing[torch.arange(count) * len(changing) // max(1, count)]
-    rest = others[mean[others].argsort(descending=True, stable=True)][: NEURONS - count]
-    return trains[:, torch.cat((chosen, rest)).sort().values]
+def choose_trains(spikes: Tensor, count: int = NEURONS) -> Tensor:
+    """Spikes of some neurons for a raster: spread evenly over those that fire, then over silent ones if these are few.
+
+    Neurons that fire at every step are among them, in proportion: on a static image those that fire at the first step
+    often do, and a raster of changing neurons alone would show an empty first step.
+
+    Args:
+        spikes: ``(T, C, H, W)``, zero or not.
+        count: Number of neurons.
+
+    Returns:
+        bool ``(T, neurons)``.
+    """
+    trains = spikes.flatten(1) != 0
+    active = trains.any(0)
+    firing, silent = active.nonzero()[:, 0], (~active).nonzero()[:, 0]
+    chosen = _spread(firing, count)
+    return trains[:, torch.cat((chosen, _spread(silent, count - len(chosen)))).sort().values]
+
+
+def _spread(indices: Tensor, count: int) -> Tensor:
+    count = min(count, len(indices))
+    return indices[torch.arange(count) * len(indices) // max(1, count)]
 
 
 def _figure(height: float) -> Any:
@@ -164,7 +178,7 @@ def draw_raster(inspection: Inspection) -> Any:
     """Spikes of some neurons of each layer over time, for the picture that is drawn."""
     figure = _figure(0.9 + 0.55 * len(inspection.layers))
     axis = figure.subplots()
-    draw_trains(axis, {layer.name: _some_neurons(layer.spikes) for layer in inspection.layers})
+    draw_trains(axis, {layer.name: choose_trains(layer.spikes) for layer in inspection.layers})
     axis.set_xlim(0, inspection.num_steps)
     for step in range(1, inspection.num_steps):
         axis.axvline(step, color="0.85", linewidth=1)
@@ -237,7 +251,7 @@ FIGURES: dict[str, tuple[str, str, Callable[[Inspection], Any]]] = {
     ),
     "raster": (
         "Spikes",
-        f"One column a time step, one line a neuron: {NEURONS} of each layer, from all over those that change. Of the "
+        f"One column a time step, one line a neuron: {NEURONS} of each layer, spread over those that fire. Of the "
         "encoder, gated spikes that are not 0.",
         draw_raster,
     ),
