@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import sys
@@ -16,11 +17,14 @@ from PIL import Image
 from timm.data import IterableImageDataset
 
 from fuzz_pictures import KINDS, fuzz
+from timm_gac import cli
 from timm_gac.cli.sources import open_pictures
 from timm_gac.data import create_stream_loaders, load_arrays, open_test_set
 from timm_gac.data.dataset import FolderReader, open_dataset
 from timm_gac.data.labels import match_labels
 from timm_gac.data.pictures import PictureError, find_pictures, plain, read_picture
+from timm_gac.train.loop import RunOptions, train
+from timm_gac.train.recipes import Recipe
 
 
 @pytest.fixture
@@ -152,7 +156,7 @@ def test_folders_are_searched_without_hidden_files_loops_and_pipes(tmp_path):
     (tmp_path / "a" / "loop").symlink_to(tmp_path)
     (tmp_path / "a" / "again").symlink_to(tmp_path / "a")
     os.mkfifo(tmp_path / "a" / "pipe.png")
-    assert find_pictures(tmp_path) == [tmp_path / "a" / "deep" / "x.PNG"]
+    assert find_pictures(tmp_path) == [str(tmp_path / "a" / "deep" / "x.PNG")]
     with pytest.raises(PictureError, match="no regular file"):
         read_picture(tmp_path / "a" / "pipe.png")
 
@@ -228,6 +232,35 @@ def test_a_test_set_gives_the_labels_of_the_network(tmp_path, cfg, side):
         open_test_set("folder", cfg, num_classes=3, **options)
     with pytest.raises(ValueError, match="got cherry too"):
         open_test_set("folder", cfg, num_classes=3, label_names=("apple", "banana", "plum"), **options)
+
+
+def test_a_streamed_run_has_the_classes_of_its_folder(tmp_path):
+    for split, names in (("train", ("n2", "n10", "n1")), ("val", ("n10",))):
+        for name in names:
+            for index in range(2):
+                save(tmp_path / split / name / f"{index}.png", 80 * index, (40, 40))
+    (tmp_path / "train" / "empty").mkdir()
+    recipe = Recipe(
+        model="test_gac_msresnet",
+        data="folder",
+        data_dir=str(tmp_path),
+        stream=True,
+        image_size=32,
+        epochs=1,
+        batch_size=2,
+        num_steps=1,
+        num_workers=0,
+    )
+    out = tmp_path / "run"
+    assert train(recipe, RunOptions(out=out, cpu=True)) == 0
+    config = json.loads((out / "model" / "config.json").read_text())
+    assert config["label_names"] == ["n1", "n2", "n10"] and config["num_classes"] == 3
+    file = tmp_path / "eval.json"
+    assert cli.main(["eval", str(out), "--data", "folder", "--data-dir", str(tmp_path), "--json", str(file)]) == 0
+    trained = json.loads((out / "result.json").read_text()) if (out / "result.json").is_file() else {}
+    assert json.loads(file.read_text())["images"] == 2
+    if trained:
+        assert json.loads(file.read_text())["top1"] == trained["top1"]
 
 
 def test_an_npz_is_matched_by_name_too(tmp_path, cfg):

@@ -129,7 +129,7 @@ def _loop(model: SpikingResNet, name: str, mode: str) -> nn.Module:
 
 def _spikingjelly(model: SpikingResNet, name: str, mode: str) -> nn.Module:
     if importlib.util.find_spec("spikingjelly") is None:
-        raise Unavailable("spikingjelly is not installed: pip install 'timm-gac[spikingjelly]'")
+        raise Unavailable("spikingjelly is not installed: pip install spikingjelly")
     return TimeMajorNet(model, SpikingJellyNeuron(model.spec))
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import tempfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -48,6 +47,8 @@ def check_writable(folder: Path | None, option: str) -> None:
     """
     if folder is None:
         return
+    import tempfile
+
     place = folder
     while not place.exists() and place != place.parent:
         place = place.parent

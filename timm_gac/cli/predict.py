@@ -85,7 +85,7 @@ def list_pictures(paths: Iterable[Path]) -> tuple[list[Path], list[str]]:
 
     found, problems = list[Path](), list[str]()
     for path in paths:
-        inside = find_pictures(path) if path.is_dir() else [path]
+        inside = [*map(Path, find_pictures(path))] if path.is_dir() else [path]
         found += inside
         if not inside:
             problems.append(f"expected pictures in {str(path)!r}, got none of {', '.join(SUFFIXES)}: check the folder")

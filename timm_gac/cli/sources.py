@@ -182,7 +182,7 @@ def open_images(
         if not (found := find_pictures(path)):
             raise ValueError(f"expected pictures in {data!r}, got none of {', '.join(SUFFIXES)}: check the folder")
         problems = list[str]()
-        images = open_pictures(_spread(found, limit), model, problems)
+        images = open_pictures(map(Path, _spread(found, limit)), model, problems)
         for problem in problems:
             _logger.warning("skipped: %s", problem)
         return images

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,9 @@ from PIL import Image
 from torch.utils.data import Dataset, IterableDataset
 
 from .labels import match_labels
-from .pictures import SUFFIXES, PictureError, find_pictures, join_names, read_picture
+from .pictures import SUFFIXES, PictureError, find_pictures, holds_picture, join_names, read_picture
 
-__all__ = ["PictureDataset", "class_names", "open_dataset"]
+__all__ = ["PictureDataset", "class_names", "open_dataset", "read_class_names"]
 
 _FOLDERS = ("folder", "image_folder", "torch/folder", "torch/image_folder")
 _KINDS = ("torch", "hfds", "hfids", "tfds", "wds")
@@ -35,14 +36,18 @@ class FolderReader:
     def __init__(self, folder: Path) -> None:
         from timm.utils.misc import natural_key
 
-        pictures = [(path, path.relative_to(folder).parts) for path in find_pictures(folder)]
+        start = len(os.path.join(folder, ""))  # noqa: PTH118
+        try:
+            pictures = [(path, path[start:].split(os.sep)) for path in find_pictures(folder)]  # noqa: PTH206
+        except OSError as error:
+            raise ValueError(f"expected a folder that can be read, got {error}: check its permissions") from error
         loose = [parts[0] for _, parts in pictures if len(parts) == 1]
         if loose or not pictures:
             got = f"{len(loose)} beside them ({join_names(loose, 2)})" if loose else f"none of {', '.join(SUFFIXES)}"
             raise ValueError(f"expected pictures in a folder a class, {folder}/CLASS/PICTURE, got {got}: sort them so")
-        names = sorted({parts[0] for _, parts in pictures}, key=natural_key)
+        names = _in_order({parts[0] for _, parts in pictures})
         self.class_to_idx = {name: label for label, name in enumerate(names)}
-        samples = [(str(path), self.class_to_idx[parts[0]]) for path, parts in pictures]
+        samples = [(path, self.class_to_idx[parts[0]]) for path, parts in pictures]
         self.samples = sorted(samples, key=lambda sample: natural_key(sample[0]))
 
     def __len__(self) -> int:
@@ -152,6 +157,25 @@ def open_dataset(
     if labels is not None:
         source.target_transform = labels.__getitem__  # type: ignore[attr-defined]
     return source
+
+
+def read_class_names(data: str, split: str, data_dir: str | None, **options: Any) -> tuple[str, ...]:
+    """`class_names` of a data set, for a folder without listing its pictures.
+
+    Raises:
+        ValueError: As for `open_dataset`.
+    """
+    if data not in _FOLDERS:
+        return class_names(open_dataset(data, split, data_dir, **options))
+    folder = _split_folder(_folder(data, data_dir), split)
+    return tuple(_in_order(path.name for path in folder.iterdir() if path.is_dir() and holds_picture(path)))
+
+
+def _in_order(names: Iterable[str]) -> list[str]:
+    """Names of classes as timm sorts them: numbers in them by their value."""
+    from timm.utils.misc import natural_key
+
+    return sorted(names, key=natural_key)
 
 
 def class_names(dataset: Any) -> tuple[str, ...]:

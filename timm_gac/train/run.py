@@ -25,7 +25,15 @@ from .optim import MovingAverage, create_optimizer, freeze_stages
 from .options import RunOptions
 from .recipes import Recipe
 from .runlog import RESULT_COLUMNS, check_same_recipe, environment, read_metrics
-from .setup import create_accelerator, create_loaders, create_network, describe_input, prepare, read_sets
+from .setup import (
+    count_stream_classes,
+    create_accelerator,
+    create_loaders,
+    create_network,
+    describe_input,
+    prepare,
+    read_sets,
+)
 from .step import PerStepLogits, TrainStep
 from .sync import synchronise_norms
 
@@ -87,8 +95,9 @@ class Run:
         with self.accelerator.main_process_first():  # it decodes and caches, the others read the cache
             sets = read_sets(recipe, self.main)
         side = recipe.image_size or 224
-        num_classes, shape = 1000, torch.Size((3, side, side))
-        if sets is not None:
+        if sets is None:
+            num_classes, shape = count_stream_classes(recipe), torch.Size((3, side, side))
+        else:
             num_classes, shape = sets[0].num_classes, sets[0].images.shape[1:]
         self.network = create_network(recipe, num_classes, shape[0])
         describe_input(self.network, shape, whole=sets is not None)

@@ -12,10 +12,19 @@ from accelerate import Accelerator, DistributedType
 from torch import nn
 
 from ..data import DeviceLoader, ImageArrays, StreamLoader, create_stream_loaders, load_arrays
+from ..data.dataset import read_class_names
 from ..runtime.collectives import share_tensors
 from .recipes import Recipe
 
-__all__ = ["Loaders", "create_accelerator", "create_loaders", "create_network", "describe_input", "prepare"]
+__all__ = [
+    "Loaders",
+    "count_stream_classes",
+    "create_accelerator",
+    "create_loaders",
+    "create_network",
+    "describe_input",
+    "prepare",
+]
 
 MIXED_PRECISION = {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}
 EVAL_BATCH = 512
@@ -148,6 +157,12 @@ def read_sets(recipe: Recipe, progress: bool) -> tuple[ImageArrays, ImageArrays]
 
     train = read("train")
     return train, read("test", train.label_names)
+
+
+def count_stream_classes(recipe: Recipe) -> int:
+    """Classes of a recipe's streamed training set; ImageNet's 1000 where it does not name them."""
+    options = {"is_training": False, "batch_size": recipe.batch_size, "seed": recipe.seed}
+    return len(read_class_names(recipe.data, "train", recipe.data_dir, **options)) or 1000
 
 
 def create_loaders(
