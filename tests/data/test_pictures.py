@@ -257,10 +257,8 @@ def test_a_streamed_run_has_the_classes_of_its_folder(tmp_path):
     assert config["label_names"] == ["n1", "n2", "n10"] and config["num_classes"] == 3
     file = tmp_path / "eval.json"
     assert cli.main(["eval", str(out), "--data", "folder", "--data-dir", str(tmp_path), "--json", str(file)]) == 0
-    trained = json.loads((out / "result.json").read_text()) if (out / "result.json").is_file() else {}
-    assert json.loads(file.read_text())["images"] == 2
-    if trained:
-        assert json.loads(file.read_text())["top1"] == trained["top1"]
+    evaluated, trained = (json.loads(path.read_text()) for path in (file, out / "eval.json"))
+    assert evaluated["images"] == trained["images"] == 2 and evaluated["top1"] == trained["top1"]
 
 
 def test_an_npz_is_matched_by_name_too(tmp_path, cfg):
