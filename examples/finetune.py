@@ -1,6 +1,6 @@
 """Fine-tune a spiking network on pictures (FOLDER/train/CLASS/*, FOLDER/val/CLASS/*) with timm and accelerate.
 
-python examples/finetune.py FOLDER --model gac_msresnet34 --epochs 3
+python examples/finetune.py FOLDER --model gac_msresnet18_cifar --epochs 3
 accelerate launch --config_file examples/accelerate/several_gpus.yaml examples/finetune.py FOLDER
 """
 
@@ -16,8 +16,8 @@ import timm_gac  # noqa: F401 (registers the models)
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("folder", help="pictures: train/CLASS/* and val/CLASS/*")
-parser.add_argument("--model", default="gac_msresnet34", help="a name (random weights), or local-dir:..., hf-hub:...")
-parser.add_argument("--pretrained", action="store_true", help="start from the weights that the model comes with")
+parser.add_argument("--model", default="gac_msresnet18_cifar", help="a name, local-dir:FOLDER or hf-hub:OWNER/NAME")
+parser.add_argument("--pretrained", action=argparse.BooleanOptionalAction, help="default: where the model has weights")
 parser.add_argument("--num-steps", type=int, default=4, help="time steps T")
 parser.add_argument("--epochs", type=int, default=3)
 parser.add_argument("--batch-size", type=int, default=32, help="images per step and process")
@@ -29,9 +29,14 @@ args = parser.parse_args()
 
 accelerator = Accelerator()
 set_seed(args.seed)
-sets = {split: timm.data.create_dataset("", args.folder, split=split) for split in ("train", "val")}
+sets = {"train": timm.data.create_dataset("", args.folder, split="train")}
 classes = sets["train"].reader.class_to_idx
-model = timm.create_model(args.model, args.pretrained, num_classes=len(classes), num_steps=args.num_steps)
+sets["val"] = timm.data.create_dataset("", args.folder, split="val", class_map=classes)  # the same classes by name
+stored = args.pretrained  # None: where the model has weights
+if stored is None:
+    stored = ":" in args.model or bool(timm.get_pretrained_cfg(args.model).has_weights)
+accelerator.print(f"{args.model} from {'stored' if stored else 'random'} weights, classes {', '.join(classes)}")
+model = timm.create_model(args.model, stored, num_classes=len(classes), num_steps=args.num_steps)
 if args.freeze:
     model.requires_grad_(False).get_classifier().requires_grad_(True)
 config = timm.data.resolve_data_config(model=model)
@@ -63,4 +68,5 @@ state = accelerator.get_state_dict(model)  # whole, also where FSDP2 divides the
 if accelerator.is_main_process:
     trained = timm.create_model(args.model, num_classes=len(classes), num_steps=args.num_steps)
     trained.load_state_dict(state)
-    timm.models.save_for_hf(trained, args.out, model_args={"num_steps": args.num_steps}, safe_serialization=True)
+    about = dict(model_config={"label_names": list(classes)}, model_args={"num_steps": args.num_steps})
+    timm.models.save_for_hf(trained, args.out, **about, safe_serialization=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -38,7 +39,7 @@ def digits(tmp_path: Path) -> Path:
 
 def test_finetune(digits: Path, tmp_path: Path) -> None:
     script = ROOT / "examples" / "finetune.py"
-    assert len(script.read_text(encoding="utf-8").splitlines()) <= 60
+    assert len(script.read_text(encoding="utf-8").splitlines()) <= 72
     command = [
         sys.executable, "-c", SEEDED, str(script), str(digits), "--model", "test_gac_msresnet", "--epochs", "5",
         "--num-steps", "3", "--batch-size", "4", "--lr", "0.005", "--out", str(tmp_path / "tuned"),
@@ -51,4 +52,6 @@ def test_finetune(digits: Path, tmp_path: Path) -> None:
     assert len(shares) == 5 and shares[-1] > 70, done.stdout  # zeros and ones: a coin would get half of them
     model = timm.create_model(f"local-dir:{tmp_path / 'tuned'}", pretrained=True)
     assert model.num_steps == 3 and model(torch.zeros(1, 3, 32, 32)).shape == (1, 2)
+    assert json.loads((tmp_path / "tuned" / "config.json").read_text())["label_names"] == ["0", "1"]
+    assert "test_gac_msresnet from random weights, classes 0, 1" in done.stdout
     assert not list((tmp_path / "tuned").glob("*.bin"))

@@ -35,6 +35,8 @@ def test_only_layers_in_trouble_are_warned_of():
     found = rate_warnings(rates, before)
     assert [text.split()[1] for text in found] == ["silent", "busy", "falling"]
     assert "0.05% (under 0.1%)" in found[0] and "95.0% (over 90%)" in found[1] and "after 20.00%" in found[2]
+    (line,) = rate_warnings({str(index): 0.0 for index in range(7)}, before)
+    assert line.startswith("warning: 7 layers fire: 0 at 0.00%, 1 at 0.00%, 2 at 0.00%, ... (under 0.1%)")
     assert rate_warnings({"falling": 0.03}, before) == []
 
 

@@ -14,7 +14,7 @@ def train(arguments: Sequence[str]) -> int:
     Args:
         arguments: A recipe and options, see `timm_gac.train.options`.
     """
-    from ..train.options import parse
+    from ..train.options import parse, show
     from ..train.recipes import RECIPES
     from .output import nearest
 
@@ -25,6 +25,9 @@ def train(arguments: Sequence[str]) -> int:
         )
         raise SystemExit(2)
     recipe, options = parse(arguments, "timm-gac train")
+    if options.show:
+        sys.stdout.write(show(options.recipe_name, recipe))
+        return 0
     from .. import models as models  # registers them, which the console script's process has not done yet
     from ..train.loop import train as run
 

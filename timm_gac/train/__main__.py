@@ -9,10 +9,14 @@ from collections.abc import Sequence
 def main(arguments: Sequence[str] | None = None) -> int:
     """Train; errors are one sentence and exit status 2."""
     from .loop import train
-    from .options import parse
+    from .options import parse, show
 
     try:
-        return train(*parse(sys.argv[1:] if arguments is None else arguments, "python -m timm_gac.train"))
+        recipe, options = parse(sys.argv[1:] if arguments is None else arguments, "python -m timm_gac.train")
+        if options.show:
+            sys.stdout.write(show(options.recipe_name, recipe))
+            return 0
+        return train(recipe, options)
     except (ValueError, OSError) as error:
         sys.stderr.write(f"error: {error}\n")
         return 2

@@ -1,14 +1,15 @@
 """Checkpoints of a run: safetensors and JSON only; the last few are kept.
 
 A checkpoint is a folder ``step_00000390`` with ``state.safetensors`` (weights, moving average, optimiser, random number
-states) and ``state.json`` (position, recipe, and the sha256 of the tensors). It is written under another name, flushed
-to the disk and then renamed, so a folder of that name is complete even after a crash.
+states) and ``state.json`` (position, recipe, data, and the sha256 of the tensors and of itself). It is written under
+another name, flushed to the disk and then renamed, so a folder of that name is complete even after a crash.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import math
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,9 +24,19 @@ from ..runtime.files import sync_folder, write_bytes, write_json
 
 __all__ = ["Checkpoint", "latest_checkpoint", "load_checkpoint", "save_checkpoint"]
 
-FORMAT = "timm_gac.train/1"
+FORMAT, FIRST_FORMAT = "timm_gac.train/2", "timm_gac.train/1"  # the first had no hash of its state
 TENSORS, STATE = "state.safetensors", "state.json"
 _PREFIX, _PARTIAL = "step_", ".partial_"
+# What `Run` reads from a state, and of which type.
+_ENTRIES: dict[str, type | tuple[type, ...]] = {
+    "step": int,
+    "minutes": (int, float),
+    "optimizer": dict,
+    "processes": int,
+    "scaler": (dict, type(None)),
+    "recipe": dict,
+    "sums": list,
+}
 
 
 @dataclass(frozen=True)
@@ -70,7 +81,7 @@ def save_checkpoint(folder: Path, step: int, checkpoint: Checkpoint, keep: int) 
         content = save(tensors, metadata={"format": FORMAT})
         write_bytes(partial / TENSORS, content)
         state = {"format": FORMAT, **checkpoint.state, "sha256": hashlib.sha256(content).hexdigest()}
-        write_json(partial / STATE, state)
+        write_json(partial / STATE, state | {"state_sha256": _state_hash(state)})
         sync_folder(partial)
         if target.exists():  # the same step again, after a resume without progress
             shutil.rmtree(target)
@@ -103,18 +114,47 @@ def load_checkpoint(path: Path) -> Checkpoint:
         ValueError: It is damaged, incomplete, or no checkpoint of this trainer.
     """
     try:
-        state = json.loads((path / STATE).read_bytes())
-        if not isinstance(state, dict) or state.get("format") != FORMAT:
-            raise ValueError(f"no {FORMAT} checkpoint")
+        state = _read_state(path / STATE)
         if hashlib.sha256((path / TENSORS).read_bytes()).hexdigest() != state.get("sha256"):
             raise ValueError("the tensors' sha256 differs from the one written beside them")
         tensors = load_file(path / TENSORS)
     except (OSError, ValueError, SafetensorError) as error:
-        raise ValueError(
-            f"expected a checkpoint of this trainer in {str(path)!r}, got a damaged or foreign one ({error}): delete "
-            "that folder to resume from the one before, or start anew in another run folder"
-        ) from error
+        raise damaged(path, str(error)) from error
     return Checkpoint(tensors, state)
+
+
+def damaged(path: Path, reason: str) -> ValueError:
+    """The error for a checkpoint that cannot be used."""
+    return ValueError(
+        f"expected a checkpoint of this trainer in {str(path)!r}, got a damaged or foreign one ({reason[:200]}): "
+        "delete that folder to resume from the one before, or start anew in another run folder"
+    )
+
+
+def _read_state(file: Path) -> dict[str, Any]:
+    try:
+        state = json.loads(file.read_bytes())
+    except RecursionError as error:
+        raise ValueError(f"{file.name} is nested too deeply") from error
+    if not isinstance(state, dict) or state.get("format") not in (FORMAT, FIRST_FORMAT):
+        raise ValueError(f"no {FORMAT} checkpoint")
+    digest = state.pop("state_sha256", None)
+    if digest != _state_hash(state) and state["format"] != FIRST_FORMAT:
+        raise ValueError(f"the sha256 of {file.name} differs from the one written in it")
+    for name, kind in _ENTRIES.items():
+        value = state.get(name)
+        if not isinstance(value, kind) or isinstance(value, bool):
+            raise ValueError(f"{name} in {file.name} is {str(value)[:40]!r}")
+    numbers = (state["step"], state["minutes"], *state["sums"])
+    if not all(isinstance(number, int | float) and 0 <= number < math.inf for number in numbers):
+        raise ValueError(f"step, minutes or sums in {file.name} are no finite numbers")
+    if len(state["sums"]) != 3:
+        raise ValueError(f"sums in {file.name} are {len(state['sums'])} numbers, not 3")
+    return state
+
+
+def _state_hash(state: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -15,6 +15,7 @@ from ..hub.folder import CONFIG, load_model, save_model_folder, write_config
 from ..runtime.dtypes import AUTOCAST, DTYPES
 from ..runtime.files import append_csv, write_json
 from ..runtime.provenance import PROVENANCE
+from .finite import names_not_finite
 from .run import Run
 from .runlog import RESULT_COLUMNS, environment
 
@@ -48,6 +49,12 @@ def _store(run: Run) -> None:
     if hasattr(network, "_original_forward"):  # without accelerate's autocast around it
         network.forward = network._original_forward
     network = network.to("cpu", DTYPES[run.recipe.stored_dtype], memory_format=torch.contiguous_format)
+    names = names_not_finite(network.state_dict().items())
+    if names:  # finite in float32: `Run.read` has seen to that
+        raise ValueError(
+            f"expected weights within the range of {run.recipe.stored_dtype}, got larger ones in {names[0]}: go on "
+            "with --resume --stored-dtype float32"
+        )
     save_model_folder(network, folder)
     if run.loaders.label_names:
         config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))

@@ -20,33 +20,37 @@ __all__ = ["FALL", "SATURATED_ABOVE", "SILENT_BELOW", "rate_warnings", "watch_ra
 SILENT_BELOW = 0.001  # spikes per neuron and step; healthy layers of these networks lie between 0.02 and 0.4
 SATURATED_ABOVE = 0.9
 FALL = 10.0  # times less than at the evaluation before
+SHOWN = 3  # layers named in a warning
 
 
 def rate_warnings(rates: dict[str, float], before: dict[str, float]) -> list[str]:
-    """Warn of each layer that is silent, saturated, or fires `FALL` times less than before.
+    """Warn of layers that are silent, saturated, or fire `FALL` times less than before: a line for each kind.
 
     Args:
         rates: Spikes per neuron and time step, by layer.
         before: The rates at the evaluation before; layers may be missing.
     """
-    warnings = []
-    for name, rate in rates.items():
-        if rate < SILENT_BELOW:
-            warnings.append(
-                f"warning: {name} fires at {rate:.2%} (under {SILENT_BELOW:.1%}), it passes almost nothing on: lower "
-                "the learning rate or the weight decay, or look at its batch norm"
-            )
-        elif rate > SATURATED_ABOVE:
-            warnings.append(
-                f"warning: {name} fires at {rate:.1%} (over {SATURATED_ABOVE:.0%}), it is nearly a constant: lower the "
-                "learning rate, or look at its batch norm"
-            )
-        elif rate * FALL < before.get(name, 0.0):
-            warnings.append(
-                f"warning: {name} fires at {rate:.2%}, after {before[name]:.2%} at the evaluation before: it may be "
-                "about to fall silent"
-            )
-    return warnings
+    silent = {name: f"{rate:.2%}" for name, rate in rates.items() if rate < SILENT_BELOW}
+    busy = {name: f"{rate:.1%}" for name, rate in rates.items() if rate > SATURATED_ABOVE}
+    falling = {
+        name: f"{rate:.2%} after {before[name]:.2%}"
+        for name, rate in rates.items()
+        if name not in silent and rate * FALL < before.get(name, 0.0)
+    }
+    kinds = (
+        (silent, f"under {SILENT_BELOW:.1%}", "lower the learning rate or the weight decay, or look at the batch norm"),
+        (busy, f"over {SATURATED_ABOVE:.0%}", "nearly constant: lower the learning rate, or look at the batch norm"),
+        (falling, "at the evaluation before", "may be about to fall silent"),
+    )
+    return [f"warning: {_listed(layers)} ({bound}): {advice}" for layers, bound, advice in kinds if layers]
+
+
+def _listed(layers: dict[str, str]) -> str:
+    """``a fires at 1 %``, or the first few of several."""
+    if len(layers) == 1:
+        return " fires at ".join(*layers.items())
+    shown = ", ".join(f"{name} at {rate}" for name, rate in [*layers.items()][:SHOWN])
+    return f"{len(layers)} layers fire: {shown}" + (", ..." if len(layers) > SHOWN else "")
 
 
 def watch_rates(out: Path, epoch: int, evaluation: Evaluation, network: nn.Module) -> list[str]:
@@ -59,7 +63,7 @@ def watch_rates(out: Path, epoch: int, evaluation: Evaluation, network: nn.Modul
         network: The network; the output of a direct encoder is left out, as it is no spikes.
 
     Returns:
-        Warnings, a sentence each; see `rate_warnings`.
+        Warnings, at most one of each kind; see `rate_warnings`.
     """
     coded = {name for name, module in network.named_modules() if isinstance(module, DirectCoding)}
     rates = {name: rate for name, rate in evaluation.firing_rates.items() if name not in coded}

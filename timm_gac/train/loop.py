@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import gc
 import signal
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -17,6 +20,7 @@ from .progress import Progress
 from .recipes import Recipe
 from .run import Run, mixed_seed
 from .runlog import write_curve, write_metrics
+from .setup import accelerate_state, running
 
 __all__ = ["RunOptions", "Trainer", "train"]
 
@@ -59,17 +63,28 @@ class Trainer:
         Returns:
             Exit code: 0 at the end and at the time limit, 128 + signal number after Ctrl-C or SIGTERM.
         """
+        try:
+            with running(self.accelerator):
+                self._run()
+        except OSError as error:
+            if "--resume" in str(error):
+                raise
+            raise OSError(
+                error.errno,
+                f"the run's files cannot be written to {self.options.out} ({error}): mend that and go on with --resume",
+            ) from error
+        finally:
+            self.state.release()
+        return 128 + self.stop_signal if self.stop_signal else 0
+
+    def _run(self) -> None:
         state = self.state
         self.started = self.saved_at = time.monotonic()
-        previous = {number: signal.signal(number, self._on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
         if self.options.trackers:
             self.accelerator.init_trackers("timm_gac", config=_flat(self.recipe.to_dict()))
         with self.progress:
-            try:
+            with self._signals():
                 stopped = self._epochs()
-            finally:
-                for number, handler in previous.items():
-                    signal.signal(number, handler)
             if stopped:
                 self.progress.say(
                     f"stopped at step {state.step} of {state.total_steps} after {state.minutes:.1f} minutes, saved to "
@@ -80,7 +95,19 @@ class Trainer:
         state.train_step.release()
         if self.options.trackers:
             self.accelerator.end_training()
-        return 128 + self.stop_signal if self.stop_signal else 0
+
+    @contextmanager
+    def _signals(self) -> Iterator[None]:
+        """Let Ctrl-C and SIGTERM end the run with a checkpoint; only the main thread of a process gets signals."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        previous = {number: signal.signal(number, self._on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)
 
     def _epochs(self) -> bool:
         """Train the remaining epochs; return whether the run was stopped before its end."""
@@ -92,7 +119,7 @@ class Trainer:
             # Seeded for each epoch and process, so that a resumed run draws the same numbers.
             if start == 0:
                 torch.manual_seed(mixed_seed(self.recipe.seed, epoch, self.accelerator.process_index))
-            state.model.train()
+            state.set_training()
             for images, targets in loader.batches(epoch, start):
                 if self.recipe.channels_last:
                     images = images.contiguous(memory_format=torch.channels_last)
@@ -100,19 +127,26 @@ class Trainer:
                 state.step += 1
                 if state.step % self.options.log_steps == 0:
                     self._log()
-                if not self.accelerator.sync_gradients:
-                    continue  # gradients are being accumulated, which checkpoints do not hold
-                if self._must_stop():
-                    self._save()
+                # A checkpoint of an epoch's last step has the epoch's row and evaluation behind it.
+                if state.step % state.steps_per_epoch and self._saved_to_stop():
                     return True
-                if self._checkpoint_due():
-                    self._save()
             self._end_epoch(epoch)
+            if state.step < state.total_steps and self._saved_to_stop():
+                return True
         return False
+
+    def _saved_to_stop(self) -> bool:
+        """Save where a checkpoint is due or the run is to stop; return whether it is to stop."""
+        if not self.accelerator.sync_gradients:
+            return False  # gradients are being accumulated, which checkpoints do not hold
+        stop = self._must_stop()
+        if stop or self._checkpoint_due():
+            self._save()
+        return stop
 
     def _log(self) -> None:
         state, lr = self.state, self.state.train_step.lr
-        loss, match = state.train_step.read()
+        loss, match = state.read()
         self._tick()
         self.progress.update(state.step, loss, match, lr)
         self._track({"train/loss": loss, "train/match": match, "train/lr": lr})
@@ -194,12 +228,19 @@ class Trainer:
 
     def _save(self) -> None:
         self._tick()
+        if self.state.finite_step != self.state.step:  # else it was checked just now
+            self.state.read(reset=False)
         self.saved_at = time.monotonic()
         self.state.save()
 
 
 def train(recipe: Recipe, options: RunOptions) -> int:
     """Train a recipe and end the process group; returns the exit code, see `Trainer.run`."""
+    with accelerate_state():
+        return _train(recipe, options)
+
+
+def _train(recipe: Recipe, options: RunOptions) -> int:
     trainer = Trainer(recipe, options)
     code, state = trainer.run(), trainer.accelerator.state
     # Gloo's threads end when the last object that holds the group, such as DDP, is gone; else they abort Python's exit.

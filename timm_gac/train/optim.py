@@ -38,8 +38,12 @@ def create_optimizer(model: Any, recipe: Recipe, device: torch.device) -> torch.
 
 
 def learning_rate(recipe: Recipe, step: int, steps_per_epoch: int) -> float:
-    """Learning rate of a step: linear warm-up, then half a cosine to ``min_lr`` at the last step."""
-    total, warmup = recipe.epochs * steps_per_epoch, recipe.warmup_epochs * steps_per_epoch
+    """Learning rate of a step: linear warm-up, then half a cosine to ``min_lr`` at the last step.
+
+    The warm-up takes at most half of the run.
+    """
+    total = recipe.epochs * steps_per_epoch
+    warmup = min(recipe.warmup_epochs, recipe.epochs / 2) * steps_per_epoch
     if step < warmup:
         return recipe.lr * (step + 1) / warmup
     progress = (step - warmup) / max(1.0, total - warmup)
@@ -52,22 +56,25 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
         group["lr"].fill_(lr * group.get("lr_scale", 1.0))
 
 
-def freeze_stages(model: nn.Module, stages: int) -> None:
+def freeze_stages(model: nn.Module, stages: int) -> list[str]:
     """Stop training the stem and encoder (``stages`` >= 1) and the first ``stages - 1`` stages of blocks.
+
+    Returns:
+        Names of the model's frozen children, which must stay in eval mode to keep their running statistics.
 
     Raises:
         ValueError: The model has fewer stages.
     """
     if not stages:
-        return
+        return []
     children = [name for name, _ in model.named_children()]
     layers = [name for name in children if name.startswith("layer")]
     if stages - 1 > len(layers):
         raise ValueError(f"expected freeze_stages of at most {len(layers) + 1}, got {stages}: the model has no more")
-    frozen = set(children[: children.index(layers[0])]) | set(layers[: stages - 1])
-    for name, parameter in model.named_parameters():
-        if name.split(".")[0] in frozen:
-            parameter.requires_grad_(False)
+    frozen = [*children[: children.index(layers[0])], *layers[: stages - 1]]
+    for name in frozen:
+        model.get_submodule(name).requires_grad_(False)
+    return frozen
 
 
 class MovingAverage:

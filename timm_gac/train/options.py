@@ -12,7 +12,7 @@ import tyro
 
 from .recipes import RECIPES, Recipe, RecipeName
 
-__all__ = ["RecipeName", "RunOptions", "parse"]
+__all__ = ["RecipeName", "RunOptions", "parse", "show"]
 
 
 @dataclass(frozen=True)
@@ -20,6 +20,7 @@ class RunOptions:
     """How and where a recipe is run; none of it changes the result.
 
     Args:
+        show: Print the recipe's values and end.
         out: Folder of the run.
         resume: Resume from the last checkpoint in that folder.
         stop_after_minutes: Save a checkpoint and stop after so many minutes; 0 for never.
@@ -30,10 +31,12 @@ class RunOptions:
         trackers: Trackers of accelerate, such as tensorboard.
         results: Table (CSV) to which the finished run adds a row.
         recipe_name: Name under which it appears there.
-        log_steps: Steps between two readings of loss and speed.
-        cpu: Run on the CPU although there is a GPU.
+        log_steps: Steps between two readings of loss and speed, with a check for NaN and infinity.
+        device: auto (CUDA where there is one, else the CPU), cuda or cpu.
+        cpu: The same as --device cpu.
     """
 
+    show: bool = False
     out: Path = Path("runs/latest")
     resume: bool = False
     stop_after_minutes: float = 0.0
@@ -44,6 +47,7 @@ class RunOptions:
     results: Path | None = None
     recipe_name: Annotated[str, tyro.conf.Fixed, tyro.conf.Suppress] = "custom"  # RECIPE on a command line
     log_steps: int = 50
+    device: str = "auto"
     cpu: bool = False
 
     def __post_init__(self) -> None:
@@ -53,6 +57,17 @@ class RunOptions:
         for name in ("stop_after_minutes", "checkpoint_minutes"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"expected {name} >= 0, got {getattr(self, name)}: give minutes, or 0")
+        if self.device not in ("auto", "cuda", "cpu"):
+            raise ValueError(
+                f"expected device auto, cuda or cpu, got {self.device!r}: choose one; CUDA_VISIBLE_DEVICES chooses GPUs"
+            )
+        if self.cpu and self.device == "cuda":
+            raise ValueError("expected one device, got --cpu and --device cuda: leave one out")
+
+    @property
+    def on_cpu(self) -> bool:
+        """Whether the options ask for the CPU."""
+        return self.cpu or self.device == "cpu"
 
 
 def parse(arguments: Sequence[str], program: str) -> tuple[Recipe, RunOptions]:
@@ -66,10 +81,32 @@ def parse(arguments: Sequence[str], program: str) -> tuple[Recipe, RunOptions]:
         ValueError: A value is out of range.
     """
     guess = next((word for word in arguments if word in RECIPES), "cifar100")
-    name, recipe, options = _parse(arguments, program, RECIPES[guess])
+    name, recipe, options = _parse(arguments, program, _defaults(guess, arguments))
     if name != guess:  # the first such word was a value, as in --dataset cifar10 cifar100
-        _, recipe, options = _parse(arguments, program, RECIPES[name])
+        _, recipe, options = _parse(arguments, program, _defaults(name, arguments))
     return recipe, dataclasses.replace(options, recipe_name=name)
+
+
+def show(name: str, recipe: Recipe) -> str:
+    """The values of a recipe, one a line; those that differ from the recipe called ``name`` are marked."""
+    usual = RECIPES[name].to_dict() if name in RECIPES else {}
+    lines = [f"recipe {name}"]
+    for field, value in recipe.to_dict().items():
+        changed = field in usual and usual[field] != value
+        lines.append(f"  {field:18} {value}" + (f"  (recipe: {usual[field]})" if changed else ""))
+    return "\n".join(lines) + "\n"
+
+
+def _defaults(name: str, arguments: Sequence[str]) -> Recipe:
+    """A recipe, for fewer epochs than it ends with unmixed ones with as large a share of these."""
+    recipe = RECIPES[name]
+    words = [part for word in arguments for part in word.split("=", 1)]
+    given = [words[index + 1] for index, word in enumerate(words[:-1]) if word == "--epochs"]
+    epochs = int(given[-1]) if given and given[-1].isdecimal() else recipe.epochs
+    if not 1 <= epochs < recipe.mix_off_epochs:
+        return recipe
+    unmixed = epochs * recipe.mix_off_epochs // recipe.epochs
+    return dataclasses.replace(recipe, epochs=epochs, mix_off_epochs=unmixed)
 
 
 def _parse(arguments: Sequence[str], program: str, defaults: Recipe) -> tuple[str, Recipe, RunOptions]:
@@ -81,12 +118,14 @@ def _parse(arguments: Sequence[str], program: str, defaults: Recipe) -> tuple[st
         """Train a spiking network. RECIPE names a recipe, any of whose fields can be overridden.
 
         Several GPUs: accelerate launch -m timm_gac.train RECIPE ... Stop at any time (Ctrl-C saves a checkpoint); go on
-        with the same command and --resume. It runs on CUDA where there is one; --cpu keeps it on the CPU.
+        with the same command and --resume. It runs on CUDA where there is one; --device cpu keeps it on the CPU.
+        RECIPE --show prints what a recipe says.
 
         Example: timm-gac train cifar100_fast --data cifar100.npz --out runs/gac
 
         Args:
-            recipe: cifar10, cifar100, cifar100_fast or imagenet. The defaults shown are those of the recipe given.
+            recipe: digits (a minute on a CPU), cifar10, cifar100, cifar100_fast, tiny_imagenet, in293 (both after
+                ..._first) or imagenet. The defaults shown are those of the recipe given.
             options: How to run it.
             fields: What to change of it.
         """

@@ -48,11 +48,12 @@ class Recipe:
         optimizer: ``sgd`` (Nesterov momentum) or ``adamw``.
         lr: Peak learning rate.
         min_lr: Learning rate at the end of the cosine.
-        warmup_epochs: Epochs of linear warm-up.
+        warmup_epochs: Epochs of linear warm-up, at most half of the run.
         momentum: Momentum of SGD.
         weight_decay: Weight decay, which leaves out norms, biases and the encoder's attention.
         clip_grad: Largest norm of the gradient; 0 for no clipping.
-        grad_accumulation: Steps over which gradients are accumulated before an update.
+        grad_accumulation: Steps over which gradients are accumulated before an update. The run's last step updates
+            with what has accumulated by then.
         ema_decay: Decay per step of the exponential moving average of the weights; 0 for none.
         report: Whether the moving average (``ema``) or the ``model`` itself is evaluated and stored.
         loss: ``mean``: cross entropy of the mean logits; ``tet``: mean over time steps of each step's cross entropy
@@ -178,6 +179,7 @@ RecipeName = Literal[
     "cifar10",
     "cifar100",
     "cifar100_fast",
+    "digits",
     "tiny_imagenet_first",
     "tiny_imagenet",
     "in293_first",
@@ -238,6 +240,20 @@ RECIPES: dict[str, Recipe] = {
         mix_off_epochs=8,
         precision="bfloat16",
         cuda_graph=True,
+    ),
+    # For a first run, on a CPU too: handwritten digits of 8 x 8 pixels in a minute.
+    "digits": Recipe(
+        model="test_gac_msresnet",
+        data="digits",
+        dataset="digits",
+        epochs=12,
+        batch_size=32,
+        lr=0.05,
+        warmup_epochs=1.0,
+        label_smoothing=0.1,
+        crop_padding=1,
+        flip=False,
+        eval_every=3,
     ),
     "tiny_imagenet_first": dataclasses.replace(_FIRST_PHASE, data="", dataset="tiny_imagenet", epochs=77),
     "tiny_imagenet": dataclasses.replace(_LAST_PHASE, data="", dataset="tiny_imagenet", epochs=54),

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +18,16 @@ from ..runtime.dtypes import AUTOCAST
 from ..runtime.files import check_csv, write_json
 from .checkpoints import (
     Checkpoint,
+    damaged,
     latest_checkpoint,
     load_checkpoint,
     optimizer_tensors,
     restore_optimizer,
     save_checkpoint,
 )
+from .fingerprint import check_same_data, describe_arrays, describe_stream
+from .finite import NotFiniteError, count_not_finite, names_not_finite
+from .lock import RunLock
 from .optim import MovingAverage, create_optimizer, freeze_stages
 from .options import RunOptions
 from .recipes import Recipe
@@ -48,11 +55,13 @@ class Run:
         options: Where to write, and how often to save.
 
     Raises:
-        ValueError: The folder holds a run and ``resume`` is not given, or it holds a run of another recipe; or the
-            table of results has other columns; or data, model and recipe do not fit together.
+        ValueError: The folder holds a run and ``resume`` is not given, or it holds a run of another recipe or of other
+            data; or another trainer writes to it; or the table of results has other columns; or data, model and recipe
+            do not fit together.
 
     Attributes:
         network: The network; ``model`` is accelerate's wrapper of it.
+        frozen: Names of the network's children that are not trained.
         raw_optimizer: The optimiser; ``optimizer`` is accelerate's wrapper of it.
         average: Moving average of the weights; None if the recipe has none.
         train_step: Runs training steps.
@@ -66,8 +75,20 @@ class Run:
         self.recipe, self.options = recipe, options
         if options.results is not None:  # now, not after hours of training
             check_csv(options.results, RESULT_COLUMNS)
+        # One process of a run holds its folder; before accelerate is started RANK tells them apart.
+        self._lock = RunLock(options.out) if os.environ.get("RANK", "0") == "0" else None
+        try:
+            self._set_up()
+        except BaseException:
+            self.release()
+            raise
+
+    def _set_up(self) -> None:
+        recipe, options = self.recipe, self.options
         found = latest_checkpoint(options.out / "checkpoints")
-        self.accelerator = create_accelerator(recipe, options.out, options.trackers, options.cpu)
+        if options.device == "cuda" and not torch.cuda.is_available():
+            raise ValueError("expected a CUDA device, got none: give --device cpu, or auto")
+        self.accelerator = create_accelerator(recipe, options.out, options.trackers, options.on_cpu)
         _check_folder(options, recipe, found, self.accelerator.num_processes)
         self.device, self.main = self.accelerator.device, self.accelerator.is_main_process
         set_seed(recipe.seed)
@@ -75,6 +96,7 @@ class Run:
         self._create_network_and_loaders()
         self._create_optimizer()
         self.step, self.minutes, self.rows = 0, 0.0, list[dict[str, Any]]()
+        self.finite_step = 0
         self.evaluation: Evaluation | None = None
         self.train_step = TrainStep(
             accelerator=self.accelerator,
@@ -86,7 +108,7 @@ class Run:
             threshold=float(self.network.spec.threshold),
         )
         if found is not None:
-            self._restore(load_checkpoint(found))
+            self._resume(found)
         if self.main:
             write_json(options.out / "config.json", self._config())
 
@@ -101,7 +123,7 @@ class Run:
             num_classes, shape = sets[0].num_classes, sets[0].images.shape[1:]
         self.network = create_network(recipe, num_classes, shape[0])
         describe_input(self.network, shape, whole=sets is not None)
-        freeze_stages(self.network, recipe.freeze_stages)
+        self.frozen = freeze_stages(self.network, recipe.freeze_stages)
         self.loaders = create_loaders(
             recipe=recipe,
             sets=sets,
@@ -109,6 +131,11 @@ class Run:
             cfg=self.network.pretrained_cfg,
             accelerator=self.accelerator,
         )
+        if sets is None:
+            splits = {"train": self.loaders.train, "test": self.loaders.test}
+            self.data = {name: describe_stream(loader) for name, loader in splits.items()}
+        else:
+            self.data = {name: describe_arrays(arrays) for name, arrays in zip(("train", "test"), sets, strict=True)}
         self.network.to(self.device)
 
     def _create_optimizer(self) -> None:
@@ -131,6 +158,60 @@ class Run:
     def total_steps(self) -> int:
         """Training steps of the whole run."""
         return self.recipe.epochs * self.steps_per_epoch
+
+    def set_training(self) -> None:
+        """Set the network to training mode, its frozen parts to eval mode: their running statistics stay."""
+        self.model.train()
+        for name in self.frozen:
+            self.network.get_submodule(name).eval()
+
+    def read(self, *, reset: bool = True) -> tuple[float, float]:
+        """Mean loss and share of matches since the last reset; waits for the device.
+
+        Args:
+            reset: Begin new sums.
+
+        Raises:
+            NotFiniteError: The loss or a weight, statistic, gradient or number of the optimiser is NaN or infinite.
+        """
+        broken = count_not_finite((tensor for _, tensor in self._watched()), self.device)
+        loss, matches, count = self.train_step.read(broken, reset=reset)
+        if count or not (math.isfinite(loss) or math.isnan(matches)):  # without images both are NaN
+            raise self._not_finite(loss)
+        self.finite_step = self.step
+        return loss, matches
+
+    def _watched(self) -> Iterator[tuple[str, Tensor]]:
+        yield from self.network.state_dict().items()
+        if self.average is not None:
+            yield from ((f"average of {name}", tensor) for name, tensor in self.average.state.items())
+        for name, parameter in self.network.named_parameters():
+            if parameter.grad is not None:
+                yield f"gradient of {name}", parameter.grad
+            for key, value in self.raw_optimizer.state.get(parameter, {}).items():
+                if isinstance(value, Tensor):
+                    yield f"{key} of {name}", value
+
+    def _not_finite(self, loss: float) -> NotFiniteError:
+        names = names_not_finite(self._watched())
+        where = [f"a loss of {loss}"] if not math.isfinite(loss) else []
+        where += [f"NaN or infinity in {', '.join(names[:3])}"] if names else []
+        where += [f"{len(names) - 3} more tensors"] if len(names) > 3 else []
+        found = latest_checkpoint(self.options.out / "checkpoints")
+        kept = "there is no checkpoint before it"
+        if found is not None:
+            kept = f"the last finite checkpoint is {found}, from which --resume goes on"
+        epoch = (self.step - 1) // self.steps_per_epoch + 1
+        return NotFiniteError(
+            f"expected finite numbers, got {', '.join(where) or 'others elsewhere'} between steps "
+            f"{self.finite_step} and {self.step} (epoch {epoch}): {kept}; where it comes again, begin anew with a "
+            "lower lr or with clip_grad"
+        )
+
+    def release(self) -> None:
+        """Free the run's folder for other runs."""
+        if self._lock is not None:
+            self._lock.release()
 
     def reported_state(self) -> dict[str, Tensor] | None:
         """The moving average if the recipe reports it; None if it reports the network itself."""
@@ -161,12 +242,25 @@ class Run:
             "processes": self.accelerator.num_processes,
             "scaler": None if scaler is None else scaler.state_dict(),
             "recipe": self.recipe.to_dict(),
+            "data": self.data,
             "sums": self.accelerator.reduce(self.train_step.sums.clone(), "sum").tolist(),
         }
         if self.main:
             folder = self.options.out / "checkpoints"
             save_checkpoint(folder, self.step, Checkpoint(tensors, state), self.options.keep_checkpoints)
         self.accelerator.wait_for_everyone()
+
+    def _resume(self, found: Path) -> None:
+        checkpoint = load_checkpoint(found)
+        if self.main and isinstance(checkpoint.state.get("data"), dict):
+            check_same_data(checkpoint.state["data"], self.data)
+        try:
+            self._restore(checkpoint)
+        except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+            raise damaged(found, f"{type(error).__name__}: {str(error).splitlines()[0]}") from error
+        names = names_not_finite(self._watched())
+        if names:
+            raise damaged(found, f"NaN or infinity in {names[0]}")
 
     def _restore(self, checkpoint: Checkpoint) -> None:
         state = checkpoint.state
@@ -187,6 +281,7 @@ class Run:
         if self.main:  # the saved sums are those of all processes
             self.train_step.sums.copy_(torch.tensor(state["sums"]))
         self.step, self.minutes = int(state["step"]), float(state["minutes"])
+        self.finite_step = self.step
         self.rows = read_metrics(self.options.out / "metrics.csv", self.step)
 
     def _rng(self) -> dict[str, Tensor]:

@@ -29,8 +29,8 @@ RESULT_COLUMNS = (
     *("model", "dataset", "recipe", "top1", "top5", "epochs", "minutes", "images_per_s", "num_steps", "batch_size"),
     *("precision", "reported", "seed", *PROVENANCE, "timm", "accelerate"),
 )
-# Fields that may change on resuming: they say where and how data is read, and do not change the result.
-_FREE = ("data", "data_dir", "num_workers", "eval_every")
+# Fields that may change on resuming: none changes what is trained.
+_FREE = ("data", "data_dir", "num_workers", "eval_every", "stored_dtype")
 
 
 def environment(device: torch.device, precision: str) -> dict[str, str]:
@@ -73,9 +73,9 @@ def check_same_recipe(file: Path, recipe: Recipe, processes: int) -> None:
             f"batch_size {before['batch_size']}), got {processes} x {recipe.batch_size}: give the batch_size that "
             f"makes {batch_before}"
         )
-    now = recipe.to_dict()
+    now, defaults = recipe.to_dict(), Recipe().to_dict()  # for fields that are newer than the run
     free = (*_FREE, "batch_size")
-    differing = [name for name in now if name not in free and before.get(name) != now[name]]
+    differing = [name for name in now if name not in free and before.get(name, defaults[name]) != now[name]]
     if differing:
         changes = ", ".join(f"{name}: {before.get(name)!r} became {now[name]!r}" for name in differing)
         raise ValueError(f"expected the recipe that this run began with, got {changes}: give the same options")

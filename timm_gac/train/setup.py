@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import threading
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -9,6 +13,7 @@ import timm
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator, DistributedType
+from accelerate.state import AcceleratorState, GradientState, PartialState
 from torch import nn
 
 from ..data import DeviceLoader, ImageArrays, StreamLoader, create_stream_loaders, load_arrays
@@ -18,16 +23,22 @@ from .recipes import Recipe
 
 __all__ = [
     "Loaders",
+    "accelerate_state",
     "count_stream_classes",
     "create_accelerator",
     "create_loaders",
     "create_network",
     "describe_input",
     "prepare",
+    "read_sets",
+    "running",
 ]
 
 MIXED_PRECISION = {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}
 EVAL_BATCH = 512
+_STATES: tuple[Any, ...] = (AcceleratorState, PartialState, GradientState)
+_RUNNING = threading.Lock()
+_newest: weakref.ReferenceType[Accelerator] | None = None
 
 
 class Loaders(NamedTuple):
@@ -46,12 +57,56 @@ class Loaders(NamedTuple):
     label_names: tuple[str, ...]
 
 
-def create_accelerator(recipe: Recipe, folder: Path, trackers: tuple[str, ...], cpu: bool) -> Accelerator:
-    """The accelerator of a recipe.
+@contextmanager
+def accelerate_state() -> Iterator[None]:
+    """Restore accelerate's state, which all of a process shares, at the end of the block."""
+    before = [dict(state._shared_state) for state in _STATES]
+    try:
+        yield
+    finally:
+        for state, content in zip(_STATES, before, strict=True):
+            state._shared_state.clear()
+            state._shared_state.update(content)
+
+
+@contextmanager
+def running(accelerator: Accelerator) -> Iterator[None]:
+    """Mark a run as the one that trains in this process.
 
     Raises:
-        ValueError: The recipe's CUDA graph is impossible here, or accelerate is configured to shard the weights.
+        ValueError: Another one trains, or another accelerator has been created, which shares its state with this one.
     """
+    if _newest is None or _newest() is not accelerator:
+        raise ValueError("expected the newest trainer of this process, got an older one: create it anew before it runs")
+    if not _RUNNING.acquire(blocking=False):
+        raise _second_run()
+    try:
+        yield
+    finally:
+        _RUNNING.release()
+
+
+def _second_run() -> ValueError:
+    return ValueError(
+        "expected one training run at a time in a process, got a second one, whose random numbers and accelerate's "
+        "state are the same: wait for the first to end, or start another process"
+    )
+
+
+def create_accelerator(recipe: Recipe, folder: Path, trackers: tuple[str, ...], cpu: bool) -> Accelerator:
+    """The accelerator of a recipe, with a state of its own: an earlier run's settings are forgotten.
+
+    Raises:
+        ValueError: The recipe asks for what this device cannot do, accelerate is configured to shard the weights, or
+            another run is training in this process.
+    """
+    global _newest
+    if _RUNNING.locked():
+        raise _second_run()
+    for state in _STATES:
+        state._shared_state.clear()
+    if recipe.precision == "float16" and (cpu or not torch.cuda.is_available()):
+        raise ValueError(_not_on_cpu(recipe))
     options: dict[str, Any] = {}
     if recipe.compile:
         options["dynamo_backend"] = "inductor"
@@ -63,14 +118,16 @@ def create_accelerator(recipe: Recipe, folder: Path, trackers: tuple[str, ...], 
         cpu=cpu,
         **options,
     )
+    _newest = weakref.ref(accelerator)
     if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
         raise ValueError(
             f"expected one GPU or several with DDP, got {accelerator.distributed_type.value}: this trainer keeps whole "
             "weights on each process; choose MULTI_GPU in accelerate's configuration"
         )
+    if recipe.cuda_graph and accelerator.device.type != "cuda":
+        raise ValueError(_not_on_cpu(recipe))
     if recipe.cuda_graph:
         reasons = {
-            "a CUDA device": accelerator.device.type == "cuda",
             "NCCL between the processes": accelerator.num_processes == 1 or "cuda:nccl" in dist.get_backend_config(),
             "precision bfloat16 or float32": recipe.precision != "float16",
             "grad_accumulation 1": recipe.grad_accumulation == 1,
@@ -80,6 +137,18 @@ def create_accelerator(recipe: Recipe, folder: Path, trackers: tuple[str, ...], 
         if missing:
             raise ValueError(f"expected {', '.join(missing)} for cuda_graph, got otherwise: give --no-cuda-graph")
     return accelerator
+
+
+def _not_on_cpu(recipe: Recipe) -> str:
+    """All that a recipe asks for and a CPU cannot do, and what to give instead."""
+    asked = {"--no-cuda-graph": recipe.cuda_graph, "--precision float32": recipe.precision == "float16"}
+    names = {"--no-cuda-graph": "cuda_graph", "--precision float32": "precision float16"}
+    needed = [option for option, wanted in asked.items() if wanted]
+    slow = " --precision float32 (bfloat16 is slower on most CPUs)" if recipe.precision == "bfloat16" else ""
+    return (
+        f"expected a CUDA device for {' and '.join(names[option] for option in needed)}, got a CPU: give "
+        f"{' '.join(needed)}{slow}, or start with the recipe digits, made for CPUs"
+    )
 
 
 def create_network(recipe: Recipe, num_classes: int, in_chans: int) -> Any:
@@ -94,7 +163,7 @@ def create_network(recipe: Recipe, num_classes: int, in_chans: int) -> Any:
         drop_rate=recipe.drop_rate,
         drop_path_rate=recipe.drop_path_rate,
     )
-    if in_chans != 3:
+    if in_chans != 3 or recipe.init is not None:  # stored weights may have another number
         options["in_chans"] = in_chans
     try:
         network: Any = timm.create_model(recipe.init or recipe.model, pretrained=recipe.init is not None, **options)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -75,6 +77,8 @@ class TrainStep:
         self.accelerator, self.model, self.optimizer, self.average = accelerator, model, optimizer, average
         self.recipe, self.steps_per_epoch, self.threshold = recipe, steps_per_epoch, threshold
         self.sums = torch.zeros(3, dtype=torch.float32, device=accelerator.device)  # loss, matches, images
+        self.total_steps = recipe.epochs * steps_per_epoch
+        self._last = False
         self.exchange = recipe.cuda_graph and accelerator.num_processes > 1
         self._run = GraphedStep(self._step) if recipe.cuda_graph else self._step
         self.lr = recipe.lr
@@ -85,10 +89,26 @@ class TrainStep:
         set_learning_rate(self.optimizer, self.lr)
         if self.average is not None:
             self.average.set_step(step)
+        self._last = step + 1 == self.total_steps
         self._run(images, targets)
 
+    def _accumulate(self) -> AbstractContextManager[None]:
+        """Accelerate's gradient accumulation, but that the run's last step always updates the weights."""
+        accelerator = self.accelerator
+        if self._last and (accelerator.step + 1) % self.recipe.grad_accumulation:
+            accelerator.sync_gradients = True
+            return nullcontext()
+        return accelerator.accumulate(self.model)
+
+    def _complete_mean(self) -> None:
+        """Make gradients that were summed over fewer steps than ``grad_accumulation`` their mean over those steps."""
+        done = self.total_steps % self.recipe.grad_accumulation
+        if self._last and done:
+            factor = self.recipe.grad_accumulation / done
+            torch._foreach_mul_([p.grad for p in self.model.parameters() if p.grad is not None], factor)
+
     def _step(self, images: Tensor, targets: Tensor) -> None:
-        with self.accelerator.accumulate(self.model):
+        with self._accumulate():
             with self.accelerator.autocast():
                 logits = self.model(images)
             logits = logits.float()
@@ -100,6 +120,7 @@ class TrainStep:
             self.accelerator.backward(loss)
             if self.exchange:
                 average_gradients(self.model.parameters())
+            self._complete_mean()
             if self.recipe.clip_grad and self.accelerator.sync_gradients:
                 self.accelerator.clip_grad_norm_(self.model.parameters(), self.recipe.clip_grad)
             self.optimizer.step()
@@ -116,12 +137,19 @@ class TrainStep:
         if isinstance(self._run, GraphedStep):
             self._run.release()
 
-    def read(self) -> tuple[float, float]:
-        """Mean loss, and share of images whose largest logit is at their largest target, since the last call.
+    def read(self, flag: Tensor, *, reset: bool) -> tuple[float, float, float]:
+        """Sums over all processes since the last reset, in one transfer from the device.
 
-        Waits for the device.
+        Args:
+            flag: A scalar on the device to be summed and read with them.
+            reset: Begin anew.
+
+        Returns:
+            Mean loss, share of images whose largest logit is at their largest target, and the flag; the first two are
+            NaN without images.
         """
-        sums = self.accelerator.reduce(self.sums.clone(), "sum")
-        loss, matches, images = sums.tolist()
-        self.sums.zero_()
-        return (loss / images, matches / images) if images else (float("nan"), float("nan"))
+        sums = self.accelerator.reduce(torch.cat((self.sums, flag[None])), "sum")
+        loss, matches, images, flagged = sums.tolist()
+        if reset:
+            self.sums.zero_()
+        return (loss / images, matches / images, flagged) if images else (math.nan, math.nan, flagged)

@@ -1,0 +1,342 @@
+"""What could silently ruin a run: NaN, a second trainer, other data, damaged checkpoints, leftovers of another run."""
+
+from __future__ import annotations
+
+import csv
+import os
+import signal
+import threading
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+from accelerate.state import AcceleratorState
+from safetensors.torch import load_file
+
+from children import Child
+from damage import fuzz
+from timm_gac.hub.folder import save_model_folder
+from timm_gac.train import RECIPES, Recipe, checkpoints
+from timm_gac.train.__main__ import main
+from timm_gac.train.finite import NotFiniteError
+from timm_gac.train.lock import RunLock
+from timm_gac.train.loop import RunOptions, Trainer, train
+from timm_gac.train.optim import learning_rate
+from timm_gac.train.options import parse
+from timm_gac.train.setup import create_accelerator, create_network, read_sets
+from timm_gac.train.step import TrainStep
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerator():
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.fixture
+def recipe(npz: Path) -> Recipe:
+    """Four steps an epoch."""
+    return Recipe(
+        model="test_gac_msresnet",
+        num_steps=1,
+        data=str(npz),
+        epochs=1,
+        batch_size=16,
+        warmup_epochs=0,
+        crop_padding=1,
+        eval_every=100,
+    )
+
+
+def options(out: Path, **changes: object) -> RunOptions:
+    return RunOptions(out=out, device="cpu", **changes)
+
+
+def tensors(out: Path) -> dict[str, torch.Tensor]:
+    return load_file(checkpoints.latest_checkpoint(out / "checkpoints") / checkpoints.TENSORS)
+
+
+def test_frozen_stages_keep_every_tensor(recipe, tmp_path):
+    trainer = Trainer(replace(recipe, freeze_stages=2, epochs=2, eval_every=1, ema_decay=0.9), options(tmp_path))
+    before = {name: tensor.clone() for name, tensor in trainer.state.network.state_dict().items()}
+    trainer.run()
+    changed = {
+        name.split(".")[0]
+        for name, tensor in trainer.state.network.state_dict().items()
+        if not torch.equal(tensor, before[name])
+    }
+    assert {"layer2", "fc"} <= changed and not changed & {"conv1", "bn1", "encoder", "layer1"}
+
+
+def test_the_last_step_updates_with_what_has_accumulated(recipe, tmp_path):
+    """Four steps: with 8 to accumulate one update of their mean, as with 4; with 3 a second one of a single step."""
+    for count in (8, 4, 3):
+        train(replace(recipe, grad_accumulation=count), options(tmp_path / str(count)))
+    few, equal, rest = (tensors(tmp_path / str(count)) for count in (8, 4, 3))
+    assert all(torch.equal(few[name], equal[name]) for name in few)
+    torch.manual_seed(0)
+    assert few["optimizer.0.momentum_buffer"].norm() > 0
+    assert not torch.equal(few["model.fc.weight"], rest["model.fc.weight"])
+
+
+def test_runs_of_a_process_have_settings_of_their_own(recipe, tmp_path):
+    AcceleratorState._reset_state(reset_partial_state=True)
+    for precision in ("float32", "bfloat16"):
+        assert train(replace(recipe, precision=precision), options(tmp_path / precision)) == 0
+    assert AcceleratorState._shared_state == {}
+
+
+def test_a_run_in_a_thread_and_no_second_one_beside_it(recipe, tmp_path):
+    trainer, codes, seen = Trainer(recipe, options(tmp_path / "a")), list[int](), list[str]()
+    tick = trainer._tick
+
+    def during() -> None:
+        with pytest.raises(ValueError, match="one training run at a time"):
+            Trainer(recipe, options(tmp_path / "b"))
+        seen.append("refused")
+        tick()
+
+    trainer._tick = during
+    thread = threading.Thread(target=lambda: codes.append(trainer.run()))
+    thread.start()
+    thread.join(120)
+    assert codes == [0] and seen
+    older = Trainer(recipe, options(tmp_path / "c"))
+    Trainer(recipe, options(tmp_path / "d"))
+    with pytest.raises(ValueError, match="got an older one"):
+        older.run()
+
+
+def poison(trainer: Trainer, place: str) -> None:
+    network = trainer.state.network
+    if place == "statistic":
+        network.bn1.running_mean[0] = float("nan")
+    elif place == "weight":
+        network.fc.bias.data[0] = float("inf")
+    elif place == "loss":
+        trainer.state.train_step.sums[0] = float("nan")
+    elif place == "momentum":
+        trainer.state.raw_optimizer.state[network.fc.bias]["momentum_buffer"][0] = float("nan")
+    else:
+        trainer.state.average.state["bn1.running_var"][0] = float("inf")
+
+
+@pytest.mark.parametrize(
+    ("place", "said"),
+    [
+        ("statistic", "in bn1.running_mean"),
+        ("weight", "in fc.bias"),
+        ("loss", "a loss of nan"),
+        ("momentum", "in momentum_buffer of fc.bias"),
+        ("average", "in average of bn1.running_var"),
+    ],
+)
+def test_nan_and_infinity_stop_a_run_and_no_checkpoint_holds_them(recipe, tmp_path, monkeypatch, place, said):
+    recipe = replace(recipe, epochs=2, ema_decay=0.9)
+    trainer = Trainer(recipe, options(tmp_path, checkpoint_steps=1, keep_checkpoints=1))
+    run_step = TrainStep.__call__
+
+    def step(self, images, targets, number):
+        run_step(self, images, targets, number)
+        if number == 4:
+            poison(trainer, place)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(TrainStep, "__call__", step)
+        with pytest.raises(NotFiniteError, match=r"^expected finite numbers, got ") as caught:
+            trainer.run()
+    message = str(caught.value)
+    assert said in message and "between steps 4 and 5 (epoch 2)" in message and len(message) < 500
+    assert "step_00000004" in message
+    kept = tensors(tmp_path)
+    assert all(torch.isfinite(tensor).all() for tensor in kept.values() if tensor.is_floating_point())
+    assert train(recipe, options(tmp_path, resume=True)) == 0
+
+
+def test_without_a_checkpoint_the_log_interval_finds_nan(recipe, tmp_path):
+    trainer = Trainer(recipe, options(tmp_path, log_steps=2))
+    trainer.state.network.bn1.running_var[0] = float("nan")
+    with pytest.raises(NotFiniteError, match=r"between steps 0 and 2 \(epoch 1\): there is no checkpoint before it"):
+        trainer.run()
+
+
+def test_a_checkpoint_with_nan_is_refused(recipe, tmp_path):
+    trainer = Trainer(recipe, options(tmp_path))
+    trainer.run()
+    trainer.state.network.fc.bias.data[0] = float("nan")
+    trainer.state.save()
+    with pytest.raises(ValueError, match=r"damaged or foreign one \(NaN or infinity in fc\.bias\)"):
+        train(recipe, options(tmp_path, resume=True))
+
+
+def test_weights_beyond_the_stored_dtype_are_refused_and_stored_in_another(recipe, tmp_path):
+    trainer = Trainer(recipe, options(tmp_path))
+    with torch.no_grad():
+        trainer.state.network.bn1.running_var.fill_(1e6)
+    with pytest.raises(ValueError, match=r"range of float16, got larger ones in bn1\.running_var.*--stored-dtype"):
+        trainer.run()
+    assert train(replace(recipe, stored_dtype="float32"), options(tmp_path, resume=True)) == 0
+
+
+def test_a_stop_at_the_end_of_an_epoch_leaves_its_row_and_its_loss(recipe, tmp_path):
+    recipe = replace(recipe, epochs=3, eval_every=1)
+    train(recipe, options(tmp_path / "whole"))
+    trainer = Trainer(recipe, options(tmp_path / "parts"))
+    trainer._must_stop = lambda: trainer.state.step == 4
+    assert trainer.run() == 0 and trainer.state.step == 4
+    with (tmp_path / "parts" / "metrics.csv").open() as stream:
+        assert [row["epoch"] for row in csv.DictReader(stream)] == ["1"]
+    assert checkpoints.latest_checkpoint(tmp_path / "parts" / "checkpoints").name == "step_00000004"
+    train(recipe, options(tmp_path / "parts", resume=True))
+    names = ("epoch", "step", "train_loss", "train_match", "test_loss", "test_top1")
+    tables = []
+    for name in ("whole", "parts"):
+        with (tmp_path / name / "metrics.csv").open() as stream:
+            tables.append([[row[column] for column in names] for row in csv.DictReader(stream)])
+    assert len(tables[0]) == 3 and tables[0] == tables[1]
+    whole, parts = tensors(tmp_path / "whole"), tensors(tmp_path / "parts")
+    assert all(torch.equal(whole[name], parts[name]) for name in whole)
+
+
+def arguments(npz: Path, out: Path, *more: str) -> list[str]:
+    fields = ["--data", str(npz), "--model", "test_gac_msresnet", "--num-steps", "1", "--batch-size", "16"]
+    return ["cifar100", *fields, "--device", "cpu", "--checkpoint-steps", "1", "--out", str(out), *more]
+
+
+def test_one_trainer_a_folder(recipe, npz, tmp_path, capsys):
+    out = tmp_path / "run"
+    child = Child(arguments(npz, out, "--epochs", "5000"), tmp_path / "stderr")
+    deadline = time.monotonic() + 120
+    while checkpoints.latest_checkpoint(out / "checkpoints") is None:
+        assert child.running() and time.monotonic() < deadline, child.stderr()
+        time.sleep(0.05)
+    assert main(arguments(npz, out, "--epochs", "5000", "--resume")) == 2
+    said = capsys.readouterr().err
+    assert f"held by process {child.process.pid} on" in said and len(said.splitlines()) == 1
+    child.send(signal.SIGKILL)  # a dead process holds nothing
+    assert child.wait() == -signal.SIGKILL
+    lock = RunLock(out)
+    with pytest.raises(ValueError, match=rf"another run of this process \({os.getpid()}\)"):
+        Trainer(recipe, options(out))
+    lock.release()
+    lock.release()
+    RunLock(out).release()
+    assert not (out / ".lock").exists()
+
+
+def test_a_run_goes_on_with_its_own_data_only(recipe, tmp_path):
+    npz, out = tmp_path / "data.npz", tmp_path / "run"
+    rng, labels = np.random.default_rng(0), np.arange(64) % 4
+
+    def store(images: np.ndarray, labels: np.ndarray, **more: np.ndarray) -> None:
+        np.savez(npz, x_train=images, y_train=labels, x_test=images[:16], y_test=labels[:16], **more)
+
+    images = rng.integers(0, 255, (64, 3, 8, 8)).astype(np.uint8)
+    store(images, labels)
+    recipe = replace(recipe, data=str(npz), epochs=2)
+    trainer = Trainer(recipe, options(out))
+    trainer._must_stop = lambda: trainer.state.step == 2
+    trainer.run()
+    other = images.copy()
+    other[40, 1, 2, 3] ^= 1
+    names = np.array(["a", "b", "c", "d"])
+    for change, said in (
+        (lambda: store(other, labels), "content of the train set"),
+        (lambda: store(images[:32], labels[:32]), "images of the train set: 64 became 32"),
+        (lambda: store(images, labels % 3), "classes of the train set: 4 became 3"),
+        (lambda: store(images[:, :, :4, :4], labels), "shape of the train set"),
+        (lambda: store(images, labels, label_names=names), "label_names of the train set"),
+    ):
+        change()
+        with pytest.raises(ValueError, match="expected the data that this run began with") as caught:
+            train(recipe, options(out, resume=True))
+        assert said in str(caught.value) and len(str(caught.value)) < 500
+    store(images, labels)
+    assert train(recipe, options(out, resume=True)) == 0
+
+
+def test_classes_are_matched_by_name(recipe, tmp_path):
+    from PIL import Image
+
+    for split, classes in (("train", "abc"), ("test", "bc")):
+        for label in classes:
+            for index in range(4):
+                (tmp_path / split / label).mkdir(parents=True, exist_ok=True)
+                picture = Image.new("RGB", (8, 8), (60 * "abc".index(label),) * 3)
+                picture.save(tmp_path / split / label / f"{index}.png")
+    sets = read_sets(replace(recipe, data="folder", data_dir=str(tmp_path), num_workers=0), False)
+    assert sets[0].label_names == sets[1].label_names == ("a", "b", "c")
+    assert sets[1].labels.tolist() == [1] * 4 + [2] * 4
+
+
+def test_damaged_checkpoints_are_refused_in_a_sentence(recipe, tmp_path):
+    trainer = Trainer(replace(recipe, ema_decay=0.9), options(tmp_path))
+    trainer.run()
+    outcomes = fuzz(trainer.state, seed=0, count=40)
+    assert sum(outcomes.values()) == 40 and outcomes["nest: refused"] and outcomes["flip_bit: refused"]
+
+
+@pytest.mark.parametrize(("stored", "given"), [(1, 3), (3, 1), (1, 1), (4, 3)])
+def test_weights_for_other_channels_are_adapted(recipe, tmp_path, stored, given):
+    first = timm.create_model("test_gac_msresnet", num_classes=2, num_steps=1, in_chans=stored)
+    save_model_folder(first, tmp_path)
+    network = create_network(replace(recipe, init=f"local-dir:{tmp_path}"), 2, given)
+    assert network.conv1.weight.shape[1] == given
+    if stored == given:
+        assert torch.equal(network.conv1.weight, first.conv1.weight)
+    assert torch.equal(network.fc.weight, first.fc.weight)
+    assert network(torch.zeros(1, given, 16, 16)).isfinite().all()
+
+
+def test_a_recipe_is_shown(capsys):
+    assert main(["cifar100_fast", "--epochs", "100", "--show"]) == 0
+    said = capsys.readouterr().out.splitlines()
+    assert said[0] == "recipe cifar100_fast" and len(said) == 1 + len(RECIPES["cifar100_fast"].to_dict())
+    assert any(line.split() == ["epochs", "100", "(recipe:", "165)"] for line in said)
+    assert any(line.split() == ["lr", "0.1"] for line in said)
+
+
+def test_a_cpu_says_at_once_what_it_cannot_do(tmp_path):
+    if not torch.cuda.is_available():
+        with pytest.raises(ValueError, match="expected a CUDA device, got none"):
+            Trainer(Recipe(), RunOptions(out=tmp_path, device="cuda"))
+    asked = replace(RECIPES["cifar100_fast"], precision="float16")
+    with pytest.raises(ValueError, match=r"for cuda_graph and precision float16.*--no-cuda-graph --precision float32"):
+        create_accelerator(asked, tmp_path, (), cpu=True)
+    with pytest.raises(
+        ValueError, match=r"for cuda_graph, got a CPU: give --no-cuda-graph --precision .*recipe digits"
+    ):
+        create_accelerator(RECIPES["cifar100_fast"], tmp_path, (), cpu=True)
+
+
+def test_command_lines_of_beginners(capsys):
+    recipe, run = parse(["cifar100_fast", "--epochs", "3", "--device", "cpu"], "train")
+    assert (recipe.epochs, recipe.mix_off_epochs, recipe.warmup_epochs) == (3, 0, 3.0) and run.on_cpu
+    assert max(learning_rate(recipe, step, 10) for step in range(30)) == pytest.approx(0.1)
+    assert learning_rate(recipe, 14, 10) == pytest.approx(0.1) and learning_rate(recipe, 25, 10) < 0.05
+    assert parse(["cifar10", "--cpu"], "train")[1].on_cpu and not parse(["cifar10"], "train")[1].on_cpu
+    for wrong in (["--device", "cuda:1"], ["--cpu", "--device", "cuda"]):
+        with pytest.raises(ValueError, match="device"):
+            parse(["cifar10", *wrong], "train")
+    for wrong, meant in ((["--epoch", "3"], "--epochs"), (["--drop", "0.1"], "--drop-rate")):
+        with pytest.raises(SystemExit):
+            parse(["cifar10", *wrong], "train")
+        assert meant in capsys.readouterr().err
+
+
+def test_the_recipe_for_a_cpu_runs(tmp_path):
+    pytest.importorskip("sklearn")
+    assert main(["digits", "--epochs", "1", "--num-steps", "1", "--device", "cpu", "--out", str(tmp_path / "run")]) == 0
+
+
+def test_a_disk_that_is_full_says_how_to_go_on(recipe, tmp_path, monkeypatch):
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("timm_gac.train.loop.write_metrics", full)
+    with pytest.raises(OSError, match=r"cannot be written.*No space left.*--resume"):
+        train(recipe, options(tmp_path))
