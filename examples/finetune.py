@@ -1,6 +1,6 @@
 """Fine-tune a spiking network on pictures (FOLDER/train/CLASS/*, FOLDER/val/CLASS/*) with timm and accelerate.
 
-python examples/finetune.py FOLDER --model gac_msresnet18_cifar --epochs 3
+python examples/finetune.py FOLDER --model gac_msresnet34 --epochs 3
 accelerate launch --config_file examples/accelerate/several_gpus.yaml examples/finetune.py FOLDER
 """
 
@@ -16,7 +16,7 @@ import timm_gac  # noqa: F401 (registers the models)
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("folder", help="pictures: train/CLASS/* and val/CLASS/*")
-parser.add_argument("--model", default="gac_msresnet18_cifar", help="a name, local-dir:FOLDER or hf-hub:OWNER/NAME")
+parser.add_argument("--model", default="gac_msresnet34", help="a name, local-dir:FOLDER or hf-hub:OWNER/NAME")
 parser.add_argument("--pretrained", action=argparse.BooleanOptionalAction, help="default: where the model has weights")
 parser.add_argument("--num-steps", type=int, default=4, help="time steps T")
 parser.add_argument("--epochs", type=int, default=3)

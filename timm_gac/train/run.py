@@ -26,7 +26,7 @@ from .checkpoints import (
     save_checkpoint,
 )
 from .fingerprint import check_same_data, describe_arrays, describe_stream
-from .finite import NotFiniteError, count_not_finite, names_not_finite
+from .finite import count_not_finite, names_not_finite, not_finite, tensors_of
 from .lock import RunLock
 from .optim import MovingAverage, create_optimizer, freeze_stages
 from .options import RunOptions
@@ -177,36 +177,18 @@ class Run:
         broken = count_not_finite((tensor for _, tensor in self._watched()), self.device)
         loss, matches, count = self.train_step.read(broken, reset=reset)
         if count or not (math.isfinite(loss) or math.isnan(matches)):  # without images both are NaN
-            raise self._not_finite(loss)
+            epoch = (self.step - 1) // self.steps_per_epoch + 1
+            raise not_finite(
+                loss=loss,
+                names=names_not_finite(self._watched()),
+                when=f"between steps {self.finite_step} and {self.step} (epoch {epoch})",
+                kept=latest_checkpoint(self.options.out / "checkpoints"),
+            )
         self.finite_step = self.step
         return loss, matches
 
     def _watched(self) -> Iterator[tuple[str, Tensor]]:
-        yield from self.network.state_dict().items()
-        if self.average is not None:
-            yield from ((f"average of {name}", tensor) for name, tensor in self.average.state.items())
-        for name, parameter in self.network.named_parameters():
-            if parameter.grad is not None:
-                yield f"gradient of {name}", parameter.grad
-            for key, value in self.raw_optimizer.state.get(parameter, {}).items():
-                if isinstance(value, Tensor):
-                    yield f"{key} of {name}", value
-
-    def _not_finite(self, loss: float) -> NotFiniteError:
-        names = names_not_finite(self._watched())
-        where = [f"a loss of {loss}"] if not math.isfinite(loss) else []
-        where += [f"NaN or infinity in {', '.join(names[:3])}"] if names else []
-        where += [f"{len(names) - 3} more tensors"] if len(names) > 3 else []
-        found = latest_checkpoint(self.options.out / "checkpoints")
-        kept = "there is no checkpoint before it"
-        if found is not None:
-            kept = f"the last finite checkpoint is {found}, from which --resume goes on"
-        epoch = (self.step - 1) // self.steps_per_epoch + 1
-        return NotFiniteError(
-            f"expected finite numbers, got {', '.join(where) or 'others elsewhere'} between steps "
-            f"{self.finite_step} and {self.step} (epoch {epoch}): {kept}; where it comes again, begin anew with a "
-            "lower lr or with clip_grad"
-        )
+        return tensors_of(self.network, None if self.average is None else self.average.state, self.raw_optimizer)
 
     def release(self) -> None:
         """Free the run's folder for other runs."""
