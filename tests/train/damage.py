@@ -180,7 +180,7 @@ def kill(given: Callable[[Path, list[str]], list[str]], folder: Path, seed: int,
         child = Child(given(out, more), folder / "errors")
         while child.running() and checkpoints.latest_checkpoint(out / "checkpoints") == before:
             time.sleep(0.01)
-        time.sleep(rng.random() * 2)
+        time.sleep(rng.random())
         number = rng.choice((signal.SIGKILL, signal.SIGKILL, signal.SIGTERM))
         child.send(number)
         status = child.wait()
