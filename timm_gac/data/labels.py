@@ -33,9 +33,9 @@ def match_labels(found: Sequence[str], wanted: Sequence[str], data: str, *, stri
     """The label that each class of a data set has in a network, by its name.
 
     Names are compared without regard to case, and ``_`` and ``-`` are spaces. A name that begins with a synset of
-    WordNet, such as ``n02124075 Egyptian cat``, is known by the synset, as ImageNet's folders are called. Where no name at all is shared but the
-    number of classes is the same, as for the digits "0" and "zero", the classes are taken in order, and a warning
-    says so.
+    WordNet, such as ``n02124075 Egyptian cat``, is known by the synset, as ImageNet's folders are called. Where no
+    name at all is shared but the number of classes is the same, as for the digits "0" and "zero", the classes are
+    taken in order, and a warning says so.
 
     Args:
         found: Names of the data set's classes, in the order of its labels; empty where it has none.
