@@ -9,6 +9,7 @@ import base64
 import hashlib
 import json
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -42,7 +43,10 @@ class Repository:
 
 
 class LoopbackHub(ThreadingHTTPServer):
-    """The server; `failures` maps (method, part of the path) to a status, or to None for a cut connection."""
+    """The server; `failures` maps (method, part of the path) to what goes wrong.
+
+    A status, None for a cut connection, bytes to send in place of the answer, or seconds (float) without any answer.
+    """
 
     daemon_threads = True
 
@@ -50,7 +54,7 @@ class LoopbackHub(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), Handler)
         self.repositories: dict[str, Repository] = {}
         self.blobs: dict[str, bytes] = {}
-        self.failures: dict[tuple[str, str], int | None] = {}
+        self.failures: dict[tuple[str, str], int | float | bytes | None] = {}
         self.requests: list[tuple[str, str]] = []
 
     @property
@@ -109,7 +113,13 @@ class Handler(BaseHTTPRequestHandler):
                     self.connection.close()
                     return
                 self.body()
-                self.answer({"error": "told to fail"}, status)
+                if isinstance(status, bytes):
+                    self.answer(status)
+                elif isinstance(status, float):
+                    time.sleep(status)
+                    self.close_connection = True
+                else:
+                    self.answer({"error": "told to fail"}, status)
                 return
         parts = path.strip("/").split("/")
         if path == "/api/whoami-v2":

@@ -100,6 +100,25 @@ def test_measured_figures_are_in_it() -> None:
     assert "compile" not in text and "mixup" not in text, "what is off stays in training.json"
 
 
+@pytest.mark.parametrize(
+    ("training", "evaluation", "name"),
+    [
+        ({"data": "other.npz", "dataset": "cifar10", "recipe_name": "cifar10"}, {"dataset": "cifar10"}, "other.npz"),
+        ({"data": "torch/cifar10", "dataset": "cifar100", "recipe_name": "x"}, {"dataset": "cifar100"}, "CIFAR-10"),
+        ({"data": "hfds/uoft-cs/cifar100"}, {}, "CIFAR-100"),
+        ({"data": "hfds/me/pets"}, {}, "pets"),
+        ({"data": "", "dataset": "imagenet", "recipe_name": "imagenet"}, {"dataset": "imagenet"}, None),
+        ({}, {"data": {"source": "a.npz", "images": 9, "classes": 3, "content": "f00d"}}, "a.npz (9 images, 3 classes"),
+        ({}, {"data": "digits"}, "scikit-learn digits"),
+    ],
+)
+def test_the_data_set_is_that_of_the_data(training: dict[str, Any], evaluation: dict[str, Any], name: str) -> None:
+    facts = replace(MEASURED, training=training, evaluation={"top1": 0.93} | evaluation)
+    assert (facts.dataset or ("", None))[1] == name or (facts.dataset and facts.dataset[1].startswith(name))
+    if name and name.endswith("npz"):
+        assert "CIFAR" not in write_card(facts, "me/x")
+
+
 def test_what_was_not_measured_is_left_out() -> None:
     text = write_card(FACTS, "me/x")
     data = ModelCard(text).data

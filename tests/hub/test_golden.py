@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from timm_gac import cli
-from timm_gac.hub import verify, write_golden
+from timm_gac.hub import load_model, verify, write_golden
 from timm_gac.hub.golden import WEIGHTS_SHA, golden_images, sha256
 
 
@@ -60,6 +60,35 @@ def test_nan_fails(folder: Path) -> None:
     digest = {WEIGHTS_SHA: sha256(folder / "model.safetensors")}
     change(folder / "golden.safetensors", lambda tensors: tensors | {"output": tensors["output"] * torch.nan}, digest)
     assert not verify(folder).passed
+
+
+@pytest.mark.parametrize("name", ["conv1.weight", "layer1.0.bn1.running_var", "fc.bias"])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_weights_that_are_not_finite_are_refused(name: str, value: float, folder: Path) -> None:
+    def spoil(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        tensors[name].flatten()[0] = value
+        return tensors
+
+    change(folder / "model.safetensors", spoil, {"format": "pt"})
+    for use in (load_model, verify, write_golden):
+        with pytest.raises(ValueError, match=rf"expected finite weights in .* in {name}"):
+            use(folder)
+
+
+@pytest.mark.parametrize("shape", [(17, 3, 32, 32), (4, 3, 500, 500), (0, 3, 32, 32)])
+def test_golden_images_are_few_and_of_the_configs_size(shape: tuple[int, ...], folder: Path) -> None:
+    images = {"input": torch.zeros(shape), "output": torch.zeros(len(torch.empty(shape)), 3)}
+    change(folder / "golden.safetensors", lambda tensors: images, None)
+    with pytest.raises(ValueError, match=r"expected golden images \(N, 3, 32, 32\), N from 1 to 16"):
+        verify(folder)
+
+
+def test_a_config_cannot_ask_for_more_weights_than_the_file_has(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    config["model_args"]["channels"] = [512, 512, 512]
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=r"bytes for 1\d,\d\d\d,\d\d\d weights"):
+        load_model(folder)
 
 
 def test_other_number_of_steps_fails(folder: Path) -> None:

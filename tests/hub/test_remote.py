@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 
@@ -127,6 +128,31 @@ def test_a_cut_download_is_one_sentence_and_the_next_try_completes(
     assert (fetch_model(REPO, api=api) / "model.safetensors").is_file()
 
 
+def test_a_hub_that_never_answers_is_a_sentence(
+    repository: Repository, hub: LoopbackHub, api: HfApi, model_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("timm_gac.hub.remote.TIMEOUT", 0.3)
+    started = time.monotonic()
+    hub.failures[("GET", "/api/models/")] = 5.0
+    with pytest.raises(ValueError, match="expected a connection to the Hub for me/gac-tiny, got ReadTimeout"):
+        fetch_model(REPO, api=api)
+    hub.failures[("GET", "/api/whoami")] = 5.0
+    with pytest.raises(ValueError, match="expected a connection to the Hub for me/gac-tiny, got ReadTimeout"):
+        push(model_folder, PublishConfig(REPO), api)
+    assert time.monotonic() - started < 4
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [b"<html>Log in</html>", b"", b"null", b"[]", b"3", b'{"siblings": 3}', b'{"siblings": [{"rfilename": 3}]}', b"{}"],
+)
+def test_odd_answers_are_a_sentence(answer: bytes, hub: LoopbackHub, repository: Repository, api: HfApi) -> None:
+    hub.failures[("GET", "/api/models/")] = answer
+    with pytest.raises(ValueError, match=r"^expected (the Hub's answer|model\.safetensors|plain)") as raised:
+        fetch_model(REPO, api=api)
+    assert len(str(raised.value)) < 500 and hub.downloads() == []
+
+
 def test_sources(model_folder: Path, tmp_path: Path) -> None:
     assert open_source(str(model_folder)) == open_source(f"local-dir:{model_folder}") == model_folder
     shutil.copytree(model_folder, tmp_path / "run" / "model")
@@ -166,14 +192,29 @@ GOOD: dict[str, Any] = {"architecture": "test_gac_msresnet", "num_classes": 3, "
         ({"pretrained_cfg": {"input_size": [3, 10**6, 10**6]}}, "expected input_size as"),
         ({"label_names": ["a"]}, "expected 3 label names"),
         ({"label_names": "abc"}, "expected label names as a list"),
+        ({"label_names": ["a", "b", "\x1b[2J"]}, "expected label names of printable"),
+        ({"label_names": ["a", "b", "\ud800"]}, "expected label names of printable"),
+        ({"architecture": "test_gac_msresnet.x"}, "expected an architecture of this package"),
+        ({"model_args": {"channels": [8192] * 3}}, "expected a network of at most 134,217,728 weights"),
+        ({"model_args": {"num_steps": 1024}}, "expected layers of at most 33,554,432 values"),
+        ({"pretrained_cfg": {"input_size": [3, 4096, 4096]}}, "expected layers of at most 33,554,432 values"),
+        ({"pretrained_cfg": {"mean": "x"}}, "expected mean as numbers"),
+        ({"pretrained_cfg": {"std": [0.0]}}, "expected std as positive numbers"),
+        ({"pretrained_cfg": {"crop_pct": 1e-6}}, "expected crop_pct from"),
+        ({"pretrained_cfg": {"interpolation": "x"}}, "expected interpolation among"),
+        ({"pretrained_cfg": {"license": 3}}, "expected license as a printable text"),
+        ({"pretrained_cfg": {"k" * 500_000: 3}}, "expected timm's fields"),
+        ({"architecture": "k" * 500_000}, "expected an architecture of this package"),
+        ({"model_args": {"k" * 500_000: 3}}, "expected arguments among"),
         ({"format": 2}, "expected a model folder of format 0 to 1, got 2: install a newer timm-gac"),
         ({"format": [1]}, "expected a model folder of format 0 to 1"),
     ],
 )
 def test_malformed_configs(change: dict[str, Any], message: str) -> None:
     check_config(GOOD)
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=message) as raised:
         check_config(GOOD | change)
+    assert len(str(raised.value)) < 500
 
 
 def test_the_format_is_derived(model_folder: Path) -> None:

@@ -143,7 +143,8 @@ class GatedAttentionCoding(nn.Module):
 
     ``y[t] = sigmoid(m[t] * n[t]) * LIF(A)[t]`` with the temporal score m, the spatial-channel score n and the frames A.
     For a static image all A[t] are equal, so n and the pools are computed once and the repetition never exists in
-    memory.
+    memory. On frames the gate is not causal: every m[t] depends on the pools of all T frames, so the first output needs
+    the last frame.
 
     Shape:
         - static image: ``(B, C, H, W)`` -> ``(T, B, C, H, W)``

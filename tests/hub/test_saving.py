@@ -1,0 +1,99 @@
+"""What was saved is what loads: every argument, the licence, and networks that cannot be rebuilt are refused."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+from torch import nn
+
+import timm_gac
+from timm_gac.hub import PublishConfig, load_model, open_network, prepare_folder, save_model_folder, save_quantized
+
+TERMS = {"license": "other", "license_name": "my-terms", "license_link": "https://example.org/terms"}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"global_pool": "max"},
+        {"global_pool": "catavgmax", "drop_rate": 0.25, "drop_path_rate": 0.1},
+        {"in_chans": 1, "num_steps": 3, "stem_kernel": 7, "encoder": "direct"},
+        {"layers": (1, 2, 1), "channels": (16, 24, 32), "strides": (1, 1, 2), "stem_width": 8, "block": "SpikingBlock"},
+        {"spec": timm_gac.IMAGENET, "scaled_init": True},
+        {"num_classes": 0},
+    ],
+)
+@pytest.mark.parametrize("save", [save_model_folder, save_quantized])
+def test_every_argument_survives(options: dict[str, Any], save: Callable[..., Path], tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = timm.create_model("test_gac_msresnet", **{"num_classes": 3} | options)
+    images = torch.randn(4, model.in_chans, 32, 32)
+    with torch.no_grad():
+        for _ in range(5):
+            model(images)
+        model.eval()
+        loaded = load_model(save(model, tmp_path / "saved"))
+        expected = model if save is save_model_folder else timm_gac.quantize(model)
+        assert loaded.model_args() == model.model_args()
+        torch.testing.assert_close(loaded(images), expected(images))
+    again = load_model(save_model_folder(loaded, tmp_path / "again"))
+    assert again.model_args() == model.model_args()
+
+
+def test_networks_that_a_folder_cannot_rebuild_are_refused(tmp_path: Path) -> None:
+    model = timm.create_model("test_gac_msresnet", num_classes=3).eval()
+    changed = timm.create_model("test_gac_msresnet", num_classes=3)
+    changed.fc = nn.Sequential(changed.fc)
+    broken = timm.create_model("test_gac_msresnet", num_classes=3)
+    broken.conv1.weight.data[0] = torch.nan
+    for network, message in (
+        (timm_gac.fuse_for_inference(model), "got one that is folded"),
+        (changed, "expected a network as timm.create_model builds it, got one with another 'fc"),
+        (broken, "expected finite weights to save, got NaN, infinity or a negative variance in conv1.weight"),
+        (nn.Linear(2, 2), "expected a network made by timm.create_model, got Linear"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            save_model_folder(network, tmp_path / "saved")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_licence_goes_along(
+    make_folder: Callable[..., Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = save_model_folder(load_model(make_folder(tmp_path / "own")), tmp_path / "terms", **TERMS)
+    with caplog.at_level(logging.WARNING):
+        model = load_model(folder)
+    assert "my-terms, https://example.org/terms" in caplog.text
+    assert timm.create_model(f"local-dir:{folder}", pretrained=True).pretrained_cfg["license"] == "other"
+    for made in (save_model_folder(model, tmp_path / "again"), save_quantized(model, tmp_path / "int8")):
+        config = json.loads((made / "config.json").read_text())
+        assert {key: config.get(key) for key in ("license_name", "license_link")} == {
+            key: TERMS[key] for key in ("license_name", "license_link")
+        }
+        assert config["pretrained_cfg"]["license"] == "other"
+    prepare_folder(folder, tmp_path / "push", PublishConfig("me/x", dry_run=True))
+    card = (tmp_path / "push" / "README.md").read_text()
+    assert all(f"{key}: {value}" in card for key, value in TERMS.items()) and "[my-terms](https://example.org" in card
+    assert json.loads((tmp_path / "push" / "config.json").read_text())["license_name"] == "my-terms"
+    prepare_folder(folder, tmp_path / "mit", PublishConfig("me/x", dry_run=True, license="mit"))
+    assert "my-terms" not in (tmp_path / "mit" / "README.md").read_text()
+    assert "license_name" not in json.loads((tmp_path / "mit" / "config.json").read_text())
+
+
+def test_a_run_folder_opens_whatever_lies_beside_the_model(model_folder: Path, tmp_path: Path) -> None:
+    """A run's own config.json, a recipe, has no architecture."""
+    shutil.copytree(model_folder, tmp_path / "run" / "model")
+    (tmp_path / "run" / "config.json").write_text(json.dumps({"model": "test_gac_msresnet", "epochs": 1}))
+    for source in (tmp_path / "run", tmp_path / "run" / "model"):
+        assert open_network(str(source)).label_names == ()
+    config = json.loads((tmp_path / "run" / "model" / "config.json").read_text()) | {"label_names": ["a", "b", "c"]}
+    (tmp_path / "run" / "model" / "config.json").write_text(json.dumps(config))
+    assert open_network(str(tmp_path / "run")).label_names == ("a", "b", "c")
