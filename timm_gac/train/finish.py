@@ -6,16 +6,19 @@ import copy
 import json
 import statistics
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from ..analysis.evaluate import Evaluation, evaluate, evaluate_state
-from ..hub.folder import CONFIG, load_model, save_model_folder, write_config
+from ..hub.config import CONFIG, write_config
+from ..hub.folder import load_model, save_model_folder
 from ..runtime.dtypes import AUTOCAST, DTYPES
 from ..runtime.files import append_csv, write_json
 from ..runtime.provenance import PROVENANCE
 from .finite import names_not_finite
+from .recipes import Recipe
 from .run import Run
 from .runlog import RESULT_COLUMNS, environment
 
@@ -66,6 +69,7 @@ def _report(run: Run, trained: Evaluation, stored: Evaluation, say: Callable[[st
     where = environment(run.device, recipe.precision)
     about = {
         "dataset": recipe.dataset,
+        "data": {"source": _source(recipe)} | run.data["test"],
         "split": "test",
         "precision": recipe.precision,
         "weights": "stored file",
@@ -84,6 +88,12 @@ def _report(run: Run, trained: Evaluation, stored: Evaluation, say: Callable[[st
         f"done in {run.minutes:.1f} minutes: top-1 {stored.top1:.2%} of {stored.images:,} test images (after 1 to "
         f"{recipe.num_steps} steps: {steps}), firing rate {stored.firing_rate:.3f}; model in {out / 'model'}"
     )
+
+
+def _source(recipe: Recipe) -> str:
+    """What the data is called in a model card: a folder by its own name."""
+    in_folder = recipe.data in ("", "folder", "image_folder") and recipe.data_dir
+    return Path(recipe.data_dir or "").resolve().name if in_folder else recipe.data
 
 
 def _result_row(run: Run, stored: Evaluation) -> dict[str, Any]:
