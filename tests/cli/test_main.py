@@ -21,7 +21,20 @@ from timm_gac.bench import kernels as benchmark
 
 ROOT = Path(__file__).resolve().parents[2]
 COMMANDS = (
-    *("demo", "models", "train", "eval", "predict", "inspect", "energy", "anytime", "convert", "quantize", "push"),
+    *(
+        "demo",
+        "models",
+        "data",
+        "train",
+        "eval",
+        "predict",
+        "inspect",
+        "energy",
+        "anytime",
+        "convert",
+        "quantize",
+        "push",
+    ),
     *("verify", "bench", "bench kernels", "bench model", "bench scaling", "bench curves"),
 )
 HEAVY = {"torch", "timm", "accelerate", "matplotlib", "triton", "sklearn"}
@@ -138,7 +151,17 @@ def test_models_lists_every_model_with_its_parameters(
     text = capsys.readouterr().out
     assert [name for name in timm.list_models(module="spiking_resnet") if f"{name} " not in text] == []
     row = next(line for line in text.splitlines() if line.split()[:1] == ["gac_msresnet34"])
-    assert row.split() == ["gac_msresnet34", "GAC", "ImageNet", "21,932,984", "4", "1000", "3x224x224", "-"]
+    assert row.split() == [
+        "gac_msresnet34",
+        "GAC",
+        "ImageNet",
+        "21,932,984",
+        "4",
+        "1000",
+        "3x224x224",
+        "in293,",
+        "tiny_imagenet",
+    ]
     row = next(line for line in text.splitlines() if line.split()[:1] == ["gac_msresnet18_cifar"])
     assert row.split()[-1] == "cifar100"
     assert max(map(len, text.splitlines())) <= 100

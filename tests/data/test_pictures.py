@@ -188,6 +188,7 @@ def test_names_on_a_terminal_have_no_control_characters():
         (("a", "b"), ("a", "b"), None),
         (("b", "c"), ("a", "b", "c"), [1, 2]),
         (("Aquarium_Fish", "bed"), ("bed", "aquarium-fish"), [1, 0]),
+        (("n01443537",), ("n01440764 tench", "n01443537 goldfish, Carassius"), [1]),
         (("0", "1"), ("zero", "one"), None),
         (("n02124075", "n01443537"), ("n01443537 goldfish", "n02124075 Egyptian cat", "n02808440 bathtub"), [1, 0]),
     ],

@@ -52,7 +52,7 @@ def data(
     paths: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="FOLDER... OUT")],
     config: Annotated[DataConfig, tyro.conf.arg(name="")],
 ) -> int:
-    """Make the .npz that `train` reads out of folders of images or of CIFAR.
+    """Make the .npz that train reads out of image folders or CIFAR.
 
     Training images that show what a validation image shows are left out and listed.
 

@@ -43,7 +43,7 @@ COMMANDS = {
 PYPI = {"sklearn": "scikit-learn", "PIL": "pillow"}
 DESCRIPTION = (
     "Gated attention coding and spiking ResNets for timm: train, evaluate, look inside, publish, benchmark.\n"
-    "`timm-gac COMMAND --help` explains a command. Start with `timm-gac demo`."
+    "`timm-gac COMMAND --help` explains a command, --version tells the version. Start with `timm-gac demo`."
 )
 
 

@@ -10,7 +10,7 @@ __all__ = ["models"]
 
 
 def models(pattern: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="PATTERN")] = "*") -> int:
-    """List the models: encoder, parameters, steps, input, published weights.
+    """List the models, and which have published weights.
 
     A model with published weights is named with their tag, as in gac_msresnet18_cifar.cifar100.
 
