@@ -16,6 +16,7 @@ from torchvision.models.feature_extraction import create_feature_extractor
 
 from gac_kernels import CIFAR, IMAGENET
 from timm_gac import fuse_for_inference, quantize
+from timm_gac.inference.early_exit import forward_early_exit
 from timm_gac.layers.encoder import DirectCoding, GatedAttentionCoding
 from timm_gac.models import SpikingResNet
 from timm_gac.models.blocks import MSBlock, SpikingBlock
@@ -315,6 +316,39 @@ def test_images_and_frames_need_not_be_square() -> None:
     overlay = dict(input_size=(3, 16, 64))
     model = timm.create_model("test_gac_msresnet", pretrained_cfg_overlay=overlay)
     assert timm.data.resolve_model_data_config(model)["input_size"] == (3, 16, 64)
+
+
+@pytest.mark.parametrize("change", [lambda model: model, fuse_for_inference, quantize], ids=["float", "folded", "int8"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@torch.no_grad()
+def test_what_is_not_finite_in_an_image_shows(value: float, change: Callable[[nn.Module], nn.Module]) -> None:
+    """In all outputs of that sample, and in no other's."""
+    model, x = change(tiny().float()), images().float()
+    frames = x.unsqueeze(1).repeat(1, T, 1, 1, 1)
+    for given in (x, frames):
+        broken = given.clone()
+        broken.view(-1)[5] = value  # of the first sample
+        calls = (
+            lambda x: [model(x), model.forward_features(x), model.forward_steps(x)],
+            lambda x: model.forward_intermediates(x, intermediates_only=True),
+        )
+        for call in calls:
+            for out, right in zip(call(broken), call(given), strict=True):
+                assert out[0].isnan().all() and torch.equal(out[1], right[1])
+        rows, right = (forward_early_exit(model, x, 0.9) for x in (broken, given))
+        assert len(rows[0]) == T and rows[0].isnan().all() and torch.equal(rows[1], right[1])
+
+
+@pytest.mark.parametrize("train", [True, False])
+def test_a_loss_shows_what_poisons_statistics(train: bool) -> None:
+    model, x = tiny().train(train), images()
+    x[0, 0, 2, 3] = float("nan")
+    assert model(x)[0].isnan().all() and model.forward_features(x)[0].isnan().all()
+    poisoned = model.bn1.running_mean.isnan().any() or model.bn1.running_var.isnan().any()
+    assert bool(poisoned) == train
+    assert bool(model.eval()(images()).isnan().any()) == train  # clean images show it too
+    half = tiny().to(torch.float16)
+    assert half(torch.full((1, 3, 8, 8), 6e4, dtype=torch.float16)).isfinite().all()  # large is no infinity
 
 
 def test_names_of_classes_leave_with_the_classifier() -> None:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from gac_kernels import lif
 
 from ..layers.neuron_layer import NeuronLayer
-from ..models.network import SpikingResNet
+from ..models.network import SpikingResNet, not_finite_marked
 from .record import neuron_layers
 
 __all__ = ["Exit", "check_confidence", "early_exit", "first_confident_step", "forward_early_exit", "mean_logits"]
@@ -110,10 +110,12 @@ def forward_early_exit(model: nn.Module, images: Tensor, confidence: float) -> l
     coded = network._encode(images).unflatten(0, (network.num_steps, -1))
     answers = [torch.empty(0)] * len(images)
     running = torch.arange(len(images), device=images.device)  # samples that have not left yet
+    mark = not_finite_marked(images.new_zeros(len(images), 1), images, network.bn1)  # 0 or NaN
     logits = coded.new_empty(0)
     stepped, neurons = _stepped_copy(network)
     for step in range(network.num_steps):
         step_logits = _logits(stepped, coded[step])[:, None]
+        step_logits = step_logits + mark[running, None].to(step_logits.dtype)
         logits = torch.cat((logits, step_logits), 1) if step else step_logits  # [running, steps so far, classes]
         leaves = early_exit(logits, confidence).confidence >= confidence
         if step + 1 == network.num_steps:

@@ -92,6 +92,24 @@ class FiringRate(nn.Module):
         return f"num_steps={self.num_steps}"
 
 
+@register_notrace_function
+def not_finite_marked(out: Tensor, x: Tensor, norm: nn.Module) -> Tensor:
+    """``out`` with NaN for each sample of the input, or for all, where a value is not finite.
+
+    A NaN ends at the first neuron, since a comparison with NaN is false: without a mark the output would look right.
+
+    Args:
+        out: ``(B, ...)``.
+        x: ``(B, ...)``, the network's input.
+        norm: The stem's norm; in eval mode its running variance counts too.
+    """
+    mark = x.detach().flatten(1).sum(1, dtype=torch.promote_types(x.dtype, torch.float32))
+    variance = getattr(norm, "running_var", None)
+    if variance is not None and not norm.training:
+        mark = mark + variance.sum()
+    return out + (mark * 0.0).to(out.dtype).view(-1, *[1] * (out.ndim - 1))
+
+
 class SpikingResNet(nn.Module):
     """Spiking ResNet whose features are firing rates.
 
@@ -424,6 +442,8 @@ class SpikingResNet(nn.Module):
         take_indices, max_index = feature_take_indices(len(self.feature_info), indices)
         membrane = self._encode(x)
         features = membrane.unflatten(0, [self.num_steps, membrane.shape[0] // self.num_steps]).mean(0)
+        mark = not_finite_marked(features.detach().new_zeros(features.shape[0], 1, 1, 1), x, self.bn1)
+        features = features + mark
         intermediates = [features] if 0 in take_indices else []
         spikes = self.lif(membrane)
         bits: Tensor | None = None
@@ -432,6 +452,7 @@ class SpikingResNet(nn.Module):
             membrane, spikes, bits = stage(membrane, spikes, bits)
             if len(stage):
                 features = self._rate(spikes)
+                features = features + mark.to(features.dtype)
             if i in take_indices:
                 intermediates.append(features)
         return intermediates if intermediates_only else (features, intermediates)
@@ -454,7 +475,7 @@ class SpikingResNet(nn.Module):
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Firing rates of the last stage, ``(B, C', H', W')`` in [0, 1]."""
-        return self._rate(self._forward_spikes(x))
+        return not_finite_marked(self._rate(self._forward_spikes(x)), x, self.bn1)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Logits, or with ``pre_logits`` what the classifier would see, from features ``(N, C', H', W')``."""
@@ -473,4 +494,5 @@ class SpikingResNet(nn.Module):
         The classifier is linear, so with average pooling and no dropout their mean over time equals `forward`.
         """
         logits = self.forward_head(self._forward_spikes(x))
-        return logits.unflatten(0, [self.num_steps, logits.shape[0] // self.num_steps]).transpose(0, 1)
+        logits = logits.unflatten(0, [self.num_steps, logits.shape[0] // self.num_steps]).transpose(0, 1)
+        return not_finite_marked(logits, x, self.bn1)
