@@ -1,7 +1,8 @@
 """Which implementation an op runs: one switch, resolved in one place, never in silence.
 
 ``TIMM_GAC_BACKEND`` (``auto``, ``triton`` or ``eager``) sets the process default, `use_backend` overrides it for a
-block. ``auto`` is Triton on a CUDA (or ROCm) device that has Triton and plain PyTorch elsewhere.
+block in the thread or task that entered it. ``auto`` is Triton on a CUDA (or ROCm) device that has Triton, and plain
+PyTorch elsewhere.
 """
 
 from __future__ import annotations
@@ -10,21 +11,28 @@ import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 
 import torch
 
+from .common.messages import shown
 from .common.triton import HAS_TRITON, INTERPRETED, TRITON_ERROR
 
 BACKENDS = ("auto", "triton", "eager")
-# A plain module global, not a context variable: autograd runs backward passes on threads of its own, and those must
-# see the same choice as the thread that entered `use_backend`.
-_forced: str | None = None
+# Of the thread or task: two blocks that overlap in time do not see each other. Autograd runs backward passes on threads
+# of its own, so each op remembers what its forward pass ran under.
+_forced: ContextVar[str | None] = ContextVar("gac_kernels_backend", default=None)
 _warned = False
+
+
+def forced_backend() -> str | None:
+    """What `use_backend` asks for here, None outside of its blocks."""
+    return _forced.get()
 
 
 def requested_backend() -> str:
     """The backend asked for by `use_backend` or ``TIMM_GAC_BACKEND``: ``auto``, ``triton`` or ``eager``."""
-    choice = _forced or os.environ.get("TIMM_GAC_BACKEND", "auto").strip().lower() or "auto"
+    choice = _forced.get() or os.environ.get("TIMM_GAC_BACKEND", "auto").strip().lower() or "auto"
     if choice not in BACKENDS:
         raise ValueError(f"expected TIMM_GAC_BACKEND out of {BACKENDS}, got {choice!r}: set it to one of these")
     return choice
@@ -32,7 +40,10 @@ def requested_backend() -> str:
 
 @contextmanager
 def use_backend(name: str) -> Iterator[None]:
-    """Force a backend inside a ``with`` block, for the whole process.
+    """Force a backend inside a ``with`` block, for this thread or task and for the backward passes of what runs in it.
+
+    A compiled network's backward pass on a GPU runs on a thread of autograd's, outside of the block: set
+    ``TIMM_GAC_BACKEND`` for it.
 
     Args:
         name: ``auto``, ``triton`` or ``eager``.
@@ -40,14 +51,14 @@ def use_backend(name: str) -> Iterator[None]:
     Raises:
         ValueError: Any other name was given.
     """
-    global _forced
     if name not in BACKENDS:
-        raise ValueError(f"expected a backend out of {BACKENDS}, got {name!r}: choose one of these")
-    previous, _forced = _forced, name
+        raise ValueError(f"expected a backend out of {BACKENDS}, got {shown(name)}: choose one of these")
+    previous = _forced.get()
+    _forced.set(name)
     try:
         yield
     finally:
-        _forced = previous
+        _forced.set(previous)
 
 
 def resolve_backend(device: torch.device | str, dtype: torch.dtype = torch.float32) -> str:

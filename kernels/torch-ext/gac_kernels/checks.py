@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor
 
+from .common.messages import shown
 from .common.shortcut import shortcut_stride
 from .reference import state_dtype
 from .spec import LIFSpec
@@ -14,6 +15,54 @@ from .spec import LIFSpec
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 # Most input channels of a 3x3 convolution of spikes whose sums of int8 weights stay below 2**24, exact in float32.
 MAX_INT8_CHANNELS = 2**24 // (9 * 128)
+
+
+def check_tensor(name: str, x: object) -> None:
+    """Raise unless ``x`` is a dense tensor."""
+    if not isinstance(x, Tensor):
+        raise ValueError(f"expected {name} to be a tensor, got {shown(x)}: convert it with torch.as_tensor")
+    if x.layout is not torch.strided or x.is_nested:
+        kind = "nested" if x.is_nested else "sparse"
+        raise ValueError(
+            f"expected {name} as a dense tensor, got a {kind} one ({x.layout}): convert it with "
+            f"{'torch.nested.to_padded_tensor' if x.is_nested else '.to_dense()'}"
+        )
+
+
+def check_tensors(**tensors: object) -> None:
+    """Raise unless each is a dense tensor or None."""
+    for name, tensor in tensors.items():
+        if tensor is not None:
+            check_tensor(name, tensor)
+
+
+def check_integer(name: str, value: object, minimum: int) -> None:
+    """Raise unless ``value`` is a plain integer that is not below ``minimum``."""
+    if isinstance(value, bool) or not isinstance(value, int) or not minimum <= value < 2**31:
+        raise ValueError(f"expected {name} as an integer >= {minimum}, got {shown(value)}: give one such as {minimum}")
+
+
+def check_flags(**flags: object) -> None:
+    """Raise unless each is True or False."""
+    for name, flag in flags.items():
+        if not isinstance(flag, bool):
+            raise ValueError(f"expected {name} as True or False, got {shown(flag)}: give one of these")
+
+
+def check_finite(name: str, value: object, minimum: float) -> None:
+    """Raise unless ``value`` is a finite number that is not below ``minimum``."""
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not number or not minimum <= float(value) < math.inf:  # type: ignore[arg-type]
+        raise ValueError(f"expected {name} as a finite number >= {minimum}, got {shown(value)}: give one such as 1e-5")
+
+
+def check_steps(name: str, x: Tensor, num_steps: object) -> None:
+    """Raise unless T is an integer >= 1 that divides the first axis of ``x``."""
+    if isinstance(num_steps, bool) or not isinstance(num_steps, int) or num_steps < 1 or x.shape[0] % num_steps:
+        raise ValueError(
+            f"expected num_steps >= 1 that divides the first axis of {name}, got {shown(num_steps)} and shape "
+            f"{tuple(x.shape)}: fold time with x.flatten(0, 1)"
+        )
 
 
 def check_spec(spec: LIFSpec) -> None:
@@ -24,8 +73,7 @@ def check_spec(spec: LIFSpec) -> None:
 
 def check_current(name: str, x: Tensor, min_dims: int, max_dims: int | None = None) -> None:
     """Raise unless ``x`` is a floating tensor of the right rank with at least one step."""
-    if not isinstance(x, Tensor):
-        raise ValueError(f"expected {name} to be a tensor, got {type(x).__name__}: convert it with torch.as_tensor")
+    check_tensor(name, x)
     if x.dtype not in DTYPES:
         names = [str(dtype) for dtype in DTYPES]
         raise ValueError(f"expected {name} in one of {names}, got {x.dtype}: convert it with .float()")
@@ -41,6 +89,7 @@ def check_state(state: Tensor | None, x: Tensor) -> None:
     """Raise unless ``state`` is None or a membrane that fits ``x``."""
     if state is None:
         return
+    check_tensor("state", state)
     if state.shape != x.shape[1:]:
         raise ValueError(
             f"expected state of shape {tuple(x.shape[1:])} (x without its time axis), got {tuple(state.shape)}: "
@@ -55,9 +104,9 @@ def check_state(state: Tensor | None, x: Tensor) -> None:
 def check_gate(x: Tensor, spatial: Tensor, temporal: Tensor) -> None:
     """Raise unless the two gate inputs fit the current ``x``, (B, C, H, W) or (T, B, C, H, W)."""
     for name, tensor in (("spatial", spatial), ("temporal", temporal)):
-        if not isinstance(tensor, Tensor) or tensor.dtype not in DTYPES:
-            given = getattr(tensor, "dtype", type(tensor).__name__)
-            raise ValueError(f"expected {name} to be a floating tensor, got {given}: convert it with .float()")
+        check_tensor(name, tensor)
+        if tensor.dtype not in DTYPES:
+            raise ValueError(f"expected {name} to be a floating tensor, got {tensor.dtype}: convert it with .float()")
         if tensor.device != x.device:
             raise ValueError(f"expected {name} on {x.device}, got {tensor.device}: move it with .to(...)")
     if spatial.shape != x.shape or spatial.dtype != x.dtype:
@@ -98,11 +147,7 @@ def check_residual_norm(
     if group:
         raise ValueError("expected no norm of the residual where statistics are shared over processes: apply it before")
     for tensor in given:
-        if tensor.shape != x.shape[1:2] or tensor.device != x.device:
-            raise ValueError(
-                f"expected the residual norm's tensors of shape ({x.shape[1]},) on {x.device}, got "
-                f"{tuple(tensor.shape)} on {tensor.device}: one value a channel, where x is"
-            )
+        _check_channels("the residual norm's tensors", tensor, x)
 
 
 def check_norm(
@@ -117,11 +162,7 @@ def check_norm(
 ) -> None:
     """Raise unless residual, scale, shift and statistics fit the time-folded (T*B, C, H, W) tensor ``x``."""
     check_current("x", x, min_dims=4, max_dims=4)
-    if not isinstance(num_steps, int) or num_steps < 1 or x.shape[0] % num_steps:
-        raise ValueError(
-            f"expected num_steps >= 1 that divides the first axis of x, got {num_steps!r} and shape {tuple(x.shape)}: "
-            "fold time with x.flatten(0, 1)"
-        )
+    check_steps("x", x, num_steps)
     if residual is not None and (residual.shape, residual.dtype, residual.device) != (x.shape, x.dtype, x.device):
         raise ValueError(
             f"expected residual of shape {tuple(x.shape)}, {x.dtype}, on {x.device} like x, got "
@@ -134,11 +175,28 @@ def check_norm(
     if mean is not None and (weight is None) != (bias is None):
         raise ValueError("expected weight and bias both or neither, got one: give ones or zeros for the other")
     for name, tensor in (("weight", weight), ("bias", bias), ("mean", mean), ("var", var)):
-        if tensor is not None and (tensor.shape != x.shape[1:2] or tensor.device != x.device):
-            raise ValueError(
-                f"expected {name} of shape ({x.shape[1]},) on {x.device}, got {tuple(tensor.shape)} on "
-                f"{tensor.device}: one value a channel, where x is"
-            )
+        if tensor is not None:
+            _check_channels(name, tensor, x)
+
+
+def _check_channels(name: str, tensor: Tensor, x: Tensor) -> None:
+    shape = x.shape
+    if tensor.dim() != 1 or tensor.shape[0] != shape[1] or tensor.device != x.device or tensor.dtype not in DTYPES:
+        raise ValueError(
+            f"expected {name} of shape ({shape[1]},) in a floating dtype on {x.device}, got {tuple(tensor.shape)} in "
+            f"{tensor.dtype} on {tensor.device}: one value a channel, where x is"
+        )
+    if tensor.layout is not torch.strided:
+        check_tensor(name, tensor)
+
+
+def check_running(name: str, tensor: Tensor, x: Tensor) -> None:
+    """Raise unless a running statistic fits the channels of ``x`` and can be written in place."""
+    check_tensor(name, tensor)
+    _check_channels(name, tensor, x)
+    if tensor.requires_grad or (tensor.shape[0] > 1 and tensor.stride(0) == 0):
+        why = "one that requires a gradient" if tensor.requires_grad else "an expanded one"
+        raise ValueError(f"expected {name} as a tensor to write into, got {why}: give a buffer's own memory")
 
 
 def check_spike_conv(
@@ -154,8 +212,9 @@ def check_spike_conv(
 ) -> None:
     """Raise unless weights, scale, bias, residual and grid fit the time-folded int8 spikes (T*B, C, H, W)."""
     for name, tensor in (("spikes", spikes), ("weight", weight)):
-        if not isinstance(tensor, Tensor) or tensor.dtype != torch.int8 or tensor.dim() != 4:
-            given = f"{tensor.dtype}, {tuple(tensor.shape)}" if isinstance(tensor, Tensor) else type(tensor).__name__
+        check_tensor(name, tensor)
+        if tensor.dtype != torch.int8 or tensor.dim() != 4:
+            given = f"{tensor.dtype}, {tuple(tensor.shape)}"
             raise ValueError(f"expected {name} as int8 with 4 axes, got {given}: convert them with .to(torch.int8)")
     _check_conv3x3(
         name="spikes",
@@ -168,6 +227,7 @@ def check_spike_conv(
     if channels > MAX_INT8_CHANNELS:
         raise ValueError(f"expected at most {MAX_INT8_CHANNELS:,} channels, got {channels:,}: sums would lose bits")
     for name, tensor in (("scale", scale), ("bias", bias)):
+        check_tensor(name, tensor)
         if tensor.shape != (out_channels,) or tensor.dtype != torch.float32:
             raise ValueError(
                 f"expected {name} of shape ({out_channels},) in float32, got {tuple(tensor.shape)} in {tensor.dtype}: "
@@ -181,9 +241,10 @@ def check_spike_conv(
             f"expected residual of shape {shape} in float32, float16, bfloat16 or int8, got {tuple(residual.shape)} in "
             f"{residual.dtype}: it is added to the convolution's output"
         )
-    if grid != 0.0 and not (2.0**-24 <= grid <= 1.0 and math.frexp(grid)[0] == 0.5):
+    number = isinstance(grid, (int, float)) and not isinstance(grid, bool)
+    if not number or (grid != 0.0 and not (2.0**-24 <= grid <= 1.0 and math.frexp(grid)[0] == 0.5)):
         raise ValueError(
-            f"expected grid as a power of two from 2**-24 to 1, or 0, got {grid!r}: give one such as 2**-15"
+            f"expected grid as a power of two from 2**-24 to 1, or 0, got {shown(grid)}: give one such as 2**-15"
         )
     _check_device(spikes, weight=weight, scale=scale, bias=bias, residual=residual, shortcut=shortcut)
 
@@ -199,6 +260,8 @@ def check_conv_lif(
 ) -> None:
     """Raise unless weights, bias and residual fit the time-folded input (T*B, C, H, W)."""
     check_current("x", x, min_dims=4, max_dims=4)
+    check_tensor("weight", weight)
+    check_tensor("bias", bias)
     _check_conv3x3(
         name="x",
         x=x,
@@ -246,13 +309,11 @@ def _check_shortcut(residual: Tensor | None, shortcut: Tensor, shape: tuple[int,
 
 
 def _check_conv3x3(name: str, x: Tensor, weight: Tensor, num_steps: int, stride: int) -> None:
-    if not isinstance(num_steps, int) or num_steps < 1 or x.shape[0] % num_steps:
-        raise ValueError(
-            f"expected num_steps >= 1 that divides the first axis of {name}, got {num_steps!r} and shape "
-            f"{tuple(x.shape)}: fold time with x.flatten(0, 1)"
-        )
-    if stride not in (1, 2):
-        raise ValueError(f"expected stride 1 or 2, got {stride!r}: use PyTorch's convolution for others")
+    check_steps(name, x, num_steps)
+    if isinstance(stride, bool) or not isinstance(stride, int) or stride not in (1, 2):
+        raise ValueError(f"expected stride 1 or 2, got {shown(stride)}: use PyTorch's convolution for others")
+    if x.shape[1] == 0:
+        raise ValueError(f"expected {name} with at least one channel, got shape {tuple(x.shape)}: give C >= 1")
     if tuple(weight.shape[1:]) != (x.shape[1], 3, 3):
         raise ValueError(
             f"expected weight of shape (C', {x.shape[1]}, 3, 3) for {name} {tuple(x.shape)}, got "

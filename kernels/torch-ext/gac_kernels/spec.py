@@ -4,12 +4,38 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from .common.messages import shown
+
 SURROGATES = ("triangle", "rectangle", "atan", "sigmoid")
 RESETS = ("hard", "soft")
+
+
+def _number(name: str, value: Any) -> float:
+    """A field as a plain float: kernels are compiled for it, so it is no tensor that learns."""
+    if isinstance(value, Tensor) and value.requires_grad:
+        raise ValueError(
+            f"expected {name} as a plain number, got a tensor that requires a gradient: specs hold plain numbers, "
+            "which do not learn, give float(...)"
+        )
+    single = isinstance(value, (int, float)) or getattr(value, "shape", None) == ()
+    try:
+        if not single or isinstance(value, (bool, complex)):
+            raise TypeError
+        return float(value)
+    except (TypeError, ValueError, OverflowError, RuntimeError):
+        raise ValueError(
+            f"expected {name} as one plain number, got {shown(value)}: specs hold plain numbers, give one such as 0.5"
+        ) from None
+
+
+def _truth(name: str, value: Any) -> bool:
+    if isinstance(value, bool) or type(value).__name__ in ("bool", "bool_"):  # numpy's
+        return bool(value)
+    raise ValueError(f"expected {name} as True or False, got {shown(value)}: give one of these")
 
 
 @dataclass(frozen=True)
@@ -41,7 +67,8 @@ class LIFSpec:
         reset: ``hard`` resets to 0, ``soft`` subtracts the threshold.
 
     Raises:
-        ValueError: A field is out of range; the message names the field and its valid values.
+        ValueError: A field is out of range, or a tensor that learns or holds more than one number; the message names
+            the field and its valid values.
 
     Source: Qiu et al., AAAI 2024 (arXiv 2308.06582); the two dialects are those of its published models.
     """
@@ -54,16 +81,21 @@ class LIFSpec:
     reset: str = "hard"
 
     def __post_init__(self) -> None:
+        for name in ("threshold", "decay", "width"):
+            object.__setattr__(self, name, _number(name, getattr(self, name)))
+        object.__setattr__(self, "detach_reset", _truth("detach_reset", self.detach_reset))
         if not (math.isfinite(self.threshold) and self.threshold > 0):
             raise ValueError(f"expected a finite threshold > 0, got {self.threshold!r}: give one such as 1.0")
         if not 0.0 <= self.decay <= 1.0:
             raise ValueError(f"expected a decay in [0, 1], got {self.decay!r}: give one such as 0.5")
-        if self.surrogate not in SURROGATES:
-            raise ValueError(f"expected a surrogate out of {SURROGATES}, got {self.surrogate!r}: choose one of these")
+        if not isinstance(self.surrogate, str) or self.surrogate not in SURROGATES:
+            raise ValueError(
+                f"expected a surrogate out of {SURROGATES}, got {shown(self.surrogate)}: choose one of these"
+            )
         if not (math.isfinite(self.width) and self.width > 0):
             raise ValueError(f"expected a finite surrogate width > 0, got {self.width!r}: give one such as 1.0")
-        if self.reset not in RESETS:
-            raise ValueError(f"expected a reset out of {RESETS}, got {self.reset!r}: choose one of these")
+        if not isinstance(self.reset, str) or self.reset not in RESETS:
+            raise ValueError(f"expected a reset out of {RESETS}, got {shown(self.reset)}: choose one of these")
 
     @property
     def surrogate_id(self) -> int:

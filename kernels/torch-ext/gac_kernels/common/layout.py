@@ -18,6 +18,11 @@ def as_layout(tensor: Tensor, like: Tensor) -> Tensor:
     return tensor if same_layout(tensor, like) else torch.empty_like(like, dtype=tensor.dtype).copy_(tensor)
 
 
+def packed(vectors: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
+    """The vectors with their values side by side, as kernels read them: themselves, or copies."""
+    return tuple([v if v is None or v.is_contiguous() else v.contiguous() for v in vectors])
+
+
 def time_stride(x: Tensor) -> int:
     """Elements between two steps of a dense (T, ...) tensor."""
     return x.stride(0) if x.shape[0] > 1 else x.numel()

@@ -12,8 +12,10 @@ import torch
 from torch import Tensor
 
 from ..backend import resolve_backend
-from ..checks import check_conv_lif, check_spec
+from ..checks import check_conv_lif, check_flags, check_spec, check_tensors
+from ..common.layout import packed
 from ..common.shortcut import convolve_shortcut
+from ..derivatives import refuse_forward_mode, register_no_derivatives
 from ..spec import CIFAR, LIFSpec
 from .dispatch import Shape, spike_conv_config
 from .hopper import launch as hopper
@@ -82,10 +84,19 @@ def _conv_lif(x, weight, bias, residual, num_steps, stride, threshold, decay, so
         stride=stride,
         shortcut=shortcut,
     )
+    refuse_forward_mode("conv_lif")
+    with torch._C._AutoDispatchBelowAutograd():
+        return _forward(
+            x, weight, bias, residual, num_steps, stride, threshold, decay, soft_reset, keep_membrane, shortcut
+        )
+
+
+def _forward(x, weight, bias, residual, num_steps, stride, threshold, decay, soft_reset, keep_membrane, shortcut):
     if not x.numel() or not weight.numel():
         return _outputs(x, weight, stride, keep_membrane)
     layout = torch.channels_last
     x, weight = (tensor.contiguous(memory_format=layout) for tensor in (x, weight))
+    bias, shortcut = packed((bias, shortcut))
     residual = None if residual is None else residual.contiguous(memory_format=layout)
     neuron = (threshold, decay, soft_reset)
     shape = Shape.of(x, weight, stride, residual is not None, shortcut is not None)
@@ -125,6 +136,9 @@ def _conv_lif(x, weight, bias, residual, num_steps, stride, threshold, decay, so
     if shortcut is not None:
         residual = convolve_shortcut(residual, shortcut, size)
     return _two_passes(x, weight, bias, residual, num_steps, stride, *neuron, keep_membrane)
+
+
+register_no_derivatives(_lib, "conv_lif")
 
 
 @torch.library.register_fake("gac_kernels::conv_lif", lib=_lib)
@@ -169,6 +183,8 @@ def conv_lif(
         ValueError: A tensor has the wrong shape, dtype or device, or T does not divide the first axis.
     """
     check_spec(spec)
+    check_tensors(residual=residual, shortcut=shortcut)
+    check_flags(return_membrane=return_membrane)
     check_conv_lif(
         x=x,
         weight=weight,

@@ -11,11 +11,12 @@ import logging
 import torch
 from torch import Tensor
 
-from ..checks import check_spec, check_spike_conv
-from ..common.layout import on_device
+from ..checks import check_flags, check_spec, check_spike_conv, check_tensors
+from ..common.layout import on_device, packed
 from ..common.shortcut import convolve_shortcut
 from ..common.triton import cdiv, next_power_of_2
-from ..reference import grid_shift
+from ..derivatives import refuse_forward_mode, register_no_derivatives
+from ..reference import grid_shift, on_grid
 from ..spec import CIFAR, LIFSpec
 from . import eager, onednn
 from .dispatch import Shape, spike_conv_backend, spike_conv_config
@@ -175,6 +176,7 @@ def _spike_conv(
         grid=grid,
         shortcut=shortcut,
     )
+    refuse_forward_mode("spike_conv")
     out, membrane = _outputs(
         spikes=spikes,
         weight=weight,
@@ -183,6 +185,8 @@ def _spike_conv(
         keep_membrane=keep_membrane,
     )
     if out.numel():
+        scale, bias, residual, shortcut = (None if v is None else v.detach() for v in (scale, bias, residual, shortcut))
+        scale, bias = packed((scale, bias))
         layout = torch.channels_last
         spikes, weight = (tensor.contiguous(memory_format=layout) for tensor in (spikes, weight))
         residual = None if residual is None else residual.contiguous(memory_format=layout)
@@ -212,6 +216,9 @@ def _spike_conv(
     return out, membrane
 
 
+register_no_derivatives(_lib, "spike_conv")
+
+
 @torch.library.register_fake("gac_kernels::spike_conv", lib=_lib)
 def _spike_conv_fake(
     spikes,
@@ -235,6 +242,19 @@ def _spike_conv_fake(
         stride=stride,
         keep_membrane=keep_membrane,
     )
+
+
+def _check_on_grid(grid: float, **vectors: Tensor) -> None:
+    """Raise unless all values are multiples of the grid; not under a compiler or a capture, which read no values."""
+    if not grid or torch.compiler.is_compiling():
+        return
+    for name, vector in vectors.items():
+        if vector.is_meta or (vector.is_cuda and torch.cuda.is_current_stream_capturing()):
+            return
+        if not torch.equal(on_grid(vector, grid), vector):
+            raise ValueError(
+                f"expected {name} in multiples of grid={grid!r}, got other values: round it to these, or leave grid 0"
+            )
 
 
 def spike_conv(
@@ -287,6 +307,8 @@ def spike_conv(
             power of two, or C is above 14,563, where sums of int8 weights may leave the integers that float32 holds.
     """
     check_spec(spec)
+    check_tensors(residual=residual, shortcut=shortcut)
+    check_flags(return_membrane=return_membrane)
     check_spike_conv(
         spikes=spikes,
         weight=weight,
@@ -298,6 +320,7 @@ def spike_conv(
         grid=grid,
         shortcut=shortcut,
     )
+    _check_on_grid(grid, scale=scale, bias=bias)
     out, membrane = torch.ops.gac_kernels.spike_conv(
         spikes,
         weight,

@@ -8,6 +8,9 @@ memory order, so contiguous and channels-last work as they lie.
 
 from __future__ import annotations
 
+import functools
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -15,6 +18,8 @@ from ..backend import resolve_backend
 from ..checks import check_current, check_gate, check_spec
 from ..common.layout import as_layout, on_device
 from ..common.triton import cdiv
+from ..derivatives import differentiable_gradients, register_derivatives, spec_of
+from ..reference import gac_encode_reference, gated_lif_reference
 from ..spec import CIFAR, LIFSpec
 from ..tuning import launch_config
 from . import eager
@@ -190,12 +195,33 @@ def _setup_context(ctx, inputs, output) -> None:
     ctx.save_for_backward(x, spatial, temporal)
 
 
-def _autograd(ctx, grad):
+def _backward(ctx, grad):
     grads = torch.ops.gac_kernels.gated_lif_backward(grad, *ctx.saved_tensors, *ctx.spec_args)
     return *grads, *[None] * 6
 
 
-torch.library.register_autograd("gac_kernels::gated_lif", _autograd, setup_context=_setup_context, lib=_lib)
+def define(x, spatial, temporal, spec):
+    """Its definition in PyTorch, of a static or varying input."""
+    return (gac_encode_reference if x.dim() == 4 else gated_lif_reference)(x, spatial, temporal, spec)
+
+
+def _backward_again(ctx, grad):
+    function = functools.partial(define, spec=spec_of(*ctx.spec_args))
+    return *differentiable_gradients(function, ctx.saved_tensors, [grad]), *[None] * 6
+
+
+def _definition(x, spatial, temporal, *spec_args: Any):
+    return define(x, spatial, temporal, spec_of(*spec_args))
+
+
+register_derivatives(
+    _lib,
+    "gated_lif",
+    setup_context=_setup_context,
+    backward=_backward,
+    again=_backward_again,
+    definition=_definition,
+)
 
 
 def _call(x: Tensor, spatial: Tensor, temporal: Tensor, spec: LIFSpec) -> Tensor:

@@ -8,14 +8,20 @@ than registers hold.
 
 from __future__ import annotations
 
+import functools
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from ..backend import resolve_backend
 from ..checks import check_current, check_gate, check_spec
 from ..common.layout import as_layout, on_device
+from ..common.messages import shown
+from ..derivatives import differentiable_gradients, register_derivatives, spec_of
 from ..neuron.eager import lif_forward
 from ..neuron.lif import launch_forward
+from ..reference import gac_fire_reference
 from ..spec import CIFAR, LIFSpec
 from .gac import CHUNK, backward_outputs, frames_like, geometry
 from .gac_fire_kernels import fire_bwd_kernel, fire_fwd_kernel
@@ -193,7 +199,7 @@ def _setup_context(ctx, inputs, output) -> None:
     ctx.save_for_backward(stem, spatial, temporal, gated)
 
 
-def _autograd(ctx, grad_gated, grad_spikes):
+def _backward(ctx, grad_gated, grad_spikes):
     *sources, gated = ctx.saved_tensors
     if grad_spikes is not None:
         grads = torch.ops.gac_kernels.gac_fire_backward(grad_gated, grad_spikes, *sources, gated, *ctx.spec_args)
@@ -204,7 +210,24 @@ def _autograd(ctx, grad_gated, grad_spikes):
     return *grads, *[None] * 7
 
 
-torch.library.register_autograd("gac_kernels::gac_fire", _autograd, setup_context=_setup_context, lib=_lib)
+def _backward_again(ctx, grad_gated, grad_spikes):
+    function = functools.partial(gac_fire_reference, spec=spec_of(*ctx.spec_args))
+    grads = differentiable_gradients(function, ctx.saved_tensors[:3], (grad_gated, grad_spikes))
+    return *grads, *[None] * 7
+
+
+def _definition(stem, spatial, temporal, integer, *spec_args: Any):
+    return gac_fire_reference(stem, spatial, temporal, spec_of(*spec_args), torch.int8 if integer else None)
+
+
+register_derivatives(
+    _lib,
+    "gac_fire",
+    setup_context=_setup_context,
+    backward=_backward,
+    again=_backward_again,
+    definition=_definition,
+)
 
 
 def gac_fire(
@@ -239,8 +262,9 @@ def gac_fire(
     check_spec(spec)
     check_current("stem", stem, min_dims=4, max_dims=5)
     check_gate(stem, spatial, temporal)
-    if spikes_dtype not in (None, stem.dtype, torch.int8):
+    if not (spikes_dtype is None or spikes_dtype == stem.dtype or spikes_dtype == torch.int8):
         raise ValueError(
-            f"expected spikes_dtype None, {stem.dtype} (like stem) or torch.int8, got {spikes_dtype}: leave it out"
+            f"expected spikes_dtype None, {stem.dtype} (like stem) or torch.int8, got {shown(spikes_dtype)}: leave it "
+            "out"
         )
     return torch.ops.gac_kernels.gac_fire(stem, spatial, temporal, spikes_dtype == torch.int8, *spec.op_arguments)

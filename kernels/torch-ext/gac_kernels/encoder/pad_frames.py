@@ -11,10 +11,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..backend import resolve_backend
-from ..checks import check_current
+from ..checks import check_current, check_flags
 from ..common.layout import as_layout, on_device
+from ..common.messages import shown
 from ..common.tiles import dense, is_channels_last
 from ..common.triton import cdiv, tl, triton
+from ..derivatives import register_derivatives
+from ..reference import pad_frames_reference
 from ..tuning import launch_config
 
 
@@ -161,11 +164,26 @@ def _setup_context(ctx, inputs, output) -> None:
     ctx.save_for_backward(output)
 
 
-def _autograd(ctx, grad):
+def _backward(ctx, grad):
     return torch.ops.gac_kernels.pad_frames_backward(grad, *ctx.saved_tensors, *ctx.args), None, None, None
 
 
-torch.library.register_autograd("gac_kernels::pad_frames", _autograd, setup_context=_setup_context, lib=_lib)
+def _backward_again(ctx, grad):
+    before, after, rectify = ctx.args
+    y = ctx.saved_tensors[0].detach()
+    inner = (..., *(slice(before, size - after) for size in y.shape[2:]))
+    gx = grad[inner]
+    return gx.masked_fill(y[inner] <= 0, 0.0) if rectify else gx, None, None, None
+
+
+register_derivatives(
+    _lib,
+    "pad_frames",
+    setup_context=_setup_context,
+    backward=_backward,
+    again=_backward_again,
+    definition=pad_frames_reference,
+)
 
 
 def pad_frames(x: Tensor, before: int, after: int, rectify: bool = False) -> Tensor:
@@ -186,6 +204,10 @@ def pad_frames(x: Tensor, before: int, after: int, rectify: bool = False) -> Ten
         ValueError: x is no floating tensor of four axes, or a size is negative.
     """
     check_current("x", x, min_dims=4, max_dims=4)
-    if before < 0 or after < 0:
-        raise ValueError(f"expected before >= 0 and after >= 0, got {before} and {after}: to crop, index the tensor")
+    for name, size in (("before", before), ("after", after)):
+        if isinstance(size, bool) or not isinstance(size, int) or not 0 <= size < 2**20:
+            raise ValueError(
+                f"expected {name} as an integer from 0 to {2**20 - 1}, got {shown(size)}: to crop, index the tensor"
+            )
+    check_flags(rectify=rectify)
     return torch.ops.gac_kernels.pad_frames(x, before, after, rectify)

@@ -12,11 +12,12 @@ import torch
 from torch import Tensor
 
 from ..backend import resolve_backend
-from ..checks import check_current
+from ..checks import check_current, check_tensor
 from ..common.layout import on_device
 from ..common.tiles import dense
 from ..common.triton import cdiv, tl, triton
-from ..reference import state_dtype
+from ..derivatives import differentiable_gradients, register_derivatives
+from ..reference import pool_frames_reference, state_dtype
 from ..tuning import launch_config
 
 _FRAME = (1, 2, 3)
@@ -192,18 +193,34 @@ def _setup_context(ctx, inputs, output) -> None:
     ctx.save_for_backward(x, maximum, ties)
 
 
-def _autograd(ctx, grad_mean, grad_maximum, _):
+def _backward(ctx, grad_mean, grad_maximum, _):
     x, maximum, ties = ctx.saved_tensors
     if grad_maximum is None:  # the mean alone: the same value everywhere, which needs no pass
         if grad_mean is None:
-            return None
-        return _over_frame((grad_mean / x.shape[1:].numel()).to(x.dtype)).expand(x.shape)
+            return (None,)
+        return (_over_frame((grad_mean / x.shape[1:].numel()).to(x.dtype)).expand(x.shape),)
     if grad_mean is None:
         grad_mean = torch.zeros_like(ties)
-    return torch.ops.gac_kernels.pool_frames_backward(grad_mean, grad_maximum, x, maximum, ties)
+    return (torch.ops.gac_kernels.pool_frames_backward(grad_mean, grad_maximum, x, maximum, ties),)
 
 
-torch.library.register_autograd("gac_kernels::pool_frames", _autograd, setup_context=_setup_context, lib=_lib)
+def _backward_again(ctx, grad_mean, grad_maximum, _):
+    return tuple(differentiable_gradients(pool_frames_reference, ctx.saved_tensors[:1], (grad_mean, grad_maximum)))
+
+
+def _definition(x):
+    mean, maximum = pool_frames_reference(x)
+    return mean, maximum, (x == _over_frame(maximum)).sum(_FRAME, dtype=mean.dtype)
+
+
+register_derivatives(
+    _lib,
+    "pool_frames",
+    setup_context=_setup_context,
+    backward=_backward,
+    again=_backward_again,
+    definition=_definition,
+)
 
 
 def pool_frames(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -222,5 +239,6 @@ def pool_frames(x: Tensor) -> tuple[Tensor, Tensor]:
     Raises:
         ValueError: x is no floating tensor of four axes, or C, H or W is 0.
     """
+    check_tensor("x", x)
     mean, maximum, _ = torch.ops.gac_kernels.pool_frames(x)
     return mean, maximum

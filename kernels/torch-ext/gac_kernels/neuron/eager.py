@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..reference import state_dtype, surrogate_derivative
-from ..spec import SURROGATES
+from ..spec import SURROGATES, LIFSpec
 
 # Neurons whose membranes and spikes stay in a core's cache from step to step.
 _CACHED = 2**17
@@ -147,3 +147,32 @@ def lif_backward(
         gv = decay * gu
     if grad_state.numel():
         grad_state.copy_(gv)
+
+
+def masked_gradients(grad: Tensor, grad_last: Tensor | None, bits: Tensor, spec: LIFSpec) -> tuple[Tensor, Tensor]:
+    """`lif_backward` by the bit mask as operations that can be differentiated in turn.
+
+    Args:
+        grad: (T, ...), at the spikes.
+        grad_last: (...), at the last membrane.
+        bits: (...) int64, two bits a step: fired, and inside the rectangle.
+        spec: With a rectangle as surrogate.
+
+    Returns:
+        Gradients at the input current and at the first membrane. Both are linear in those given; at the membrane the
+        rectangle has no slope.
+    """
+    dtype = state_dtype(grad.dtype)
+    gv = torch.zeros_like(grad[0], dtype=dtype) if grad_last is None else grad_last
+    at_current = []
+    for t in reversed(range(grad.shape[0])):
+        code = bits >> (2 * t)
+        slope = (code & 2).to(dtype) / (4.0 * spec.width)
+        if spec.soft_reset:
+            kept = 1.0 if spec.detach_reset else 1.0 - spec.threshold * slope
+        else:
+            kept = 1.0 - (code & 1).to(dtype)
+        gu = grad[t].to(dtype) * slope + gv * kept
+        at_current.append(gu.to(grad.dtype))
+        gv = spec.decay * gu
+    return torch.stack(at_current[::-1]), gv

@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from ..backend import resolve_backend
-from ..checks import check_current, check_spec
+from ..checks import check_current, check_spec, check_steps
 from ..common.tiles import dense
+from ..derivatives import refuse_forward_mode, register_no_derivatives
 from ..spec import CIFAR, LIFSpec
 from . import eager
 from .lif import launch_forward
@@ -18,17 +19,14 @@ _lib.define("integer_lif(Tensor x, int num_steps, float threshold, float decay, 
 
 def _check(x: Tensor, num_steps: int) -> None:
     check_current("x", x, min_dims=4, max_dims=4)
-    if not isinstance(num_steps, int) or num_steps < 1 or x.shape[0] % num_steps:
-        raise ValueError(
-            f"expected num_steps >= 1 that divides the first axis of x, got {num_steps!r} and shape {tuple(x.shape)}: "
-            "fold time with x.flatten(0, 1)"
-        )
+    check_steps("x", x, num_steps)
 
 
 @torch.library.impl(_lib, "integer_lif", "CompositeExplicitAutograd")
 def _integer_lif(x, num_steps, threshold, decay, soft_reset):
     _check(x, num_steps)
-    x = dense(x)
+    refuse_forward_mode("integer_lif")
+    x = dense(x.detach())
     spikes = torch.empty_like(x, dtype=torch.int8)
     if x.numel():
         nothing = x.new_empty(0, dtype=torch.float32)
@@ -36,6 +34,9 @@ def _integer_lif(x, num_steps, threshold, decay, soft_reset):
         steps, fired = x.unflatten(0, (num_steps, -1)), spikes.unflatten(0, (num_steps, -1))
         run(steps, None, fired, nothing, nothing, threshold, decay, 1.0, soft_reset)
     return spikes
+
+
+register_no_derivatives(_lib, "integer_lif")
 
 
 @torch.library.register_fake("gac_kernels::integer_lif", lib=_lib)

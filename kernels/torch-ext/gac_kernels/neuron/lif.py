@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from ..backend import resolve_backend
-from ..checks import check_current, check_spec, check_state
+from ..checks import check_current, check_flags, check_spec, check_state, check_tensor
 from ..common.layout import as_layout, on_device, time_stride
 from ..common.triton import cdiv
-from ..reference import state_dtype
+from ..derivatives import differentiable_gradients, register_derivatives, spec_of
+from ..reference import lif_reference, state_dtype
 from ..spec import CIFAR, SURROGATES, LIFSpec
 from ..tuning import launch_config
 from . import eager
@@ -203,7 +204,7 @@ def _setup_context(ctx, inputs, output) -> None:
     ctx.save_for_backward(x.new_empty(0) if mask.numel() else x, state, mask)
 
 
-def _autograd(ctx, grad_spikes, grad_last, _grad_mask):
+def _backward(ctx, grad_spikes, grad_last, _grad_mask):
     x, state, mask = ctx.saved_tensors
     grad_x, grad_state = torch.ops.gac_kernels.lif_backward(
         grad_spikes, grad_last if ctx.return_state else None, x, state, mask, ctx.strides, *ctx.spec_args
@@ -211,7 +212,36 @@ def _autograd(ctx, grad_spikes, grad_last, _grad_mask):
     return grad_x, grad_state if ctx.has_state else None, *[None] * 8
 
 
-torch.library.register_autograd("gac_kernels::lif", _autograd, setup_context=_setup_context, lib=_lib)
+def _backward_again(ctx, grad_spikes, grad_last, _grad_mask):
+    x, state, mask = ctx.saved_tensors
+    grad_last = grad_last if ctx.return_state else None
+    if mask.numel():
+        bits = torch.empty_strided(grad_spikes.shape[1:], ctx.strides[1:], dtype=torch.int64, device=mask.device)
+        eager.in_memory_order(bits).copy_(mask)
+        grad_x, grad_state = eager.masked_gradients(grad_spikes, grad_last, bits, spec_of(*ctx.spec_args))
+        return grad_x, grad_state if ctx.has_state else None, *[None] * 8
+
+    def function(x, state):
+        return lif_reference(x, spec_of(*ctx.spec_args), state, return_state=True)
+
+    return *differentiable_gradients(function, (x, state), (grad_spikes, grad_last)), *[None] * 8
+
+
+def _definition(x, state, threshold, decay, surrogate, width, detach_reset, soft_reset, keep_mask, return_state):
+    spec = spec_of(threshold, decay, surrogate, width, detach_reset, soft_reset)
+    spikes, last = lif_reference(x, spec, state, return_state=True)
+    nothing = x.new_empty(0, dtype=torch.float32)
+    return spikes, last if return_state else nothing, nothing.to(torch.uint8)
+
+
+register_derivatives(
+    _lib,
+    "lif",
+    setup_context=_setup_context,
+    backward=_backward,
+    again=_backward_again,
+    definition=_definition,
+)
 
 
 def lif(
@@ -241,7 +271,9 @@ def lif(
     """
     check_spec(spec)
     check_current("x", x, min_dims=1)
+    check_flags(return_state=return_state)
     if state is not None:
+        check_tensor("state", state)
         state = state.to(state_dtype(x.dtype)) if state.is_floating_point() else state
         check_state(state, x)
     keep_mask = torch.is_grad_enabled() and x.requires_grad

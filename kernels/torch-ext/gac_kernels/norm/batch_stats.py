@@ -7,12 +7,15 @@ atomics, so the same bits every time.
 
 from __future__ import annotations
 
+import math
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from ..backend import resolve_backend
-from ..checks import check_current
-from ..common.layout import on_device
+from ..checks import check_current, check_finite, check_running, check_tensors
+from ..common.layout import on_device, packed
 from ..common.tiles import FINISH, channel_tiles, dense, sum_partials, tile_offsets
 from ..common.triton import cdiv, tl, triton
 from ..reference import state_dtype
@@ -77,17 +80,19 @@ def _finish_stats_kernel(
     values = tl.cast(count, tl.float32)
     shift = total / values
     mean = pivot + shift
-    var = tl.maximum(square / values - shift * shift, 0.0)
+    var = tl.maximum(square / values - shift * shift, 0.0, propagate_nan=tl.PropagateNan.ALL)
     tl.store(mean_ptr + channel, mean, mask=inside)
     tl.store(var_ptr + channel, var, mask=inside)
     if UPDATE:
+        # Statistics that are not finite leave the running ones as they are. A difference is 0 unless one is so.
+        finite = (mean - mean == 0.0) & (var - var == 0.0)
         weight = tl.cast(momentum, tl.float32)
         before = tl.load(running_mean_ptr + channel, mask=inside, other=0.0).to(tl.float32)
         after = before + weight * (mean - before)
-        tl.store(running_mean_ptr + channel, after.to(running_mean_ptr.dtype.element_ty), mask=inside)
+        tl.store(running_mean_ptr + channel, after.to(running_mean_ptr.dtype.element_ty), mask=inside & finite)
         before = tl.load(running_var_ptr + channel, mask=inside, other=0.0).to(tl.float32)
         after = before + weight * (var * (values / (values - 1.0)) - before)
-        tl.store(running_var_ptr + channel, after.to(running_var_ptr.dtype.element_ty), mask=inside)
+        tl.store(running_var_ptr + channel, after.to(running_var_ptr.dtype.element_ty), mask=inside & finite)
 
 
 def _stats_triton(
@@ -101,6 +106,7 @@ def _stats_triton(
 ) -> None:
     tiles = channel_tiles(x, 1, launch_config("batch_stats", 1, x.element_size(), x.device))
     programs, channels = tiles.grid[0], tiles.channels
+    update = packed((running_mean, running_var))
     partial = torch.empty((programs, 2, channels), dtype=torch.float32, device=x.device)
     stride = 1 if tiles.meta["CHANNELS_LAST"] else tiles.spatial
     with on_device(x):
@@ -110,8 +116,7 @@ def _stats_triton(
             partial,
             mean,
             var,
-            running_mean,
-            running_var,
+            *update,
             num_batches,
             momentum,
             tiles.rows,
@@ -122,6 +127,9 @@ def _stats_triton(
             COUNT=num_batches is not None,
             **FINISH,
         )
+    for running, updated in zip((running_mean, running_var), update, strict=True):
+        if running is not None and running is not updated:  # a view of every second value, say
+            running.copy_(updated)
 
 
 def _stats_eager(
@@ -138,8 +146,11 @@ def _stats_eager(
     mean.copy_(batch_mean)
     var.copy_(batch_var)
     if running_mean is not None and running_var is not None:
-        running_mean.lerp_(mean.to(running_mean.dtype), momentum)
-        running_var.lerp_((var * (count / (count - 1))).to(running_var.dtype), momentum)
+        # Statistics that are not finite leave the running ones as they are.
+        finite = mean.isfinite() & var.isfinite()
+        after = var * (count / (count - 1))
+        for running, new in ((running_mean, mean), (running_var, after)):
+            running.copy_(torch.where(finite, running.lerp(new.to(running.dtype), momentum), running))
     if num_batches is not None:
         num_batches.add_(1)
 
@@ -152,7 +163,11 @@ _lib.define(
 
 
 def _check(
-    x: Tensor, running_mean: Tensor | None, running_var: Tensor | None, num_batches: Tensor | None = None
+    x: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    momentum: float,
+    num_batches: Tensor | None = None,
 ) -> None:
     check_current("x", x, min_dims=4, max_dims=4)
     if x.numel() < 2 * x.shape[1] or x.numel() == 0:
@@ -160,14 +175,13 @@ def _check(
             f"expected more than 1 value per channel when training, got input size {tuple(x.shape)}: use a larger "
             "batch or image, or eval mode"
         )
+    if (running_mean is None) != (running_var is None):
+        raise ValueError("expected running_mean and running_var both or neither, got one: give the pair")
     for name, running in (("running_mean", running_mean), ("running_var", running_var)):
-        if (running is None) != (running_mean is None):
-            raise ValueError("expected running_mean and running_var both or neither, got one: give the pair")
-        if running is not None and (running.shape != x.shape[1:2] or running.device != x.device):
-            raise ValueError(
-                f"expected {name} of shape ({x.shape[1]},) on {x.device}, got {tuple(running.shape)} on "
-                f"{running.device}: one value a channel, where x is"
-            )
+        if running is not None:
+            check_running(name, running, x)
+    if momentum != momentum or momentum in (math.inf, -math.inf):
+        raise ValueError(f"expected a finite momentum, got {momentum}: give one such as 0.1")
     if num_batches is not None and (
         num_batches.dtype != torch.int64 or num_batches.numel() != 1 or num_batches.device != x.device
     ):
@@ -179,11 +193,18 @@ def _check(
 
 @torch.library.impl(_lib, "batch_stats", "CompositeExplicitAutograd")
 def _batch_stats(x, running_mean, running_var, momentum, num_batches=None):
-    _check(x, running_mean, running_var, num_batches)
+    _check(x, running_mean, running_var, momentum, num_batches)
     mean, var = _empty_stats(x)
     run = _stats_triton if resolve_backend(x.device, x.dtype) == "triton" else _stats_eager
     run(dense(x), mean, var, running_mean, running_var, momentum, num_batches)
     return mean, var
+
+
+@torch.library.impl(_lib, "batch_stats", "FuncTorchBatched")
+def _batch_stats_of_samples(*_: Any):
+    raise NotImplementedError(
+        "expected batch_stats outside of torch.func.vmap, got it inside: statistics are those of a batch, use eval mode"
+    )
 
 
 @torch.library.register_fake("gac_kernels::batch_stats", lib=_lib)
@@ -212,11 +233,17 @@ def batch_stats(
         momentum: Weight of this batch in the running statistics.
         num_batches: One int64 value, counted up by 1 where given.
 
+    Running statistics of a channel whose mean or variance is not finite stay as they are.
+
     Returns:
         Mean (C,) and variance (C,), float32 (float64 for float64).
 
     Raises:
         ValueError: x is no floating (N, C, H, W) tensor, or has fewer than two values a channel; only one of the
-            running statistics was given, or one of another shape or device; or num_batches is no int64 value there.
+            running statistics was given, or one of another shape, dtype or device or that cannot be written in place;
+            momentum is negative or not finite; or num_batches is no int64 value there.
     """
+    check_tensors(running_mean=running_mean, running_var=running_var, num_batches=num_batches)
+    check_current("x", x, min_dims=4, max_dims=4)
+    check_finite("momentum", momentum, 0.0)
     return torch.ops.gac_kernels.batch_stats(x.detach(), running_mean, running_var, momentum, num_batches)

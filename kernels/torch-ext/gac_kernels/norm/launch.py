@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 import torch.distributed as dist
 
-from ..common.layout import on_device
+from ..common.layout import on_device, packed
 from ..common.tiles import FINISH, channel_tiles
 from ..common.triton import cdiv
 from ..neuron.lif import CHUNK
@@ -22,6 +22,7 @@ def forward_triton(
     if batch_stats and residual is not None:
         op += "_normed" if res_norm[2] is not None else "_residual"
     tiles = channel_tiles(x, num_steps, launch_config(op, num_steps, x.element_size(), x.device))
+    norm, res_norm = packed(norm), packed(res_norm)
     threshold, decay, _, _, _, soft_reset = neuron
     with on_device(x):
         forward_kernel[tiles.grid](
@@ -79,6 +80,7 @@ def backward_triton(
     group,
 ) -> None:
     """Write the gradients at x and, where they have elements, at the others; see `eager.backward`."""
+    norm, res_norm = packed(norm), packed(res_norm)
     source = residual if membrane is None else membrane
     normed = res_norm[2] is not None
     rows_of_sums = 3 if normed else 2

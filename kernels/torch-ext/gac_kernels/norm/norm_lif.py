@@ -13,13 +13,24 @@ import torch
 from torch import Tensor
 
 from ..backend import resolve_backend
-from ..checks import check_norm, check_residual_norm, check_spec
+from ..checks import (
+    check_finite,
+    check_flags,
+    check_norm,
+    check_residual_norm,
+    check_spec,
+    check_tensor,
+    check_tensors,
+)
 from ..common.layout import as_layout
+from ..common.messages import shown
 from ..common.tiles import dense
+from ..derivatives import Gradients, register_derivatives
 from ..neuron.lif import CHUNK
 from ..spec import CIFAR, LIFSpec, ResidualNorm
 from ..spikes.bits import empty_bits
 from . import eager
+from .derivatives import backward_again, definition
 from .launch import backward_triton, forward_triton
 
 _lib = torch.library.Library("gac_kernels", "FRAGMENT")
@@ -257,121 +268,68 @@ def _norm_lif_backward_fake(
     )
 
 
-_OP = torch.ops.gac_kernels.norm_lif.default
+def _setup_context(ctx: Any, inputs: tuple, outputs: tuple[Tensor, Tensor, Tensor]) -> None:
+    _, membrane, bits = outputs
+    x, residual, weight, bias, mean, var, total, *rest = inputs
+    *ctx.args, ctx.batch_stats, ctx.keep_membrane, ctx.group = rest[:-6]
+    *res_norm, ctx.res_eps, _ = rest[-6:]
+    ctx.has_residual, ctx.normed = residual is not None, res_norm[2] is not None
+    ctx.has_weight, ctx.has_bias = weight is not None, bias is not None
+    ctx.set_materialize_grads(False)
+    # The stored current stands for the residual too: where it is kept, the residual serves its own norm only.
+    residual = None if ctx.keep_membrane and not ctx.normed else residual
+    kept = membrane if ctx.keep_membrane else None
+    ctx.mark_non_differentiable(bits)
+    ctx.save_for_backward(x, residual, kept, weight, bias, mean, var, total, *res_norm)
 
 
-class _NormLIF(torch.autograd.Function):
-    """The op's autograd. `torch.library.register_autograd` would do, but it takes as long as all of the op's launches.
-
-    It looks up the default of each of the op's 24 arguments anew in its schema, a third of a millisecond a call.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
-        with torch._C._AutoDispatchBelowAutograd():
-            spikes, membrane, bits = _OP(*args)
-        x, residual, weight, bias, mean, var, total, *rest = args
-        *ctx.args, ctx.batch_stats, ctx.keep_membrane, ctx.group = rest[:-6]
-        *res_norm, ctx.res_eps, _ = rest[-6:]
-        ctx.has_residual, ctx.normed = residual is not None, res_norm[2] is not None
-        ctx.has_weight, ctx.has_bias = weight is not None, bias is not None
-        ctx.set_materialize_grads(False)
-        # The stored current stands for the residual too: where it is kept, the residual serves its own norm only.
-        residual = None if ctx.keep_membrane and not ctx.normed else residual
-        kept = membrane if ctx.keep_membrane else None
-        ctx.mark_non_differentiable(bits)
-        ctx.save_for_backward(x, residual, kept, weight, bias, mean, var, total, *res_norm)
-        return spikes, membrane, bits
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        grad_spikes, grad_membrane, _ = grads
-        if not ctx.keep_membrane:
-            grad_membrane = None
-        if grad_spikes is None and grad_membrane is None:
-            return (None,) * 24
-        x, residual, membrane, weight, bias, mean, var, total, *res_norm = ctx.saved_tensors
-        gx, ga, gw, gb, grw, grb = torch.ops.gac_kernels.norm_lif_backward(
-            grad_spikes,
-            grad_membrane,
-            x,
-            residual,
-            membrane,
-            weight,
-            bias,
-            mean,
-            var,
-            total,
-            *ctx.args,
-            ctx.batch_stats,
-            ctx.has_residual,
-            ctx.group,
-            *res_norm,
-            ctx.res_eps,
-        )
-        of_norm = (gw if ctx.has_weight else None, gb if ctx.has_bias else None)
-        of_residual_norm = (grw, grb) if ctx.has_weight and ctx.normed else (None, None)
-        return gx, ga if ctx.has_residual else None, *of_norm, *[None] * 14, *of_residual_norm, *[None] * 4
-
-
-@torch.library.impl(_lib, "norm_lif", "Autograd")
-def _norm_lif_autograd(
-    x,
-    residual,
-    weight,
-    bias,
-    mean,
-    var,
-    total,
-    eps,
-    num_steps,
-    threshold,
-    decay,
-    surrogate,
-    width,
-    detach_reset,
-    soft_reset,
-    batch_stats,
-    keep_membrane,
-    group,
-    res_weight=None,
-    res_bias=None,
-    res_mean=None,
-    res_var=None,
-    res_eps=0.0,
-    pack=False,
-):
-    args = (
+def _backward(ctx: Any, grad_spikes: Tensor | None, grad_membrane: Tensor | None, _: None) -> Gradients:
+    if not ctx.keep_membrane:
+        grad_membrane = None
+    if grad_spikes is None and grad_membrane is None:
+        return (None,) * 24
+    x, residual, membrane, weight, bias, mean, var, total, *res_norm = ctx.saved_tensors
+    gx, ga, gw, gb, grw, grb = torch.ops.gac_kernels.norm_lif_backward(
+        grad_spikes,
+        grad_membrane,
         x,
         residual,
+        membrane,
         weight,
         bias,
         mean,
         var,
         total,
-        eps,
-        num_steps,
-        threshold,
-        decay,
-        surrogate,
-        width,
-        detach_reset,
-        soft_reset,
-        batch_stats,
-        keep_membrane,
-        group,
-        res_weight,
-        res_bias,
-        res_mean,
-        res_var,
-        res_eps,
-        pack,
+        *ctx.args,
+        ctx.batch_stats,
+        ctx.has_residual,
+        ctx.group,
+        *res_norm,
+        ctx.res_eps,
     )
-    differentiable = (x, residual, weight, bias, res_weight, res_bias)
-    if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in differentiable):
-        return _NormLIF.apply(*args)
-    with torch._C._AutoDispatchBelowAutograd():
-        return _OP(*args)
+    of_norm = (gw if ctx.has_weight else None, gb if ctx.has_bias else None)
+    of_residual_norm = (grw, grb) if ctx.has_weight and ctx.normed else (None, None)
+    return gx, ga if ctx.has_residual else None, *of_norm, *[None] * 14, *of_residual_norm, *[None] * 4
+
+
+register_derivatives(
+    _lib,
+    "norm_lif",
+    setup_context=_setup_context,
+    backward=_backward,
+    again=backward_again,
+    definition=definition,
+    defaults=(None, None, None, None, 0.0, False),
+)
+
+
+def _check_statistics(*statistics: Tensor | None) -> None:
+    for tensor in statistics:
+        if tensor is not None and tensor.requires_grad and torch.is_grad_enabled():
+            raise ValueError(
+                "expected mean and var without a gradient, got one that requires it: they are constants here (with "
+                "batch_stats the gradient at x has their part), give them detached"
+            )
 
 
 def norm_lif(
@@ -415,9 +373,15 @@ def norm_lif(
         where it is returned, it is rounded to x's dtype before the neuron sees it.
 
     Raises:
-        ValueError: A tensor has the wrong shape, dtype or device, or T does not divide the first axis.
+        ValueError: A tensor has the wrong shape, dtype or device, a statistic requires a gradient, or T does not divide
+            the first axis.
     """
     check_spec(spec)
+    check_tensor("x", x)
+    check_flags(batch_stats=batch_stats, return_membrane=return_membrane, return_bits=return_bits)
+    check_finite("eps", eps, 0.0)
+    check_tensors(residual=residual, weight=weight, bias=bias, mean=mean, var=var)
+    _check_statistics(mean, var)
     check_norm(
         x=x,
         residual=residual,
@@ -428,7 +392,15 @@ def norm_lif(
         num_steps=num_steps,
         batch_stats=batch_stats,
     )
-    res_norm = residual_norm or ResidualNorm(None, None)
+    res_norm = ResidualNorm(None, None) if residual_norm is None else residual_norm
+    if not isinstance(res_norm, ResidualNorm):
+        raise ValueError(
+            f"expected residual_norm as a ResidualNorm, got {shown(res_norm)}: use ResidualNorm(mean, var)"
+        )
+    check_finite("residual_norm.eps", res_norm.eps, 0.0)
+    for name, tensor in zip(res_norm._fields[:4], res_norm, strict=False):
+        check_tensors(**{f"residual_norm.{name}": tensor})
+    _check_statistics(res_norm.mean, res_norm.var)
     res_args = (res_norm.weight, res_norm.bias, res_norm.mean, res_norm.var)
     check_residual_norm(x, residual, weight, *res_args)
     spikes, membrane, bits = torch.ops.gac_kernels.norm_lif(

@@ -35,18 +35,29 @@ def smooth_step(d: Tensor, surrogate: str, width: float) -> Tensor:
 
 
 class _Step(torch.autograd.Function):
-    """Heaviside step, strict, with a surrogate derivative."""
+    """Heaviside step, strict, with a surrogate derivative: of any order, in both modes and under `torch.func`."""
+
+    generate_vmap_rule = True
 
     @staticmethod
-    def forward(ctx, d: Tensor, surrogate: str, width: float) -> Tensor:
-        ctx.save_for_backward(d)
-        ctx.surrogate, ctx.width = surrogate, width
+    def forward(d: Tensor, surrogate: str, width: float) -> Tensor:
         return (d > 0).to(d.dtype)
+
+    @staticmethod
+    def setup_context(ctx, inputs: tuple[Tensor, str, float], output: Tensor) -> None:
+        d, ctx.surrogate, ctx.width = inputs
+        ctx.save_for_backward(d)
+        ctx.save_for_forward(d)
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
         (d,) = ctx.saved_tensors
         return grad * surrogate_derivative(d, ctx.surrogate, ctx.width), None, None
+
+    @staticmethod
+    def jvp(ctx, tangent: Tensor, *_: None) -> Tensor:
+        (d,) = ctx.saved_tensors
+        return tangent * surrogate_derivative(d, ctx.surrogate, ctx.width)
 
 
 def state_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -7,14 +7,19 @@ tensor when its turn comes. The values that come out are those that went in, so 
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..backend import resolve_backend
-from ..checks import check_current
+from ..checks import DTYPES, check_current, check_integer, check_steps, check_tensor
 from ..common.layout import on_device
+from ..common.messages import shown
 from ..common.tiles import dense
 from ..common.triton import cdiv, tl, triton
+from ..derivatives import register_derivatives
 from ..tuning import launch_config
 
 STEPS_PER_BYTE = 8
@@ -184,21 +189,71 @@ def _setup_context(ctx, inputs, output) -> None:
     ctx.save_for_backward(bits, weight)
 
 
-def _autograd(ctx, grad):
+def _backward(ctx, grad):
     need_input, _, need_weight = ctx.needs_input_grad[:3]
     gx, gw = torch.ops.gac_kernels.packed_conv2d_backward(grad, *ctx.saved_tensors, *ctx.args, need_input, need_weight)
     return gx if need_input else None, None, gw if need_weight else None, *[None] * 5
 
 
-torch.library.register_autograd("gac_kernels::packed_conv2d", _autograd, setup_context=_setup_context, lib=_lib)
+def _backward_again(ctx, grad):
+    bits, weight = ctx.saved_tensors
+    num_steps, stride, padding, dilation, groups = ctx.args
+    need_input, _, need_weight = ctx.needs_input_grad[:3]
+    spikes = _unpacked(dense(bits), num_steps, grad.dtype)
+    needed = [need_input, need_weight, False]
+    gx, gw, _ = torch.ops.aten.convolution_backward(
+        grad, spikes, weight, None, stride, padding, dilation, False, [0, 0], groups, needed
+    )
+    if need_input and need_weight:  # which depends on the spikes, whose history the bits do not have
+        gw = torch._C._functions.DelayedError(_TWICE, 1)(gw if gw.requires_grad else gw.requires_grad_())
+    return gx, None, gw, *[None] * 5
 
 
-def _check_steps(num_steps: int, frames: int) -> None:
-    if not isinstance(num_steps, int) or isinstance(num_steps, bool) or num_steps < 1 or frames % num_steps:
+_TWICE = (
+    "expected one derivative through packed_conv2d, got a second one (double backward): bits do not keep what it "
+    "needs, use conv2d, in a network set_spike_packing(False)"
+)
+
+
+def _definition(spikes, bits, weight, num_steps, stride, padding, dilation, groups):
+    return F.conv2d(spikes, weight, None, stride, padding, dilation, groups)
+
+
+register_derivatives(
+    _lib,
+    "packed_conv2d",
+    setup_context=_setup_context,
+    backward=_backward,
+    again=_backward_again,
+    definition=_definition,
+)
+
+
+def _check_convolution(spikes: Tensor, weight: Tensor, pairs: tuple[Any, Any, Any], groups: int) -> None:
+    """Raise unless weight, (stride, padding, dilation) and groups fit the spikes."""
+    if (weight.dtype, weight.device) != (spikes.dtype, spikes.device):
         raise ValueError(
-            f"expected num_steps >= 1 that divides the first axis, got {num_steps!r} and {frames} frames: fold time "
-            "with x.flatten(0, 1)"
+            f"expected the weight in {spikes.dtype} on {spikes.device} like the spikes, got {weight.dtype} on "
+            f"{weight.device}: convert it with .to(spikes)"
         )
+    for name, pair, minimum in zip(("stride", "padding", "dilation"), pairs, (1, 0, 1), strict=True):
+        if not isinstance(pair, (tuple, list)) or len(pair) != 2:
+            raise ValueError(f"expected {name} as two integers, got {shown(pair)}: give a pair such as (1, 1)")
+        for value in pair:
+            check_integer(name, value, minimum)
+    check_integer("groups", groups, 1)
+    if weight.dim() != 4 or weight.shape[1] * groups != spikes.shape[1] or weight.shape[0] % groups:
+        raise ValueError(
+            f"expected weight of shape (C', {spikes.shape[1]} / {groups}, kH, kW) with C' a multiple of "
+            f"groups={groups}, got {tuple(weight.shape)}: give a convolution of the spikes' channels"
+        )
+    _, padding, dilation = pairs
+    for size, kernel, pad, gap in zip(spikes.shape[2:], weight.shape[2:], padding, dilation, strict=True):
+        if not 1 <= kernel <= size + 2 * pad or gap * (kernel - 1) >= size + 2 * pad or 0 in weight.shape[:2]:
+            raise ValueError(
+                f"expected a kernel of at least 1 that fits into {tuple(spikes.shape[2:])} with padding "
+                f"{tuple(padding)}, got weight {tuple(weight.shape)} with dilation {tuple(dilation)}: use a smaller one"
+            )
 
 
 def pack_spikes(spikes: Tensor, num_steps: int) -> Tensor:
@@ -215,7 +270,7 @@ def pack_spikes(spikes: Tensor, num_steps: int) -> Tensor:
         ValueError: The spikes are no floating (T*B, C, H, W) tensor, or T does not divide their first axis.
     """
     check_current("spikes", spikes, min_dims=4, max_dims=4)
-    _check_steps(num_steps, spikes.shape[0])
+    check_steps("spikes", spikes, num_steps)
     return torch.ops.gac_kernels.pack_spikes(spikes.detach(), num_steps)
 
 
@@ -225,10 +280,19 @@ def unpack_spikes(bits: Tensor, num_steps: int, dtype: torch.dtype = torch.float
     Raises:
         ValueError: The bits are no uint8 (ceil(T/8)*B, C, H, W) tensor.
     """
+    check_tensor("bits", bits)
     if bits.dtype != torch.uint8 or bits.dim() != 4:
         raise ValueError(f"expected bits as uint8 of 4 axes, got {bits.dtype} of {bits.dim()}: see pack_spikes")
-    _check_steps(num_steps, num_steps)
-    _check_steps(-(-num_steps // STEPS_PER_BYTE), bits.shape[0])
+    check_integer("num_steps", num_steps, 1)
+    groups = -(-num_steps // STEPS_PER_BYTE)
+    if bits.shape[0] % groups:
+        raise ValueError(
+            f"expected bits of {groups} * B frames for {num_steps} steps, got {bits.shape[0]}: see pack_spikes"
+        )
+    if dtype not in (*DTYPES, torch.int8, torch.uint8):
+        raise ValueError(
+            f"expected dtype as a floating one, int8 or uint8, got {shown(dtype)}: give one such as float32"
+        )
     return torch.ops.gac_kernels.unpack_spikes(bits, num_steps, dtype)
 
 
@@ -261,15 +325,16 @@ def packed_conv2d(
         ValueError: Spikes, bits, weight and T do not fit together.
     """
     check_current("spikes", spikes, min_dims=4, max_dims=4)
-    _check_steps(num_steps, spikes.shape[0])
+    check_steps("spikes", spikes, num_steps)
     count = -(-num_steps // STEPS_PER_BYTE) * (spikes.shape[0] // num_steps)
+    check_tensor("bits", bits)
+    check_tensor("weight", weight)
     if bits.dtype != torch.uint8 or bits.shape != (count, *spikes.shape[1:]) or bits.device != spikes.device:
         raise ValueError(
             f"expected bits as uint8 {(count, *spikes.shape[1:])} on {spikes.device}, got {bits.dtype} "
             f"{tuple(bits.shape)} on {bits.device}: make them of these spikes with pack_spikes"
         )
-    if weight.dtype != spikes.dtype:
-        raise ValueError(f"expected the weight in {spikes.dtype} like the spikes, got {weight.dtype}: convert it")
+    _check_convolution(spikes, weight, (stride, padding, dilation), groups)
     return torch.ops.gac_kernels.packed_conv2d(
         spikes, bits, weight, num_steps, list(stride), list(padding), list(dilation), groups
     )

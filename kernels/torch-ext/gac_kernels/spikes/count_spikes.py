@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..backend import resolve_backend
+from ..checks import DTYPES, check_steps, check_tensor
 from ..common.layout import on_device
 from ..common.triton import cdiv, tl, triton
 from ..tuning import launch_config
@@ -55,11 +56,14 @@ _lib.define("count_spikes(Tensor x, int num_steps, Tensor(a!) total, Tensor(b!) 
 
 
 def _check(x: Tensor, num_steps: int, total: Tensor, real: Tensor) -> None:
-    if num_steps < 1 or x.dim() < 2 or x.shape[0] % num_steps:
+    for name, tensor in (("x", x), ("total", total), ("real", real)):
+        check_tensor(name, tensor)
+    if x.dtype not in (*DTYPES, torch.int8) or x.dim() < 2:
         raise ValueError(
-            f"expected x as (T*B, ...) with num_steps = T >= 1, got num_steps={num_steps} and shape {tuple(x.shape)}: "
-            "fold time with x.flatten(0, 1)"
+            f"expected x as (T*B, ...) in a floating dtype or int8, got {x.dtype} of shape {tuple(x.shape)}: fold time "
+            "with x.flatten(0, 1), convert with x.float()"
         )
+    check_steps("x", x, num_steps)
     if total.shape != (num_steps, *x.shape[1:]) or total.dtype != torch.float32:
         raise ValueError(
             f"expected total as float32 of shape {(num_steps, *x.shape[1:])}, got {total.dtype} of shape "
@@ -73,6 +77,8 @@ def _check(x: Tensor, num_steps: int, total: Tensor, real: Tensor) -> None:
             f"expected real as one bool, got {real.dtype} of shape {tuple(real.shape)}: use torch.zeros((), "
             "dtype=torch.bool)"
         )
+    if total.requires_grad:
+        raise ValueError("expected total as a tensor to add to, got one that requires a gradient: use torch.zeros")
     if total.device != x.device or real.device != x.device:
         raise ValueError(f"expected total and real on {x.device}, got {total.device} and {real.device}: move them")
 

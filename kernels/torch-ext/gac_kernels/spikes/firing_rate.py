@@ -10,9 +10,13 @@ import torch
 from torch import Tensor
 
 from ..backend import resolve_backend
+from ..checks import DTYPES, check_steps, check_tensor
 from ..common.layout import as_layout, on_device
+from ..common.messages import shown
 from ..common.tiles import dense, is_channels_last
 from ..common.triton import cdiv, tl, triton
+from ..derivatives import register_derivatives
+from ..reference import firing_rate_reference
 from ..tuning import launch_config
 
 
@@ -42,16 +46,17 @@ def _launch(kernel, x: Tensor, source: Tensor, target: Tensor, num_steps: int) -
         kernel[(cdiv(frame, config["BLOCK"]),)](source, target, frame, T=num_steps, **config)
 
 
-def _check(x: Tensor, num_steps: int) -> None:
-    if x.dim() != 4 or not (x.is_floating_point() or x.dtype == torch.int8):
+def _check(x: Tensor, num_steps: int, dtype: torch.dtype | None = None) -> None:
+    check_tensor("x", x)
+    if x.dim() != 4 or x.dtype not in (*DTYPES, torch.int8):
         raise ValueError(
             f"expected spikes as (T*B, C, H, W), floating-point or int8, got {x.dtype} of shape {tuple(x.shape)}: fold "
             "time with x.flatten(0, 1), convert with x.float()"
         )
-    if num_steps < 1 or x.shape[0] % num_steps:
+    check_steps("x", x, num_steps)
+    if not (dtype is None or dtype in DTYPES):
         raise ValueError(
-            f"expected num_steps >= 1 that divides the first axis of x, got {num_steps} and shape {tuple(x.shape)}: "
-            "fold time with x.flatten(0, 1)"
+            f"expected dtype None or one of {DTYPES}, got {shown(dtype)}: a rate is no integer, leave it out"
         )
 
 
@@ -88,7 +93,7 @@ def _firing_rate(x, num_steps, dtype=None):
 
 @torch.library.register_fake("gac_kernels::firing_rate", lib=_lib)
 def _firing_rate_fake(x, num_steps, dtype=None):
-    _check(x, num_steps)
+    _check(x, num_steps, dtype)
     if dtype is None:
         dtype = x.dtype if x.is_floating_point() else torch.float32
     return _framed(x, x.shape[0] // num_steps, dtype)
@@ -124,14 +129,29 @@ def _setup_context(ctx, inputs, output) -> None:
     ctx.dtype, ctx.channels_last = x.dtype, is_channels_last(x)
 
 
-def _autograd(ctx, grad):
+def _backward(ctx, grad):
     if not ctx.dtype.is_floating_point:
         return None, None, None
     gx = torch.ops.gac_kernels.firing_rate_backward(grad, ctx.num_steps, ctx.dtype, ctx.channels_last)
     return gx, None, None
 
 
-torch.library.register_autograd("gac_kernels::firing_rate", _autograd, setup_context=_setup_context, lib=_lib)
+def _backward_again(ctx, grad):
+    if not ctx.dtype.is_floating_point:
+        return None, None, None
+    share = (grad.to(torch.promote_types(grad.dtype, torch.float32)) / ctx.num_steps).to(ctx.dtype)
+    return share.repeat(ctx.num_steps, 1, 1, 1), None, None
+
+
+register_derivatives(
+    _lib,
+    "firing_rate",
+    setup_context=_setup_context,
+    backward=_backward,
+    again=_backward_again,
+    definition=firing_rate_reference,
+    defaults=(None,),
+)
 
 
 def firing_rate(x: Tensor, num_steps: int, dtype: torch.dtype | None = None) -> Tensor:
@@ -148,7 +168,7 @@ def firing_rate(x: Tensor, num_steps: int, dtype: torch.dtype | None = None) -> 
         rounded.
 
     Raises:
-        ValueError: x has another rank or dtype, or T does not divide its first axis.
+        ValueError: x has another rank or dtype, T does not divide its first axis, or dtype is no floating one.
     """
-    _check(x, num_steps)
+    _check(x, num_steps, dtype)
     return torch.ops.gac_kernels.firing_rate(x, num_steps, dtype)
