@@ -7,6 +7,7 @@ weights and the table of an undisturbed one.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import csv
 import hashlib
 import json
@@ -182,7 +183,8 @@ def kill(given: Callable[[Path, list[str]], list[str]], folder: Path, seed: int,
             time.sleep(0.01)
         time.sleep(rng.random())
         number = rng.choice((signal.SIGKILL, signal.SIGKILL, signal.SIGTERM))
-        child.send(number)
+        with contextlib.suppress(ProcessLookupError):  # it has just ended
+            child.send(number)
         status = child.wait()
         if status == 0:  # it was done before
             done["done early"] += 1
