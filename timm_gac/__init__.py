@@ -28,6 +28,7 @@ if TYPE_CHECKING or not _waits:
     from .inference.quantize import quantize
     from .layers.encoder import DirectCoding, GatedAttentionCoding
     from .layers.neuron import LIF, BatchNormLIF
+    from .layers.weight_decay import parameter_groups
     from .runtime.graphs import GraphedStep
 
 if not TYPE_CHECKING:
@@ -52,6 +53,7 @@ __all__ = [
     "LIFSpec",
     "__version__",
     "fuse_for_inference",
+    "parameter_groups",
     "quantize",
     "use_backend",
 ]

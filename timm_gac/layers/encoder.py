@@ -16,6 +16,7 @@ from gac_kernels.checks import check_spec
 from .checks import check_num_steps, fixed_num_steps
 from .convolution import Conv2d
 from .neuron_layer import at_least_float32
+from .weight_decay import warn_of_decay
 
 __all__ = [
     "DirectCoding",
@@ -184,6 +185,11 @@ class GatedAttentionCoding(nn.Module):
         self.spec = spec
         self.temporal = TemporalAttention(num_steps, reduction, device=device, dtype=dtype)
         self.spatial = SpatialChannelAttention(channels, device=device, dtype=dtype)
+        warn_of_decay(self)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        warn_of_decay(self)  # copies do not pass the constructor
 
     def forward(self, stem: Tensor) -> Tensor:
         """Gated spikes ``(T, B, C, H, W)``, real-valued in [0, 1), in the dtype of ``stem``."""

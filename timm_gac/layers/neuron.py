@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -43,8 +43,14 @@ class LIF(nn.Module):
     spikes_dtype = None  # that of its input
     num_steps = fixed_num_steps()
 
-    def __init__(self, spec: LIFSpec = CIFAR, num_steps: int | None = None) -> None:
+    def __init__(self, spec: LIFSpec = CIFAR, num_steps: int | None = None, **constants: Any) -> None:
         super().__init__()
+        if constants or isinstance(spec, int | float):
+            got = ", ".join(constants) or repr(spec)
+            raise ValueError(
+                f"expected spec as a LIFSpec and num_steps, got {got}: a neuron's constants are fields of the spec, "
+                "LIF(LIFSpec(decay=0.5, threshold=1.0)); decay is 1 - 1/tau of other packages"
+            )
         check_spec(spec)
         self.spec = spec
         self.num_steps = None if num_steps is None else check_num_steps(num_steps)
@@ -94,13 +100,8 @@ def _option_of_norm(name: str) -> Any:
     return property(get, put, doc=f"``{name}`` of the batch norm.")
 
 
-class _Statistics(NamedTuple):
-    """What a batch norm normalises with; over several processes also the count of values and the group's name."""
-
-    mean: Tensor
-    var: Tensor
-    total: Tensor | None = None
-    group: str = ""
+# Mean and variance to normalise with; over several processes also the count of values and the group's name.
+_Statistics = tuple[Any, Any, Tensor | None, str]
 
 
 @register_notrace_module
@@ -219,8 +220,9 @@ class BatchNormLIF(_NormBase):
             residual_norm: A batch norm to apply to the residual. Where it is an ordinary ``nn.BatchNorm2d`` in training
                 that nobody watches, it is part of the pass and its output never exists; else it is called.
         """
-        norm: Any = self.norm
-        fused = may_skip(norm, NORM_FORWARDS) and may_skip(self.lif, _NEURON_FORWARDS)
+        norm: Any = self._modules["norm"]  # nn.Module's attributes take several times as long
+        neuron: Any = self._modules["lif"]
+        fused = may_skip(norm, NORM_FORWARDS) and may_skip(neuron, _NEURON_FORWARDS)
         if residual is None:
             residual_norm = None
         elif residual_norm is not None and not (fused and self._takes_in(x, residual, residual_norm)):
@@ -231,16 +233,16 @@ class BatchNormLIF(_NormBase):
         if residual is not None and residual.dtype != x.dtype:
             dtype = torch.promote_types(x.dtype, residual.dtype)
             x, residual = x.to(dtype), residual.to(dtype)
-        mean, var, total, group = self._statistics(x.detach())
+        batch = uses_batch(norm) or self._buffers["running_mean"] is None
+        mean, var, total, group = self._statistics(x.detach()) if batch else self._running()
         of_residual: tuple[Tensor | None, ...] = (None, None, None, None)
         res_eps = 0.0
         if isinstance(residual_norm, nn.BatchNorm2d) and residual is not None:
             statistics = batch_statistics(residual_norm, residual.detach(), residual_norm._buffers)
             of_residual = (residual_norm.weight, residual_norm.bias, *statistics)
             res_eps = residual_norm.eps
-        batch = uses_batch(norm) or self.running_mean is None
         spikes, membrane, bits = torch.ops.gac_kernels.norm_lif(
-            x, residual, self.weight, self.bias, mean, var, total, norm.eps, num_steps, *self.lif.spec.op_arguments,
+            x, residual, self.weight, self.bias, mean, var, total, norm.eps, num_steps, *neuron.spec.op_arguments,
             batch, keep_membrane, group, *of_residual, res_eps, pack,
         )  # fmt: skip
         return membrane, spikes, bits if pack else None
@@ -260,15 +262,15 @@ class BatchNormLIF(_NormBase):
             and not is_synchronised(self.norm)
         )
 
+    def _running(self) -> _Statistics:
+        return self._buffers["running_mean"], self._buffers["running_var"], None, ""
+
     def _statistics(self, x: Tensor) -> _Statistics:
-        """Mean and variance to normalise with; in training the running statistics are brought up to date on the way."""
-        norm, running_mean, running_var = self.norm, self.running_mean, self.running_var
-        training = uses_batch(norm)
-        if not training and running_mean is not None and running_var is not None:
-            return _Statistics(running_mean, running_var)
-        if training and is_synchronised(norm):
+        """Statistics of a batch; in training the running ones are brought up to date on the way."""
+        norm: Any = self._modules["norm"]
+        if is_synchronised(norm) and norm.training:
             return self._synchronised_statistics(x)
-        return _Statistics(*batch_statistics(norm, x, self._buffers))
+        return *batch_statistics(norm, x, self._buffers), None, ""
 
     def _synchronised_statistics(self, x: Tensor) -> _Statistics:
         """Statistics over all processes of the group, on any backend and device."""
@@ -277,7 +279,7 @@ class BatchNormLIF(_NormBase):
         mean, var, total = self._combine(mean, var, x.numel() // self.num_features)
         group = process_group(self.norm)
         assert group is not None
-        return _Statistics(mean, var, total, group.group_name)
+        return mean, var, total, group.group_name
 
     def _combine(self, mean: Tensor, var: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
         """Mean, variance and count of values over all processes from those of each; also the running statistics."""
