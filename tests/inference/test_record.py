@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 import time
 from concurrent.futures import ThreadPoolExecutor
 
@@ -235,3 +236,17 @@ def test_the_tools_see_a_neuron_of_ones_own():
         assert mine.name == theirs.name and torch.equal(mine.histogram, theirs.histogram)
     rows = zip(forward_early_exit(own, images, 0.5), forward_early_exit(model, images, 0.5), strict=True)
     assert all(torch.equal(mine, theirs) for mine, theirs in rows)
+
+
+def test_a_recorder_is_not_reported_as_a_reason_to_be_slow(caplog: pytest.LogCaptureFixture) -> None:
+    torch.manual_seed(0)
+    model = timm.create_model("test_gac_msresnet", num_classes=3, num_steps=2).eval()
+    images = torch.randn(2, 3, 16, 16)
+    with caplog.at_level(logging.INFO, "timm_gac"), torch.no_grad():
+        with record_spikes(model):
+            model(images)
+        assert not caplog.records
+        model.layer1[0].bn1.register_forward_hook(lambda *_: None)  # a user's hook is
+        model.layer1[0].bn2.norm.register_forward_hook(lambda *_: None)
+        model(images)
+        assert "has hooks" in caplog.text

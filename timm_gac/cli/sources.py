@@ -115,7 +115,7 @@ def fold_network(network: Any, precision: str, device: torch.device) -> Any:
     """
     from ..inference.fold import fuse_for_inference
 
-    if precision != "float32" or device.type != "cpu":
+    if precision != "float32" or device.type != "cpu" or getattr(network, "inference_only", False):
         return network
     try:
         return fuse_for_inference(network)

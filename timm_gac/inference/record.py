@@ -93,6 +93,7 @@ def _hook_before(name: str, module: nn.Module, before: Before) -> RemovableHandl
         if get_ident() == thread:
             before(name, layer, inputs)
 
+    hook.by_design = True  # type: ignore[attr-defined]  # no line in the log says that a hook makes it slower
     return module.register_forward_pre_hook(hook)
 
 
@@ -103,6 +104,7 @@ def _hook_after(name: str, module: nn.Module, after: After) -> RemovableHandle:
         if get_ident() == thread:
             after(name, layer, inputs, output)
 
+    hook.by_design = True  # type: ignore[attr-defined]
     return module.register_forward_hook(hook)
 
 

@@ -89,9 +89,17 @@ def why_called(module: nn.Module, forwards: Forwards) -> str | None:
 
 def log_called(module: nn.Module, forwards: Forwards) -> None:
     """Log once why a module is called where a faster kernel could have done its work; nothing while compiling."""
-    if torch.compiler.is_compiling() or module in _LOGGED or getattr(vars(module).get("forward"), "by_design", False):
+    if torch.compiler.is_compiling() or module in _LOGGED or _watched_by_design(module):
         return
     reason = why_called(module, forwards)
     if reason is not None:
         _LOGGED.add(module)
         _LOGGER.info("%s is called, without the kernel that includes it: %s", type(module).__name__, reason)
+
+
+def _watched_by_design(module: nn.Module) -> bool:
+    """Whether what watches a module is this package's own: early exit's forward, or a recorder's hooks alone."""
+    replaced = vars(module).get("forward")
+    hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
+    watching = hooks if replaced is None else [replaced, *hooks]
+    return bool(watching) and all(getattr(one, "by_design", False) for one in watching)
