@@ -29,7 +29,7 @@ $(STAMP): pyproject.toml
 	@echo "Setting up $(VENV) (a few minutes the first time: PyTorch is large)"
 	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv $(VENV)
 	@$(BIN)/python -m pip install --disable-pip-version-check --no-input --progress-bar on --editable '.[dev]' \
-		| grep --line-buffered -E '^(Collecting|Successfully|Installing collected|ERROR)' | cut -c 1-100; \
+		| grep --line-buffered -E '^(Collecting|Successfully|Installing collected|ERROR)' | stdbuf -oL cut -c 1-100; \
 		exit $${PIPESTATUS[0]}
 	@touch $@
 
