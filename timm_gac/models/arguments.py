@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from numbers import Integral, Real
 from typing import Any
 
+from torch import nn
+
 from gac_kernels import LIFSpec
 
 from .blocks import MSBlock, SpikingBlock
@@ -82,13 +84,13 @@ def _check_sequence(name: str, value: Any) -> None:
         _check_integer(f"{name}[{index}]", entry, *_SEQUENCES[name])
 
 
-def block_class(block: Any) -> type[MSBlock] | type[SpikingBlock]:
-    """A class of blocks, from itself or its name.
+def block_class(block: Any) -> Any:
+    """A class of blocks, from itself, which may be one's own, or from its name.
 
     Raises:
         ValueError: It is neither.
     """
-    if isinstance(block, type) and issubclass(block, (MSBlock, SpikingBlock)):
+    if isinstance(block, type) and issubclass(block, nn.Module):
         return block
     if not isinstance(block, str) or block not in BLOCKS:
         raise ValueError(f"expected block {' or '.join(BLOCKS)}, got {_short(block)}: choose one of these")
