@@ -90,3 +90,10 @@ def test_opcheck_and_compile(backend, device):
 def test_bad_input_is_a_sentence(x, num_steps, message):
     with pytest.raises(ValueError, match=message):
         firing_rate(x, num_steps)
+
+
+def test_a_16_bit_rate_of_wider_spikes_has_a_wide_gradient(device):
+    """A third of a gradient in bfloat16 is no number of bfloat16."""
+    x = torch.ones(3, 1, 1, 1, device=device, dtype=torch.float64, requires_grad=True)
+    firing_rate(x, 3, torch.bfloat16).backward(torch.ones(1, 1, 1, 1, device=device, dtype=torch.bfloat16))
+    torch.testing.assert_close(x.grad, torch.full_like(x, 1 / 3), rtol=1e-12, atol=0)

@@ -147,10 +147,9 @@ def _stats_eager(
     var.copy_(batch_var)
     if running_mean is not None and running_var is not None:
         # Statistics that are not finite leave the running ones as they are.
-        finite = mean.isfinite() & var.isfinite()
-        after = var * (count / (count - 1))
-        for running, new in ((running_mean, mean), (running_var, after)):
-            running.copy_(torch.where(finite, running.lerp(new.to(running.dtype), momentum), running))
+        finite = (mean + var).abs() < math.inf
+        for running, new in ((running_mean, mean), (running_var, var * (count / (count - 1)))):
+            running.lerp_(torch.where(finite, new.to(running.dtype), running), momentum)
     if num_batches is not None:
         num_batches.add_(1)
 

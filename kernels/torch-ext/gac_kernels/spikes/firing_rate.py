@@ -6,6 +6,8 @@ divide, repeat for every step and, behind a pooling layer, bring into the spikes
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -58,6 +60,11 @@ def _check(x: Tensor, num_steps: int, dtype: torch.dtype | None = None) -> None:
         raise ValueError(
             f"expected dtype None or one of {DTYPES}, got {shown(dtype)}: a rate is no integer, leave it out"
         )
+
+
+def _wide(*dtypes: torch.dtype) -> torch.dtype:
+    """The dtype that holds these and float32."""
+    return functools.reduce(torch.promote_types, dtypes, torch.float32)
 
 
 def _framed(x: Tensor, samples: int, dtype: torch.dtype) -> Tensor:
@@ -113,7 +120,8 @@ def _firing_rate_backward(grad, num_steps, dtype, channels_last):
                 num_steps=num_steps,
             )
         else:
-            frames.copy_(grad / num_steps)
+            # A gradient in 16 bits at spikes in more is divided in the wider dtype.
+            frames.copy_((grad if grad.dtype == dtype else grad.to(_wide(grad.dtype, dtype))) / num_steps)
     return gx
 
 
@@ -139,7 +147,7 @@ def _backward(ctx, grad):
 def _backward_again(ctx, grad):
     if not ctx.dtype.is_floating_point:
         return None, None, None
-    share = (grad.to(torch.promote_types(grad.dtype, torch.float32)) / ctx.num_steps).to(ctx.dtype)
+    share = (grad.to(_wide(grad.dtype, ctx.dtype)) / ctx.num_steps).to(ctx.dtype)
     return share.repeat(ctx.num_steps, 1, 1, 1), None, None
 
 
