@@ -75,8 +75,9 @@ def card_data(facts: Facts, name: str) -> ModelCardData:
             if value is not None
         ]
     tags = ["image-classification", "timm", "transformers", "spiking-neural-network", "neuromorphic"]
+    terms: dict[str, Any] = dict(facts.license)
     return ModelCardData(
-        **facts.license,
+        **terms,
         library_name="timm",
         pipeline_tag="image-classification",
         tags=[*tags, "gated-attention-coding"] if facts.gated else tags,

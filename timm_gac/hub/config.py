@@ -133,7 +133,8 @@ def check_config(config: Any) -> None:
         raise ValueError(
             f"expected an architecture of this package in {CONFIG}, got {short(name)}: see `timm-gac models`"
         )
-    classes, args = config.get("num_classes"), config.get("model_args", {})
+    classes: Any = config.get("num_classes")
+    args = config.get("model_args", {})
     check_model_args({"num_classes": classes})
     if not isinstance(args, dict):
         raise ValueError(f"expected model_args as an object, got {type(args).__name__}: {CONFIG} is malformed")

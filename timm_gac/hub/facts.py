@@ -237,7 +237,8 @@ def check_energy(energy: Mapping[str, Any], architecture: str, num_steps: int) -
             f"with T={short(found[1])} and weights {short(energy.get('weights'))}: measure it again with "
             "`timm-gac energy`"
         )
-    tables, costs = [energy.get(key) for key in ("energy_mj", "of_ann", "macs", "acs")], energy.get("costs", {})
+    tables: list[Any] = [energy.get(key) for key in ("energy_mj", "of_ann", "macs", "acs")]
+    costs: Any = energy.get("costs", {})
     whole = all(isinstance(table, dict) and {"strict", "ann"} <= table.keys() == tables[0].keys() for table in tables)
     numbers = [value for table in tables if whole for value in table.values()]
     numbers += [energy.get("images"), *(costs.get(key, 0) for key in ("mac_pj", "ac_pj") if isinstance(costs, dict))]

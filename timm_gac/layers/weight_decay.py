@@ -44,10 +44,12 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
     """
     if not weight_decay >= 0.0:
         raise ValueError(f"expected weight_decay of at least 0, got {weight_decay!r}: give one such as 5e-4")
-    names = set(model.no_weight_decay()) if hasattr(model, "no_weight_decay") else set()
+    named: Any = getattr(model, "no_weight_decay", set)
+    names = set(named())
     neurons = [module for module in model.modules() if isinstance(module, NeuronLayer)]  # an encoder is one too
     spared = {id(parameter) for module in neurons for parameter in module.parameters()}
-    decayed, others = [], []
+    decayed: list[nn.Parameter] = []
+    others: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             spare = parameter.ndim <= 1 or name in names or id(parameter) in spared

@@ -128,7 +128,7 @@ def _stats_triton(
             **FINISH,
         )
     for running, updated in zip((running_mean, running_var), update, strict=True):
-        if running is not None and running is not updated:  # a view of every second value, say
+        if running is not None and updated is not None and running is not updated:  # a view of every second value, say
             running.copy_(updated)
 
 
