@@ -137,7 +137,7 @@ def test_cifar_is_taken_from_torchvision(tmp_path: Path, monkeypatch: pytest.Mon
         (["tiny", "set.npy"], "ending in .npz"),
         (["nowhere", "set.npz"], "no such folders"),
         (["tiny", "tiny", "set.npz"], "different names"),
-        (["broken", "set.npz"], "readable image"),
+        (["broken", "set.npz"], "cannot be read as one"),
         (["empty", "set.npz"], "images to test on"),
         (["tiny", "set.npz", "--size", "0"], "size of at least 1"),
         (["tiny", "set.npz", "--similarity", "2"], "similarity above 0"),

@@ -177,7 +177,8 @@ class SpikingResNet(nn.Module):
     ) -> None:
         super().__init__()
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
-        block, spec = block_class(block), lif_spec(spec)
+        block_type: Any = block_class(block)
+        spec = lif_spec(spec)
         kept = dict(  # what no other attribute holds, see `model_args`
             channels=channels,
             strides=strides,
@@ -203,7 +204,9 @@ class SpikingResNet(nn.Module):
                 f"expected layers, channels and strides of one length, 3 or 4, got {layers}, {channels}, {strides}: "
                 "give one entry a stage"
             )
-        self._args: dict[str, Any] = kept | dict(block=block.__name__, channels=list(channels), strides=list(strides))
+        self._args: dict[str, Any] = kept | dict(
+            block=block_type.__name__, channels=list(channels), strides=list(strides)
+        )
         self.num_steps = num_steps
         self.spec = spec
         self.num_classes = num_classes
@@ -225,7 +228,7 @@ class SpikingResNet(nn.Module):
         gated = encoder == "gac"
         self.encoder = GatedAttentionCoding(stem_width, num_steps, spec, **dd) if gated else DirectCoding(num_steps)
         # Blocks with membrane shortcuts take LIF(x) beside x; within the net the block before has computed it.
-        self.lif = LIF(spec, num_steps) if block is MSBlock else nn.Identity()
+        self.lif = LIF(spec, num_steps) if block_type is MSBlock else nn.Identity()
         self.feature_info = [dict(num_chs=stem_width, reduction=stride, module="encoder")]
 
         rates = calculate_drop_path_rates(drop_path_rate, list(layers), stagewise=True)
@@ -234,7 +237,7 @@ class SpikingResNet(nn.Module):
             blocks = []
             for j in range(layers[i] if i < len(layers) else 0):  # a missing fourth stage is an empty one
                 blocks.append(
-                    block(
+                    block_type(
                         width,
                         channels[i],
                         stride=strides[i] if j == 0 else 1,
