@@ -206,7 +206,7 @@ def dequantize(network: IntegerSpikingResNet) -> SpikingResNet:
     state: dict[str, Any] = {}
     stored = network.state_dict()
     for name, module in model.named_modules():
-        if getattr(module, "running_var", None) is not None:
+        if "running_var" in module._buffers:
             state |= {f"{name}.{key}": torch.zeros_like(value) for key, value in module.state_dict().items()}
             state[f"{name}.weight"] += 1.0
             state[f"{name}.running_var"] += 1.0 - float(module.eps)
