@@ -195,6 +195,8 @@ def test_other_shapes_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_cpu_tensors_no_tensors_and_no_warmup_are_refused() -> None:
     with pytest.raises(ValueError, match="expected CUDA tensors, got one on cpu: move"):
         GraphedStep(lambda x: x)(torch.zeros(2))
+    with pytest.raises(ValueError, match=r"expected CUDA tensors, got float.*give a tensor"):
+        GraphedStep(lambda x: x)(0.1)
     with pytest.raises(ValueError, match="at least one tensor"):
         GraphedStep(lambda: None)()
     for warmup in (0, -1, True, 2.5):

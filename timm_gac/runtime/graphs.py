@@ -23,6 +23,7 @@ class GraphedStep(Generic[T]):
 
     - what changes between steps must be a tensor that is written in place, such as a learning rate tensor;
     - counters, schedules and branches in Python advance in the first ``warmup + 1`` calls only;
+    - hooks, ``model.eval()``, frozen norms and replaced modules count as they were in the captured call;
     - the step must not read a tensor's value on the host (``.item()``, ``if loss > 1``), which fails while capturing;
     - gradients must be cleared within the step (``zero_grad(set_to_none=True)`` before the backward pass), and
       ``torch.autocast`` entered within it, so that weights are cast anew in every replay.
@@ -71,8 +72,9 @@ class GraphedStep(Generic[T]):
             next one.
 
         Raises:
-            ValueError: An input is not on a CUDA device, requires gradients, or differs from the first call's in shape,
-                dtype or device; or the call that would capture runs under an autocast entered outside of the step.
+            ValueError: An input is no tensor, is not on a CUDA device, requires gradients, or differs from the first
+                call's in shape, dtype or device; or the call that would capture runs under an autocast entered outside
+                of the step.
         """
         self._check(tensors)
         if self._graph is not None:
@@ -100,6 +102,10 @@ class GraphedStep(Generic[T]):
 
     def _check(self, tensors: tuple[Tensor, ...]) -> None:
         for tensor in tensors:
+            if not isinstance(tensor, Tensor):
+                raise ValueError(
+                    f"expected CUDA tensors, got {type(tensor).__name__}: a graph would keep its value; give a tensor"
+                )
             if tensor.device.type != "cuda":
                 raise ValueError(f"expected CUDA tensors, got one on {tensor.device}: move the batch to the GPU first")
             if tensor.requires_grad:
