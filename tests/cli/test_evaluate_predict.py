@@ -13,7 +13,7 @@ from PIL import Image
 
 import timm_gac
 from timm_gac import cli
-from timm_gac.cli.sources import open_pictures
+from timm_gac.cli.sources import fold_network, open_pictures
 from timm_gac.data import load_arrays, open_test_set
 from timm_gac.hub import calibrate, save_model_folder
 from timm_gac.hub.config import CONFIG, write_config
@@ -180,11 +180,19 @@ def test_folding_changes_no_answer(folder, pictures, tmp_path, monkeypatch):
     assert one["confidences"] == pytest.approx(other["confidences"], abs=1e-4)
 
 
-def test_a_network_that_cannot_be_folded_runs_as_it_is(folder, tmp_path, pictures, caplog):
+def test_a_quantised_network_is_not_tried_to_fold(folder, tmp_path, pictures, caplog):
     quantised = tmp_path / "quantised"
     assert cli.main(["quantize", str(folder), str(quantised)]) == 0
     with caplog.at_level("INFO"):
         assert cli.main(["predict", str(pictures[0]), "--model", str(quantised)]) == 0
+    assert "runs as it is" not in caplog.text
+
+
+def test_a_network_that_cannot_be_folded_runs_as_it_is(caplog):
+    network = timm.create_model("test_gac_msresnet", num_classes=3).eval()
+    network.layer1[0].conv1 = torch.nn.Sequential(network.layer1[0].conv1)
+    with caplog.at_level("INFO"):
+        assert fold_network(network, "float32", torch.device("cpu")) is network
     assert "runs as it is" in caplog.text
 
 
