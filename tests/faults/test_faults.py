@@ -6,12 +6,29 @@ itself: ``python tests/faults/NAME.py``.
 
 from __future__ import annotations
 
+import logging
+import os
 import runpy
+import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 SCRIPTS = sorted(path for path in Path(__file__).parent.glob("[0-9]*.py"))
+
+
+@pytest.fixture(autouse=True)
+def as_before() -> Iterator[None]:
+    """What a script sets for its whole process is undone for the tests that share this one."""
+    environment, disabled, pixels = os.environ.copy(), logging.root.manager.disable, Image.MAX_IMAGE_PIXELS
+    with warnings.catch_warnings():
+        yield
+    os.environ.clear()
+    os.environ.update(environment)
+    logging.disable(disabled)
+    Image.MAX_IMAGE_PIXELS = pixels
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
