@@ -21,7 +21,7 @@ def create_optimizer(model: Any, recipe: Recipe, device: torch.device) -> torch.
     if hasattr(model, "no_weight_decay"):
         skip |= set(model.no_weight_decay())
     if recipe.layer_decay is None:
-        groups = param_groups_weight_decay(model, recipe.weight_decay, skip)
+        groups = param_groups_weight_decay(model, recipe.weight_decay, no_weight_decay_list=skip)
     else:
         groups = param_groups_layer_decay(
             model, weight_decay=recipe.weight_decay, no_weight_decay_list=tuple(skip), layer_decay=recipe.layer_decay
