@@ -89,7 +89,9 @@ def test_dtypes_affine_and_frozen_statistics(backend, affine, batch, shape, dtyp
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
-@pytest.mark.parametrize(("residual", "membrane", "bias"), [(0, 0, 1), (1, 1, 1), (1, 0, 0)])
+@pytest.mark.parametrize(
+    ("residual", "membrane", "bias"), [(False, False, True), (True, True, True), (True, False, False)]
+)
 def test_without_normalisation(backend, residual, membrane, bias, dtype, device):
     if dtype == torch.float64 and backend == "triton":
         pytest.skip("float64 always runs as plain PyTorch")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import math
 from collections.abc import Mapping
 from numbers import Integral, Real
@@ -17,6 +18,7 @@ from .blocks import MSBlock, SpikingBlock
 __all__ = ["BLOCKS", "ENCODERS", "MAX_CLASSIFIER", "POOLS", "block_class", "check_model_args", "lif_spec"]
 
 BLOCKS: dict[str, type[MSBlock] | type[SpikingBlock]] = {"MSBlock": MSBlock, "SpikingBlock": SpikingBlock}
+_BLOCK_ARGS = ("stride", "num_steps", "spec", "drop_path", "device", "dtype")
 ENCODERS = ("gac", "direct")
 POOLS = ("", *(prefix + pool for prefix in ("", "fast") for pool in ("avg", "max", "avgmax", "catavgmax")))
 # Wide enough for every network of use, and narrow enough that no number reserves a large memory by mistake.
@@ -88,9 +90,16 @@ def block_class(block: Any) -> Any:
     """A class of blocks, from itself, which may be one's own, or from its name.
 
     Raises:
-        ValueError: It is neither.
+        ValueError: It is neither, or a class without the arguments that a block gets.
     """
     if isinstance(block, type) and issubclass(block, nn.Module):
+        try:
+            inspect.signature(block).bind(1, 1, **dict.fromkeys(_BLOCK_ARGS))
+        except TypeError as error:
+            raise ValueError(
+                f"expected block as a class that takes in_chs, out_chs, {', '.join(_BLOCK_ARGS)}, "
+                f"got {_short(block)} ({error}): give it these"
+            ) from None
         return block
     if not isinstance(block, str) or block not in BLOCKS:
         raise ValueError(f"expected block {' or '.join(BLOCKS)}, got {_short(block)}: choose one of these")
