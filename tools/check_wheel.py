@@ -34,10 +34,11 @@ UNDECLARED = {"triton": "comes with PyTorch where it runs; without it the plain 
 # Where a distribution is not installed here, so that its import names cannot be looked up.
 DISTRIBUTIONS = {"sklearn": "scikit-learn", "PIL": "pillow"}
 # Extras for the users of the package; the others set up the tools of this repository.
-USER_EXTRAS = ("train", "demo", "bench", "spikingjelly")
+USER_EXTRAS = ("train", "demo", "bench", "spikingjelly", "export")
 # Declared for the user without an import in this package, and why.
 UNIMPORTED = {
     "tensorboard": "accelerate logs to it",
+    "onnxscript": "torch.onnx imports it",
     "loguru": "spikingjelly imports it without declaring it",
     "scienceplots": "spikingjelly imports it without declaring it",
 }
@@ -58,6 +59,7 @@ IMPORTED = (
     "timm_gac.cli",
     "timm_gac.data",
     "timm_gac.energy",
+    "timm_gac.export",
     "timm_gac.hub",
     "timm_gac.models",
     "timm_gac.train",
