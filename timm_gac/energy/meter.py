@@ -38,7 +38,7 @@ class EnergyMeter:
     Raises:
         ValueError: The network is compiled, has no layers to count, or T is not known.
 
-    Example:
+    Examples:
         >>> meter = EnergyMeter(model)  # doctest: +SKIP
         >>> with meter, torch.no_grad():  # doctest: +SKIP
         ...     model(images)

@@ -71,7 +71,7 @@ def early_exit(steps_logits: Tensor, confidence: float) -> Exit:
     Raises:
         ValueError: The logits have another rank, or confidence is out of range.
 
-    Example:
+    Examples:
         >>> early_exit(torch.tensor([[[9.0, 0.0], [0.0, 0.0]], [[0.0, 0.0], [0.0, 4.0]]]), 0.9).steps
         tensor([1, 2])
     """

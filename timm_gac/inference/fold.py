@@ -292,7 +292,7 @@ def fuse_for_inference(model: nn.Module, dtype: torch.dtype | None = None) -> nn
             running statistics, or other modules in the place of its blocks, convolutions or norms. It is then left as
             it was.
 
-    Example:
+    Examples:
         >>> import timm, timm_gac
         >>> model = timm_gac.fuse_for_inference(timm.create_model("gac_msresnet18_cifar"))
     """

@@ -55,7 +55,7 @@ def quantize(model: nn.Module, clip: str = "mse") -> IntegerSpikingResNet:
             without running statistics, a stride above 2, neurons of several specs, or other modules in the place of its
             blocks, convolutions, norms or neurons; or ``clip`` is unknown.
 
-    Example:
+    Examples:
         >>> import timm, timm_gac
         >>> network = timm_gac.quantize(timm.create_model("gac_msresnet18_cifar"))
     """

@@ -146,7 +146,7 @@ def record_spikes(model: Any) -> Iterator[Recording]:
     Args:
         model: A network of this package or with neuron layers of one's own; batch norms folded or not, quantised too.
 
-    Example:
+    Examples:
         >>> import timm, timm_gac, torch
         >>> model = timm.create_model("test_gac_msresnet").eval()
         >>> with record_spikes(model) as recording, torch.no_grad():

@@ -20,7 +20,7 @@ class NeuronLayer(Protocol):
     classes here keep the bases that they have for other reasons (`BatchNormLIF` is a batch norm, the encoder an
     encoder). ``isinstance(module, NeuronLayer)`` asks whether all members are there.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from timm_gac import CIFAR, LIF
         >>> isinstance(LIF(CIFAR), NeuronLayer), isinstance(torch.nn.ReLU(), NeuronLayer)

@@ -35,7 +35,7 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
     Raises:
         ValueError: ``weight_decay`` is negative.
 
-    Example:
+    Examples:
         >>> import timm, timm_gac, torch
         >>> model = timm.create_model("test_gac_msresnet")
         >>> optimizer = torch.optim.SGD(timm_gac.parameter_groups(model, 5e-4), lr=0.1)

@@ -39,7 +39,7 @@ class GraphedStep(Generic[T]):
     Raises:
         ValueError: ``warmup`` is below 1.
 
-    Example:
+    Examples:
         >>> graphed = GraphedStep(train_step)  # doctest: +SKIP
         >>> for images, labels in loader:  # doctest: +SKIP
         ...     loss = graphed(images, labels)
