@@ -18,7 +18,17 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import parametrizations
 from torch.optim.swa_utils import update_bn
 
-from timm_gac import CIFAR, LIF, BatchNormLIF, GatedAttentionCoding, LIFSpec, parameter_groups
+from timm_gac import (
+    CIFAR,
+    LIF,
+    BatchNormLIF,
+    GatedAttentionCoding,
+    LIFSpec,
+    fuse_for_inference,
+    parameter_groups,
+    quantize,
+)
+from timm_gac.analysis.evaluate import evaluate
 from timm_gac.layers.checks import _LOGGED, may_skip, why_called
 from timm_gac.layers.convolution import SpikeConv2d, convolve
 
@@ -102,6 +112,36 @@ def test_one_line_says_why_a_module_is_called(caplog: pytest.LogCaptureFixture) 
     assert norm.lif in _LOGGED
 
 
+@pytest.mark.parametrize("momentum", [0.1, None], ids=["moving", "cumulative"])
+@pytest.mark.parametrize("watched", [False, True], ids=["fused", "called"])
+def test_no_running_statistic_takes_what_is_not_finite(watched: bool, momentum: float | None) -> None:
+    model = network().train()
+    for module in model.modules():
+        if isinstance(module, _BatchNorm):
+            module.momentum = momentum
+            if watched:
+                module.register_forward_hook(lambda module, inputs, output: None)
+    before, broken = state_of(model), images()
+    broken[0, 0, 3, 3] = float("nan")
+    model(broken)
+    assert all(value.isfinite().all() for value in model.state_dict().values())
+    assert torch.equal(model.bn1.running_mean, before["bn1.running_mean"])  # the stem mixes all channels of the image
+    model(images())
+    assert {"bn1.running_mean", "layer1.0.bn1.running_var", "layer1.0.downsample.1.running_mean"} <= set(
+        moved(model, before)
+    )
+
+
+def test_weights_that_are_not_finite_are_refused_where_nothing_would_show_them() -> None:
+    model = network().eval()
+    with torch.no_grad():
+        model.layer2[0].bn1.weight[0] = float("nan")
+    assert model(images()).isfinite().all()
+    for use in (fuse_for_inference, quantize, lambda model: evaluate(model, [(images(), torch.zeros(3).long())])):
+        with pytest.raises(ValueError, match=r"expected finite weights to .* in layer2\.0\.bn1\.weight"):
+            use(model)
+
+
 def test_a_neuron_of_ones_own_in_the_place_of_lif_runs() -> None:
     class Silent(LIF):
         def forward(self, x: Tensor) -> Tensor:
@@ -109,7 +149,7 @@ def test_a_neuron_of_ones_own_in_the_place_of_lif_runs() -> None:
 
     norm = BatchNormLIF(3, num_steps=T)
     norm.lif = Silent()
-    assert "whose forward is its own" in str(why_called(norm.lif, (LIF.forward,)))
+    assert "a forward of its own" in str(why_called(norm.lif, (LIF.forward,)))
     assert not norm(3 * torch.ones(2 * T, 3, 2, 2).cumsum(0)).any()
 
 

@@ -232,7 +232,7 @@ def test_registration(device):
 
 
 def test_compiles_whole(device):
-    *tensors, keywords = inputs((2, 1, 32, 32, 3, 3, 1), device, torch.float32)
+    *tensors, keywords = inputs((2, 1, 32, 32, 3, 3, 1), device, torch.float32, GRID)
 
     def both(residual):
         outputs = spike_conv(*tensors, 2, residual=residual, return_membrane=True, grid=GRID)

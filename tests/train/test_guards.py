@@ -22,7 +22,7 @@ from damage import fuzz
 from timm_gac.hub.folder import save_model_folder
 from timm_gac.train import RECIPES, Recipe, checkpoints
 from timm_gac.train.__main__ import main
-from timm_gac.train.finite import NotFiniteError
+from timm_gac.train.finite import NotFiniteError, count_not_finite
 from timm_gac.train.lock import RunLock
 from timm_gac.train.loop import RunOptions, Trainer, train
 from timm_gac.train.optim import learning_rate
@@ -109,6 +109,12 @@ def test_a_run_in_a_thread_and_no_second_one_beside_it(recipe, tmp_path):
     Trainer(recipe, options(tmp_path / "d"))
     with pytest.raises(ValueError, match="got an older one"):
         older.run()
+
+
+def test_what_is_not_finite_is_counted_on_a_device_of_any_name():
+    found = [torch.tensor([1.0, float("nan")]), torch.tensor(float("-inf")), torch.ones(2), torch.arange(3)]
+    assert [count_not_finite(found, torch.device(name)).item() for name in ("cpu", "cpu:1")] == [2, 2]
+    assert count_not_finite([torch.empty(0)], torch.device("cpu")) == 0
 
 
 def poison(trainer: Trainer, place: str) -> None:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from ..inference.record import forward_hooks, neuron_layers
 from ..layers.encoder import DirectCoding
 from ..layers.neuron_layer import NeuronLayer
+from ..runtime.finite import check_finite
 from ..runtime.modes import eval_mode
 
 __all__ = ["Evaluation", "evaluate", "evaluate_state"]
@@ -129,10 +130,11 @@ def evaluate(
         The results.
 
     Raises:
-        ValueError: There is no image, the model has no per-step logits, or its logits are not finite.
+        ValueError: There is no image, the model has no per-step logits, or its weights or logits are not finite.
     """
     if not hasattr(model, "forward_steps"):
         raise ValueError(f"expected a model with forward_steps, got {type(model).__name__}: use one of this package")
+    check_finite(model, "to evaluate")
     steps = num_steps or int(model.num_steps)  # type: ignore[arg-type]
     device = next(model.parameters()).device
     sums, rates = _Sums(steps, device), _Rates(model, firing_rates, device)

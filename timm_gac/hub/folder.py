@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import timm
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from timm.models import save_for_hf
@@ -19,6 +18,7 @@ from ..inference.integer import IntegerSpikingResNet
 from ..inference.quantize import quantize
 from ..models.network import SpikingResNet
 from ..models.weights import TRAINED_ON
+from ..runtime.finite import check_finite
 from .config import (
     CONFIG,
     LICENSE_KEYS,
@@ -129,7 +129,6 @@ def save_quantized(model: nn.Module, out: Path, clip: str = "mse", overwrite: bo
         raise ValueError(f"expected a folder to write to, got the file {str(out)!r}: choose another name")
     if out.is_dir() and any(out.iterdir()) and not overwrite:
         raise ValueError(f"expected a new or empty folder, got {str(out)!r}: choose another or allow overwriting")
-    check_finite(model, "to quantise")
     return save_model_folder(quantize(model, clip), out)
 
 
@@ -171,22 +170,3 @@ def load_model(folder: Path) -> nn.Module:
         terms = ", ".join(named[key] for key in LICENSE_KEYS if key in named) or "see its card"
         _logger.warning("the weights in %s have a licence of their own: %s", folder.name, terms)
     return network
-
-
-def check_finite(model: nn.Module, where: str) -> None:
-    """Refuse weights that hold NaN or infinity: a NaN membrane never fires, so the logits would not show it.
-
-    Args:
-        model: Any network.
-        where: Behind "weights" in the message.
-
-    Raises:
-        ValueError: A parameter or a buffer is not finite, or a running variance is negative.
-    """
-    for name, tensor in model.state_dict().items():
-        broken = tensor.is_floating_point() and not bool(torch.isfinite(tensor).all())
-        if broken or (name.endswith("running_var") and bool((tensor < 0).any())):
-            raise ValueError(
-                f"expected finite weights {where}, got NaN, infinity or a negative variance in {name}: "
-                "train again, or download or convert them again"
-            )

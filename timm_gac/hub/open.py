@@ -13,9 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from ..layers.neuron import BatchNormLIF
+from ..runtime.finite import check_finite
 from ..runtime.modes import restored_modes
 from .config import CONFIG, read_config
-from .folder import check_finite, load_model
+from .folder import load_model
 from .remote import fetch_model, open_source
 
 __all__ = ["OpenedNetwork", "calibrate", "open_network"]

@@ -15,6 +15,7 @@ from ..layers.convolution import shortcut_operands
 from ..layers.neuron import LIF, BatchNormLIF
 from ..layers.neuron_layer import add_residual, at_least_float32, spikes_of
 from ..models.blocks import MSBlock, SpikingBlock, Stage
+from ..runtime.finite import check_finite
 from .batch_norm import check_foldable, fold_batch_norm, is_plain_3x3, plain_weights
 
 __all__ = [
@@ -289,14 +290,15 @@ def fuse_for_inference(model: nn.Module, dtype: torch.dtype | None = None) -> nn
 
     Raises:
         ValueError: The model is no spiking network of this package, is folded already, has a batch norm without
-            running statistics, or other modules in the place of its blocks, convolutions or norms. It is then left as
-            it was.
+            running statistics, weights that are not finite, or other modules in the place of its blocks, convolutions
+            or norms. It is then left as it was.
 
     Examples:
         >>> import timm, timm_gac
         >>> model = timm_gac.fuse_for_inference(timm.create_model("gac_msresnet18_cifar"))
     """
     blocks = check_foldable(model)
+    check_finite(model, "to fold")
     model.eval()
     plain_weights(model)
     network: Any = model

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ..layers.neuron import LIF
 from ..models.blocks import MSBlock, SpikingBlock
 from ..models.network import SpikingResNet
+from ..runtime.finite import check_finite
 from .batch_norm import check_foldable, fold_batch_norm, is_plain_3x3, plain_weights
 from .fold import FoldedStem
 from .integer import IntegerBlock, IntegerLIF, IntegerSpikingResNet, RealConv, SpikeConv, current_grid
@@ -53,7 +54,7 @@ def quantize(model: nn.Module, clip: str = "mse") -> IntegerSpikingResNet:
     Raises:
         ValueError: The model is no spiking network of this package, is folded or quantised already, has a batch norm
             without running statistics, a stride above 2, neurons of several specs, or other modules in the place of its
-            blocks, convolutions, norms or neurons; or ``clip`` is unknown.
+            blocks, convolutions, norms or neurons; its weights are not finite; or ``clip`` is unknown.
 
     Examples:
         >>> import timm, timm_gac
@@ -64,6 +65,7 @@ def quantize(model: nn.Module, clip: str = "mse") -> IntegerSpikingResNet:
     check_foldable(model)
     assert isinstance(model, SpikingResNet)
     _check_parts(model)
+    check_finite(model, "to quantise")
     dtype, device = model.conv1.weight.dtype, model.conv1.weight.device
     network = IntegerSpikingResNet.like(model, {"scheme": SCHEME, "clip": clip})
     network.eval()

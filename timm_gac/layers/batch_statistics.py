@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -13,6 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 __all__ = [
     "batch_statistics",
+    "call_norm",
     "is_synchronised",
     "keep_running_statistics",
     "process_group",
@@ -42,7 +44,10 @@ def batch_statistics(norm: Any, x: Tensor, buffers: dict[str, Any]) -> tuple[Ten
 
 
 def update_running(buffers: dict[str, Any], mean: Tensor, unbiased_var: Tensor, momentum: float | None) -> None:
-    """Bring running statistics up to date, without a host synchronisation where they are cumulative."""
+    """Bring running statistics up to date, without a host synchronisation where they are cumulative.
+
+    Those of a channel whose new ones are not finite stay as they are.
+    """
     running_mean, running_var, count = (
         buffers[name] for name in ("running_mean", "running_var", "num_batches_tracked")
     )
@@ -54,8 +59,27 @@ def update_running(buffers: dict[str, Any], mean: Tensor, unbiased_var: Tensor, 
         weight = (1.0 / count.to(mean.dtype)).expand_as(mean)
     else:
         return
-    running_mean.lerp_(mean.to(running_mean.dtype), weight.to(running_mean.dtype))
-    running_var.lerp_(unbiased_var.to(running_var.dtype), weight.to(running_var.dtype))
+    finite = (mean + unbiased_var).abs() < math.inf
+    for running, new in ((running_mean, mean), (running_var, unbiased_var)):
+        running.lerp_(torch.where(finite, new.to(running.dtype), running), weight.to(running.dtype))
+
+
+def call_norm(norm: nn.Module, x: Tensor) -> Tensor:
+    """Call a norm as a module; running statistics of a channel that would not be finite stay as they were.
+
+    PyTorch's own batch norms take NaN into them for good, and the neuron behind hides it. Nothing waits for the host.
+    """
+    kept = [getattr(norm, name, None) for name in ("running_mean", "running_var")]
+    running = [value for value in kept if isinstance(value, Tensor)]
+    if not (uses_batch(norm) and len(running) == 2 and isinstance(x, Tensor)):  # under fx x is none
+        return norm(x)
+    before = [value.clone() for value in running]
+    out: Tensor = norm(x)
+    with torch.no_grad():
+        finite = (running[0] + running[1]).abs() < math.inf
+        for value, old in zip(running, before, strict=True):
+            value.data.copy_(torch.where(finite, value, old))  # the norm keeps it for backward, which does not read it
+    return out
 
 
 def process_group(norm: nn.Module) -> dist.ProcessGroup | None:

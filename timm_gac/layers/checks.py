@@ -80,8 +80,7 @@ def may_skip(module: nn.Module, forwards: Forwards) -> bool:
 def why_called(module: nn.Module, forwards: Forwards) -> str | None:
     """Why a module has to be called, in words; None where `may_skip` is true. Arguments as there."""
     if type(module).forward not in forwards:
-        parametrized = "parametrised " if is_parametrized(module) else ""
-        return f"it is a {parametrized}{type(module).__name__}, whose forward is its own"
+        return "it is parametrised" if is_parametrized(module) else "its class has a forward of its own"
     if "forward" in vars(module):
         return "its forward was replaced"
     return None if may_skip(module, forwards) else "it has hooks, or there are hooks on all modules"
@@ -94,7 +93,7 @@ def log_called(module: nn.Module, forwards: Forwards) -> None:
     reason = why_called(module, forwards)
     if reason is not None:
         _LOGGED.add(module)
-        _LOGGER.info("%s is called, without the kernel that includes it: %s", type(module).__name__, reason)
+        _LOGGER.info("%s is called, as no faster kernel can do its work: %s", type(module).__name__, reason)
 
 
 def _watched_by_design(module: nn.Module) -> bool:

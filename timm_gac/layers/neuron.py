@@ -14,7 +14,7 @@ from gac_kernels import CIFAR, LIFSpec, lif, pack_spikes
 from gac_kernels.checks import check_spec
 
 from ..runtime.collectives import combine_statistics
-from .batch_statistics import batch_statistics, is_synchronised, process_group, update_running, uses_batch
+from .batch_statistics import batch_statistics, call_norm, is_synchronised, process_group, update_running, uses_batch
 from .checks import check_num_steps, fixed_num_steps, log_called, may_skip
 from .neuron_layer import add_residual, at_least_float32, spikes_of
 from .shared_norm import NORM_FORWARDS, share_norm
@@ -226,7 +226,7 @@ class BatchNormLIF(_NormBase):
         if residual is None:
             residual_norm = None
         elif residual_norm is not None and not (fused and self._takes_in(x, residual, residual_norm)):
-            residual, residual_norm = residual_norm(residual), None
+            residual, residual_norm = call_norm(residual_norm, residual), None
         if not fused or (self.drop_path > 0.0 and self.training):
             membrane, spikes = self._one_by_one(x, residual, num_steps)
             return membrane, spikes, pack_spikes(spikes, num_steps) if pack else None
@@ -249,8 +249,9 @@ class BatchNormLIF(_NormBase):
 
     def _takes_in(self, x: Tensor, residual: Tensor, norm: nn.Module) -> bool:
         """Whether a norm of the residual can be part of this one's pass."""
-        if not may_skip(norm, _BATCH_NORM_FORWARDS):  # a SyncBatchNorm shares its statistics over processes
-            log_called(norm, _BATCH_NORM_FORWARDS)
+        if not may_skip(norm, _BATCH_NORM_FORWARDS):
+            if not isinstance(norm, nn.SyncBatchNorm):  # which is always called, to share statistics over processes
+                log_called(norm, _BATCH_NORM_FORWARDS)
             return False
         affine = (self.weight is None, self.bias is None)
         return (
@@ -309,7 +310,7 @@ class BatchNormLIF(_NormBase):
         if training and is_synchronised(norm) and (may_skip(norm, NORM_FORWARDS) or not x.is_cuda):
             return self._synchronised_norm(x)
         if not may_skip(norm, NORM_FORWARDS):
-            return norm(x)
+            return call_norm(norm, x)
         mean, var = self.running_mean, self.running_var
         if training or mean is None:
             self._statistics(x.detach())  # for the running statistics

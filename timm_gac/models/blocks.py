@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from gac_kernels import CIFAR, LIFSpec, pack_spikes
 
-from ..layers.batch_statistics import keep_running_statistics
+from ..layers.batch_statistics import call_norm, keep_running_statistics
 from ..layers.checks import fixed_num_steps, log_called, may_skip
 from ..layers.convolution import Conv2d, SpikeConv2d, convolve
 from ..layers.neuron import BatchNormLIF, MembraneBatchNormLIF
@@ -112,7 +112,7 @@ class _Block(nn.Module):
                 residual_norm=norm,
             )
         log_called(neuron, _NEURON_FORWARDS)
-        shortcut = shortcut if norm is None or shortcut is None else norm(shortcut)
+        shortcut = shortcut if norm is None or shortcut is None else call_norm(norm, shortcut)
         out = neuron(x) if shortcut is None else neuron(x, shortcut)
         membrane, spikes = out if isinstance(out, tuple) else (out, out)
         return membrane, spikes, pack_spikes(spikes, self.num_steps) if pack else None

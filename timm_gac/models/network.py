@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from gac_kernels import IMAGENET, LIFSpec, firing_rate
 
+from ..layers.batch_statistics import call_norm
 from ..layers.checks import SetOnce, fixed_num_steps, log_called, may_skip
 from ..layers.convolution import Conv2d
 from ..layers.encoder import DirectCoding, GatedAttentionCoding
@@ -358,7 +359,7 @@ class SpikingResNet(nn.Module):
                 "expected a network with batch norms to train, got one that is folded or quantised: create it anew and "
                 "load its weights, or call eval()"
             )
-        stem = self.bn1(self.conv1(fold_time(x, self.num_steps)))
+        stem = call_norm(self.bn1, self.conv1(fold_time(x, self.num_steps)))
         return unfold_time(stem, x, self.num_steps)
 
     def _encode(self, x: Tensor) -> Tensor:

@@ -63,6 +63,8 @@ def average_gradients(parameters: Iterable[Tensor]) -> None:
             and must be so on every process.
     """
     gradients = [_in_memory_order(parameter.grad) for parameter in parameters if parameter.grad is not None]
+    if not gradients:
+        return
     flat = torch.cat(gradients)
     flat /= dist.get_world_size()
     dist.all_reduce(flat)

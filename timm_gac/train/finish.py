@@ -16,8 +16,8 @@ from ..hub.config import CONFIG, write_config
 from ..hub.folder import load_model, save_model_folder
 from ..runtime.dtypes import AUTOCAST, DTYPES
 from ..runtime.files import append_csv, write_json
+from ..runtime.finite import names_not_finite
 from ..runtime.provenance import PROVENANCE
-from .finite import names_not_finite
 from .recipes import Recipe
 from .run import Run
 from .runlog import RESULT_COLUMNS, environment

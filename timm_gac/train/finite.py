@@ -1,4 +1,4 @@
-"""Detection of NaN and infinity in a run: a comparison with NaN is false, so spikes hide it from all that follows."""
+"""Detection of NaN and infinity in a run, without waiting for the device, and the error that says where it is."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-__all__ = ["NotFiniteError", "count_not_finite", "names_not_finite", "not_finite", "tensors_of"]
+__all__ = ["NotFiniteError", "count_not_finite", "not_finite", "tensors_of"]
 
 
 class NotFiniteError(ValueError):
@@ -17,8 +17,13 @@ class NotFiniteError(ValueError):
 
 
 def count_not_finite(tensors: Iterable[Tensor], device: torch.device) -> Tensor:
-    """How many floating-point tensors on ``device`` hold NaN or infinity; a float32 scalar there. Does not wait."""
-    watched = [t.detach() for t in tensors if t.is_floating_point() and t.device == device and t.numel()]
+    """How many floating-point tensors on ``device`` hold NaN or infinity; a float32 scalar there. Does not wait.
+
+    Compared by type: a process has one device, which some call "cuda" and others "cuda:0", "cpu" or "cpu:1".
+    """
+    watched = [t.detach() for t in tensors if t.is_floating_point() and t.device.type == device.type and t.numel()]
+    if not watched:
+        return torch.zeros((), device=device)
     largest = torch._foreach_norm(watched, math.inf)
     finite = torch.isfinite(torch.stack([value.float() for value in largest]))
     return (~finite).sum().float()
@@ -57,8 +62,3 @@ def not_finite(loss: float, names: Sequence[str], when: str, kept: Path | None) 
         f"expected finite numbers, got {', '.join(where) or 'others in another process'} {when}: {found}; where it "
         "comes again, begin anew with a lower lr or with clip_grad"
     )
-
-
-def names_not_finite(tensors: Iterable[tuple[str, Tensor]]) -> list[str]:
-    """Names of the floating-point tensors that hold NaN or infinity. Waits for the device."""
-    return [name for name, t in tensors if t.is_floating_point() and not torch.isfinite(t).all()]

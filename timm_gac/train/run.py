@@ -16,6 +16,7 @@ from ..analysis.evaluate import Evaluation, evaluate, evaluate_state
 from ..runtime.collectives import share_tensors
 from ..runtime.dtypes import AUTOCAST
 from ..runtime.files import check_csv, write_json
+from ..runtime.finite import names_not_finite
 from .checkpoints import (
     Checkpoint,
     damaged,
@@ -26,7 +27,7 @@ from .checkpoints import (
     save_checkpoint,
 )
 from .fingerprint import check_same_data, describe_arrays, describe_stream
-from .finite import count_not_finite, names_not_finite, not_finite, tensors_of
+from .finite import count_not_finite, not_finite, tensors_of
 from .lock import RunLock
 from .optim import MovingAverage, create_optimizer, freeze_stages
 from .options import RunOptions

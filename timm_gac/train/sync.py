@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from ..layers.batch_statistics import update_running
 from ..runtime.collectives import combine_statistics
 
 __all__ = ["AnyDeviceSyncBatchNorm", "synchronise_norms"]
@@ -29,20 +30,15 @@ class AnyDeviceSyncBatchNorm(nn.SyncBatchNorm):
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
         var, mean = torch.var_mean(wide, axes, correction=0)
         mean, var, total = combine_statistics(mean, var, x.numel() // x.shape[1], group)
-        self._update_running(mean.detach(), (var * (total / (total - 1.0))).detach())
+        if self.num_batches_tracked is not None:
+            self.num_batches_tracked.add_(1)
+        with torch.no_grad():
+            update_running(self._buffers, mean, var * (total / (total - 1.0)), self.momentum)
         scale = torch.rsqrt(var + self.eps)
         shift = -mean * scale
         if self.affine:
             scale, shift = scale * self.weight, shift * self.weight + self.bias
         return (wide * scale.view(shape) + shift.view(shape)).to(x.dtype)
-
-    def _update_running(self, mean: Tensor, unbiased_var: Tensor) -> None:
-        if self.running_mean is None or self.running_var is None or self.num_batches_tracked is None:
-            return
-        self.num_batches_tracked.add_(1)
-        weight = 1.0 / float(self.num_batches_tracked) if self.momentum is None else self.momentum
-        self.running_mean.lerp_(mean.to(self.running_mean.dtype), weight)
-        self.running_var.lerp_(unbiased_var.to(self.running_var.dtype), weight)
 
 
 def synchronise_norms(network: nn.Module) -> Any:
