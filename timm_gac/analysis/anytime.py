@@ -19,8 +19,6 @@ from torch import Tensor
 from ..energy import EnergyCosts, EnergyMeter, EnergyReport
 from ..inference.early_exit import check_confidence, first_confident_step, mean_logits
 
-__all__ = ["AnytimeReport", "ExitPoint", "measure_anytime", "write_anytime_chart"]
-
 CONFIDENCES = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99)
 
 

@@ -20,8 +20,6 @@ from torch import Tensor
 from ..inference.record import forward_hooks
 from ..layers.neuron_layer import NeuronLayer
 
-__all__ = ["Coding", "CodingReport", "entropy_bits", "measure_coding", "write_coding_chart"]
-
 MAX_CODE = 2**62
 
 

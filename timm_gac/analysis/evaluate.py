@@ -21,8 +21,6 @@ from ..layers.neuron_layer import NeuronLayer
 from ..runtime.finite import check_finite
 from ..runtime.modes import eval_mode
 
-__all__ = ["Evaluation", "evaluate", "evaluate_state"]
-
 ECE_BINS = 15
 
 

@@ -15,8 +15,6 @@ if TYPE_CHECKING:
     from . import ops as bench_ops
     from . import session as bench_session
 
-__all__ = ["CurveConfig", "KernelBenchConfig", "ModelBenchConfig", "ScalingConfig", "parse_options"]
-
 BATCH_NORMS = ("local", "sync")
 Options = TypeVar("Options")
 

@@ -20,8 +20,6 @@ if TYPE_CHECKING:
     from ..analysis.anytime import AnytimeReport
     from ..analysis.coding import CodingReport
 
-__all__ = ["AnytimeConfig", "anytime", "run_anytime"]
-
 FILES = ("anytime.json", "anytime.png", "coding.png")
 
 

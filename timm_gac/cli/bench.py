@@ -8,8 +8,6 @@ import tyro
 
 from ..bench.options import CurveConfig, KernelBenchConfig, ModelBenchConfig, ScalingConfig
 
-__all__ = ["curves", "kernels", "model", "scaling"]
-
 
 def kernels(config: Annotated[KernelBenchConfig, tyro.conf.arg(name="")]) -> int:
     """Time each kernel that passes its check against its baselines.

@@ -13,8 +13,6 @@ from .output import check_new_files, create_console
 if TYPE_CHECKING:
     from rich.console import Console
 
-__all__ = ["DataConfig", "data", "run_data"]
-
 CIFAR = ("cifar10", "cifar100")
 SPLITS: tuple[Literal["train"], Literal["test"]] = ("train", "test")
 SIMILARITY = 0.985  # as in timm_gac.data.prepare, which imports PyTorch

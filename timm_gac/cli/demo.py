@@ -8,8 +8,6 @@ import tyro
 
 from .demo_config import DemoConfig
 
-__all__ = ["demo"]
-
 
 def demo(config: Annotated[DemoConfig, tyro.conf.arg(name="")]) -> int:
     """Train a small network on handwritten digits in a minute.

@@ -7,8 +7,6 @@ from pathlib import Path
 
 from .sources import check_positive
 
-__all__ = ["DemoConfig"]
-
 
 @dataclass(frozen=True)
 class DemoConfig:

@@ -18,8 +18,6 @@ if TYPE_CHECKING:
 
     from ..energy import EnergyReport
 
-__all__ = ["EnergyConfig", "energy", "run_energy"]
-
 FILES = ("energy.json", "energy.csv", "energy.png")
 
 

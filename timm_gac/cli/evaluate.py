@@ -18,8 +18,6 @@ from .sources import DataOptions, NetworkOptions, TrainedModel, check_positive, 
 if TYPE_CHECKING:
     from ..analysis.evaluate import Evaluation
 
-__all__ = ["EvaluateConfig", "evaluate", "run_evaluate"]
-
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateConfig(NetworkOptions, DataOptions):

@@ -9,8 +9,6 @@ import tyro
 
 from .output import check_writable, create_console
 
-__all__ = ["convert", "push", "verify"]
-
 
 def convert(
     file: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="FILE")],

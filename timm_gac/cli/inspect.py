@@ -15,8 +15,6 @@ from .sources import AnyNetworkOptions, Model, SetOptions, check_positive, open_
 if TYPE_CHECKING:
     from ..analysis.inspect import Inspection
 
-__all__ = ["InspectConfig", "inspect", "run_inspect"]
-
 
 @dataclass(frozen=True, kw_only=True)
 class InspectConfig(AnyNetworkOptions, SetOptions):

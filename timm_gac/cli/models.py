@@ -6,8 +6,6 @@ from typing import Annotated
 
 import tyro
 
-__all__ = ["models"]
-
 
 def models(pattern: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="PATTERN")] = "*") -> int:
     """List the models, and which have published weights.

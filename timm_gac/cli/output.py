@@ -10,8 +10,6 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from rich.console import Console
 
-__all__ = ["check_new_files", "check_packages", "check_writable", "create_console", "nearest", "wrote"]
-
 WIDTH = 100  # columns of a table that no terminal shows
 
 

@@ -21,8 +21,6 @@ if TYPE_CHECKING:
 
     from ..inference.predict import Prediction
 
-__all__ = ["PredictConfig", "predict", "run_predict"]
-
 DEFAULT_MODEL = "gac_msresnet18_cifar.cifar100"
 
 

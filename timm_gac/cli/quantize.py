@@ -10,8 +10,6 @@ import tyro
 from .output import check_writable, create_console
 from .sources import TrainedModel
 
-__all__ = ["quantize"]
-
 
 def quantize(
     model: TrainedModel,

@@ -14,20 +14,6 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-__all__ = [
-    "AnyNetworkOptions",
-    "DataOptions",
-    "Model",
-    "NetworkOptions",
-    "SetOptions",
-    "TrainedModel",
-    "check_positive",
-    "fold_network",
-    "open_images",
-    "open_labelled",
-    "open_pictures",
-]
-
 _logger = logging.getLogger(__name__)
 _NAMES = (
     "Model or run folder, ORG/NAME on the Hub, or a registered name (`timm-gac models`) with the tag of its weights"

@@ -5,8 +5,6 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-__all__ = ["train"]
-
 
 def train(arguments: Sequence[str]) -> int:
     """Train a network by a recipe; any field of it can be changed.

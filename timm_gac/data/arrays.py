@@ -28,8 +28,6 @@ from .decode import decode_dataset, fingerprint
 from .labels import match_labels
 from .pictures import create_picture_transform, join_names, plain
 
-__all__ = ["ImageArrays", "Split", "load_arrays", "save_arrays"]
-
 Split = Literal["train", "test"]
 DECODER = 2  # part of a cache file's name: raised when the same files are decoded to other pixels
 _DAMAGE = (

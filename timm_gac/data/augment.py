@@ -9,8 +9,6 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["COLUMNS", "OPERATIONS", "Augmentation", "draw_augmentation"]
-
 Floats = npt.NDArray[np.float32]
 
 # The wide space of TrivialAugment (Mueller and Hutter, ICCV 2021), one of which each image gets.

@@ -14,8 +14,6 @@ from torch.utils.data import Dataset, IterableDataset
 from .labels import match_labels
 from .pictures import SUFFIXES, PictureError, find_pictures, holds_picture, join_names, read_picture
 
-__all__ = ["PictureDataset", "class_names", "open_dataset", "read_class_names"]
-
 _FOLDERS = ("folder", "image_folder", "torch/folder", "torch/image_folder")
 _KINDS = ("torch", "hfds", "hfids", "tfds", "wds")
 # The split as the file systems' and the Hub's data sets call it; timm maps "validation" to val and valid in folders.

@@ -14,8 +14,6 @@ from torch.utils.data import DataLoader, IterableDataset
 from ..runtime.progress import progress_of
 from .dataset import PictureDataset
 
-__all__ = ["decode_dataset", "fingerprint"]
-
 BATCH = 64
 
 

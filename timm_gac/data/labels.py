@@ -10,8 +10,6 @@ from pathlib import Path
 
 from .pictures import join_names
 
-__all__ = ["known_label_names", "match_labels"]
-
 _FILE = Path(__file__).with_name("label_names.json")
 _SYNSET = re.compile(r"n\d{8}")
 _logger = logging.getLogger(__name__)

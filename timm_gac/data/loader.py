@@ -13,8 +13,6 @@ from .arrays import ImageArrays
 from .augment import COLUMNS, Augmentation, draw_augmentation
 from .transforms import BatchAugmenter, Normalizer
 
-__all__ = ["DeviceLoader", "check_sharding", "generator"]
-
 _Epoch = tuple[np.ndarray, np.ndarray]  # order of the images, and what happens at each place
 _PURPOSES = ("order", "augmentation", "workers")
 

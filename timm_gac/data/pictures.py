@@ -12,8 +12,6 @@ from typing import Any, BinaryIO
 import numpy as np
 from PIL import Image
 
-__all__ = ["SUFFIXES", "PictureError", "create_picture_transform", "find_pictures", "plain", "read_picture"]
-
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 # A picture of 1 x 60,000 pixels, resized to 224 pixels on its shorter side, would have 9 GB.
 MAX_ASPECT = 256

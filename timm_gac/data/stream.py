@@ -16,8 +16,6 @@ from .loader import check_sharding, generator
 from .pictures import read_picture
 from .transforms import BatchAugmenter, Normalizer
 
-__all__ = ["StreamLoader", "create_stream_loaders"]
-
 
 class _Order:
     """The sampler: indices of the coming epoch, set from outside."""

@@ -15,8 +15,6 @@ from .loader import DeviceLoader
 from .stream import StreamLoader, create_plain_loader
 from .transforms import Normalizer
 
-__all__ = ["open_test_set"]
-
 SMALL = 64  # pixels: a set of images up to this side fits into memory
 _SEQUENCES = ("wds", "hfids", "tfds")  # read from front to back only
 

@@ -11,8 +11,6 @@ from torch import Tensor
 
 from .augment import COLUMNS, NOISE_FIELDS, Augmentation
 
-__all__ = ["BatchAugmenter", "Normalizer"]
-
 LUMA = (0.299, 0.587, 0.114)  # ITU-R 601, as Pillow makes grey
 # Pillow's SMOOTH kernel is ones with a 5 in the middle, over 13: a mean of 3 x 3 pixels and the pixel itself.
 SMOOTH_MEAN = 9 / 13

@@ -15,8 +15,6 @@ from gac_kernels import count_spikes
 from ..inference.integer import SpikeConv
 from .tables import LayerCount
 
-__all__ = ["LAYERS", "Counter", "Layer"]
-
 Layer = nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.Linear | SpikeConv
 LAYERS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear, SpikeConv)
 _CONVOLVE: dict[int, Callable[..., Tensor]] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}

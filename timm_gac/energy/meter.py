@@ -17,8 +17,6 @@ from .counter import LAYERS, Counter
 from .report import EnergyReport
 from .tables import COSTS, EnergyCosts
 
-__all__ = ["EnergyMeter", "measure_energy"]
-
 # Meters replace methods of a network: two at once in different threads would not restore them.
 _LOCK = RLock()
 _ENTRIES = ("forward", "forward_steps", "forward_features", "forward_intermediates")

@@ -12,8 +12,6 @@ from .tables import CONVENTIONS
 if TYPE_CHECKING:
     from rich.table import Table
 
-__all__ = ["layer_table", "report_dict", "totals_table", "write_chart", "write_csv", "write_json"]
-
 COLUMNS = ("layer", "kind", "macs", "runs", "input", "rate", "sops", *(f"{name}_mj" for name in CONVENTIONS))
 
 

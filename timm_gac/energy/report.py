@@ -7,8 +7,6 @@ from itertools import accumulate
 
 from .tables import CONVENTIONS, EnergyCosts, LayerCount, Operations, ann_macs
 
-__all__ = ["EnergyReport"]
-
 
 @dataclass(frozen=True)
 class EnergyReport:

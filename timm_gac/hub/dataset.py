@@ -6,8 +6,6 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-__all__ = ["DIGITS", "dataset_name"]
-
 # Data sets by their names in timm and torchvision, as the Hub knows them.
 DATASETS = {
     "cifar10": ("uoft-cs/cifar10", "CIFAR-10"),

@@ -19,8 +19,6 @@ from .config import CONFIG, read_config
 from .folder import load_model
 from .remote import fetch_model, open_source
 
-__all__ = ["OpenedNetwork", "calibrate", "open_network"]
-
 
 @dataclass
 class OpenedNetwork:

@@ -17,8 +17,6 @@ from ..layers.shared_norm import NORM_FORWARDS
 from ..models.blocks import MSBlock, SpikingBlock
 from ..models.network import SpikingResNet
 
-__all__ = ["check_foldable", "fold_batch_norm", "is_plain_3x3", "plain_weights"]
-
 _BLOCK_FORWARDS = (MSBlock.forward, SpikingBlock.forward)
 _CONVOLUTION_FORWARDS = (nn.Conv2d.forward, Conv2d.forward, SpikeConv2d.forward)
 _NEURON_FORWARDS = (BatchNormLIF.forward, MembraneBatchNormLIF.forward)

@@ -20,8 +20,6 @@ from ..layers.neuron_layer import NeuronLayer
 from ..models.network import SpikingResNet, not_finite_marked
 from .record import neuron_layers
 
-__all__ = ["Exit", "check_confidence", "early_exit", "first_confident_step", "forward_early_exit", "mean_logits"]
-
 
 @dataclass(frozen=True)
 class Exit:

@@ -18,16 +18,6 @@ from ..models.blocks import MSBlock, SpikingBlock, Stage
 from ..runtime.finite import check_finite
 from .batch_norm import check_foldable, fold_batch_norm, is_plain_3x3, plain_weights
 
-__all__ = [
-    "FoldedBlock",
-    "FoldedConv2d",
-    "FoldedLIF",
-    "FoldedStem",
-    "bias_in_channel",
-    "fuse_for_inference",
-    "shift_in_neuron",
-]
-
 # cuDNN pads the channels of 16-bit operands to a multiple of this.
 _CHANNELS = 8
 # With fewer outputs the extra launches can cost more than a pass that adds a bias: on an H100 3 us per million outputs.

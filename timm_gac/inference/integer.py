@@ -21,8 +21,6 @@ from ..layers.convolution import shortcut_operands
 from ..layers.neuron_layer import at_least_float32, spikes_of
 from ..models.network import SpikingResNet, not_finite_marked
 
-__all__ = ["IntegerBlock", "IntegerLIF", "IntegerSpikingResNet", "RealConv", "SpikeConv", "current_grid"]
-
 # Exponents of two. The error of rounding weights to 8 bits, 1 % of them in the trained CIFAR-100 networks, grows by at
 # most 3 % in a layer with scales on the finest grid, by 28 % on the coarsest. Finer, residuals of 128 would not fit.
 _FINEST, _COARSEST = -15, -12

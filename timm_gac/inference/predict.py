@@ -12,8 +12,6 @@ from torch import Tensor
 
 from .early_exit import forward_early_exit
 
-__all__ = ["Prediction", "answers", "class_name", "predict"]
-
 
 @dataclass(frozen=True)
 class Prediction:

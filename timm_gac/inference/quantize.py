@@ -17,8 +17,6 @@ from .batch_norm import check_foldable, fold_batch_norm, is_plain_3x3, plain_wei
 from .fold import FoldedStem
 from .integer import IntegerBlock, IntegerLIF, IntegerSpikingResNet, RealConv, SpikeConv, current_grid
 
-__all__ = ["CLIPS", "SCHEME", "dequantize", "quantize"]
-
 # Its grid follows from spec and T (`current_grid`); another grid would be another scheme.
 SCHEME = "int8-weights-per-channel-on-grid"
 CLIPS = ("max", "mse")

@@ -21,15 +21,6 @@ from gac_kernels import LIFSpec
 from ..layers.encoder import GatedAttentionCoding
 from ..layers.neuron_layer import NeuronLayer
 
-__all__ = [
-    "Recording",
-    "forward_hooks",
-    "gate_scores",
-    "membrane_of",
-    "neuron_layers",
-    "record_spikes",
-]
-
 After = Callable[[str, Any, tuple[Any, ...], Any], None]  # name, module, inputs, output
 Before = Callable[[str, Any, tuple[Any, ...]], None]  # name, module, inputs
 

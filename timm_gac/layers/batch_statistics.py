@@ -12,16 +12,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-__all__ = [
-    "batch_statistics",
-    "call_norm",
-    "is_synchronised",
-    "keep_running_statistics",
-    "process_group",
-    "update_running",
-    "uses_batch",
-]
-
 
 def uses_batch(norm: nn.Module) -> bool:
     """Whether a batch norm normalises with statistics of the batch: in training, unless it is frozen."""

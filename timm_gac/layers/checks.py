@@ -12,8 +12,6 @@ from torch import nn
 from torch.nn.modules.module import _has_any_global_hook
 from torch.nn.utils.parametrize import is_parametrized
 
-__all__ = ["Forwards", "SetOnce", "check_num_steps", "fixed_num_steps", "log_called", "may_skip", "why_called"]
-
 Forwards = tuple[Callable[..., Any], ...]  # the forward functions of classes, such as (nn.Conv2d.forward,)
 
 _LOGGER = logging.getLogger(__name__)

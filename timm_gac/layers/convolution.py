@@ -10,8 +10,6 @@ from torch import Tensor, nn
 from ..runtime import weight_gradients
 from .checks import check_num_steps, fixed_num_steps, log_called, may_skip
 
-__all__ = ["Conv2d", "SpikeConv2d", "convolve", "shortcut_operands"]
-
 
 class Conv2d(nn.Conv2d):
     """``nn.Conv2d`` whose weight gradient can be computed on a second stream: see `weight_gradients`."""

@@ -18,14 +18,6 @@ from .convolution import Conv2d
 from .neuron_layer import at_least_float32
 from .weight_decay import warn_of_decay
 
-__all__ = [
-    "DirectCoding",
-    "GatedAttentionCoding",
-    "SpatialChannelAttention",
-    "TemporalAttention",
-    "resample_temporal_weight",
-]
-
 _logger = logging.getLogger(__name__)
 
 

@@ -19,8 +19,6 @@ from .checks import check_num_steps, fixed_num_steps, log_called, may_skip
 from .neuron_layer import add_residual, at_least_float32, spikes_of
 from .shared_norm import NORM_FORWARDS, share_norm
 
-__all__ = ["LIF", "BatchNormLIF", "MembraneBatchNormLIF"]
-
 
 @register_notrace_module
 class LIF(nn.Module):

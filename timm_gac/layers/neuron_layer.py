@@ -9,8 +9,6 @@ from torch import Tensor
 
 from gac_kernels import LIFSpec
 
-__all__ = ["NeuronLayer", "add_residual", "at_least_float32", "spikes_of"]
-
 
 @runtime_checkable
 class NeuronLayer(Protocol):

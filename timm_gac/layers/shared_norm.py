@@ -18,8 +18,6 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torchvision.ops.misc import FrozenBatchNorm2d
 
-__all__ = ["NORM_FORWARDS", "share_norm"]
-
 _PARAMETERS, _BUFFERS = ("weight", "bias"), ("running_mean", "running_var", "num_batches_tracked")
 _SIZES = ("num_features", "affine", "track_running_stats")  # they describe the tensors, so they stay with them
 _OWN = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set", "_shared")

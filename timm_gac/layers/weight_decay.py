@@ -12,8 +12,6 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from .neuron_layer import NeuronLayer
 
-__all__ = ["parameter_groups", "warn_of_decay"]
-
 _GATES: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 _SEEN: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
 

@@ -15,8 +15,6 @@ from gac_kernels import LIFSpec
 
 from .blocks import MSBlock, SpikingBlock
 
-__all__ = ["BLOCKS", "ENCODERS", "MAX_CLASSIFIER", "POOLS", "block_class", "check_model_args", "lif_spec"]
-
 BLOCKS: dict[str, type[MSBlock] | type[SpikingBlock]] = {"MSBlock": MSBlock, "SpikingBlock": SpikingBlock}
 _BLOCK_ARGS = ("stride", "num_steps", "spec", "drop_path", "device", "dtype")
 ENCODERS = ("gac", "direct")

@@ -20,8 +20,6 @@ from ..layers.checks import fixed_num_steps, log_called, may_skip
 from ..layers.convolution import Conv2d, SpikeConv2d, convolve
 from ..layers.neuron import BatchNormLIF, MembraneBatchNormLIF
 
-__all__ = ["MSBlock", "SpikingBlock", "Stage"]
-
 _NEURON_FORWARDS = (BatchNormLIF.forward, MembraneBatchNormLIF.forward)
 _SHORTCUT_FORWARDS = (nn.Sequential.forward,)
 

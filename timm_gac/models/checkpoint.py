@@ -9,8 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["canonical_name", "checkpoint_filter_fn"]
-
 _WRAPPERS = ("state_dict", "model", "model_state_dict", "net")
 _REMEDY = {
     "quantised": "load its folder with timm_gac.hub.load_model",

@@ -32,8 +32,6 @@ from .arguments import block_class, check_model_args, lif_spec
 from .blocks import MSBlock, SpikingBlock, Stage
 from .checkpoint import checkpoint_filter_fn as checkpoint_filter_fn  # timm expects it beside the model's class
 
-__all__ = ["SpikingResNet"]
-
 _STAGES = ("layer1", "layer2", "layer3", "layer4")
 _ENCODER_FORWARDS = (GatedAttentionCoding.forward,)
 

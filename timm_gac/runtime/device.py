@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import torch
 
-__all__ = ["device_type", "resolve_device"]
-
 
 def device_type(name: str) -> str:
     """The kind of device that a user names, ``cuda`` or ``cpu`` among others; it need not be there.

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import torch
 
-__all__ = ["AUTOCAST", "DTYPES", "autocast"]
-
 DTYPES: dict[str, torch.dtype] = {
     "float32": torch.float32,
     "bfloat16": torch.bfloat16,

@@ -14,17 +14,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
-__all__ = [
-    "append_csv",
-    "check_csv",
-    "replace_file",
-    "sync_folder",
-    "write_bytes",
-    "write_csv",
-    "write_json",
-    "write_text",
-]
-
 # A process that is killed leaves its unfinished file. The next write of the same file deletes those of this age.
 LEFTOVER_SECONDS = 3600.0
 

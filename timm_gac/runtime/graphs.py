@@ -10,8 +10,6 @@ from torch import Tensor
 
 from .weight_gradients import overlap_weight_gradients
 
-__all__ = ["GraphedStep"]
-
 T = TypeVar("T")
 
 

@@ -7,8 +7,6 @@ from contextlib import contextmanager
 
 from torch import nn
 
-__all__ = ["eval_mode", "restored_modes"]
-
 
 @contextmanager
 def restored_modes(model: nn.Module) -> Iterator[None]:

@@ -8,8 +8,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-__all__ = ["progress_of"]
-
 SECONDS = 30.0  # between two plain lines
 
 

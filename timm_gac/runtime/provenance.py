@@ -11,8 +11,6 @@ from pathlib import Path
 
 import torch
 
-__all__ = ["PROVENANCE", "device_name", "provenance", "source_commit", "version_of"]
-
 PROVENANCE = ("date_utc", "device", "torch", "triton", "timm_gac", "commit", "backend")
 
 

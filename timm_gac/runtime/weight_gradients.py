@@ -20,15 +20,6 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-__all__ = [
-    "CastWeight",
-    "PendingGradients",
-    "convolve",
-    "overlap_enabled",
-    "overlap_weight_gradients",
-    "with_cast_weights",
-]
-
 Geometry = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], int]  # stride, padding, dilation, groups
 CastWeight = tuple[Tensor, "PendingGradients", int]  # weight in autocast's dtype, where its gradient goes, its number
 

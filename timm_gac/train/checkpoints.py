@@ -22,8 +22,6 @@ from torch import Tensor
 
 from ..runtime.files import sync_folder, write_bytes, write_json
 
-__all__ = ["Checkpoint", "latest_checkpoint", "load_checkpoint", "save_checkpoint"]
-
 FORMAT, FIRST_FORMAT = "timm_gac.train/2", "timm_gac.train/1"  # the first had no hash of its state
 TENSORS, STATE = "state.safetensors", "state.json"
 _PREFIX, _PARTIAL = "step_", ".partial_"

@@ -8,8 +8,6 @@ from typing import Any
 
 from ..data import DeviceLoader, ImageArrays, StreamLoader
 
-__all__ = ["check_same_data", "describe_arrays", "describe_stream"]
-
 HASHED_BYTES = 2**28  # of larger sets every n-th image is hashed: 256 MiB take under a second
 
 

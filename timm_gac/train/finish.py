@@ -22,8 +22,6 @@ from .recipes import Recipe
 from .run import Run
 from .runlog import RESULT_COLUMNS, environment
 
-__all__ = ["finish"]
-
 
 def finish(run: Run, say: Callable[[str], None]) -> None:
     """Store the last epoch's weights, evaluate the stored model, write eval.json and the row of results.

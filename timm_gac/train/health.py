@@ -15,8 +15,6 @@ from ..analysis.evaluate import Evaluation
 from ..layers.encoder import DirectCoding
 from ..runtime.files import write_csv
 
-__all__ = ["FALL", "SATURATED_ABOVE", "SILENT_BELOW", "rate_warnings", "watch_rates"]
-
 SILENT_BELOW = 0.001  # spikes per neuron and step; healthy layers of these networks lie between 0.02 and 0.4
 SATURATED_ABOVE = 0.9
 FALL = 10.0  # times less than at the evaluation before

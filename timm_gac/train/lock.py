@@ -18,8 +18,6 @@ try:
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
-__all__ = ["RunLock"]
-
 _logger = logging.getLogger(__name__)
 NAME = ".lock"
 _HELD: set[Path] = set()  # by this process, in which file locks exclude nobody

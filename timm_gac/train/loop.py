@@ -22,8 +22,6 @@ from .run import Run, mixed_seed
 from .runlog import write_curve, write_metrics
 from .setup import accelerate_state, running
 
-__all__ = ["RunOptions", "Trainer", "train"]
-
 AGREE_EVERY = 10  # updates of the weights
 
 

@@ -11,8 +11,6 @@ from torch import Tensor, nn
 
 from .recipes import Recipe
 
-__all__ = ["MovingAverage", "create_optimizer", "freeze_stages", "learning_rate", "set_learning_rate"]
-
 
 def create_optimizer(model: Any, recipe: Recipe, device: torch.device) -> torch.optim.Optimizer:
     """The recipe's optimiser, without weight decay of norms, biases and the names in ``model.no_weight_decay()``."""

@@ -12,8 +12,6 @@ import tyro
 
 from .recipes import RECIPES, Recipe, RecipeName
 
-__all__ = ["RecipeName", "RunOptions", "parse", "show"]
-
 
 @dataclass(frozen=True)
 class RunOptions:

@@ -11,8 +11,6 @@ from rich.progress import Progress as Bar
 
 from .recipes import Recipe
 
-__all__ = ["Progress"]
-
 
 class Progress:
     """Progress of a run.

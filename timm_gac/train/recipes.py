@@ -8,8 +8,6 @@ from typing import Any, Literal
 
 from ..data import Augmentation
 
-__all__ = ["RECIPES", "Recipe", "RecipeName"]
-
 PRECISIONS = ("float32", "bfloat16", "float16")
 _CHOICES: dict[str, tuple[str, ...]] = {
     "optimizer": ("sgd", "adamw"),

@@ -45,8 +45,6 @@ from .setup import (
 from .step import PerStepLogits, TrainStep
 from .sync import synchronise_norms
 
-__all__ = ["Run", "mixed_seed"]
-
 
 class Run:
     """A run of a recipe on this process; with ``options.resume`` restored from its last checkpoint.

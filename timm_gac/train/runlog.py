@@ -19,8 +19,6 @@ from ..runtime.files import write_csv
 from ..runtime.provenance import PROVENANCE, provenance
 from .recipes import Recipe
 
-__all__ = ["RESULT_COLUMNS", "check_same_recipe", "environment", "read_metrics", "write_curve", "write_metrics"]
-
 COLUMNS = (
     *("epoch", "step", "lr", "train_loss", "train_match", "test_loss", "test_top1", "firing_rate", "images_per_s"),
     "minutes",

@@ -21,19 +21,6 @@ from ..data.dataset import read_class_names
 from ..runtime.collectives import share_tensors
 from .recipes import Recipe
 
-__all__ = [
-    "Loaders",
-    "accelerate_state",
-    "count_stream_classes",
-    "create_accelerator",
-    "create_loaders",
-    "create_network",
-    "describe_input",
-    "prepare",
-    "read_sets",
-    "running",
-]
-
 MIXED_PRECISION = {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}
 EVAL_BATCH = 512
 _STATES: tuple[Any, ...] = (AcceleratorState, PartialState, GradientState)

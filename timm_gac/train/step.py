@@ -16,8 +16,6 @@ from ..runtime.graphs import GraphedStep
 from .optim import MovingAverage, learning_rate, set_learning_rate
 from .recipes import Recipe
 
-__all__ = ["PerStepLogits", "TrainStep", "tet_loss"]
-
 
 class PerStepLogits(nn.Module):
     """A network whose ``forward`` is ``forward_steps``: DDP needs that call to be ``forward``.

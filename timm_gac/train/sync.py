@@ -11,8 +11,6 @@ from torch import Tensor, nn
 from ..layers.batch_statistics import update_running
 from ..runtime.collectives import combine_statistics
 
-__all__ = ["AnyDeviceSyncBatchNorm", "synchronise_norms"]
-
 
 class AnyDeviceSyncBatchNorm(nn.SyncBatchNorm):
     """``nn.SyncBatchNorm`` that also works on a CPU; PyTorch's needs an accelerator."""

@@ -11,8 +11,6 @@ from torch import Tensor
 
 from .record import BINS, HIGH, LOW, Inspection
 
-__all__ = ["FIGURES", "choose_trains", "draw_trains"]
-
 WIDTH, DPI, FONT = 6.4, 130, 12
 NEURONS = 24
 QUIET, BUSY, ACTIVE = "#9aa5b1", "#b04a5a", "#2a6f97"

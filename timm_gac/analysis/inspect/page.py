@@ -11,8 +11,6 @@ from ...runtime.files import write_json, write_text
 from .figures import FIGURES
 from .record import Inspection
 
-__all__ = ["inspection_dict", "write_inspection"]
-
 _STYLE = """
 :root{color-scheme:light}
 body{font:16px/1.5 system-ui,sans-serif;color:#1c2733;background:#fff;margin:0 auto;padding:1rem;max-width:44rem}

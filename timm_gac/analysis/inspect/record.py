@@ -13,8 +13,6 @@ from torch import Tensor, nn
 from ...inference.record import forward_hooks, gate_scores, membrane_of, neuron_layers
 from ...layers.neuron_layer import NeuronLayer
 
-__all__ = ["Inspection", "LayerActivity", "inspect_network"]
-
 BINS, LOW, HIGH = 70, -3.0, 4.0  # of membrane histograms, in thresholds; the threshold is the edge of a bin
 
 
