@@ -1,1 +1,7 @@
-"""Networks as files that other programs run: NIR, ONNX and PyTorch's .pt2."""
+"""Networks as files that other programs run: NIR, ONNX and PyTorch's .pt2; and NIR files of others on our kernels."""
+
+from .nir_check import NIRReport
+from .nir_read import NIRNetwork, read_nir
+from .nir_write import graph_input, nir_graph, write_nir
+
+__all__ = ["NIRNetwork", "NIRReport", "graph_input", "nir_graph", "read_nir", "write_nir"]
