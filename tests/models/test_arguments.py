@@ -28,6 +28,7 @@ CHANGES = {
     "drop_rate": 0.25,
     "drop_path_rate": 0.5,
     "scaled_init": True,
+    "int8_convs": True,
 }
 
 
@@ -101,6 +102,7 @@ WRONG = [
     *({"encoder": value} for value in ("rate", 1)),
     *({"global_pool": value} for value in ("no", 1)),
     {"scaled_init": 1},
+    {"int8_convs": 1},
     *({"block": value} for value in ("Block", torch.nn.ReLU, 3)),
     *({"spec": value} for value in (3, {"decay": 1.0}, FIELDS | {"decay": "x"}, FIELDS | {"more": 1})),
     *({"spec": FIELDS | {"decay": value}} for value in (2.0, float("nan"), True)),

@@ -14,7 +14,7 @@ from typing import Any
 import timm
 from timm.models import PretrainedCfg, is_model_in_modules
 
-from ..inference.quantize import SCHEME
+from ..inference.quantize import SCHEMES
 from ..models.arguments import check_model_args
 from ..runtime.files import write_json
 
@@ -214,10 +214,11 @@ def check_size(args: Mapping[str, Any], height: int, width: int) -> None:
 
 
 def _check_quantization(found: Any) -> None:
-    if found is not None and (not isinstance(found, dict) or found.get("scheme") != SCHEME):
+    if found is not None and (not isinstance(found, dict) or found.get("scheme") not in SCHEMES):
         scheme = found.get("scheme") if isinstance(found, dict) else found
+        schemes = " or ".join(SCHEMES)
         raise ValueError(
-            f"expected quantization with the scheme {SCHEME!r} in {CONFIG}, got {short(scheme)}: quantise anew"
+            f"expected quantization with the scheme {schemes} in {CONFIG}, got {short(scheme)}: quantise anew"
         )
 
 

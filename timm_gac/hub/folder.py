@@ -10,12 +10,13 @@ from typing import Any
 
 import timm
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from timm.models import save_for_hf
 from torch import nn
 
 from ..inference.integer import IntegerSpikingResNet
 from ..inference.quantize import quantize
+from ..models.checkpoint import pack_int8_convs
 from ..models.network import SpikingResNet
 from ..models.weights import TRAINED_ON
 from ..runtime.finite import check_finite
@@ -45,6 +46,9 @@ def save_model_folder(
 ) -> Path:
     """Write the two files from which ``timm.create_model('local-dir:OUT')`` rebuilds a model.
 
+    A network that trains in 8 bits (`SpikingResNet.set_int8_convs`) is stored as the integers and scales that it
+    computes with, which loading multiplies without rounding. The learning weights between them are not kept.
+
     ``config.json`` and ``model.safetensors`` are written beside the folder first and moved into it whole; other files
     in it are left alone. All constructor arguments that differ from the registered architecture's are stored.
 
@@ -73,6 +77,8 @@ def save_model_folder(
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as scratch:
         save_for_hf(model, scratch, model_args=args, safe_serialization=True)
+        if int8_weights := pack_int8_convs(model):
+            save_file(int8_weights, Path(scratch, WEIGHTS), metadata={"format": "pt"})
         config_file = Path(scratch, CONFIG)
         config = json.loads(config_file.read_text(encoding="utf-8")) | {"model_args": args}
         if named.get("license"):
@@ -154,7 +160,9 @@ def load_model(folder: Path) -> nn.Module:
             network = quantize(timm.create_model(f"local-dir:{folder}", pretrained=False), clip="max")
             network.load_state_dict(load_file(file))
             network.check_grid()
-            network.quantization = config["quantization"]
+            built, network.quantization = network.quantization["scheme"], config["quantization"]
+            if built != network.quantization["scheme"]:
+                raise ValueError(f"scheme {network.quantization['scheme']} for a network of scheme {built}")
         else:
             network = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
     except (SafetensorError, RuntimeError, LookupError, OSError, AttributeError, TypeError, ValueError) as error:

@@ -11,6 +11,8 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 from torchvision.ops import FrozenBatchNorm2d
 
+from gac_kernels import int8_weight
+
 from ..layers.convolution import Conv2d, SpikeConv2d
 from ..layers.neuron import BatchNormLIF, MembraneBatchNormLIF
 from ..layers.shared_norm import NORM_FORWARDS
@@ -74,19 +76,11 @@ def _check_kind(name: str, module: nn.Module, forwards: tuple[Any, ...], kind: s
         )
 
 
-def is_plain_3x3(conv: nn.Conv2d) -> bool:
-    """Whether a convolution is what the kernels compute: 3x3 with padding 1 and stride 1 or 2, in one group."""
-    return (
-        conv.kernel_size == (3, 3)
-        and conv.stride in ((1, 1), (2, 2))
-        and conv.padding == conv.dilation == (1, 1)
-        and conv.padding_mode == "zeros"
-        and conv.groups == 1
-    )
-
-
 def plain_weights(model: nn.Module) -> None:
-    """Replace what parametrizations, pruning and weight or spectral norm compute by plain parameters, in place."""
+    """Replace weights that are computed by what they are computed to, in place.
+
+    These are parametrizations, pruning, weight and spectral norm, and the 8 bits of `SpikingResNet.set_int8_convs`.
+    """
     for module in list(model.modules()):
         if parametrize.is_parametrized(module):
             for name in list(module.parametrizations):  # type: ignore[arg-type]
@@ -99,6 +93,10 @@ def plain_weights(model: nn.Module) -> None:
                 remove_weight_norm(module, hook.name)
             elif isinstance(hook, SpectralNorm):
                 remove_spectral_norm(module, hook.name)
+        if isinstance(module, SpikeConv2d) and module.int8:
+            integers, scale = int8_weight(module.weight)
+            module.weight.data.copy_(integers * scale[:, None, None, None])
+            module.int8 = False
 
 
 def fold_batch_norm(conv: nn.Conv2d, norm: Any) -> Tensor:
@@ -111,15 +109,26 @@ def fold_batch_norm(conv: nn.Conv2d, norm: Any) -> Tensor:
     Returns:
         The shift that is left, (C,) in float64.
     """
+    scale, shift = norm_scale_and_shift(conv, norm)
+    conv.weight.copy_(conv.weight.double() * scale[:, None, None, None])
+    conv.bias = None
+    return shift
+
+
+def norm_scale_and_shift(conv: nn.Conv2d, norm: Any) -> tuple[Tensor, Tensor]:
+    """What a batch norm multiplies a convolution's sums with and adds to them, (C,) each in float64.
+
+    Args:
+        conv: A bias goes into the shift.
+        norm: With running statistics.
+    """
     scale = torch.rsqrt(norm.running_var.double() + norm.eps)
     shift = torch.zeros_like(scale)
     if norm.weight is not None:
         scale = scale * norm.weight.double()
     if norm.bias is not None:
         shift = norm.bias.double()
-    conv.weight.copy_(conv.weight.double() * scale[:, None, None, None])
     mean = norm.running_mean.double()
     if conv.bias is not None:
         mean = mean - conv.bias.double()
-        conv.bias = None
-    return shift - mean * scale
+    return scale, shift - mean * scale

@@ -11,12 +11,12 @@ from torch import Tensor, nn
 from gac_kernels import LIFSpec
 
 from ..layers.checks import fixed_num_steps, log_called, may_skip
-from ..layers.convolution import shortcut_operands
+from ..layers.convolution import is_plain_3x3, shortcut_operands
 from ..layers.neuron import LIF, BatchNormLIF
 from ..layers.neuron_layer import add_residual, at_least_float32, spikes_of
 from ..models.blocks import MSBlock, SpikingBlock, Stage
 from ..runtime.finite import check_finite
-from .batch_norm import check_foldable, fold_batch_norm, is_plain_3x3, plain_weights
+from .batch_norm import check_foldable, fold_batch_norm, plain_weights
 
 # cuDNN pads the channels of 16-bit operands to a multiple of this.
 _CHANNELS = 8

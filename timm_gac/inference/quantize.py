@@ -9,16 +9,23 @@ import timm
 import torch
 from torch import Tensor, nn
 
+from gac_kernels import int8_weight
+
+from ..layers.convolution import SpikeConv2d, is_plain_3x3
 from ..layers.neuron import LIF
 from ..models.blocks import MSBlock, SpikingBlock
 from ..models.network import SpikingResNet
 from ..runtime.finite import check_finite
-from .batch_norm import check_foldable, fold_batch_norm, is_plain_3x3, plain_weights
+from .batch_norm import check_foldable, fold_batch_norm, norm_scale_and_shift, plain_weights
 from .fold import FoldedStem
 from .integer import IntegerBlock, IntegerLIF, IntegerSpikingResNet, RealConv, SpikeConv, current_grid
 
 # Its grid follows from spec and T (`current_grid`); another grid would be another scheme.
 SCHEME = "int8-weights-per-channel-on-grid"
+# The integers of a network that was trained with them. Scales are the trained ones times the batch norm's, on no grid:
+# rounding them to it would change each by up to 1 %.
+TRAINED_SCHEME = "int8-weights-per-channel-as-trained"
+SCHEMES = (SCHEME, TRAINED_SCHEME)
 CLIPS = ("max", "mse")
 _LEVELS = 127
 # Fractions of a channel's largest weight at which "mse" looks for the least squared error.
@@ -29,6 +36,9 @@ _STAGES = ("layer1", "layer2", "layer3", "layer4")
 @torch.no_grad()
 def quantize(model: nn.Module, clip: str = "mse") -> IntegerSpikingResNet:
     """A copy of a trained network whose 3x3 convolutions of spikes have int8 weights, for inference.
+
+    A network that was trained in 8 bits (`SpikingResNet.set_int8_convs`) keeps its integers: nothing is rounded but
+    scales and biases, to float32. For others all of the following holds.
 
     Batch norms are folded; each output channel gets one scale, symmetric around 0; the weights are rounded so that
     their errors cancel within each window and each output channel (`quantize_weight`), which needs no data.
@@ -64,8 +74,9 @@ def quantize(model: nn.Module, clip: str = "mse") -> IntegerSpikingResNet:
     assert isinstance(model, SpikingResNet)
     _check_parts(model)
     check_finite(model, "to quantise")
+    quantization = {"scheme": TRAINED_SCHEME} if model.int8_convs else {"scheme": SCHEME, "clip": clip}
     dtype, device = model.conv1.weight.dtype, model.conv1.weight.device
-    network = IntegerSpikingResNet.like(model, {"scheme": SCHEME, "clip": clip})
+    network = IntegerSpikingResNet.like(model, quantization)
     network.eval()
     plain_weights(network)
     network.double()  # so that weights are rounded once, to int8
@@ -107,32 +118,42 @@ def _check_geometry(name: str, conv: nn.Conv2d) -> None:
 
 
 def _integer_block(
-    block: MSBlock | SpikingBlock, network: SpikingResNet, clip: str, first: bool, last: bool
+    block: MSBlock | SpikingBlock, network: IntegerSpikingResNet, clip: str, first: bool, last: bool
 ) -> IntegerBlock:
-    shift = fold_batch_norm(block.conv1, block.bn1)
     membrane = isinstance(block, MSBlock)
     conv1: nn.Module
     if first and not membrane:
+        shift = fold_batch_norm(block.conv1, block.bn1)
         conv1 = RealConv(block.conv1, network.spec, network.num_steps)
         conv1.weight.copy_(block.conv1.weight)
         assert conv1.bias is not None
         conv1.bias.copy_(shift)
     else:
-        conv1 = _spike_conv(block.conv1, shift, network, clip, keep_membrane=False)
-    shift = fold_batch_norm(block.conv2, block.bn2)
+        conv1 = _spike_conv(block.conv1, block.bn1, 0.0, network, clip, keep_membrane=False)
+    added: Tensor | float = 0.0
     downsample: nn.Conv2d | None = None
     if block.downsample is not None:
         first_of_shortcut = block.downsample[0]
         assert isinstance(first_of_shortcut, nn.Conv2d)
         downsample = first_of_shortcut
-        shift = shift + fold_batch_norm(downsample, block.downsample[1])
-    conv2 = _spike_conv(block.conv2, shift, network, clip, keep_membrane=membrane and not last)
-    if first or downsample is not None:  # else the shortcut carries spikes, or the currents of the block before
+        added = fold_batch_norm(downsample, block.downsample[1])
+    conv2 = _spike_conv(block.conv2, block.bn2, added, network, clip, keep_membrane=membrane and not last)
+    on_grid = network.quantization["scheme"] == SCHEME
+    # Without a shortcut's convolution the residual consists of spikes, or of the currents of the block before.
+    if on_grid and (first or downsample is not None):
         conv2.grid = current_grid(network.spec, network.num_steps)
     return IntegerBlock(conv1, conv2, downsample, membrane)
 
 
-def _spike_conv(conv: nn.Conv2d, shift: Tensor, network: SpikingResNet, clip: str, keep_membrane: bool) -> SpikeConv:
+def _spike_conv(
+    conv: SpikeConv2d,
+    norm: nn.Module,
+    added: Tensor | float,
+    network: IntegerSpikingResNet,
+    clip: str,
+    keep_membrane: bool,
+) -> SpikeConv:
+    """The integer layer of a convolution and the norm that follows; ``added`` is the shift of the shortcut's norm."""
     layer = SpikeConv(
         conv.in_channels,
         conv.out_channels,
@@ -142,11 +163,18 @@ def _spike_conv(conv: nn.Conv2d, shift: Tensor, network: SpikingResNet, clip: st
         keep_membrane=keep_membrane,
         device=conv.weight.device,
     )
-    grid = current_grid(network.spec, network.num_steps)
-    weight, scale = quantize_weight(conv.weight, clip, grid)
+    if network.quantization["scheme"] == TRAINED_SCHEME:
+        weight, scale = int8_weight(conv.weight)
+        factor, bias = norm_scale_and_shift(conv, norm)
+        scale, bias = scale * factor, bias + added
+    else:
+        grid = current_grid(network.spec, network.num_steps)
+        bias = fold_batch_norm(conv, norm) + added
+        weight, scale = quantize_weight(conv.weight, clip, grid)
+        bias = (bias / grid).round_() * grid
     layer.weight.copy_(weight.flatten(2).transpose(1, 2))
     layer.scale.copy_(scale)
-    layer.bias.copy_((shift / grid).round_() * grid)
+    layer.bias.copy_(bias)
     return layer
 
 
@@ -202,7 +230,8 @@ def dequantize(network: IntegerSpikingResNet) -> SpikingResNet:
 
     Its batch norms add the biases and do nothing else. It does not round residuals to the grid.
     """
-    model: Any = timm.create_model(network.pretrained_cfg["architecture"], **network.changed_args())
+    args = network.changed_args() | {"int8_convs": False}
+    model: Any = timm.create_model(network.pretrained_cfg["architecture"], **args)
     state: dict[str, Any] = {}
     stored = network.state_dict()
     for name, module in model.named_modules():

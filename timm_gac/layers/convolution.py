@@ -28,7 +28,7 @@ class Conv2d(nn.Conv2d):
 
 
 class SpikeConv2d(Conv2d):
-    """A convolution of time-folded spikes, which can keep their bits alone for its backward pass.
+    """A convolution of time-folded spikes, which can keep their bits alone for its backward pass, or train in 8 bits.
 
     Everything else, arguments, parameters and state_dict too, is ``nn.Conv2d``'s, but there is no bias by default.
 
@@ -42,6 +42,7 @@ class SpikeConv2d(Conv2d):
         kwargs: Those of ``nn.Conv2d``.
     """
 
+    int8 = False  # compute with int8 weights and fp8 gradients, see SpikingResNet.set_int8_convs
     num_steps = fixed_num_steps()
 
     def __init__(self, *args: Any, num_steps: int = 4, bias: bool = False, **kwargs: Any) -> None:
@@ -50,11 +51,18 @@ class SpikeConv2d(Conv2d):
 
     def forward(self, x: Tensor, bits: Tensor | None = None) -> Tensor:
         """The convolution of x; with ``bits``, which `pack_spikes` makes of x, x itself is not kept."""
+        if self.int8:
+            return self._in_8_bits(x, bits)
         if self.cast_weight is not None:
             return self._overlapped(x, bits, self.num_steps)
         if bits is not None:
             return self._packed(x, bits)
         return self._conv_forward(x, self.weight, self.bias)
+
+    def _in_8_bits(self, x: Tensor, bits: Tensor | None) -> Tensor:
+        if torch.is_autocast_enabled(x.device.type):
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+        return torch.ops.gac_kernels.int8_conv2d(x, self.weight, self.stride[0], bits, self.num_steps)
 
     def _packed(self, x: Tensor, bits: Tensor) -> Tensor:
         if self.bias is not None:
@@ -78,6 +86,17 @@ def convolve(conv: nn.Module, x: Tensor, bits: Tensor | None) -> Tensor:
     if conv.bias is not None or conv.padding_mode != "zeros" or isinstance(conv.padding, str):
         return conv(x)
     return conv(x, bits)
+
+
+def is_plain_3x3(conv: nn.Conv2d) -> bool:
+    """Whether a convolution is what the kernels compute: 3x3 with padding 1 and stride 1 or 2, in one group."""
+    return (
+        conv.kernel_size == (3, 3)
+        and conv.stride in ((1, 1), (2, 2))
+        and conv.padding == conv.dilation == (1, 1)
+        and conv.padding_mode == "zeros"
+        and conv.groups == 1
+    )
 
 
 def shortcut_operands(conv: nn.Module, x: Tensor) -> tuple[Tensor, Tensor] | None:

@@ -29,7 +29,7 @@ _INTEGERS = {
 }
 _RATES = ("drop_rate", "drop_path_rate")
 _SEQUENCES = {"layers": (0, 256), "channels": (1, 8192), "strides": (1, 8)}
-_CHOICES = {"encoder": ENCODERS, "global_pool": POOLS, "scaled_init": (False, True)}
+_CHOICES = {"encoder": ENCODERS, "global_pool": POOLS, "scaled_init": (False, True), "int8_convs": (False, True)}
 _NAMES = (*_INTEGERS, *_RATES, *_SEQUENCES, *_CHOICES, "block", "spec")
 # Weights of a classifier: 1 GiB in float32.
 MAX_CLASSIFIER = 2**28

@@ -9,6 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gac_kernels import int8_weight
+
+from ..layers.convolution import SpikeConv2d
+
+# Scales of a weight that is stored in int8 stand beside it, under its name with this at the end.
+_SCALE = "_scale"
+
 _WRAPPERS = ("state_dict", "model", "model_state_dict", "net")
 _REMEDY = {
     "quantised": "load its folder with timm_gac.hub.load_model",
@@ -48,6 +55,31 @@ def canonical_name(name: str) -> str:
     return name
 
 
+def pack_int8_convs(model: nn.Module) -> dict[str, Tensor]:
+    """The state_dict of a network that trains in 8 bits with integers and scales in the place of these weights.
+
+    Empty where no convolution does. `checkpoint_filter_fn` multiplies them again, without rounding.
+    """
+    convs = [name for name, module in model.named_modules() if isinstance(module, SpikeConv2d) and module.int8]
+    if not convs:
+        return {}
+    state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    for name in convs:
+        weight = f"{name}.weight"
+        state[weight], state[weight + _SCALE] = int8_weight(state[weight])
+    return state
+
+
+def _unpack_int8_convs(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    unpacked = {name: tensor for name, tensor in state.items() if not name.endswith(_SCALE)}
+    for name in state.keys() - unpacked.keys():
+        weight = state.get(name.removesuffix(_SCALE))
+        if weight is None or weight.dtype != torch.int8 or state[name].shape != weight.shape[:1]:
+            raise ValueError(f"expected an int8 weight of as many channels beside {name}, got none: download it again")
+        unpacked[name.removesuffix(_SCALE)] = weight * state[name][(..., *[None] * (weight.dim() - 1))]
+    return unpacked
+
+
 def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: nn.Module) -> dict[str, Tensor]:
     """A checkpoint as a state_dict of ``model``.
 
@@ -85,4 +117,4 @@ def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: nn.Module) -> dic
     if "fc.weight" in merged and "conv1.bias" in merged and "bn1.weight" not in merged:
         kind = "quantised" if any(name.endswith(".conv2.scale") for name in merged) else "folded"
         raise ValueError(f"expected weights of a network with batch norms, got those of a {kind} one: {_REMEDY[kind]}")
-    return merged
+    return _unpack_int8_convs(merged)

@@ -24,7 +24,7 @@ from gac_kernels import IMAGENET, LIFSpec, firing_rate
 
 from ..layers.batch_statistics import call_norm
 from ..layers.checks import SetOnce, fixed_num_steps, log_called, may_skip
-from ..layers.convolution import Conv2d
+from ..layers.convolution import Conv2d, SpikeConv2d, is_plain_3x3
 from ..layers.encoder import DirectCoding, GatedAttentionCoding
 from ..layers.neuron import LIF, BatchNormLIF
 from ..runtime.weight_gradients import overlap_enabled, with_cast_weights
@@ -134,6 +134,7 @@ class SpikingResNet(nn.Module):
         drop_path_rate: Stochastic depth of the last block, growing linearly from 0; a sample keeps its mask over time.
         scaled_init: Initialise for the ImageNet dialect: convolutions kaiming-normal (fan-out), batch norm weights at
             the threshold and 0 at the end of each residual branch. Otherwise PyTorch's defaults.
+        int8_convs: Train the 3x3 convolutions of spikes in 8 bits, see `set_int8_convs`.
         device: Device of the parameters.
         dtype: Dtype of the parameters.
 
@@ -171,6 +172,7 @@ class SpikingResNet(nn.Module):
         drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
         scaled_init: bool = True,
+        int8_convs: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -196,6 +198,7 @@ class SpikingResNet(nn.Module):
                 in_chans=in_chans,
                 global_pool=global_pool or "",
                 drop_rate=drop_rate,
+                int8_convs=int8_convs,
             )
         )
         if not len(layers) == len(channels) == len(strides):
@@ -258,6 +261,9 @@ class SpikingResNet(nn.Module):
         self.head_hidden_size = width * self.global_pool.feat_mult()
         if scaled_init:
             self.init_weights()
+        self.int8_convs = False
+        if int8_convs:
+            self.set_int8_convs()
 
     def init_weights(self) -> None:
         """Initialise as the ImageNet models are: see ``scaled_init``."""
@@ -294,6 +300,7 @@ class SpikingResNet(nn.Module):
             in_chans=self.in_chans,
             global_pool=self.global_pool.pool_type,
             drop_rate=self.drop_rate,
+            int8_convs=self.int8_convs,
         )
 
     def changed_args(self) -> dict[str, Any]:
@@ -331,6 +338,29 @@ class SpikingResNet(nn.Module):
         blocks = [module for module in self.modules() if isinstance(module, (MSBlock, SpikingBlock))]
         for block in blocks:
             block.pack_hidden, block.pack_output = enable, enable and block is not blocks[-1]
+
+    def set_int8_convs(self, enable: bool = True) -> None:
+        """Train the 3x3 convolutions of spikes in 8 bits: int8 weights forward, float8 gradients backward.
+
+        `gac_kernels.int8_conv2d` says what is computed, in evaluation too: what is trained is what `quantize` returns.
+        Parameters and state_dict stay as they are, the weights that learn. In a network with plain blocks the first
+        convolution, whose input is real, is left alone.
+
+        Raises:
+            ValueError: The network is folded or quantised, or has another convolution in the place of one of these.
+        """
+        if self.inference_only:
+            raise ValueError("expected a network that trains, got one that is folded or quantised: create it anew")
+        blocks = [module for module in self.modules() if isinstance(module, (MSBlock, SpikingBlock))]
+        convs: list[Any] = [conv for block in blocks for conv in (block.conv1, block.conv2)]
+        convs = convs[1:] if blocks and isinstance(blocks[0], SpikingBlock) else convs
+        for conv in convs:
+            if not isinstance(conv, SpikeConv2d) or not is_plain_3x3(conv) or conv.bias is not None:
+                kind = " ".join(str(conv).split())[:80]
+                raise ValueError(f"expected 3x3 SpikeConv2d without bias in all blocks, got {kind}: put it back")
+        for conv in convs:
+            conv.int8 = enable
+        self.int8_convs = enable
 
     def get_classifier(self, name_only: bool = False) -> nn.Module | str:
         """The classifier, or its name."""

@@ -134,6 +134,7 @@ def _learns(module: Any, dtype: torch.dtype | None) -> bool:
     weight = module.weight
     ordinary = type(weight) is nn.Parameter and module.bias is None
     ordinary = ordinary and module.padding_mode == "zeros" and not isinstance(module.padding, str)
+    ordinary = ordinary and not getattr(module, "int8", False)  # which rounds its own weight
     return dtype is not None and ordinary and weight.requires_grad and weight.dtype not in (dtype, torch.float64)
 
 

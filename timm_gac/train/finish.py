@@ -14,6 +14,7 @@ import torch
 from ..analysis.evaluate import Evaluation, evaluate, evaluate_state
 from ..hub.config import CONFIG, write_config
 from ..hub.folder import load_model, save_model_folder
+from ..layers.convolution import SpikeConv2d
 from ..runtime.dtypes import AUTOCAST, DTYPES
 from ..runtime.files import append_csv, write_json
 from ..runtime.finite import names_not_finite
@@ -49,7 +50,11 @@ def _store(run: Run) -> None:
         network: Any = copy.deepcopy(run.network)
     if hasattr(network, "_original_forward"):  # without accelerate's autocast around it
         network.forward = network._original_forward
+    convs = [module for module in network.modules() if isinstance(module, SpikeConv2d) and module.int8]
+    exact = [conv.weight.detach().to("cpu", copy=True).contiguous() for conv in convs]
     network = network.to("cpu", DTYPES[run.recipe.stored_dtype], memory_format=torch.contiguous_format)
+    for conv, weight in zip(convs, exact, strict=True):
+        conv.weight.data = weight  # which becomes integers: float16 would change some
     names = names_not_finite(network.state_dict().items())
     if names:  # finite in float32: `Run.read` has seen to that
         raise ValueError(
@@ -107,7 +112,7 @@ def _result_row(run: Run, stored: Evaluation) -> dict[str, Any]:
         "images_per_s": f"{statistics.median_high(speeds):.0f}" if speeds else "",
         "num_steps": recipe.num_steps,
         "batch_size": recipe.batch_size * run.accelerator.num_processes,
-        "precision": recipe.precision,
+        "precision": recipe.precision + ", int8 convolutions" * recipe.int8_convs,
         "reported": recipe.report,
         "seed": recipe.seed,
     }

@@ -71,6 +71,8 @@ class Recipe:
         drop_rate: Dropout before the classifier.
         drop_path_rate: Stochastic depth.
         precision: ``bfloat16`` and ``float16`` are autocast.
+        int8_convs: Train the 3x3 convolutions of spikes in 8 bits: int8 weights forward, float8 gradients backward.
+            The stored folder holds the integers. On every device the same numbers; no kernel makes it faster yet.
         channels_last: Store weights and images channels-last.
         compile: Use torch.compile.
         cuda_graph: Run the whole step as one CUDA graph, on any number of CUDA devices; not with float16, stream or
@@ -123,6 +125,7 @@ class Recipe:
     drop_rate: float = 0.0
     drop_path_rate: float = 0.0
     precision: str = "float32"
+    int8_convs: bool = False
     channels_last: bool = True
     compile: bool = False
     cuda_graph: bool = False

@@ -161,6 +161,10 @@ def create_network(recipe: Recipe, num_classes: int, in_chans: int) -> Any:
         if not hasattr(network, "set_spike_packing"):
             raise ValueError(f"expected a model that packs spikes, got {recipe.model!r}: give --no-pack-spikes")
         network.set_spike_packing(True)
+    if hasattr(network, "set_int8_convs"):
+        network.set_int8_convs(recipe.int8_convs)  # also where the initial weights were trained otherwise
+    elif recipe.int8_convs:
+        raise ValueError(f"expected a model that trains in 8 bits, got {recipe.model!r}: give --no-int8-convs")
     return network.to(memory_format=torch.channels_last) if recipe.channels_last else network
 
 

@@ -3,6 +3,7 @@
 from . import layers as layers
 from .backend import requested_backend, resolve_backend, use_backend
 from .convolution.conv_lif import conv_lif
+from .convolution.int8_conv2d import int8_conv2d, int8_weight
 from .convolution.spike_conv import spike_conv
 from .encoder.gac import gac_encode, gated_lif
 from .encoder.gac_fire import gac_fire
@@ -20,6 +21,7 @@ from .reference import (
     gac_encode_reference,
     gac_fire_reference,
     gated_lif_reference,
+    int8_conv2d_reference,
     integer_lif_reference,
     lif_reference,
     norm_lif_reference,
@@ -54,6 +56,9 @@ __all__ = [
     "gac_fire_reference",
     "gated_lif",
     "gated_lif_reference",
+    "int8_conv2d",
+    "int8_conv2d_reference",
+    "int8_weight",
     "integer_lif",
     "integer_lif_reference",
     "lif",

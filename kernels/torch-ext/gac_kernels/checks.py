@@ -216,7 +216,7 @@ def check_spike_conv(
         if tensor.dtype != torch.int8 or tensor.dim() != 4:
             given = f"{tensor.dtype}, {tuple(tensor.shape)}"
             raise ValueError(f"expected {name} as int8 with 4 axes, got {given}: convert them with .to(torch.int8)")
-    _check_conv3x3(
+    check_conv3x3(
         name="spikes",
         x=spikes,
         weight=weight,
@@ -246,7 +246,33 @@ def check_spike_conv(
         raise ValueError(
             f"expected grid as a power of two from 2**-24 to 1, or 0, got {shown(grid)}: give one such as 2**-15"
         )
-    _check_device(spikes, weight=weight, scale=scale, bias=bias, residual=residual, shortcut=shortcut)
+    check_device(spikes, weight=weight, scale=scale, bias=bias, residual=residual, shortcut=shortcut)
+
+
+def check_int8_conv2d(spikes: Tensor, weight: Tensor, stride: int, bits: Tensor | None, num_steps: int) -> None:
+    """Raise unless a weight that learns, and bits, fit the time-folded spikes (T*B, C, H, W)."""
+    check_current("spikes", spikes, min_dims=4, max_dims=4)
+    check_integer("num_steps", num_steps, 1)
+    check_current("weight", weight, min_dims=4, max_dims=4)
+    check_conv3x3("spikes", spikes, weight, num_steps, stride)
+    if spikes.shape[1] > MAX_INT8_CHANNELS:
+        raise ValueError(
+            f"expected at most {MAX_INT8_CHANNELS:,} channels, got {spikes.shape[1]:,}: sums would lose bits"
+        )
+    check_device(spikes, weight=weight)
+    if bits is not None:
+        check_bits(spikes, bits, num_steps)
+
+
+def check_bits(spikes: Tensor, bits: Tensor, num_steps: int) -> None:
+    """Raise unless ``bits`` can be what `pack_spikes` makes of the spikes."""
+    check_tensor("bits", bits)
+    size = (-(-num_steps // 8) * (spikes.shape[0] // num_steps), *spikes.shape[1:])  # eight steps a byte
+    if bits.dtype != torch.uint8 or bits.shape != size or bits.device != spikes.device:
+        raise ValueError(
+            f"expected bits as uint8 {size} on {spikes.device}, got {bits.dtype} {tuple(bits.shape)} on "
+            f"{bits.device}: make them of these spikes with pack_spikes"
+        )
 
 
 def check_conv_lif(
@@ -262,7 +288,7 @@ def check_conv_lif(
     check_current("x", x, min_dims=4, max_dims=4)
     check_tensor("weight", weight)
     check_tensor("bias", bias)
-    _check_conv3x3(
+    check_conv3x3(
         name="x",
         x=x,
         weight=weight,
@@ -286,7 +312,7 @@ def check_conv_lif(
                 f"expected {name} of shape {tuple(size)} in {x.dtype} like x, got {tuple(tensor.shape)} in "
                 f"{tensor.dtype}: bring it to x's with .to(x.dtype)"
             )
-    _check_device(x, weight=weight, bias=bias, residual=residual, shortcut=shortcut)
+    check_device(x, weight=weight, bias=bias, residual=residual, shortcut=shortcut)
 
 
 def _check_shortcut(residual: Tensor | None, shortcut: Tensor, shape: tuple[int, ...]) -> None:
@@ -308,7 +334,8 @@ def _check_shortcut(residual: Tensor | None, shortcut: Tensor, shape: tuple[int,
         )
 
 
-def _check_conv3x3(name: str, x: Tensor, weight: Tensor, num_steps: int, stride: int) -> None:
+def check_conv3x3(name: str, x: Tensor, weight: Tensor, num_steps: int, stride: int) -> None:
+    """Raise unless ``weight`` is a 3x3 convolution of the time-folded ``x`` with stride 1 or 2."""
     check_steps(name, x, num_steps)
     if isinstance(stride, bool) or not isinstance(stride, int) or stride not in (1, 2):
         raise ValueError(f"expected stride 1 or 2, got {shown(stride)}: use PyTorch's convolution for others")
@@ -325,7 +352,8 @@ def _conv3x3_shape(x: Tensor, weight: Tensor, stride: int) -> tuple[int, ...]:
     return (x.shape[0], weight.shape[0], *((n - 1) // stride + 1 for n in x.shape[2:]))
 
 
-def _check_device(x: Tensor, **others: Tensor | None) -> None:
+def check_device(x: Tensor, **others: Tensor | None) -> None:
+    """Raise unless all are on the device of ``x``."""
     for name, other in others.items():
         if other is not None and other.device != x.device:
             raise ValueError(f"expected {name} on {x.device}, got {other.device}: move it with .to(...)")

@@ -18,6 +18,11 @@ from .encoder import (
     pad_frames_reference,
     pool_frames_reference,
 )
+from .int8_conv2d import (
+    int8_conv2d_gradients_reference,
+    int8_conv2d_reference,
+    int8_weight_reference,
+)
 from .neuron import (
     integer_lif_reference,
     lif_reference,
@@ -46,6 +51,9 @@ __all__ = [
     "gac_fire_reference",
     "gated_lif_reference",
     "grid_shift",
+    "int8_conv2d_gradients_reference",
+    "int8_conv2d_reference",
+    "int8_weight_reference",
     "integer_lif_reference",
     "lif_reference",
     "norm_lif_reference",

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..backend import resolve_backend
-from ..checks import DTYPES, check_current, check_integer, check_steps, check_tensor
+from ..checks import DTYPES, check_bits, check_current, check_integer, check_steps, check_tensor
 from ..common.layout import on_device
 from ..common.messages import shown
 from ..common.tiles import dense
@@ -87,7 +87,7 @@ def _frames(bits: Tensor, num_steps: int) -> Tensor:
     return bits.unflatten(0, (-(-num_steps // STEPS_PER_BYTE), -1))
 
 
-def _unpacked(bits: Tensor, num_steps: int, dtype: torch.dtype) -> Tensor:
+def unpacked(bits: Tensor, num_steps: int, dtype: torch.dtype) -> Tensor:
     """Spikes (T*B, C, H, W) of their bits, in the bits' memory format."""
     groups = -(-num_steps // STEPS_PER_BYTE)
     batch = bits.shape[0] // groups
@@ -145,7 +145,7 @@ def _pack_spikes_fake(spikes, num_steps):
 
 @torch.library.impl(_lib, "unpack_spikes", "CompositeExplicitAutograd")
 def _unpack_spikes(bits, num_steps, dtype):
-    return _unpacked(dense(bits), num_steps, dtype)
+    return unpacked(dense(bits), num_steps, dtype)
 
 
 @torch.library.register_fake("gac_kernels::unpack_spikes", lib=_lib)
@@ -166,7 +166,7 @@ torch.library.register_fake("gac_kernels::packed_conv2d", _convolve, lib=_lib)
 @torch.library.impl(_lib, "packed_conv2d_backward", "CompositeExplicitAutograd")
 def _packed_conv2d_backward(grad, bits, weight, num_steps, stride, padding, dilation, groups, need_input, need_weight):
     # The gradient at the input asks for the spikes' shape and layout alone.
-    spikes = (_unpacked if need_weight else _unpack_spikes_fake)(dense(bits), num_steps, grad.dtype)
+    spikes = (unpacked if need_weight else _unpack_spikes_fake)(dense(bits), num_steps, grad.dtype)
     gx, gw, _ = torch.ops.aten.convolution_backward(
         grad, spikes, weight, None, stride, padding, dilation, False, [0, 0], groups, [need_input, need_weight, False]
     )
@@ -199,7 +199,7 @@ def _backward_again(ctx, grad):
     bits, weight = ctx.saved_tensors
     num_steps, stride, padding, dilation, groups = ctx.args
     need_input, _, need_weight = ctx.needs_input_grad[:3]
-    spikes = _unpacked(dense(bits), num_steps, grad.dtype)
+    spikes = unpacked(dense(bits), num_steps, grad.dtype)
     needed = [need_input, need_weight, False]
     gx, gw, _ = torch.ops.aten.convolution_backward(
         grad, spikes, weight, None, stride, padding, dilation, False, [0, 0], groups, needed
@@ -326,14 +326,8 @@ def packed_conv2d(
     """
     check_current("spikes", spikes, min_dims=4, max_dims=4)
     check_steps("spikes", spikes, num_steps)
-    count = -(-num_steps // STEPS_PER_BYTE) * (spikes.shape[0] // num_steps)
-    check_tensor("bits", bits)
+    check_bits(spikes, bits, num_steps)
     check_tensor("weight", weight)
-    if bits.dtype != torch.uint8 or bits.shape != (count, *spikes.shape[1:]) or bits.device != spikes.device:
-        raise ValueError(
-            f"expected bits as uint8 {(count, *spikes.shape[1:])} on {spikes.device}, got {bits.dtype} "
-            f"{tuple(bits.shape)} on {bits.device}: make them of these spikes with pack_spikes"
-        )
     _check_convolution(spikes, weight, (stride, padding, dilation), groups)
     return torch.ops.gac_kernels.packed_conv2d(
         spikes, bits, weight, num_steps, list(stride), list(padding), list(dilation), groups

@@ -1,0 +1,141 @@
+"""Training in 8 bits: what was trained is evaluated, stored, loaded and quantised with the same integers."""
+
+from __future__ import annotations
+
+import copy
+import json
+
+import pytest
+import timm
+import torch
+from safetensors.torch import load_file
+
+import timm_gac
+from gac_kernels import int8_weight
+from timm_gac.hub import load_model, save_model_folder
+from timm_gac.inference.integer import SpikeConv
+from timm_gac.layers.convolution import SpikeConv2d
+from timm_gac.train import Recipe
+from timm_gac.train.loop import RunOptions, train
+
+
+def trained(**arguments):
+    torch.manual_seed(0)
+    network = timm.create_model("test_gac_msresnet", int8_convs=True, num_classes=5, **arguments)
+    optimizer = torch.optim.SGD(timm_gac.parameter_groups(network, 5e-4), lr=0.02)
+    images, labels = torch.randn(16, 3, 16, 16), torch.arange(16) % 5
+    for _ in range(3):
+        loss = torch.nn.functional.cross_entropy(network(images), labels)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    for module in network.modules():
+        if hasattr(module, "running_mean"):
+            module.momentum = 1.0
+    network(images)  # so that evaluation has the statistics of these images, and neurons fire
+    return network.eval(), images
+
+
+def codes(network):
+    convs = [module for module in network.modules() if isinstance(module, SpikeConv2d) and module.int8]
+    return [int8_weight(conv.weight)[0] for conv in convs]
+
+
+@pytest.mark.parametrize("block", ["MSBlock", "SpikingBlock"])
+def test_what_was_trained_is_what_is_deployed(block, tmp_path):
+    network, images = trained(block=block)
+    expected = codes(network)
+    assert len(expected) == 2 * sum(network.model_args()["layers"]) - (block == "SpikingBlock")
+    with torch.no_grad():
+        logits = network(images)
+    assert logits.std(0).min() > 1e-3
+    save_model_folder(network, tmp_path / "float")
+    stored = load_file(tmp_path / "float" / "model.safetensors")
+    integers = [value for key, value in stored.items() if value.dtype == torch.int8]
+    assert len(integers) == len(expected)
+    for loaded in (
+        load_model(tmp_path / "float"),
+        timm.create_model(f"local-dir:{tmp_path / 'float'}", pretrained=True),
+    ):
+        loaded.eval()
+        assert loaded.int8_convs and all(map(torch.equal, codes(loaded), expected))
+        with torch.no_grad():
+            assert torch.equal(loaded(images), logits)
+
+    quantized = timm_gac.quantize(load_model(tmp_path / "float"))
+    kernels = [module.kernel for module in quantized.modules() if isinstance(module, SpikeConv)]
+    assert all(map(torch.equal, kernels, expected))
+    with torch.no_grad():
+        assert torch.allclose(quantized(images), logits, atol=1e-4)
+    save_model_folder(quantized, tmp_path / "int8")
+    again = load_model(tmp_path / "int8")
+    with torch.no_grad():
+        assert torch.equal(again(images), quantized(images))
+
+
+def test_folding_takes_the_integers():
+    network, images = trained()
+    folded = timm_gac.fuse_for_inference(copy.deepcopy(network))
+    with torch.no_grad():
+        assert torch.allclose(folded(images), network(images), atol=1e-4)
+
+
+def test_the_switch_changes_what_is_computed_and_can_be_taken_back():
+    network, images = trained()
+    with torch.no_grad():
+        eight = network(images)
+        network.set_int8_convs(False)
+        assert not torch.equal(network(images), eight)
+        network.set_int8_convs()
+        assert torch.equal(network(images), eight)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert network(images).isfinite().all()
+
+
+def test_packed_checkpointed_and_compiled_steps_have_the_same_gradients():
+    network, images = trained()
+    network.train()
+
+    def gradients(change):
+        model = copy.deepcopy(network)
+        step = change(model)
+        (model if step is None else step)(images).square().sum().backward()
+        return [parameter.grad for parameter in model.parameters()]
+
+    expected = gradients(lambda model: None)
+    for change in (lambda model: model.set_spike_packing(), lambda model: model.set_grad_checkpointing()):
+        assert all(map(torch.equal, gradients(change), expected))
+    compiled = gradients(lambda model: torch.compile(model, backend="aot_eager", fullgraph=True))
+    assert all(torch.allclose(a, b, atol=1e-5, rtol=1e-3) for a, b in zip(compiled, expected, strict=True))
+
+
+def test_other_convolutions_are_refused():
+    network, _ = trained()
+    network.layer1[0].conv2 = torch.nn.Conv2d(24, 24, 3, padding=1)
+    with pytest.raises(ValueError, match="expected 3x3 SpikeConv2d without bias"):
+        network.set_int8_convs()
+    with pytest.raises(ValueError, match="folded or quantised"):
+        timm_gac.fuse_for_inference(trained()[0]).set_int8_convs()
+
+
+def test_a_recipe_asks_for_it_and_its_folder_holds_the_integers(npz, tmp_path):
+    recipe = Recipe(
+        model="test_gac_msresnet",
+        data=str(npz),
+        epochs=2,
+        batch_size=16,
+        crop_padding=1,
+        warmup_epochs=0,
+        ema_decay=0.9,
+        report="ema",
+        int8_convs=True,
+    )
+    train(recipe, RunOptions(out=tmp_path / "run", cpu=True))
+    folder = tmp_path / "run" / "model"
+    assert json.loads((folder / "config.json").read_text())["model_args"]["int8_convs"] is True
+    stored = load_file(folder / "model.safetensors")
+    scales = {key: value for key, value in stored.items() if key.endswith("weight_scale")}
+    assert scales and all(value.dtype == torch.float32 for value in scales.values())
+    assert stored["fc.weight"].dtype == torch.float16
+    report = json.loads((tmp_path / "run" / "eval.json").read_text())
+    assert abs(report["top1"] - report["top1_before_storing"]) <= 0.1  # two of 17 images: float16 elsewhere
