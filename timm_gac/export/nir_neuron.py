@@ -14,7 +14,6 @@ import numpy as np
 
 from gac_kernels import LIFSpec
 
-
 DT = 1e-4  # seconds; snnTorch reads no other, and it is the default of SpikingJelly
 NEURONS = ("CubaLIF", "IF", "LIF")
 
