@@ -15,6 +15,7 @@ import timm_gac
 from timm_gac import cli
 from timm_gac.cli.sources import fold_network, open_pictures
 from timm_gac.data import load_arrays, open_test_set
+from timm_gac.data.arrays import save_arrays
 from timm_gac.hub import calibrate, save_model_folder
 from timm_gac.hub.config import CONFIG, write_config
 from timm_gac.inference.early_exit import early_exit
@@ -63,6 +64,7 @@ def test_eval_agrees_with_sums_by_hand(folder, tmp_path, capsys):
     assert result["top1"] == result["top1_per_step"][-1]
     top5 = (means[-1].topk(5).indices == arrays.labels[:, None]).any(1).double().mean().item()
     assert result["top5"] == pytest.approx(top5, abs=0.006)
+    assert "present_classes" not in result
     assert result["loss"] == pytest.approx(torch.nn.functional.cross_entropy(means[-1], arrays.labels).item(), abs=1e-3)
     assert 0 < result["ece"] < 1 and result["num_steps"] == 3 and result["split"] == "test"
     assert f"{result['top1']:.2%}" in text and "top-1 after 2 of 3 steps" in text
@@ -70,6 +72,23 @@ def test_eval_agrees_with_sums_by_hand(folder, tmp_path, capsys):
         assert f"{layer} " in text and f"{rate:.2%}" in text
     assert cli.main(["eval", str(folder), "--data", "digits", "--json", str(file)]) == 2
     assert "--overwrite" in capsys.readouterr().err
+
+
+def test_a_set_of_some_classes_is_also_counted_among_these(folder, tmp_path, capsys):
+    arrays, file, present = load_arrays("digits", "test"), tmp_path / "eval.json", torch.tensor([1, 4, 6, 9])
+    some = torch.isin(arrays.labels, present)
+    images, labels = arrays.images[some], arrays.labels[some]
+    save_arrays(tmp_path / "four.npz", {"x_test": images, "y_test": labels, "label_names": np.array(NAMES)})
+    assert cli.main(["eval", str(folder), "--data", str(tmp_path / "four.npz"), "--json", str(file)]) == 0
+    with torch.no_grad():
+        model = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+        logits = model(images.float() / 127.5 - 1)
+    right = (present[logits[:, present].argmax(1)] == labels).double().mean().item()
+    result = json.loads(file.read_text())
+    assert result["top1_among_present_classes"] == pytest.approx(right, abs=0.01) and result["present_classes"] == 4
+    text = capsys.readouterr().out
+    assert result["top1"] < right
+    assert "among the set's 4 classes " in text and f"{result['top1_among_present_classes']:.2%}" in text
 
 
 def test_eval_takes_some_images_and_other_precisions(folder, tmp_path):
@@ -104,6 +123,10 @@ def test_a_folder_of_large_pictures_is_streamed_as_predict_prepares_them(tmp_pat
     ((images_of_some, labels_of_some),) = some.batches(0)
     torch.testing.assert_close(images_of_some, images[[0, 3]], rtol=0, atol=0)
     assert labels_of_some.tolist() == [0, 1]
+    assert some.present_classes is None
+    names = ["bird", "dog", "cat"]
+    of_more = open_test_set("folder", model.pretrained_cfg, **options | {"num_classes": 3, "label_names": names})
+    assert of_more.present_classes == [1, 2]
     with pytest.raises(ValueError, match="at most the network's 1 classes"):
         open_test_set("folder", model.pretrained_cfg, **options | {"num_classes": 1})
 

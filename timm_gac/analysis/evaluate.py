@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -37,6 +37,9 @@ class Evaluation:
         ece: Expected calibration error over 15 equal bins of confidence (Guo et al., ICML 2017).
         firing_rates: Spikes per neuron and time step, by layer; for the gated encoder, the share of values above 0.
         seconds: Wall clock.
+        top1_among_present_classes: top1 where only the classes that the set has can be the answer; None where the set
+            has all of the network's, or which it has is not known.
+        present_classes: Number of these classes.
     """
 
     images: int
@@ -47,6 +50,8 @@ class Evaluation:
     ece: float
     firing_rates: dict[str, float]
     seconds: float
+    top1_among_present_classes: float | None = None
+    present_classes: int | None = None
 
     @property
     def firing_rate(self) -> float:
@@ -54,15 +59,18 @@ class Evaluation:
         return sum(self.firing_rates.values()) / len(self.firing_rates) if self.firing_rates else 0.0
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields, ready for JSON."""
-        return dataclasses.asdict(self) | {"top1_per_step": list(self.top1_per_step)}
+        """The fields, ready for JSON; what was not measured is left out."""
+        fields = {name: value for name, value in dataclasses.asdict(self).items() if value is not None}
+        return fields | {"top1_per_step": list(self.top1_per_step)}
 
 
 class _Sums:
     """Sums over batches, on the device: no batch waits for the host."""
 
-    def __init__(self, num_steps: int, device: torch.device) -> None:
+    def __init__(self, num_steps: int, device: torch.device, classes: Sequence[int] | None) -> None:
         self.scalars = torch.zeros(3, dtype=torch.float64, device=device)  # images, top 5, loss
+        self.classes = None if classes is None else torch.tensor(classes, device=device)
+        self.among = torch.zeros(1, dtype=torch.float64, device=device)  # right among these classes
         self.per_step = torch.zeros(num_steps, dtype=torch.float64, device=device)
         self.bins = torch.zeros(3, ECE_BINS, dtype=torch.float64, device=device)  # images, correct, confidence
 
@@ -76,13 +84,15 @@ class _Sums:
         loss = F.cross_entropy(logits, labels, reduction="sum")
         hits = (top == labels[:, None]).any(1).sum()
         self.scalars += torch.stack((torch.full_like(loss, len(labels)), hits.to(loss.dtype), loss))
+        if self.classes is not None:
+            self.among += (self.classes[logits[:, self.classes].argmax(-1)] == labels).sum()
         confidence, chosen = logits.softmax(-1).max(-1)
         place = (confidence * ECE_BINS).long().clamp(0, ECE_BINS - 1)  # of NaN any bin: the loss shows it
         values = torch.stack((torch.ones_like(confidence), (chosen == labels).double(), confidence))
         self.bins.index_add_(1, place, values)
 
     def tensors(self) -> list[Tensor]:
-        return [self.scalars, self.per_step, self.bins]
+        return [self.scalars, self.per_step, self.bins, self.among]
 
 
 class _Rates:
@@ -112,6 +122,7 @@ def evaluate(
     num_steps: int | None = None,
     amp_dtype: torch.dtype | None = None,
     firing_rates: bool = True,
+    classes: Sequence[int] | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> Evaluation:
     """Evaluate a spiking network, over all processes where there are several.
@@ -122,6 +133,8 @@ def evaluate(
         num_steps: T; the model's own where None.
         amp_dtype: Autocast to this dtype.
         firing_rates: Record them.
+        classes: The labels that the set has, where it has only some of the network's: counts the right answers among
+            these too.
         progress: Called with the number of images after each batch.
 
     Returns:
@@ -135,7 +148,7 @@ def evaluate(
     check_finite(model, "to evaluate")
     steps = num_steps or int(model.num_steps)  # type: ignore[arg-type]
     device = next(model.parameters()).device
-    sums, rates = _Sums(steps, device), _Rates(model, firing_rates, device)
+    sums, rates = _Sums(steps, device, classes), _Rates(model, firing_rates, device)
     amp = torch.autocast(device.type, amp_dtype) if amp_dtype is not None else nullcontext()
     started = time.perf_counter()
     with eval_mode(model), forward_hooks(rates.layers, rates.add):
@@ -170,6 +183,8 @@ def _result(sums: _Sums, rates: _Rates, started: float) -> Evaluation:
         ece=ece,
         firing_rates=rates.rates(),
         seconds=time.perf_counter() - started,
+        top1_among_present_classes=None if sums.classes is None else sums.among.item() / images,
+        present_classes=None if sums.classes is None else len(sums.classes),
     )
 
 

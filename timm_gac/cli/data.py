@@ -119,7 +119,12 @@ def _write_folders(folders: list[Path], out: Path, config: DataConfig, console: 
     from ..data.prepare import prepare_images
 
     report = prepare_images(
-        folders, out, size=config.size, similarity=config.similarity, num_workers=config.num_workers
+        folders,
+        out,
+        size=config.size,
+        similarity=config.similarity,
+        num_workers=config.num_workers,
+        progress=True,
     )
     for title, found in report["found"].items():
         kept = report["kept"].get(title, 0)

@@ -57,7 +57,8 @@ class EvaluateConfig(NetworkOptions, DataOptions):
 def evaluate(model: TrainedModel, config: Annotated[EvaluateConfig, tyro.conf.arg(name="")]) -> int:
     """Evaluate a network on a labelled set, time step by time step.
 
-    Top-1, top-5, top-1 after each time step, calibration error and the firing rate of each layer.
+    Top-1, top-5, top-1 after each time step, calibration error and the firing rate of each layer; where the set has
+    only some of the network's classes, top-1 among these too.
 
     Example: timm-gac eval gac_msresnet18_cifar.cifar100 --data torch/cifar100 --data-dir data
 
@@ -112,6 +113,7 @@ def run_evaluate(model: str, config: EvaluateConfig, console: Console | None = N
             test_set.batches(0),
             amp_dtype=AUTOCAST[config.precision],
             firing_rates=config.firing_rates,
+            classes=test_set.present_classes,
             progress=advance,
         )
     for table in tables(result, f"{model} on {config.data}, {config.split}, {config.precision}"):
@@ -142,6 +144,10 @@ def tables(result: Evaluation, title: str) -> list[Table]:
     scores.add_column("")
     scores.add_column("value", justify="right")
     scores.add_row("top-1", f"{result.top1:.2%}")
+    if result.top1_among_present_classes is not None:
+        scores.add_row(
+            f"top-1 among the set's {result.present_classes} classes", f"{result.top1_among_present_classes:.2%}"
+        )
     scores.add_row("top-5", f"{result.top5:.2%}")
     for step, accuracy in enumerate(result.top1_per_step, start=1):
         scores.add_row(f"top-1 after {step} of {len(result.top1_per_step)} steps", f"{accuracy:.2%}")

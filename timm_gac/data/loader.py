@@ -48,6 +48,9 @@ class DeviceLoader:
         world_size: Processes.
         dtype: Of the images that come out.
 
+    Attributes:
+        present_classes: As `open_test_set` sets it.
+
     Raises:
         ValueError: A label is no class of the network; the batches of all processes exceed the training set;
             ``mean`` has another length than the images have channels; an odd ``batch_size`` is to be mixed in pairs.
@@ -75,6 +78,7 @@ class DeviceLoader:
         if training and augmentation.mixes and batch_size % 2:
             raise ValueError(f"expected an even batch_size to mix in pairs, got {batch_size}: add or drop one")
         self.batch_size, self.training, self.rank, self.world_size = batch_size, training, rank, world_size
+        self.present_classes: list[int] | None = None
         self.num_images, self.seed, self.augmentation = len(arrays.labels), seed, augmentation
         self.device = torch.device(device)
         images, labels = arrays.images, arrays.labels

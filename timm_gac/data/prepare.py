@@ -10,6 +10,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ import torch
 from PIL import Image
 
 from ..runtime.files import write_json
+from ..runtime.progress import progress_of
 from .arrays import Split, save_arrays
 from .pictures import read_picture
 
@@ -77,7 +79,8 @@ def list_images(folder: Path, source: str | None = None) -> list[ImageFile]:
     Raises:
         ValueError: It is neither, or a split is empty.
     """
-    source = source or folder.resolve().name
+    # A link's own name, as it was given; that of "." and ".." has to be looked up.
+    source = source or (folder.name if folder.name not in ("", "..") else folder.resolve().name)
     if (folder / ANNOTATIONS).is_file():
         found = _list_tiny(folder, source)
     else:
@@ -136,7 +139,11 @@ def _thumbnails(file: Path) -> np.ndarray:
 
 
 def find_matches(
-    images: Sequence[ImageFile], similarity: float = SIMILARITY, num_workers: int = 0, block: int = 512
+    images: Sequence[ImageFile],
+    similarity: float = SIMILARITY,
+    num_workers: int = 0,
+    block: int = 512,
+    progress: bool = False,
 ) -> list[Match]:
     """Pairs of a training and a test image whose thumbnails are alike, the most alike first.
 
@@ -145,8 +152,11 @@ def find_matches(
         similarity: Smallest cosine of two thumbnails of 16 x 16 grey values, each less its mean.
         num_workers: Processes that decode.
         block: Test images compared at once.
+        progress: Show how far it is.
     """
-    raw = np.stack(list(_map(_thumbnails, [image.file for image in images], num_workers))).astype(np.float32)
+    files = [image.file for image in images]
+    thumbnails = list(_map(_thumbnails, files, num_workers, "looking at images" if progress else ""))
+    raw = np.stack(thumbnails).astype(np.float32)
     raw -= raw.mean(2, keepdims=True)
     flat = torch.from_numpy(raw / np.maximum(np.linalg.norm(raw, axis=2, keepdims=True), 1e-6))
     train, test = (
@@ -154,13 +164,15 @@ def find_matches(
         for split in ("train", "test")
     )
     best: dict[tuple[int, int], float] = {}
-    for rows in test.split(block):
-        for kind in (0, 1):
-            for other in (0, 1):
-                cosine = flat[rows, kind] @ flat[train, other].T
-                for row, column in (cosine > similarity).nonzero().tolist():
-                    pair = int(train[column]), int(rows[row])
-                    best[pair] = max(best.get(pair, 0.0), float(cosine[row, column]))
+    with progress_of("comparing images", len(test), visible=progress) as advance:
+        for rows in test.split(block):
+            for kind in (0, 1):
+                for other in (0, 1):
+                    cosine = flat[rows, kind] @ flat[train, other].T
+                    for row, column in (cosine > similarity).nonzero().tolist():
+                        pair = int(train[column]), int(rows[row])
+                        best[pair] = max(best.get(pair, 0.0), float(cosine[row, column]))
+            advance(len(rows))
     return [Match(*pair, value) for pair, value in sorted(best.items(), key=lambda item: (-item[1], item[0]))]
 
 
@@ -171,6 +183,7 @@ def prepare_images(
     size: int,
     similarity: float = SIMILARITY,
     num_workers: int = 0,
+    progress: bool = False,
 ) -> dict[str, Any]:
     """Write a set made of one or more folders.
 
@@ -183,6 +196,7 @@ def prepare_images(
         size: Side of the images in pixels: the shorter one is resized to it, and the centre square kept.
         similarity: From which cosine of thumbnails on two images are the same; 1 keeps all.
         num_workers: Processes that decode.
+        progress: Show how far it is.
 
     Returns:
         What ``STEM.json`` says.
@@ -201,7 +215,7 @@ def prepare_images(
     if len(set(names)) < len(names):
         raise ValueError(f"expected folders of different names, got {', '.join(names)}: rename one")
     images = [image for part in listed for image in part]
-    matches = find_matches(images, similarity, num_workers) if similarity < 1 else []
+    matches = find_matches(images, similarity, num_workers, progress=progress) if similarity < 1 else []
     dropped = {match.train for match in matches}
     kept = [image for index, image in enumerate(images) if index not in dropped]
     classes = sorted({image.label for image in images})
@@ -214,7 +228,7 @@ def prepare_images(
         for split in ("train", "test"):
             chosen = [image for image in kept if image.split == split]
             arrays[f"y_{split}"] = np.array([classes.index(image.label) for image in chosen])
-            arrays[f"x_{split}"] = _decode(chosen, size, num_workers, Path(scratch, f"{split}.npy"))
+            arrays[f"x_{split}"] = _decode(chosen, size, num_workers, Path(scratch, f"{split}.npy"), progress)
         save_arrays(out, arrays)
         sources = np.array([image.source for image in kept if image.split == "test"])
         for name in names if len(names) > 1 else ():
@@ -267,17 +281,21 @@ def _pixels(job: tuple[Path, int]) -> np.ndarray:
     return np.asarray(_fit(read_picture(file), size)).transpose(2, 0, 1)
 
 
-def _decode(images: Sequence[ImageFile], size: int, num_workers: int, scratch: Path) -> np.ndarray:
+def _decode(images: Sequence[ImageFile], size: int, num_workers: int, scratch: Path, progress: bool) -> np.ndarray:
     """The images as uint8 (N, 3, H, W), kept in a file, as they may be larger than the memory."""
     pixels = np.lib.format.open_memmap(scratch, "w+", np.uint8, (len(images), 3, size, size))
-    for index, one in enumerate(_map(_pixels, [(image.file, size) for image in images], num_workers)):
+    jobs = [(image.file, size) for image in images]
+    for index, one in enumerate(_map(_pixels, jobs, num_workers, "decoding images" if progress else "")):
         pixels[index] = one
     return pixels
 
 
-def _map(function: Any, jobs: Sequence[Any], num_workers: int) -> Iterator[Any]:
-    if num_workers < 1:
-        yield from map(function, jobs)
-        return
-    with ProcessPoolExecutor(num_workers) as pool:
-        yield from pool.map(function, jobs, chunksize=CHUNK)
+def _map(function: Any, jobs: Sequence[Any], num_workers: int, task: str) -> Iterator[Any]:
+    """The results in order; how far it is is shown where the task has a name."""
+    with (
+        progress_of(task, len(jobs), visible=bool(task)) as advance,
+        ProcessPoolExecutor(num_workers) if num_workers else nullcontext() as pool,
+    ):
+        for one in map(function, jobs) if pool is None else pool.map(function, jobs, chunksize=CHUNK):
+            yield one
+            advance(1)

@@ -49,6 +49,9 @@ class StreamLoader:
         world_size: Processes.
         images: In evaluation only so many, evenly spread over the set.
 
+    Attributes:
+        present_classes: As `open_test_set` sets it.
+
     Raises:
         ValueError: ``images`` is given for a set that can only be read in sequence.
     """
@@ -67,6 +70,7 @@ class StreamLoader:
         self._loader, self._augmenter, self._normalizer = loader, augmenter, normalizer
         self._seed, self._rank, self.world_size = seed, rank, world_size
         self.batch_size, self.training = batch_size, augmenter is not None
+        self.present_classes: list[int] | None = None
         self.label_names = class_names(loader.dataset)
         self._streams = isinstance(loader.dataset, IterableDataset)
         self._total = len(loader.dataset)

@@ -50,6 +50,10 @@ def open_test_set(
         device: Where the batches are to be.
         progress: Show how far decoding of small images is.
 
+    Returns:
+        The loader. Its ``present_classes`` are the labels that the set has, sorted, where these are only some of the
+        network's; None where they are all, or not known.
+
     Raises:
         ValueError: There is no such data set, or it does not fit the network.
     """
@@ -79,10 +83,11 @@ def open_test_set(
             **source,
         )
         _check_classes(arrays.label_names, label_names, num_classes, data)
+        present = arrays.labels.unique().tolist()
         if images is not None and images < len(arrays.labels):
             chosen = torch.arange(images) * len(arrays.labels) // images
             arrays = replace(arrays, images=arrays.images[chosen], labels=arrays.labels[chosen])
-        return DeviceLoader(
+        loader: DeviceLoader | StreamLoader = DeviceLoader(
             arrays,
             batch_size,
             augmentation=None,
@@ -93,9 +98,11 @@ def open_test_set(
             std=crop["std"],
             device=device,
         )
+        loader.present_classes = _some(present, num_classes)
+        return loader
     dataset = open_dataset(data, split, is_training=False, batch_size=batch_size, seed=0, **source)
     _check_classes(class_names(dataset), label_names, num_classes, data)
-    loader = create_plain_loader(
+    pictures = create_plain_loader(
         dataset,
         input_size=(channels, *size),
         batch_size=batch_size,
@@ -105,8 +112,8 @@ def open_test_set(
         crop_mode=crop["crop_mode"],
         interpolation=crop["interpolation"],
     )
-    return StreamLoader(
-        loader,
+    loader = StreamLoader(
+        pictures,
         augmenter=None,
         normalizer=Normalizer(crop["mean"], crop["std"], torch.device(device), torch.float32),
         batch_size=batch_size,
@@ -115,6 +122,13 @@ def open_test_set(
         world_size=1,
         images=images,
     )
+    loader.present_classes = _some(sorted(getattr(dataset, "labels", None) or ()), num_classes)
+    return loader
+
+
+def _some(present: list[int], num_classes: int | None) -> list[int] | None:
+    """The labels that a set has where they are only some of the network's."""
+    return present if num_classes is not None and 0 < len(present) < num_classes else None
 
 
 def _check_classes(found: Sequence[str], wanted: Sequence[str], num_classes: int | None, data: str) -> None:
