@@ -50,11 +50,15 @@ def test_calibration_restores_after_an_error(model: nn.Module) -> None:
 
 
 def test_logits_that_are_not_finite_are_refused(model: nn.Module) -> None:
-    model.fc.bias.data[3] = torch.nan
+    images, labels = next(failing())
+    images[0, 0, 3, 3] = torch.nan
     with pytest.raises(ValueError, match="expected finite logits, got a loss of nan"):
-        evaluate(model, [next(failing())])
+        evaluate(model, [(images, labels)])
     with pytest.raises(ValueError, match="expected finite logits, got NaN or infinity"):
-        inspect_network(model.eval(), [next(failing())[0]])
+        inspect_network(model.eval(), [images])
+    model.fc.bias.data[3] = torch.nan
+    with pytest.raises(ValueError, match=r"expected finite weights .* in fc\.bias"):
+        evaluate(model, [next(failing())])
 
 
 def test_a_raster_shows_neurons_that_fire_at_every_step() -> None:
