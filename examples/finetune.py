@@ -70,3 +70,4 @@ if accelerator.is_main_process:
     trained.load_state_dict(state)
     about = dict(model_config={"label_names": list(classes)}, model_args={"num_steps": args.num_steps})
     timm.models.save_for_hf(trained, args.out, **about, safe_serialization=True)
+    accelerator.print(f"saved in {args.out}: timm.create_model('local-dir:{args.out}', pretrained=True) loads it")

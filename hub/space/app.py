@@ -94,6 +94,8 @@ def describe(network: Network) -> str:
         f"`{facts.architecture}`, {facts.parameters:,} parameters, T = {facts.num_steps} time steps, trained on "
         f"{dataset}{accuracy}. It sees {height}x{width} pixels{' in grey' if channels == 1 else ''}."
     )
+    if facts.license.get("license") == "other":
+        text += f" The weights have [terms of their own]({facts.license.get('license_link', '')}), not open ones."
     if facts.dataset == DIGITS:
         text += " **A stand-in:** it knows the ten digits only, until the CIFAR-100 weights are published."
     return text
@@ -127,7 +129,7 @@ def build(networks: Mapping[str, Network]) -> gr.Blocks:
         about = gr.Markdown(describe(networks[titles[0]]), elem_id="about")
         current = gr.State(prepare(pictures[0]) if pictures else None, time_to_live=KEEP_SECONDS)
         choice = gr.Radio(
-            titles, value=titles[0], label="Encoder", visible=len(titles) > 1, elem_id="network"
+            titles, value=titles[0], label="Network", visible=len(titles) > 1, elem_id="network"
         )
         upload = gr.UploadButton("Upload a picture", elem_id="upload", variant="primary")
         if pictures:

@@ -2,8 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
+
+# What charts call the networks of a benchmark; rows have the short names.
+_NAMES = {
+    "timm_gac_packed": "timm_gac, spikes packed",
+    "timm_gac_fused": "timm_gac, norms folded",
+    "timm_gac_int8": "timm_gac, 8-bit weights",
+    "ann": "ANN, T passes",
+    "convolutions": "the convolutions alone",
+    "spikingjelly": "SpikingJelly",
+    "loop": "loop over time",
+    "published": "published algorithm",
+}
 
 
 def bar_chart(
@@ -96,6 +109,14 @@ def throughput_chart(
     figure.savefig(path, dpi=150)
 
 
+def _shown(provider: str, providers: Iterable[str]) -> str:
+    """What a chart calls a provider; where some ran as a CUDA graph, it says which did not."""
+    name, *ways = provider.split("+")
+    shown = _NAMES.get(name, name) + (", torch.compile" if "compile" in ways else "")
+    graphs = any(other.endswith("+graph") for other in providers)
+    return f"{shown} (no graph)" if graphs and "graph" not in ways else shown
+
+
 def _draw_speeds(axis: Any, panel: dict[str, float]) -> None:
     """Draw images a second by provider, the fastest on top."""
     fastest = max(panel.values())
@@ -103,7 +124,8 @@ def _draw_speeds(axis: Any, panel: dict[str, float]) -> None:
         axis.barh(position, speed, height=0.8, color=_colour(provider))
         text = f"{speed:,.4g}" if speed < 100 else f"{speed:,.0f}"
         axis.text(speed + 0.01 * fastest, position, text, va="center", fontsize=7)
-    axis.set_yticks(range(len(panel)), sorted(panel, key=lambda provider: -panel[provider]), fontsize=8)
+    order = sorted(panel, key=lambda provider: -panel[provider])
+    axis.set_yticks(range(len(panel)), [_shown(provider, panel) for provider in order], fontsize=8)
     axis.set_ylim(len(panel) - 0.4, -0.6)
     axis.set_xlim(0, 1.15 * fastest)
     axis.set_xlabel("images per second", fontsize=8)
@@ -118,7 +140,7 @@ def _draw_curves(axis: Any, curves: dict[str, dict[int, float]]) -> None:
     for provider, points in curves.items():
         ordered = sorted(points.items())
         style = {"linestyle": "--" if "+graph" in provider else "-", "marker": "o", "markersize": 3}
-        axis.plot(*zip(*ordered, strict=True), color=_colour(provider), label=provider, **style)
+        axis.plot(*zip(*ordered, strict=True), color=_colour(provider), label=_shown(provider, curves), **style)
     axis.set_xticks(sorted({steps for points in curves.values() for steps in points}))
     axis.set_ylim(bottom=0)
     axis.set_xlabel("time steps T", fontsize=8)

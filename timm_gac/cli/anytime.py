@@ -21,6 +21,12 @@ if TYPE_CHECKING:
     from ..analysis.coding import CodingReport
 
 FILES = ("anytime.json", "anytime.png", "coding.png")
+# With fewer images than this the estimate of an entropy is mostly bias, so tables and picture leave it out.
+CODING_IMAGES = 32
+BITS = (
+    "Bits: entropy of the encoder's output of the first t steps, and what step t adds; binned plug-in estimates, so "
+    "compare their growth over time."
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,16 +99,17 @@ def run_anytime(
 
     names = [model] if config.against is None else [model, config.against]
     console = console or create_console()
-    results = []
+    results, enough = [], True
     for name in names:
         anytime, coding = _measure(name, config)
         results.append((anytime, coding))
-        console.print(_step_table(anytime, coding))
+        enough = enough and coding.images >= CODING_IMAGES
+        console.print(_step_table(anytime, coding if enough else None))
         console.print(_exit_table(anytime))
     console.print(
         "Row t is the answer after t steps. Energies are estimated from counted operations; an early exit is charged "
-        "the mean energy of an answer after as many steps. Bits: entropy of the encoder's output of the first t steps, "
-        "and what step t adds; binned plug-in estimates, so compare their growth over time.",
+        "the mean energy of an answer after as many steps. "
+        + (BITS if enough else f"Entropies need {CODING_IMAGES} images or more and are left out."),
         highlight=False,
     )
     if config.out is not None:
@@ -110,8 +117,9 @@ def run_anytime(
         content = [anytime.to_dict() | {"coding": coding.to_dict()} for anytime, coding in results]
         write_json(config.out / FILES[0], content)
         write_anytime_chart([anytime for anytime, _ in results], config.out / FILES[1], config.convention)
-        write_coding_chart([coding for _, coding in results], config.out / FILES[2])
-        for file in FILES:
+        if enough:
+            write_coding_chart([coding for _, coding in results], config.out / FILES[2])
+        for file in FILES if enough else FILES[:2]:
             wrote(console, config.out / file)
     return results
 
@@ -156,32 +164,35 @@ def _measure(model: str, config: AnytimeConfig) -> tuple[AnytimeReport, CodingRe
     return anytime, measure_coding(opened.network, (part for part, _ in batches(config.coding_images)))
 
 
-def _step_table(report: AnytimeReport, coding: CodingReport) -> Table:
+def _step_table(report: AnytimeReport, coding: CodingReport | None) -> Table:
     from ..data.pictures import plain
 
     energy = report.energy
     title = f"{energy.model}, T={energy.num_steps}, weights {energy.weights or 'as given'}, {energy.images:,} images"
     table = Table(title=Text(plain(title)), title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
     headings = (
-        "step t",
+        "step",
         "top-1",
         "confidence",
-        *(f"{name} mJ" for name in report.energy_mj),
-        "bits so far",
-        "new bits",
+        *_energy_headings(report),
+        *(["bits\nso far", "new\nbits"] if coding else []),
     )
     for heading in headings:
         table.add_column(heading, justify="right", no_wrap=True)
     for step in range(energy.num_steps):
         energies = [f"{values[step]:.4g}" for values in report.energy_mj.values()]
-        bits = f"{coding.encoder.entropy[step]:.2f}", f"{coding.encoder.new[step]:.2f}"
+        bits = [f"{coding.encoder.joint[step]:.2f}", f"{coding.encoder.new[step]:.2f}"] if coding else []
         table.add_row(str(step + 1), f"{report.top1[step]:.2%}", f"{report.confidence[step]:.1%}", *energies, *bits)
     return table
 
 
+def _energy_headings(report: AnytimeReport) -> list[str]:
+    return [f"{name}\nmJ" for name in report.energy_mj]
+
+
 def _exit_table(report: AnytimeReport) -> Table:
     table = Table(title="early exit", title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
-    for heading in ("confidence", "top-1", "mean steps", *(f"{name} mJ" for name in report.energy_mj)):
+    for heading in ("confidence", "top-1", "mean steps", *_energy_headings(report)):
         table.add_column(heading, justify="right", no_wrap=True)
     for point in report.exits:
         energies = [f"{value:.4g}" for value in point.energy_mj.values()]

@@ -49,7 +49,7 @@ def inspect(
 
     The page shows every layer's spikes, firing rates and dead neurons too; its pictures are written as PNGs beside it.
 
-    Example: timm-gac inspect gac_msresnet18_cifar.cifar100 bicycle.png --out inspect
+    Example: timm-gac inspect gac_msresnet18_cifar.cifar100 examples/pictures/apple.png --out inspect
 
     Args:
         model: The network.

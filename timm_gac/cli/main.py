@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import importlib.abc
 import logging
 import os
 import sys
@@ -58,6 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     logging.basicConfig(format="%(message)s")
     logging.getLogger("timm_gac").setLevel(logging.INFO)
+    _announce_loading()
     given = list(sys.argv[1:] if arguments is None else arguments)
     try:
         return _run(given)
@@ -70,6 +72,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
         message = "interrupted"
     sys.stderr.write(f"timm-gac: {message}\n")
     return 2
+
+
+class _Announcer(importlib.abc.MetaPathFinder):
+    """Says that PyTorch is being loaded, which takes seconds, at the moment when that begins."""
+
+    def find_spec(self, name: str, path: Any, target: Any = None) -> None:
+        """No module is found here."""
+        if name == "torch":
+            sys.meta_path.remove(self)
+            sys.stderr.write("loading PyTorch ...\n")
+            sys.stderr.flush()
+
+
+def _announce_loading() -> None:
+    """On a terminal, where somebody waits."""
+    if "torch" not in sys.modules and sys.stderr.isatty():
+        sys.meta_path.insert(0, _Announcer())
 
 
 def _run(given: list[str]) -> int:

@@ -68,7 +68,7 @@ def predict(
 
     A file that cannot be used is named, and the others are still answered; the status is 1 then.
 
-    Example: timm-gac predict bicycle.png holiday/ --exit 0.9
+    Example: timm-gac predict examples/pictures/apple.png --exit 0.9
 
     Args:
         images: Picture files, and folders of them.

@@ -76,18 +76,19 @@ def layer_table(report: EnergyReport) -> Table:
     from rich.table import Table
     from rich.text import Text
 
-    title = f"{report.model}, T={report.num_steps}, weights {report.weights or 'as given'}, {report.images} images"
+    title = f"{report.model}, T={report.num_steps}, weights {report.weights or 'as given'}, images: {report.images}"
     # As text: what stands in brackets in a folder's name is no markup.
     table = Table(title=Text(title), title_justify="left", box=SIMPLE_HEAD, pad_edge=False, padding=0)
-    for heading in ("layer", "kind", "input"):
+    # What a name tells, the kind of a layer, is left out: the rest fits 80 columns.
+    for heading in ("layer", "input"):
         table.add_column(heading, no_wrap=True)
-    for heading in ("MACs/run", "runs", "rate", "SOPs", *(f"{name} µJ" for name in CONVENTIONS)):
-        table.add_column(heading, justify="right")
+    names = [name.replace("neurobench", "neuro-\nbench") for name in CONVENTIONS]
+    for heading in ("MACs\n/run", "runs", "rate", "SOPs", *(f"{name}\nµJ" for name in names)):
+        table.add_column(heading, justify="right", overflow="fold")
     for row in layer_rows(report):
         energies = [f"{1000 * row[f'{name}_mj']:,.2f}" for name in CONVENTIONS]
         table.add_row(
             row["layer"],
-            row["kind"],
             row["input"],
             _short(row["macs"]),
             f"{row['runs']:g}",
@@ -158,8 +159,8 @@ def write_chart(report: EnergyReport, file: Path) -> None:
 
 
 def _short(count: float) -> str:
-    """A count for a narrow column: 9.63 M; `layer_rows` has all digits."""
-    for size, unit in ((1e9, " G"), (1e6, " M"), (1e3, " k")):
+    """A count for a narrow column: 9.63M; `layer_rows` has all digits."""
+    for size, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
         if count >= size:
             return f"{count / size:.3g}{unit}"
     return f"{count:.3g}"
