@@ -32,9 +32,8 @@ set_seed(args.seed)
 sets = {"train": timm.data.create_dataset("", args.folder, split="train")}
 classes = sets["train"].reader.class_to_idx
 sets["val"] = timm.data.create_dataset("", args.folder, split="val", class_map=classes)  # the same classes by name
-stored = args.pretrained  # None: where the model has weights
-if stored is None:
-    stored = ":" in args.model or bool(timm.get_pretrained_cfg(args.model).has_weights)
+has_weights = ":" in args.model or bool(timm.get_pretrained_cfg(args.model).has_weights)
+stored = has_weights if args.pretrained is None else args.pretrained
 accelerator.print(f"{args.model} from {'stored' if stored else 'random'} weights, classes {', '.join(classes)}")
 model = timm.create_model(args.model, stored, num_classes=len(classes), num_steps=args.num_steps)
 if args.freeze:

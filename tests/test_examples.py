@@ -48,6 +48,7 @@ def test_finetune(digits: Path, tmp_path: Path) -> None:
     env = os.environ | {"ACCELERATE_USE_CPU": "true", "PYTHONPATH": os.pathsep.join(filter(None, paths))}
     done = subprocess.run(command, capture_output=True, text=True, timeout=240, env=env)
     assert done.returncode == 0, done.stderr[-2000:]
+    assert f"saved in {tmp_path / 'tuned'}" in done.stdout
     shares = [float(share) for share in re.findall(r"top-1 ([\d.]+)% of 32", done.stdout)]
     assert len(shares) == 5 and shares[-1] > 70, done.stdout  # zeros and ones: a coin would get half of them
     model = timm.create_model(f"local-dir:{tmp_path / 'tuned'}", pretrained=True)

@@ -20,6 +20,7 @@ from PIL import Image
 from torch import Tensor
 
 from timm_gac.hub import open_source
+from timm_gac.hub.card import OTHER_LICENSE
 from timm_gac.hub.dataset import DIGITS
 
 HERE = Path(__file__).resolve().parent
@@ -95,7 +96,8 @@ def describe(network: Network) -> str:
         f"{dataset}{accuracy}. It sees {height}x{width} pixels{' in grey' if channels == 1 else ''}."
     )
     if facts.license.get("license") == "other":
-        text += f" The weights have [terms of their own]({facts.license.get('license_link', '')}), not open ones."
+        link = facts.license.get("license_link", OTHER_LICENSE["license_link"])
+        text += f" Its weights come under [terms of their own]({link})."
     if facts.dataset == DIGITS:
         text += " **A stand-in:** it knows the ten digits only, until the CIFAR-100 weights are published."
     return text

@@ -107,8 +107,8 @@ def test_coding_measure_is_right_on_a_known_sequence():
 def test_command_compares_two_networks(tmp_path: Path, capsys):
     pytest.importorskip("matplotlib", reason="draws with matplotlib")
     rng = np.random.default_rng(0)
-    arrays = {f"x_{split}": rng.integers(0, 255, (12, 3, 32, 32), dtype=np.uint8) for split in ("train", "test")}
-    arrays |= {f"y_{split}": np.arange(12) % 5 for split in ("train", "test")}
+    arrays = {f"x_{split}": rng.integers(0, 255, (36, 3, 32, 32), dtype=np.uint8) for split in ("train", "test")}
+    arrays |= {f"y_{split}": np.arange(36) % 5 for split in ("train", "test")}
     np.savez(tmp_path / "set.npz", **arrays)
     out = tmp_path / "out"
     arguments = ["anytime", "test_gac_msresnet", "--data", str(tmp_path / "set.npz"), "--out", str(out)]
@@ -118,6 +118,14 @@ def test_command_compares_two_networks(tmp_path: Path, capsys):
     content = json.loads((out / "anytime.json").read_text())
     assert len(content) == 2 and len(content[0]["top1_by_step"]) == 4 and content[0]["images"] == 10
     assert content[0]["energy_by_step_mj"] == content[1]["energy_by_step_mj"]
+    assert "left out" in shown and "so far" not in shown and not (out / "coding.png").exists()
+    assert cli.main([*arguments, "--overwrite"]) == 0  # 36 images are enough for entropies
+    shown, (coding,) = (
+        capsys.readouterr().out,
+        [one["coding"] for one in json.loads((out / "anytime.json").read_text())],
+    )
+    (last,) = (line for line in shown.splitlines() if line.startswith("    4 "))
+    assert last.split()[-2:] == [f"{coding['encoder'][key][-1]:.2f}" for key in ("joint", "new")]
     assert all((out / name).read_bytes()[:4] == b"\x89PNG" for name in ("anytime.png", "coding.png"))
     assert cli.main(arguments) == 2 and "--overwrite" in capsys.readouterr().err
     assert cli.main([*arguments[:4], "--confidences", "2"]) == 2

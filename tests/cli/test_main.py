@@ -18,6 +18,7 @@ import timm
 import timm_gac
 from timm_gac import cli, hub
 from timm_gac.bench import kernels as benchmark
+from timm_gac.cli.main import _Announcer
 
 ROOT = Path(__file__).resolve().parents[2]
 COMMANDS = (
@@ -348,3 +349,11 @@ def test_a_missing_extra_is_named(
     errors = capsys.readouterr().err
     # PyPI's name of the package: an extra of this one is no remedy outside of a clone.
     assert "'sklearn'" in errors and "pip install scikit-learn" in errors and "timm-gac[" not in errors
+
+
+def test_a_line_says_that_pytorch_loads(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    announcer = _Announcer()
+    monkeypatch.setattr(sys, "meta_path", [announcer, *sys.meta_path])
+    for name in ("json", "torch"):
+        announcer.find_spec(name, None)
+    assert capsys.readouterr().err == "loading PyTorch ...\n" and announcer not in sys.meta_path

@@ -42,7 +42,7 @@ class AnytimeConfig(AnyNetworkOptions, DataOptions):
         costs: Cost table: 45nm-float32, 45nm-float16, 45nm-int8 or 45nm-int8-acc32.
         convention: Convention of the picture: paper, strict or neurobench, see docs/energy.md.
         precision: float32, or bfloat16 by autocast.
-        out: Folder to write anytime.json, anytime.png and coding.png to.
+        out: Folder to write anytime.json, anytime.png and, with 32 images or more, coding.png to.
         overwrite: Replace these files.
     """
 
