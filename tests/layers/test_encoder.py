@@ -6,7 +6,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gac_kernels import CIFAR, IMAGENET, LIFSpec, lif_reference
-from timm_gac.layers.encoder import DirectCoding, GatedAttentionCoding, SpatialChannelAttention, TemporalAttention
+from timm_gac.layers.encoder import (
+    GATES,
+    DirectCoding,
+    GatedAttentionCoding,
+    SpatialChannelAttention,
+    TemporalAttention,
+)
 
 T, B, C, H, W = 4, 3, 6, 5, 7
 SPECS = pytest.mark.parametrize("spec", [CIFAR, IMAGENET], ids=["cifar", "imagenet"])
@@ -167,3 +173,30 @@ def test_every_hidden_unit_of_the_temporal_attention_is_alive() -> None:
         assert (attention.fc1(pooled) >= 0).all()
         attention(torch.zeros(1, 4), pooled).square().sum().backward()
         assert attention.fc1.weight.grad.abs().sum(1).gt(0).all()
+
+
+@pytest.mark.parametrize("static", [True, False], ids=["image", "frames"])
+@pytest.mark.parametrize("gate", GATES)
+def test_gates_with_less_attention(gate: str, static: bool) -> None:
+    torch.manual_seed(0)
+    encoder = GatedAttentionCoding(C, T, dtype=torch.float64, gate=gate)
+    x = torch.randn((2, C, 5, 6) if static else (T, 2, C, 5, 6), dtype=torch.float64) + 0.5
+    frames = x.expand(T, 2, C, 5, 6) if static else x
+    spikes = lif_reference(frames, CIFAR)
+    ones = torch.ones((), dtype=torch.float64)
+    pools = frames.mean((2, 3, 4)).t(), frames.amax((2, 3, 4)).t()
+    m = encoder.temporal(*pools).t()[:, :, None, None, None] if gate in ("full", "temporal") else ones
+    n = encoder.spatial(frames.flatten(0, 1)).view_as(frames) if gate in ("full", "spatial") else ones
+    level = {"half": 0.5 * ones, "open": ones}.get(gate, (m * n).sigmoid())
+    with torch.no_grad():
+        torch.testing.assert_close(encoder(x), level * spikes)
+        coded, fired = encoder.encode_and_fire(x)
+        torch.testing.assert_close(coded, level * spikes)
+        assert torch.equal(fired, lif_reference(coded, CIFAR))
+    parts = {name.split(".")[0] for name in encoder.state_dict()}
+    assert parts == {"full": {"temporal", "spatial"}}.get(gate, {gate} - {"half", "open"})
+
+
+def test_an_unknown_gate_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"expected gate out of full, spatial, .* got 'none'"):
+        GatedAttentionCoding(C, T, gate="none")

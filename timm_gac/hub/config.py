@@ -176,7 +176,7 @@ def count_weights(args: Mapping[str, Any]) -> int:
     """Number of weights of the convolutions and the classifier of a network with these arguments."""
     width = args["stem_width"]
     count = args["in_chans"] * width * args["stem_kernel"] ** 2
-    count += 2 * 16 * width**2 if args["encoder"] == "gac" else 0
+    count += 2 * 16 * width**2 if args["encoder"] == "gac" and args["gate"] in ("full", "spatial") else 0
     for blocks, channels in zip(args["layers"], args["channels"], strict=False):
         if blocks:
             count += 9 * channels * (width + (2 * blocks - 1) * channels)

@@ -130,6 +130,39 @@ class SpatialChannelAttention(nn.Module):
         return self.conv_b(torch.ops.gac_kernels.pad_frames(x, 1, 2, True))
 
 
+class ConstantScore(nn.Module):
+    """A score without parameters, in place of an attention that is left out of the gate.
+
+    Shape:
+        - any, the attention's own input -> a tensor of that shape
+
+    Args:
+        value: The score, before the sigmoid: 1 leaves the other score as it is, 0 makes the gate 0.5.
+    """
+
+    def __init__(self, value: float) -> None:
+        super().__init__()
+        self.value = value
+
+    def forward(self, x: Tensor, *_: Tensor) -> Tensor:
+        """The score in shape, dtype and memory format of ``x``."""
+        return torch.full_like(x, self.value)
+
+    def extra_repr(self) -> str:
+        """The score."""
+        return f"{self.value}"
+
+
+# Scores (temporal, spatial) that are constant in each kind of gate; None is computed.
+GATES: dict[str, tuple[float | None, float | None]] = {
+    "full": (None, None),
+    "spatial": (1.0, None),
+    "temporal": (None, 1.0),
+    "half": (1.0, 0.0),
+    "open": (1.0, 1e4),  # its sigmoid is 1 in every dtype
+}
+
+
 @register_notrace_module
 class GatedAttentionCoding(nn.Module):
     """Gated attention coding (GAC): real-valued frames to gated spikes, in front of any spiking network.
@@ -150,9 +183,12 @@ class GatedAttentionCoding(nn.Module):
         reduction: Hidden width of the temporal attention is ``T // reduction``, at least 1.
         device: Device of the parameters.
         dtype: Dtype of the parameters.
+        gate: ``full``; or, to see what it is worth, ``spatial`` (m = 1), ``temporal`` (n = 1), ``half`` (always 0.5) or
+            ``open`` (always 1: plain spikes). An attention that is left out has no parameters.
 
     Raises:
-        ValueError: ``spec`` is no `LIFSpec`, or the input has another rank, number of channels or number of steps.
+        ValueError: ``spec`` is no `LIFSpec`, ``gate`` is unknown, or the input has another rank, number of channels or
+            number of steps.
 
     Source: Qiu et al., AAAI 2024 (arXiv 2308.06582), section "Gated attention coding".
     """
@@ -169,18 +205,30 @@ class GatedAttentionCoding(nn.Module):
         reduction: int = 2,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        gate: str = "full",
     ) -> None:
         super().__init__()
         check_spec(spec)
+        if gate not in GATES:
+            raise ValueError(f"expected gate out of {', '.join(GATES)}, got {gate!r}: choose one of these")
+        self.gate = gate
         self.channels = channels
         self.num_steps = check_num_steps(num_steps)
         self.spec = spec
-        self.temporal = TemporalAttention(num_steps, reduction, device=device, dtype=dtype)
-        self.spatial = SpatialChannelAttention(channels, device=device, dtype=dtype)
+        temporal, spatial = GATES[gate]
+        self.temporal: nn.Module = (
+            TemporalAttention(num_steps, reduction, device=device, dtype=dtype)
+            if temporal is None
+            else ConstantScore(temporal)
+        )
+        self.spatial: nn.Module = (
+            SpatialChannelAttention(channels, device=device, dtype=dtype) if spatial is None else ConstantScore(spatial)
+        )
         warn_of_decay(self)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        self.__dict__.setdefault("gate", "full")  # stored whole before there was a choice
         warn_of_decay(self)  # copies do not pass the constructor
 
     def forward(self, stem: Tensor) -> Tensor:
@@ -213,7 +261,7 @@ class GatedAttentionCoding(nn.Module):
         else:
             average = average.unflatten(0, [stem.shape[0], stem.shape[1]]).t()
             maximum = maximum.unflatten(0, [stem.shape[0], stem.shape[1]]).t()
-        dtype = _dtype_of(self.temporal.fc1)
+        dtype = _dtype_of(getattr(self.temporal, "fc1", self.temporal))
         temporal = self.temporal(average.to(dtype), maximum.to(dtype))  # (B, T)
         spatial = self.spatial(folded).to(stem.dtype)
         spatial = spatial.view_as(stem) if static else spatial.unflatten(0, [stem.shape[0], stem.shape[1]])
@@ -230,7 +278,8 @@ class GatedAttentionCoding(nn.Module):
 
     def extra_repr(self) -> str:
         """Channels, steps and the spec's fields."""
-        return f"{self.channels}, num_steps={self.num_steps}, {self.spec}"
+        gate = "" if self.gate == "full" else f", gate={self.gate!r}"
+        return f"{self.channels}, num_steps={self.num_steps}, {self.spec}{gate}"
 
 
 @register_notrace_module

@@ -13,6 +13,7 @@ from torch import nn
 
 from gac_kernels import LIFSpec
 
+from ..layers.encoder import GATES
 from .blocks import MSBlock, SpikingBlock
 
 BLOCKS: dict[str, type[MSBlock] | type[SpikingBlock]] = {"MSBlock": MSBlock, "SpikingBlock": SpikingBlock}
@@ -29,7 +30,13 @@ _INTEGERS = {
 }
 _RATES = ("drop_rate", "drop_path_rate")
 _SEQUENCES = {"layers": (0, 256), "channels": (1, 8192), "strides": (1, 8)}
-_CHOICES = {"encoder": ENCODERS, "global_pool": POOLS, "scaled_init": (False, True), "int8_convs": (False, True)}
+_CHOICES = {
+    "encoder": ENCODERS,
+    "gate": tuple(GATES),
+    "global_pool": POOLS,
+    "scaled_init": (False, True),
+    "int8_convs": (False, True),
+}
 _NAMES = (*_INTEGERS, *_RATES, *_SEQUENCES, *_CHOICES, "block", "spec")
 # Weights of a classifier: 1 GiB in float32.
 MAX_CLASSIFIER = 2**28
@@ -62,6 +69,10 @@ def check_model_args(args: Mapping[str, Any]) -> None:
             lif_spec(value)
         else:
             raise ValueError(f"expected arguments among {', '.join(_NAMES)}, got {_short(name)}: remove it")
+    if args.get("encoder") == "direct" and args.get("gate", "full") != "full":
+        raise ValueError(
+            f"expected encoder 'gac' for gate {args['gate']!r}, got 'direct': it has no gate, leave it out"
+        )
     classes, channels = args.get("num_classes", 0), args.get("channels", (0,))
     if channels and classes * channels[-1] > MAX_CLASSIFIER:
         raise ValueError(

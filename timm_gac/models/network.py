@@ -137,6 +137,7 @@ class SpikingResNet(nn.Module):
         int8_convs: Train the 3x3 convolutions of spikes in 8 bits, see `set_int8_convs`.
         device: Device of the parameters.
         dtype: Dtype of the parameters.
+        gate: Which attention the gate of ``gac`` has, see `GatedAttentionCoding`.
 
     Raises:
         ValueError: An argument is out of range.
@@ -175,6 +176,7 @@ class SpikingResNet(nn.Module):
         int8_convs: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        gate: str = "full",
     ) -> None:
         super().__init__()
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
@@ -186,6 +188,7 @@ class SpikingResNet(nn.Module):
             stem_width=stem_width,
             stem_kernel=stem_kernel,
             encoder=encoder,
+            gate=gate,
             drop_path_rate=drop_path_rate,
             scaled_init=scaled_init,
         )
@@ -228,7 +231,9 @@ class SpikingResNet(nn.Module):
         )
         self.bn1 = nn.BatchNorm2d(stem_width, **dd)
         gated = encoder == "gac"
-        self.encoder = GatedAttentionCoding(stem_width, num_steps, spec, **dd) if gated else DirectCoding(num_steps)
+        self.encoder = (
+            GatedAttentionCoding(stem_width, num_steps, spec, gate=gate, **dd) if gated else DirectCoding(num_steps)
+        )
         # Blocks with membrane shortcuts take LIF(x) beside x; within the net the block before has computed it.
         self.lif = LIF(spec, num_steps) if block_type is MSBlock else nn.Identity()
         self.feature_info = [dict(num_chs=stem_width, reduction=stride, module="encoder")]
