@@ -155,6 +155,37 @@ def _with_labels(arrays: ImageArrays, label_names: Sequence[str], data: str, str
     return replace(arrays, labels=torch.tensor(labels)[arrays.labels], label_names=tuple(label_names))
 
 
+def split_arrays(arrays: ImageArrays, share: float, seed: int = 0) -> tuple[ImageArrays, ImageArrays]:
+    """Set a part of each class aside.
+
+    Args:
+        arrays: The set.
+        share: Of each class, rounded to whole images, but at least one of a class with two images or more.
+        seed: Of the draw.
+
+    Returns:
+        What is left and what was set aside, each in the order of the set.
+
+    Raises:
+        ValueError: Nothing would be set aside, or a class would be empty.
+    """
+    rng, aside = np.random.default_rng(seed), np.zeros(len(arrays.labels), bool)
+    labels = arrays.labels.numpy()
+    for label in np.unique(labels):
+        places = np.flatnonzero(labels == label)
+        count = max(round(share * len(places)), 1)
+        if len(places) <= count or share <= 0:
+            raise ValueError(
+                f"expected a share above 0 that leaves images of each class, got {share} of the {len(places)} of class "
+                f"{label}: give more images or another share"
+            )
+        aside[rng.permutation(places)[:count]] = True
+    parts = [torch.from_numpy(np.flatnonzero(chosen)) for chosen in (~aside, aside)]
+    names = arrays.label_names
+    left, kept = (ImageArrays(arrays.images[part], arrays.labels[part], names) for part in parts)
+    return left, kept
+
+
 def save_arrays(file: Path, arrays: dict[str, np.ndarray]) -> None:
     """Write an .npz whole or not at all.
 

@@ -66,7 +66,7 @@ def card_data(facts: Facts, name: str) -> ModelCardData:
             "task_type": "image-classification",
             "dataset_type": dataset[0] or dataset[1],
             "dataset_name": dataset[1],
-            "dataset_split": "test",
+            "dataset_split": facts.evaluation.get("split", "test"),
         }
         accuracies = (("Top-1 accuracy", facts.top1), ("Top-5 accuracy", facts.accuracy("top5")))
         results = [
@@ -200,7 +200,8 @@ def _results(facts: Facts) -> str:
     ]
     if not rows:
         return ""
-    where = f" on the test set of {facts.dataset[1]}" if facts.dataset and facts.dataset != DIGITS else ""
+    split = facts.evaluation.get("split", "test")
+    where = f" on the {split} set of {facts.dataset[1]}" if facts.dataset and facts.dataset != DIGITS else ""
     where = where or (" on held-out digits of scikit-learn" if facts.dataset == DIGITS else "")
     results = f"## Results\n\nMeasured{where} with these weights, one run.\n\n" + _table(("", "value"), rows)
     return "\n\n".join(part for part in (results, _parts(facts)) if part)

@@ -28,6 +28,7 @@ MAX_JSON_BYTES = 1 << 22
 # Where a path of this machine begins, and the folders in it.
 _ROOT = r"(?:~|\.{1,2}|[A-Za-z]:)?[\\/](?=[^\s\\/])"
 _WHOLE_PATH = re.compile(rf"(local-dir:)?{_ROOT}.*")
+_COMMANDS = ("timm-gac ", "python -m timm_gac")  # texts that may end with a file's name
 _PATH_IN_TEXT = re.compile(rf"(?:^|(?<=[\s:=('\"])){_ROOT}(?:[^\s\\/]+[\\/])*")
 
 
@@ -165,7 +166,7 @@ def _without_folders(value: Any) -> Any:
     if not isinstance(value, str):
         return value
     whole = _WHOLE_PATH.fullmatch(value)
-    if whole or value.endswith(".npz"):
+    if whole or (value.endswith(".npz") and not value.startswith(_COMMANDS)):
         return ((whole and whole[1]) or "") + re.split(r"[\\/]", value.rstrip("\\/"))[-1]
     return _PATH_IN_TEXT.sub("", value)
 

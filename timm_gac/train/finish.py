@@ -72,8 +72,8 @@ def _report(run: Run, trained: Evaluation, stored: Evaluation, say: Callable[[st
     where = environment(run.device, recipe.precision)
     about = {
         "dataset": recipe.dataset,
-        "data": {"source": _source(recipe)} | run.data["test"],
-        "split": "test",
+        "data": {"source": _source(recipe)} | run.data[recipe.eval_split],
+        "split": recipe.eval_split,
         "precision": recipe.precision,
         "weights": "stored file",
         "stored_dtype": recipe.stored_dtype,
@@ -88,8 +88,9 @@ def _report(run: Run, trained: Evaluation, stored: Evaluation, say: Callable[[st
         append_csv(run.options.results, RESULT_COLUMNS, [row])
     steps = ", ".join(f"{accuracy:.2%}" for accuracy in stored.top1_per_step)
     say(
-        f"done in {run.minutes:.1f} minutes: top-1 {stored.top1:.2%} of {stored.images:,} test images (after 1 to "
-        f"{recipe.num_steps} steps: {steps}), firing rate {stored.firing_rate:.3f}; model in {out / 'model'}"
+        f"done in {run.minutes:.1f} minutes: top-1 {stored.top1:.2%} of {stored.images:,} {recipe.eval_split} images "
+        f"(after 1 to {recipe.num_steps} steps: {steps}), firing rate {stored.firing_rate:.3f}; "
+        f"model in {out / 'model'}"
     )
 
 
@@ -115,4 +116,7 @@ def _result_row(run: Run, stored: Evaluation) -> dict[str, Any]:
         "precision": recipe.precision + ", int8 convolutions" * recipe.int8_convs,
         "reported": recipe.report,
         "seed": recipe.seed,
+        "eval_dtype": recipe.precision,
+        "split": recipe.eval_split,
+        "command": run.options.command,
     }

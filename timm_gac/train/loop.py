@@ -173,7 +173,8 @@ class Trainer:
         if state.main:
             write_metrics(self.options.out / "metrics.csv", state.rows)
             if evaluation is not None:
-                write_curve(self.options.out / "curve.png", state.rows, f"{self.recipe.model}, {self.recipe.dataset}")
+                title = f"{self.recipe.model}, {self.recipe.dataset}"
+                write_curve(self.options.out / "curve.png", state.rows, title, self.recipe.eval_split)
                 for warning in watch_rates(self.options.out, epoch + 1, evaluation, state.network):
                     self.progress.say(warning)
         self.progress.epoch(row, state.minutes)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +30,7 @@ class RunOptions:
         trackers: Trackers of accelerate, such as tensorboard.
         results: Table (CSV) to which the finished run adds a row.
         recipe_name: Name under which it appears there.
+        command: Command line of the run, for that row, with the names alone of files given by absolute path.
         log_steps: Steps between two readings of loss and speed, with a check for NaN and infinity.
         device: auto (CUDA where there is one, else the CPU), cuda or cpu.
         cpu: The same as --device cpu.
@@ -44,6 +46,7 @@ class RunOptions:
     trackers: tuple[str, ...] = ()
     results: Path | None = None
     recipe_name: Annotated[str, tyro.conf.Fixed, tyro.conf.Suppress] = "custom"  # RECIPE on a command line
+    command: Annotated[str, tyro.conf.Fixed, tyro.conf.Suppress] = ""  # what `parse` was given
     log_steps: int = 50
     device: str = "auto"
     cpu: bool = False
@@ -82,7 +85,16 @@ def parse(arguments: Sequence[str], program: str) -> tuple[Recipe, RunOptions]:
     name, recipe, options = _parse(arguments, program, _defaults(guess, arguments))
     if name != guess:  # the first such word was a value, as in --dataset cifar10 cifar100
         _, recipe, options = _parse(arguments, program, _defaults(name, arguments))
-    return recipe, dataclasses.replace(options, recipe_name=name)
+    return recipe, dataclasses.replace(options, recipe_name=name, command=_command(program, arguments))
+
+
+def _command(program: str, arguments: Sequence[str]) -> str:
+    """The command line as one types it; of absolute paths the last part, as results are published."""
+    words = []
+    for word in arguments:
+        option, equals, value = word.rpartition("=")
+        words.append(f"{option}{equals}{Path(value).name if Path(value).is_absolute() else value}")
+    return f"{program} {shlex.join(words)}"
 
 
 def show(name: str, recipe: Recipe) -> str:

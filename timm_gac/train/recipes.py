@@ -10,6 +10,7 @@ from ..data import Augmentation
 
 PRECISIONS = ("float32", "bfloat16", "float16")
 _CHOICES: dict[str, tuple[str, ...]] = {
+    "gate": ("full", "spatial", "temporal", "half", "open"),  # `layers.encoder.GATES`, which imports PyTorch
     "optimizer": ("sgd", "adamw"),
     "loss": ("mean", "tet"),
     "report": ("ema", "model"),
@@ -19,7 +20,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
 _AT_LEAST: dict[str, float] = {
     **dict.fromkeys(("num_steps", "epochs", "batch_size", "grad_accumulation", "eval_every"), 1),
     **dict.fromkeys(("warmup_epochs", "min_lr", "weight_decay", "momentum", "clip_grad", "mix_off_epochs"), 0),
-    **dict.fromkeys(("freeze_stages", "seed", "tet_lambda"), 0),
+    **dict.fromkeys(("freeze_stages", "seed", "tet_lambda", "holdout"), 0),
 }
 
 
@@ -30,12 +31,17 @@ class Recipe:
     Args:
         model: Name of a registered model.
         num_steps: Time steps T.
+        gate: Which attention the gate of gated attention coding has: ``full``, ``spatial`` or ``temporal`` alone,
+            ``half`` (always 0.5) or ``open`` (always 1: plain spikes).
         data: Training data: an .npz file with images and labels, or a name that timm.data.create_dataset takes.
         data_dir: Folder of that data set.
         dataset: Name of the data set in results and model cards.
         image_size: Height and width of the images; None keeps the data set's, or is 224 for streamed images.
         stream: Decode images while training, for data sets that do not fit into the device's memory.
         num_workers: Processes that decode images.
+        holdout: Share of each class's training images that is set aside as a validation split, to choose settings on:
+            0.1 is 50 of 500. The split does not depend on ``seed``. All figures of the run are then those of this
+            split, and the test set is not read; evaluate the finished model on it with ``timm-gac eval``.
         init: Initial weights: a name.tag, ``hf-hub:...`` or ``local-dir:...``. A classifier of another size is
             initialised randomly, temporal weights are resampled to T.
         freeze_stages: Freeze the stem and the encoder (1), also the first stage (2), and so on; 0 trains everything.
@@ -80,7 +86,7 @@ class Recipe:
         pack_spikes: Save spikes as bits for the backward pass: less memory, somewhat slower.
         sync_bn: Batch norm over all processes.
         seed: Seed of weights, order and augmentation.
-        eval_every: Epochs between evaluations on the test set; the last one is reported.
+        eval_every: Epochs between evaluations on the test set, or the split set aside; the last one is reported.
         stored_dtype: Dtype of the weights in the final model folder.
 
     Raises:
@@ -89,12 +95,14 @@ class Recipe:
 
     model: str = "gac_msresnet18_cifar"
     num_steps: int = 4
+    gate: str = "full"
     data: str = "torch/cifar100"
     data_dir: str | None = None
     dataset: str = "cifar100"
     image_size: int | None = None
     stream: bool = False
     num_workers: int = 4
+    holdout: float = 0.0
     init: str | None = None
     freeze_stages: int = 0
     layer_decay: float | None = None
@@ -146,6 +154,12 @@ class Recipe:
             raise ValueError(f"expected ema_decay in [0, 1), got {self.ema_decay!r}: give one such as 0.999, or 0")
         if not self.lr > 0:
             raise ValueError(f"expected lr > 0, got {self.lr!r}: give one such as 0.1")
+        if not self.holdout <= 0.5:
+            raise ValueError(f"expected holdout from 0 to 0.5, got {self.holdout!r}: give one such as 0.1")
+        if self.holdout and self.stream:
+            raise ValueError(
+                "expected images in memory for holdout, got stream: leave one out, or make a train and a val folder"
+            )
         if self.report == "ema" and self.ema_decay == 0:
             raise ValueError("expected ema_decay > 0 with report='ema', got 0: set ema_decay or report='model'")
         if self.mix_off_epochs > self.epochs:
@@ -170,6 +184,11 @@ class Recipe:
             label_smoothing=self.label_smoothing,
             **strong,
         )
+
+    @property
+    def eval_split(self) -> str:
+        """What a run is evaluated on: ``test``, or ``validation`` where a part of the training set is set aside."""
+        return "validation" if self.holdout else "test"
 
     def to_dict(self) -> dict[str, Any]:
         """The fields, ready for JSON."""

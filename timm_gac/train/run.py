@@ -131,10 +131,11 @@ class Run:
             accelerator=self.accelerator,
         )
         if sets is None:
-            splits = {"train": self.loaders.train, "test": self.loaders.test}
+            splits = {"train": self.loaders.train, recipe.eval_split: self.loaders.test}
             self.data = {name: describe_stream(loader) for name, loader in splits.items()}
         else:
-            self.data = {name: describe_arrays(arrays) for name, arrays in zip(("train", "test"), sets, strict=True)}
+            names = "train", recipe.eval_split
+            self.data = {name: describe_arrays(arrays) for name, arrays in zip(names, sets, strict=True)}
         self.network.to(self.device)
 
     def _create_optimizer(self) -> None:
@@ -199,7 +200,7 @@ class Run:
         return self.average.state if self.average is not None and self.recipe.report == "ema" else None
 
     def test(self) -> Evaluation:
-        """Evaluate the network, or its moving average if the recipe reports that, on the test set."""
+        """Evaluate the network, or its moving average if the recipe reports that, on the test or validation split."""
         state = self.reported_state()
         reported = self.network.state_dict() if state is None else state
         share_tensors([reported[name] for name, _ in self.network.named_buffers()])
@@ -277,6 +278,7 @@ class Run:
             **recipe,
             "recipe": recipe,
             "recipe_name": self.options.recipe_name,
+            "command": self.options.command,
             **environment(self.device, self.recipe.precision),
             "processes": self.accelerator.num_processes,
             "label_names": list(self.loaders.label_names),

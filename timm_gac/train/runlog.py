@@ -25,7 +25,7 @@ COLUMNS = (
 )
 RESULT_COLUMNS = (
     *("model", "dataset", "recipe", "top1", "top5", "epochs", "minutes", "images_per_s", "num_steps", "batch_size"),
-    *("precision", "reported", "seed", *PROVENANCE, "timm", "accelerate"),
+    *("precision", "reported", "seed", *PROVENANCE, "timm", "accelerate", "eval_dtype", "split", "command"),
 )
 # Fields that may change on resuming: none changes what is trained.
 _FREE = ("data", "data_dir", "num_workers", "eval_every", "stored_dtype")
@@ -93,8 +93,8 @@ def write_metrics(file: Path, rows: list[dict[str, Any]]) -> None:
     write_csv(file, COLUMNS, rows)
 
 
-def write_curve(file: Path, rows: list[dict[str, Any]], title: str) -> None:
-    """Draw training loss and test accuracy over epochs."""
+def write_curve(file: Path, rows: list[dict[str, Any]], title: str, split: str = "test") -> None:
+    """Draw training loss and accuracy on the split ``test`` or ``validation`` over epochs."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -111,7 +111,7 @@ def write_curve(file: Path, rows: list[dict[str, Any]], title: str) -> None:
         marker=".",
         color="#d62728",
     )
-    accuracy.set(xlabel="epoch", ylabel="top-1 on the test set (%)", title="Accuracy")
+    accuracy.set(xlabel="epoch", ylabel=f"top-1 on the {split} set (%)", title="Accuracy")
     for axes in (loss, accuracy):
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)

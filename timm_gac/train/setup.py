@@ -17,6 +17,7 @@ from accelerate.state import AcceleratorState, GradientState, PartialState
 from torch import nn
 
 from ..data import DeviceLoader, ImageArrays, StreamLoader, create_stream_loaders, load_arrays
+from ..data.arrays import split_arrays
 from ..data.dataset import read_class_names
 from ..runtime.collectives import share_tensors
 from .recipes import Recipe
@@ -34,7 +35,7 @@ class Loaders(NamedTuple):
     Attributes:
         train: Training batches with the recipe's augmentation.
         last: Training batches of the last epochs, without mixing; None if there are no such epochs.
-        test: Batches of the test set.
+        test: Batches of the test set, or of the split set aside.
         label_names: Names of the classes, () if unknown.
     """
 
@@ -150,6 +151,8 @@ def create_network(recipe: Recipe, num_classes: int, in_chans: int) -> Any:
         drop_rate=recipe.drop_rate,
         drop_path_rate=recipe.drop_path_rate,
     )
+    if recipe.gate != "full":
+        options["gate"] = recipe.gate
     if in_chans != 3 or recipe.init is not None:  # stored weights may have another number
         options["in_chans"] = in_chans
     try:
@@ -198,7 +201,7 @@ def describe_input(network: Any, shape: tuple[int, ...], whole: bool = False) ->
 
 
 def read_sets(recipe: Recipe, progress: bool) -> tuple[ImageArrays, ImageArrays] | None:
-    """Training and test set in memory; None if images are streamed."""
+    """Training and test set in memory, or with ``holdout`` the two parts of the training set; None if streamed."""
     if recipe.stream:
         return None
 
@@ -216,7 +219,7 @@ def read_sets(recipe: Recipe, progress: bool) -> tuple[ImageArrays, ImageArrays]
         )
 
     train = read("train")
-    return train, read("test", train.label_names)
+    return split_arrays(train, recipe.holdout) if recipe.holdout else (train, read("test", train.label_names))
 
 
 def count_stream_classes(recipe: Recipe) -> int:
