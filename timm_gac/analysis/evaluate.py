@@ -124,6 +124,7 @@ def evaluate(
     firing_rates: bool = True,
     classes: Sequence[int] | None = None,
     progress: Callable[[int], None] | None = None,
+    each: Callable[[Tensor, Tensor], None] | None = None,
 ) -> Evaluation:
     """Evaluate a spiking network, over all processes where there are several.
 
@@ -136,6 +137,7 @@ def evaluate(
         classes: The labels that the set has, where it has only some of the network's: counts the right answers among
             these too.
         progress: Called with the number of images after each batch.
+        each: Called with the logits of each step (B, T, classes) and the labels (B,) of each batch of this process.
 
     Returns:
         The results.
@@ -156,6 +158,8 @@ def evaluate(
             with amp:
                 logits = model.forward_steps(images)  # type: ignore[operator]
             sums.add(logits, labels)
+            if each is not None:
+                each(logits, labels)
             if progress is not None:
                 progress(len(labels))
     tensors = [*sums.tensors(), rates.sums]

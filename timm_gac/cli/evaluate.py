@@ -16,6 +16,8 @@ from .output import check_new_files, create_console, wrote
 from .sources import DataOptions, NetworkOptions, TrainedModel, check_positive, fold_network
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from ..analysis.evaluate import Evaluation
 
 
@@ -32,7 +34,8 @@ class EvaluateConfig(NetworkOptions, DataOptions):
             bfloat16 at less than half the speed of float32.
         firing_rates: Measure the firing rate of each layer.
         json: File to write everything to.
-        overwrite: Replace that file.
+        answers: File (.npz) to write the labels and the class after each step to, image by image, for `timm-gac gain`.
+        overwrite: Replace these files.
         fold: Fold batch norms into the convolutions, in float32 on a CPU: the same answers up to rounding, sooner.
     """
 
@@ -43,6 +46,7 @@ class EvaluateConfig(NetworkOptions, DataOptions):
     precision: Literal["float32", "bfloat16", "float16"] = "float32"
     firing_rates: bool = True
     json: Path | None = None
+    answers: Path | None = None
     overwrite: bool = False
     fold: bool = True
 
@@ -52,6 +56,10 @@ class EvaluateConfig(NetworkOptions, DataOptions):
             raise ValueError(f"expected num_workers of at least 0, got {self.num_workers}: 0 decodes in this process")
         if self.json is not None:
             check_new_files(self.json.parent, [self.json.name], self.overwrite, "--json")
+        if self.answers is not None:
+            if self.answers.suffix != ".npz":
+                raise ValueError(f"expected a file ending in .npz for --answers, got {self.answers.name!r}: rename it")
+            check_new_files(self.answers.parent, [self.answers.name], self.overwrite, "--answers")
 
 
 def evaluate(model: TrainedModel, config: Annotated[EvaluateConfig, tyro.conf.arg(name="")]) -> int:
@@ -76,10 +84,13 @@ def run_evaluate(model: str, config: EvaluateConfig, console: Console | None = N
     Raises:
         ValueError: There is no such network, data set or device, or they do not fit.
     """
+    import torch
+
     from gac_kernels.backend import resolve_backend
 
     from ..analysis.evaluate import evaluate
     from ..data import open_test_set
+    from ..data.arrays import save_arrays
     from ..hub import open_network
     from ..runtime.device import resolve_device
     from ..runtime.dtypes import AUTOCAST
@@ -107,6 +118,12 @@ def run_evaluate(model: str, config: EvaluateConfig, console: Console | None = N
     )
     if config.fold:
         network = fold_network(network, config.precision, device)
+    kept: list[tuple[Tensor, Tensor]] = []
+
+    def keep(logits: Tensor, labels: Tensor) -> None:
+        # The sum of the first t steps is largest where their mean is.
+        kept.append((labels.cpu(), logits.double().cumsum(1).argmax(-1).cpu()))
+
     with progress_of("evaluating", test_set.num_images, console=console) as advance:
         result = evaluate(
             network,
@@ -115,7 +132,12 @@ def run_evaluate(model: str, config: EvaluateConfig, console: Console | None = N
             firing_rates=config.firing_rates,
             classes=test_set.present_classes,
             progress=advance,
+            each=keep if config.answers is not None else None,
         )
+    if config.answers is not None:
+        labels, answers = (torch.cat(parts).numpy() for parts in zip(*kept, strict=True))
+        save_arrays(config.answers, {"labels": labels, "answers": answers})
+        wrote(console, config.answers)
     for table in tables(result, f"{model} on {config.data}, {config.split}, {config.precision}"):
         console.print(table)
     console.print(f"{result.images:,} images in {result.seconds:.1f} s, {result.images / result.seconds:,.0f} img/s")

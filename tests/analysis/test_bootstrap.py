@@ -1,0 +1,52 @@
+"""The paired bootstrap: against the variance that theory gives, and refused where runs are not paired."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from timm_gac.analysis.bootstrap import paired_bootstrap
+from timm_gac.cli.main import main
+
+
+def test_interval_is_that_of_theory_for_one_seed() -> None:
+    rng = np.random.default_rng(0)
+    a, b = rng.random((1, 4000)) < 0.8, rng.random((1, 4000)) < 0.77
+    found = paired_bootstrap(a, b, draws=2000)
+    difference = a[0].astype(int) - b[0]
+    error = difference.std() / np.sqrt(4000)
+    assert found.gain == pytest.approx(difference.mean())
+    assert found.low == pytest.approx(found.gain - 1.96 * error, abs=0.2 * error)
+    assert found.high == pytest.approx(found.gain + 1.96 * error, abs=0.2 * error)
+    assert found.not_above < 0.05
+
+
+def test_seeds_widen_it_and_equal_runs_gain_nothing() -> None:
+    right = np.zeros((3, 1000), bool)
+    for seed, count in enumerate((600, 700, 800)):
+        right[seed, :count] = True
+    base = np.zeros((3, 1000), bool)
+    base[:, :690] = True
+    found = paired_bootstrap(right, base, draws=2000)
+    alone = paired_bootstrap(right[1:2], base[1:2], draws=2000)
+    assert found.gain == pytest.approx(0.01) and found.low < -0.05 < 0.05 < found.high
+    assert found.high - found.low > 3 * (alone.high - alone.low)
+    same = paired_bootstrap(right, right, draws=50)
+    assert (same.gain, same.low, same.high, same.not_above) == (0, 0, 0, 1)
+
+
+def test_runs_that_are_not_paired_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(ValueError, match=r"of one shape, got \(2, 5\) and \(1, 5\)"):
+        paired_bootstrap(np.ones((2, 5)), np.ones((1, 5)))
+    answers = np.array([[0, 1], [1, 1], [2, 0], [1, 2]])
+    for name, labels in (("a", [1, 1, 0, 2]), ("b", [1, 1, 1, 1]), ("c", [1, 1, 0, 2])):
+        np.savez(tmp_path / f"{name}.npz", labels=np.array(labels), answers=answers if name != "c" else answers[::-1])
+    files = {name: str(tmp_path / f"{name}.npz") for name in "abc"}
+    assert main(["gain", files["a"], "--against", files["b"]]) == 2
+    assert "the same images in every file" in capsys.readouterr().err
+    assert main(["gain", files["a"], "--against", files["a"], files["c"]]) == 2
+    assert main(["gain", files["a"], "--against", files["c"], "--draws", "100"]) == 0
+    shown = capsys.readouterr().out
+    assert "mean 100.00%" in shown and "gain     +100.00%" in shown

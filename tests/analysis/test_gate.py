@@ -1,0 +1,66 @@
+"""What a gate does and what a network loses without it, on networks whose gate is known."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import timm
+import torch
+from torch import nn
+
+from gac_kernels import CIFAR
+from timm_gac.analysis.gate import firing_level, gate_statistics, replaced_scores, try_gates, weight_and_gradient
+from timm_gac.hub.open import calibrate
+from timm_gac.layers.encoder import ConstantScore
+
+
+@pytest.fixture
+def network() -> nn.Module:
+    torch.manual_seed(0)
+    model = timm.create_model("test_gac_msresnet", num_classes=5)
+    return calibrate(model, [torch.randn(8, 3, 12, 12)])
+
+
+def test_below_the_firing_level_the_neuron_behind_never_fires(network: nn.Module) -> None:
+    level = firing_level(CIFAR, 4)
+    assert level == pytest.approx(1 / (1 + 0.5 + 0.25 + 0.125))
+    batches = [(torch.randn(4, 3, 12, 12), torch.arange(4))]
+    fires = []
+    for gate in (level - 0.01, level + 0.01):
+        with replaced_scores(network, (ConstantScore(1.0), ConstantScore(math.log(gate / (1 - gate))))):
+            fires.append(try_gates(network, batches, 0.6)[0].lif)
+    assert fires[0] == 0 and fires[1] > 0
+
+
+def test_variance_is_attributed_to_what_varies(network: nn.Module) -> None:
+    class Ramp(nn.Module):
+        def forward(self, average: torch.Tensor, maximum: torch.Tensor) -> torch.Tensor:
+            return torch.tensor([-1.0, 0.0, 1.0, 2.0]).expand_as(average)
+
+    with replaced_scores(network, (Ramp(), ConstantScore(1.0))):
+        found = gate_statistics(network, [torch.randn(3, 3, 12, 12), torch.randn(2, 3, 12, 12)])
+    gate = torch.tensor([-1.0, 0.0, 1.0, 2.0]).sigmoid()
+    assert found.images == 5 and found.mean == pytest.approx(float(gate.mean()), abs=1e-6)
+    assert found.std == pytest.approx(float(gate.std(correction=0)), abs=1e-6)
+    assert found.shares["steps"] == pytest.approx(1, abs=1e-5)
+    assert max(found.shares[name] for name in ("images", "channels", "pixels")) < 1e-6
+    assert found.above_level == pytest.approx(0.5) and found.spatial_std == 0
+
+
+def test_a_network_is_left_as_it_was(network: nn.Module) -> None:
+    before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
+    images, labels = torch.randn(8, 3, 12, 12), torch.arange(8) % 5
+    rows = try_gates(network, [(images, labels)], 0.55, lambda copy: calibrate(copy, [images]))
+    assert rows[0].gate == "as trained" and rows[0].agree == 1
+    parts = weight_and_gradient(network, images, labels)
+    assert {"encoder.temporal", "encoder.spatial", "conv1", "layer1", "fc"} <= parts.keys()
+    assert all(weight > 0 and gradient > 0 for weight, gradient in parts.values())
+    assert all(torch.equal(tensor, before[name]) for name, tensor in network.state_dict().items())
+    assert not network.training and all(parameter.grad is None for parameter in network.parameters())
+
+
+def test_direct_coding_is_refused() -> None:
+    model = timm.create_model("msresnet18_cifar", device="meta")
+    with pytest.raises(ValueError, match="expected a network with gated attention coding, got DirectCoding"):
+        gate_statistics(model, [])

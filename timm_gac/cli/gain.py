@@ -1,0 +1,85 @@
+"""``timm-gac gain``: whether some runs are better than others on the same images."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+from .output import create_console
+from .sources import check_positive
+
+
+@dataclass(frozen=True, kw_only=True)
+class GainConfig:
+    """What `gain` does.
+
+    Args:
+        against: Files of the other runs, of the same seeds in the same order.
+        draws: Number of resamples.
+        seed: Of the draws.
+    """
+
+    against: tuple[Path, ...]
+    draws: int = 10_000
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_positive(self, "draws")
+
+
+def gain(
+    files: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="FILE...")],
+    config: Annotated[GainConfig, tyro.conf.arg(name="")],
+) -> int:
+    """Compare the accuracy of runs with that of others.
+
+    By a paired bootstrap over seeds and images.
+
+    Example: timm-gac gain gac0.npz gac1.npz gac2.npz --against direct0.npz direct1.npz direct2.npz
+
+    Args:
+        files: Of `timm-gac eval --answers`, one a run.
+        config: With what, and how.
+    """
+    import numpy as np
+
+    from ..analysis.bootstrap import paired_bootstrap
+
+    if len(files) != len(config.against) or not files:
+        raise ValueError(
+            f"expected as many files as --against, at least one, got {len(files)} and {len(config.against)}: pair them"
+        )
+    read = [read_answers(file) for file in (*files, *config.against)]
+    if any(not np.array_equal(labels, read[0][0]) for labels, _ in read):
+        raise ValueError("expected the same images in every file, got other labels: evaluate all on one set")
+    correct = np.stack([answers[:, -1] == labels for labels, answers in read])
+    found = paired_bootstrap(correct[: len(files)], correct[len(files) :], config.draws, config.seed)
+    console = create_console()
+    for title, values in (("these", found.accuracies), ("against", found.against)):
+        each = ", ".join(f"{value:.2%}" for value in values)
+        spread = f", standard deviation {np.std(values, ddof=1):.2%}" if len(values) > 1 else ""
+        console.print(f"{title:8} mean {np.mean(values):.2%}{spread} ({each})")
+    over = f"{found.seeds} seeds and " if found.seeds > 1 else ""
+    console.print(
+        f"gain     {found.gain:+.2%}, 95 % interval {found.low:+.2%} to {found.high:+.2%} over {over}{found.images:,} "
+        f"images; {found.not_above:.1%} of {config.draws:,} resamples are not above 0"
+    )
+    return 0
+
+
+def read_answers(file: Path) -> tuple[Any, Any]:
+    """Labels (N,) and classes after each step (N, T) of a file of ``timm-gac eval --answers``.
+
+    Raises:
+        ValueError: It is no such file.
+    """
+    import numpy as np
+
+    try:
+        with np.load(file, allow_pickle=False) as content:
+            return content["labels"], content["answers"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"expected a file of `timm-gac eval --answers`, got {str(file)!r}: {error}") from error
