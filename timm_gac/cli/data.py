@@ -57,7 +57,8 @@ def data(
     Example: timm-gac data tiny_imagenet tiny-imagenet-200/ tiny_imagenet.npz
 
     Args:
-        name: cifar10 or cifar100 as torchvision keeps it; any other name stands for the folders of images that follow.
+        name: cifar10 or cifar100 as torchvision keeps it, or as shards of PFLlib, whose official split is found again;
+            any other name stands for the folders of images that follow.
         paths: One folder or more (train/CLASS/IMAGE and val/CLASS/IMAGE, or Tiny-ImageNet-200), and the file to write.
         config: How.
     """
@@ -69,8 +70,8 @@ def run_data(name: str, paths: tuple[Path, ...], config: DataConfig, console: Co
     """Write what the trainer reads.
 
     Args:
-        name: cifar10 or cifar100, of which ``paths`` names the folder where torchvision keeps it; any other name stands
-            for folders of images, of which there may be several.
+        name: cifar10 or cifar100, of which ``paths`` names the folder where torchvision keeps it, or that of PFLlib's
+            shards; any other name stands for folders of images, of which there may be several.
         paths: The folders, and last the .npz file to write.
         config: How.
         console: Where the figures go.
@@ -91,7 +92,9 @@ def run_data(name: str, paths: tuple[Path, ...], config: DataConfig, console: Co
     if out.suffix != ".npz":
         raise ValueError(f"expected a file ending in .npz as the last path, got {out.name!r}: such as {name}.npz")
     check_new_files(out.parent, [out.name], config.overwrite, "OUT")
-    if name in CIFAR:
+    if name in CIFAR and (folders[0] / "config.json").is_file():
+        _write_shards(name, folders[0], out, console)
+    elif name in CIFAR:
         _write_cifar(name, folders[0], out, console)
     else:
         _write_folders(folders, out, config, console)
@@ -112,6 +115,25 @@ def _write_cifar(name: str, folder: Path, out: Path, console: Console) -> None:
     save_arrays(out, arrays)
     train, test = (len(sets[split].labels) for split in SPLITS)
     console.print(f"wrote {plain(out)}: {train:,} training and {test:,} test images", markup=False)
+
+
+def _write_shards(name: str, folder: Path, out: Path, console: Console) -> None:
+    import numpy as np
+
+    from ..data.arrays import save_arrays
+    from ..data.labels import known_label_names
+    from ..data.pictures import join_names, plain
+    from ..data.shards import TRAIN_PER_CLASS, read_shards
+
+    found = read_shards(folder, TRAIN_PER_CLASS[name])
+    save_arrays(out, {"label_names": np.array(known_label_names(name), str)} | found.arrays)
+    train, test = (len(found.arrays[f"y_{split}"]) for split in SPLITS)
+    lost = f"; lost with {join_names(found.missing)}: {found.lost['train']:,} and {found.lost['test']:,}"
+    console.print(
+        f"wrote {plain(out)}: {train:,} training and {test:,} test images of the official split, which the labels of "
+        f"all {found.shards} shards confirm{lost if found.missing else ''}",
+        markup=False,
+    )
 
 
 def _write_folders(folders: list[Path], out: Path, config: DataConfig, console: Console) -> None:
