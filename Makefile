@@ -17,7 +17,7 @@ STAMP := $(VENV)/.installed
 add = $(BIN)/python -m pip install --disable-pip-version-check --no-input --quiet --editable '.[$(1)]'
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo check lint types test wheel test-oldest timm-suite format tokens docs bench kernel space release \
+.PHONY: help install demo check lint types test wheel test-oldest timm-suite format tokens docs bench runs kernel space release \
 	check-tag publish clean
 
 help:  ## Show this list
@@ -77,6 +77,9 @@ docs: $(STAMP)  ## Build the documentation as a site in build/site
 
 bench: $(STAMP)  ## Time the kernels against baselines on this machine
 	$(BIN)/timm-gac bench kernels $(ARGS)
+
+runs: $(STAMP)  ## Repeat the runs behind docs/results.md: make runs ARGS="seeds published" (on a GPU, with cifar100.npz)
+	PATH="$(abspath $(BIN)):$$PATH" sh tools/runs.sh $(ARGS)
 
 kernel: $(STAMP)  ## Stage the kernels for the Kernel Hub in build/gac-kernels
 	$(BIN)/python kernels/stage.py $(ARGS)

@@ -1,0 +1,69 @@
+"""tools/runs.sh: every command in it is one that the command line takes, and what is finished is not done again."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import subprocess
+from pathlib import Path
+
+import pytest
+import tyro
+
+from timm_gac.cli.compare import CompareConfig
+from timm_gac.cli.evaluate import EvaluateConfig
+from timm_gac.train.options import parse
+
+SCRIPT = Path(__file__).resolve().parents[2] / "tools" / "runs.sh"
+PARTS = ("seeds", "steps", "published", "gates", "formats")
+# Instead of the real one: writes down what it was called with, and leaves what a run leaves.
+STUB = """#!/bin/sh
+echo "$@" >> "$LOG"
+[ "$1" = train ] || exit 0
+while [ "$1" != --out ]; do shift; done
+mkdir -p "$2/checkpoints" && touch "$2/result.csv"
+"""
+
+
+def run(folder: Path, *parts: str) -> tuple[int, list[list[str]]]:
+    program, log = folder / "bin" / "timm-gac", folder / "log"
+    program.parent.mkdir(exist_ok=True)
+    program.write_text(STUB)
+    program.chmod(0o755)
+    log.write_text("")
+    environment = os.environ | {"PATH": f"{program.parent}{os.pathsep}{os.environ['PATH']}", "LOG": str(log)}
+    done = subprocess.run(["sh", str(SCRIPT), *parts], cwd=folder, env=environment, capture_output=True, text=True)
+    return done.returncode, [shlex.split(line) for line in log.read_text().splitlines()]
+
+
+def test_every_command_is_taken(tmp_path: Path) -> None:
+    code, commands = run(tmp_path, *PARTS)
+    assert code == 0
+    trained = [parse(words[1:], "timm-gac train") for words in commands if words[0] == "train"]
+    assert len({options.out for _, options in trained}) == len(trained) == 6 + 6 + 2 + 6
+    assert {recipe.seed for recipe, _ in trained} == {0, 1, 2} and {recipe.num_steps for recipe, _ in trained} >= {1, 6}
+    gates = [recipe for recipe, options in trained if "gate_" in str(options.out)]
+    assert all(recipe.holdout == 0.1 and recipe.epochs == 40 for recipe in gates) and len(gates) == 6
+    assert all(not recipe.holdout for recipe, options in trained if "gate_" not in str(options.out))
+    published = [recipe for recipe, options in trained if "published" in str(options.out)]
+    assert {(recipe.epochs, recipe.batch_size, recipe.loss) for recipe in published} == {(250, 64, "mean")}
+    for words in commands:
+        config = {"eval": EvaluateConfig, "compare": CompareConfig}.get(words[0])
+        if config is not None:
+            tyro.cli(config, args=words[2:])
+    assert sorted(len(words) for words in commands if words[0] == "gain") == [4, 8]
+
+
+def test_what_is_finished_is_left_alone_and_a_wrong_part_refused(tmp_path: Path) -> None:
+    run(tmp_path, "published")
+    code, commands = run(tmp_path, "published")
+    assert code == 0 and not [words for words in commands if words[0] == "train"]
+    (tmp_path / "runs" / "gac_published" / "result.csv").unlink()
+    begun = [words for words in run(tmp_path, "published")[1] if words[0] == "train"]
+    assert len(begun) == 1 and begun[0][-1] == "--resume"
+    assert run(tmp_path, "all")[0] == 2
+
+
+@pytest.mark.parametrize("shell", ["sh", "bash"])
+def test_shells_read_it(shell: str) -> None:
+    assert subprocess.run([shell, "-n", str(SCRIPT)]).returncode == 0

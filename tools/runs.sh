@@ -1,0 +1,84 @@
+#!/bin/sh
+# The runs behind the figures of docs/results.md, as plain commands: sh tools/runs.sh PART...
+#
+#   seeds      gated attention coding and direct coding at T=4, three seeds each, and the gain by a paired bootstrap
+#   steps      both at T = 1, 2 and 6, with energy
+#   published  both by the published recipe (250 epochs, batch 64, mean loss), in bfloat16 and a CUDA graph
+#   gates      the gate with less attention: 40 epochs, judged on a validation split of the training set
+#   formats    agreement between number formats, for the first run of `seeds`
+#
+# DATA is the .npz (cifar100.npz), OUT the folder of the runs (runs), RESULTS the table that gets a row a run. What is
+# finished is left alone and what was begun goes on, so the same command may be given again. `eval` reads the stored
+# float16 weights: in float32, the figure to cite, and in bfloat16.
+set -eu
+DATA=${DATA:-cifar100.npz}
+OUT=${OUT:-runs}
+RESULTS=${RESULTS:-results/training.csv}
+
+train() { # NAME RECIPE [OPTION...]
+  name=$1
+  shift
+  [ -f "$OUT/$name/result.csv" ] && return
+  resume=
+  [ -d "$OUT/$name/checkpoints" ] && resume=--resume
+  timm-gac train "$@" --data "$DATA" --out "$OUT/$name" --results "$RESULTS" $resume
+}
+
+evaluate() { # NAME
+  for precision in float32 bfloat16; do
+    [ -f "$OUT/$1/$precision.npz" ] || timm-gac eval "$OUT/$1" --data "$DATA" --precision "$precision" \
+      --answers "$OUT/$1/$precision.npz" --json "$OUT/$1/$precision.json" --overwrite
+  done
+}
+
+pair() { # SUFFIX RECIPE [OPTION...]: both codings
+  suffix=$1
+  shift
+  train "gac_$suffix" "$@"
+  train "direct_$suffix" "$@" --model msresnet18_cifar
+  evaluate "gac_$suffix"
+  evaluate "direct_$suffix"
+}
+
+answers() { # CODING SUFFIX...: the files of the runs
+  coding=$1
+  shift
+  for suffix in "$@"; do printf '%s/%s_%s/float32.npz ' "$OUT" "$coding" "$suffix"; done
+}
+
+for part in "$@"; do
+  case $part in
+    seeds)
+      for seed in 0 1 2; do pair "seed$seed" cifar100_fast --seed "$seed"; done
+      # shellcheck disable=SC2046  # one word a file
+      timm-gac gain $(answers gac seed0 seed1 seed2) --against $(answers direct seed0 seed1 seed2)
+      ;;
+    steps)
+      for steps in 1 2 6; do
+        pair "t$steps" cifar100_fast --num-steps "$steps"
+        for coding in gac direct; do
+          timm-gac energy "$OUT/${coding}_t$steps" --data "$DATA" --out "$OUT/${coding}_t$steps" --overwrite
+        done
+      done
+      ;;
+    published)
+      pair published cifar100 --precision bfloat16 --cuda-graph
+      # shellcheck disable=SC2046
+      timm-gac gain $(answers gac published) --against $(answers direct published)
+      ;;
+    gates)
+      for gate in full spatial temporal half open; do
+        train "gate_$gate" cifar100_fast --epochs 40 --holdout 0.1 --gate "$gate"
+      done
+      train gate_direct cifar100_fast --epochs 40 --holdout 0.1 --model msresnet18_cifar
+      ;;
+    formats)
+      timm-gac compare "$OUT/gac_seed0" --data "$DATA" --images 10000 --json "$OUT/formats.json" --overwrite \
+        --formats float32 channels_last folded bfloat16 float16 int8 float64
+      ;;
+    *)
+      echo "expected parts among seeds, steps, published, gates, formats, got '$part'" >&2
+      exit 2
+      ;;
+  esac
+done
