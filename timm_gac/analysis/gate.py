@@ -25,7 +25,7 @@ from ..layers.encoder import ConstantScore, GatedAttentionCoding
 from .evaluate import evaluate
 
 QUANTILES = (0.0, 0.001, 0.01, 0.5, 0.99, 0.999, 1.0)
-AXES = {"images": 0, "steps": 1, "channels": 2, "pixels": (3, 4)}
+AXES = {"images": (0,), "steps": (1,), "channels": (2,), "pixels": (3, 4)}  # of (B, T, C, H, W)
 _DRAWN = 2_000_000  # values a batch for quantiles: torch.quantile takes at most 16 million
 
 
@@ -111,7 +111,7 @@ def gate_statistics(model: Any, batches: Iterable[Tensor]) -> GateStatistics:
     """
     encoder = _gated(model)
     level = firing_level(encoder.spec, encoder.num_steps)
-    sums = {name: list[Tensor]() for name in ("images", "steps", "channels", "pixels")}
+    sums = {name: list[Tensor]() for name in AXES}
     moments = torch.zeros(3, dtype=torch.float64)  # mean, mean square, share above the level
     temporal, spatial, drawn, images = list[Tensor](), torch.zeros(2, dtype=torch.float64), list[Tensor](), 0
     generator = torch.Generator().manual_seed(0)
@@ -121,9 +121,8 @@ def gate_statistics(model: Any, batches: Iterable[Tensor]) -> GateStatistics:
         gate = recording.gate.double().cpu()  # type: ignore[union-attr]  # [B, T, C, H, W]
         count = len(gate)
         images += count
-        for name, axis in AXES.items():
-            kept = {axis} if isinstance(axis, int) else set(axis)
-            part = gate.mean([other for other in range(5) if other not in kept])
+        for name, kept in AXES.items():
+            part = gate.mean([axis for axis in range(5) if axis not in kept])
             sums[name].append(part if name == "images" else part * count)
         moments += torch.stack([gate.mean(), gate.square().mean(), (gate > level).double().mean()]) * count
         temporal.append(recording.scores["temporal"].double().cpu())
