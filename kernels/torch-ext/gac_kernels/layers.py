@@ -17,7 +17,8 @@ class LIF(nn.Module):
     """The multi-step leaky integrate-and-fire neuron, in the place of ``timm_gac.LIF``.
 
     The module that it stands in for has ``num_steps`` (T folded into the first axis, or None where time is an axis of
-    its own) and ``spec`` with ``op_arguments``, as `LIFSpec` has them.
+    its own), ``spec`` with ``op_arguments``, as `LIFSpec` has them, and maybe ``learned``, whose ``values()`` are decays
+    and thresholds (2, N).
     """
 
     can_torch_compile = True
@@ -35,5 +36,7 @@ class LIF(nn.Module):
             x = x.unflatten(0, [num_steps, x.shape[0] // num_steps])
         spec: Any = self.spec
         keep_mask = torch.is_grad_enabled() and x.requires_grad
-        spikes = torch.ops.gac_kernels.lif(x, None, *spec.op_arguments, keep_mask, False)[0]
+        learned: Any = getattr(self, "learned", None)  # decay and threshold as parameters
+        values = None if learned is None else learned.values()
+        spikes = torch.ops.gac_kernels.lif(x, None, *spec.op_arguments, keep_mask, False, values)[0]
         return spikes if num_steps is None else spikes.flatten(0, 1)

@@ -17,6 +17,8 @@ DEFAULTS: dict[str, dict[str, int]] = {
     "lif_fwd": {"BLOCK": 1024, "num_warps": 4},
     "lif_bwd": {"BLOCK": 512, "num_warps": 4},
     "lif_bwd_mask": {"BLOCK": 1024, "num_warps": 4},
+    "lif_learned_fwd": {"TILE": 2048, "BLOCK_C": 128, "num_warps": 4, "REVERSE": 0},
+    "lif_learned_bwd": {"TILE": 1024, "BLOCK_C": 128, "num_warps": 4, "PER_SM": 4, "STAGES": 1, "REVERSE": 0},
     "gac_fwd": {"BLOCK": 1024, "num_warps": 4},
     "gac_bwd": {"BLOCK": 128, "num_warps": 1, "TILES": 4},
     "gac_fire_fwd": {"BLOCK": 1024, "num_warps": 4},

@@ -1,6 +1,7 @@
 """One neuron step, forward and backward, shared by every Triton kernel that contains the neuron.
 
-The formulas and their source stand in `LIFSpec`. Ids of the surrogates index ``spec.SURROGATES``.
+The formulas and their source stand in `LIFSpec`. Ids of the surrogates index ``spec.SURROGATES``. A threshold is a
+constant, or a tensor that broadcasts over the membrane where it is learned.
 """
 
 from __future__ import annotations
@@ -15,6 +16,15 @@ def within(inside, t, T: tl.constexpr, STEPS: tl.constexpr):
     if T % STEPS != 0:
         here = inside & (tl.zeros((1,), tl.int64) + t < T)
     return here
+
+
+@triton.jit
+def learned_values(values_ptr, channel, C):
+    """Decay and threshold of channels from values (2, C), float32."""
+    inside = channel < C
+    decay = tl.load(values_ptr + channel, mask=inside, other=0.5)
+    threshold = tl.load(values_ptr + C + channel, mask=inside, other=1.0)
+    return decay, threshold
 
 
 @triton.jit
@@ -34,7 +44,7 @@ def surrogate_grad(d, SURROGATE: tl.constexpr, WIDTH: tl.constexpr):
 
 
 @triton.jit
-def reset(u, THRESHOLD: tl.constexpr, SOFT: tl.constexpr):
+def reset(u, THRESHOLD, SOFT: tl.constexpr):
     """Membrane after the reset, float32."""
     if SOFT:
         v = tl.where(u > THRESHOLD, u - THRESHOLD, u)
@@ -48,7 +58,7 @@ def membrane_grad(
     u,
     gs,
     gv,
-    THRESHOLD: tl.constexpr,
+    THRESHOLD,
     SURROGATE: tl.constexpr,
     WIDTH: tl.constexpr,
     DETACH: tl.constexpr,
@@ -60,7 +70,7 @@ def membrane_grad(
 
 
 @triton.jit
-def reset_by(u, keep, THRESHOLD: tl.constexpr, SOFT: tl.constexpr):
+def reset_by(u, keep, THRESHOLD, SOFT: tl.constexpr):
     """Membrane after the reset as a product with keep, which is 0 where the neuron fired and else 1; for finite u."""
     if SOFT:
         v = u - (THRESHOLD - THRESHOLD * keep)
@@ -75,7 +85,7 @@ def membrane_grad_by(
     keep,
     gs,
     gv,
-    THRESHOLD: tl.constexpr,
+    THRESHOLD,
     SURROGATE: tl.constexpr,
     WIDTH: tl.constexpr,
     DETACH: tl.constexpr,
@@ -88,3 +98,24 @@ def membrane_grad_by(
     else:
         dv = keep if DETACH else keep - u * sg
     return gs * sg + gv * dv
+
+
+@triton.jit
+def threshold_grad(
+    u,
+    keep,
+    gs,
+    gv,
+    THRESHOLD,
+    SURROGATE: tl.constexpr,
+    WIDTH: tl.constexpr,
+    DETACH: tl.constexpr,
+    SOFT: tl.constexpr,
+):
+    """Gradient at the threshold of one step: through the spike and, with a soft reset, through what is subtracted."""
+    sg = surrogate_grad(u - THRESHOLD, SURROGATE, WIDTH)
+    through = gs if DETACH else gs - gv * (THRESHOLD if SOFT else u)
+    g = -(through * sg)
+    if SOFT:
+        g -= gv - gv * keep
+    return g

@@ -53,7 +53,10 @@ def norm_affine(channel, C, w_ptr, b_ptr, mean_ptr, var_ptr, EPS: tl.constexpr):
 
 @triton.jit
 def sum_partials(partial_ptr, channel, programs, C, SUMS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr):
-    """The sums of each channel over partial sums [programs, SUMS, C], in fixed order; with SUMS = 2 the third is 0."""
+    """The first sums of each channel over partial sums [programs, SUMS, C], in fixed order.
+
+    There are three of them where SUMS is odd, else two, and the third is 0; others may lie behind them.
+    """
     a = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
     b = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
     c = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
@@ -63,7 +66,7 @@ def sum_partials(partial_ptr, channel, programs, C, SUMS: tl.constexpr, BLOCK_P:
         at = partial_ptr + program[:, None] * SUMS * C + channel[None, :]
         a += tl.load(at, mask=inside, other=0.0)
         b += tl.load(at + C, mask=inside, other=0.0)
-        if SUMS == 3:
+        if SUMS % 2 == 1:
             c += tl.load(at + 2 * C, mask=inside, other=0.0)
     return tl.sum(a, 0), tl.sum(b, 0), tl.sum(c, 0)
 

@@ -1,8 +1,13 @@
-"""Triton kernels of `gac_encode` and `gated_lif`; with STATIC the current is one frame for all steps."""
+"""Triton kernels of `gac_encode` and `gated_lif`; with STATIC the current is one frame for all steps.
+
+Where ``values_ptr`` is no None, decay and threshold are tensors, one of each a channel, in the place of the constants;
+the channel of place i of a sample's memory is ``i // c_stride % C``. Their gradients are summed over time here and
+leave once a place, so that sums over places have a fixed order.
+"""
 
 from __future__ import annotations
 
-from ..common.neuron_step import membrane_grad_by, reset, reset_by, within
+from ..common.neuron_step import learned_values, membrane_grad_by, reset, reset_by, threshold_grad, within
 from ..common.triton import tl, triton
 
 
@@ -23,6 +28,9 @@ def gated_fwd_kernel(
     n_ptr,
     m_ptr,
     y_ptr,
+    values_ptr,
+    c_stride,
+    C,
     size,
     tiles,
     x_step,
@@ -41,6 +49,11 @@ def gated_fwd_kernel(
     sample = pid // tiles
     i = (pid % tiles) * BLOCK + tl.arange(0, BLOCK)
     inside = i < size
+    if values_ptr is not None:
+        decay, threshold = learned_values(values_ptr, (i // c_stride) % C, C)
+    else:
+        decay: tl.constexpr = DECAY
+        threshold: tl.constexpr = THRESHOLD
     x_ptr += sample * x_sample + i
     n_ptr += sample * x_sample + i
     y_ptr += sample * y_sample + i
@@ -52,11 +65,11 @@ def gated_fwd_kernel(
         if not STATIC:
             x = tl.load(x_ptr + tl.cast(t, tl.int64) * x_step, mask=inside, other=0.0).to(tl.float32)
             n = tl.load(n_ptr + tl.cast(t, tl.int64) * x_step, mask=inside, other=0.0).to(tl.float32)
-        u = DECAY * v + x
+        u = decay * v + x
         m = tl.load(m_ptr + sample * T + t).to(tl.float32)
-        y = tl.where(u > THRESHOLD, gate_of(m, n), 0.0)
+        y = tl.where(u > threshold, gate_of(m, n), 0.0)
         tl.store(y_ptr + tl.cast(t, tl.int64) * y_step, y.to(y_ptr.dtype.element_ty), mask=inside)
-        v = reset(u, THRESHOLD, SOFT)
+        v = reset(u, threshold, SOFT)
 
 
 @triton.jit
@@ -69,6 +82,10 @@ def gated_bwd_kernel(
     gn_ptr,
     gm_ptr,
     scratch_ptr,
+    values_ptr,
+    gvalues_ptr,
+    c_stride,
+    C,
     size,
     groups,
     x_step,
@@ -87,10 +104,13 @@ def gated_bwd_kernel(
     BLOCK: tl.constexpr,
     TILES: tl.constexpr,
 ):
-    """Gradients at x and at the scores n, and for each program and step a partial sum of that at m."""
+    """Gradients at x, at the scores n and, for each place, at its values; a program's share of that at m a step."""
     pid = tl.program_id(0).to(tl.int64)
     sample = pid // groups
     CHUNKS: tl.constexpr = (T + STEPS - 1) // STEPS
+    if values_ptr is None:
+        decay: tl.constexpr = DECAY
+        threshold: tl.constexpr = THRESHOLD
     gms = ()  # sums for the temporal gradient, last step first: one vector a step, reduced once after all tiles
     for _ in tl.static_range(STEPS):
         gms += (tl.zeros((BLOCK,), tl.float32),)
@@ -99,6 +119,10 @@ def gated_bwd_kernel(
         inside = i < size
         at_x = sample * x_sample + i
         at_y = sample * y_sample + i
+        if values_ptr is not None:
+            decay, threshold = learned_values(values_ptr, (i // c_stride) % C, C)
+            g_decay = tl.zeros((BLOCK,), tl.float32)
+            g_threshold = tl.zeros((BLOCK,), tl.float32)
         if STATIC:
             x = tl.load(x_ptr + at_x, mask=inside, other=0.0).to(tl.float32)
             n = tl.load(n_ptr + at_x, mask=inside, other=0.0).to(tl.float32)
@@ -114,7 +138,7 @@ def gated_bwd_kernel(
                     if not STATIC:
                         here = within(inside, t, T, STEPS)
                         x = tl.load(x_ptr + at_x + t * x_step, mask=here, other=0.0).to(tl.float32)
-                    v = reset(DECAY * v + x, THRESHOLD, SOFT)
+                    v = reset(decay * v + x, threshold, SOFT)
             tl.debug_barrier()
         gv = tl.zeros((BLOCK,), tl.float32)
         for back in range(CHUNKS):
@@ -135,13 +159,16 @@ def gated_bwd_kernel(
             if CHUNKS > 1:
                 v = tl.load(scratch_ptr + scratch + (CHUNKS - 1 - back) * BLOCK)
             us = ()
+            vs = ()  # membranes before each step
             keeps = ()
             for k in tl.static_range(STEPS):
-                u = DECAY * v + xs[k]
-                keep = tl.where(u > THRESHOLD, 0.0, 1.0)
+                if values_ptr is not None:
+                    vs += (v,)
+                u = decay * v + xs[k]
+                keep = tl.where(u > threshold, 0.0, 1.0)
                 us += (u,)
                 keeps += (keep,)
-                v = reset_by(u, keep, THRESHOLD, SOFT)
+                v = reset_by(u, keep, threshold, SOFT)
             sums = ()
             for k in tl.static_range(STEPS - 1, -1, -1):
                 t = first + k
@@ -151,9 +178,13 @@ def gated_bwd_kernel(
                 gs = gys[k].to(tl.float32) * gate
                 gz = gs - gs * gate  # at the score m * n, where the neuron fired
                 gz -= gz * keeps[k]
-                gu = membrane_grad_by(us[k], keeps[k], gs, gv, THRESHOLD, SURROGATE, WIDTH, DETACH, SOFT)
+                gu = membrane_grad_by(us[k], keeps[k], gs, gv, threshold, SURROGATE, WIDTH, DETACH, SOFT)
                 if T % STEPS != 0:
                     gu = tl.where(here, gu, 0.0)
+                if values_ptr is not None:
+                    g_decay += gu * vs[k]
+                    gh = threshold_grad(us[k], keeps[k], gs, gv, threshold, SURROGATE, WIDTH, DETACH, SOFT)
+                    g_threshold += tl.where(here, gh, 0.0)
                 if CHUNKS > 1:
                     tl.store(gm_ptr + pid * T + t, tl.sum(gz * ns[k], 0), mask=t < T)
                 else:
@@ -165,11 +196,14 @@ def gated_bwd_kernel(
                     tl.store(gn_ptr + at_x + t * x_step, (gz * m).to(gn_ptr.dtype.element_ty), mask=here)
                     tl.store(gx_ptr + at_x + t * x_step, gu.to(gx_ptr.dtype.element_ty), mask=here)
                 if T % STEPS != 0:
-                    gv = tl.where(here, DECAY * gu, gv)
+                    gv = tl.where(here, decay * gu, gv)
                 else:
-                    gv = DECAY * gu
+                    gv = decay * gu
             if CHUNKS == 1:
                 gms = sums
+        if values_ptr is not None:
+            tl.store(gvalues_ptr + sample * size + i, g_decay, mask=inside)
+            tl.store(gvalues_ptr + tl.cast(y_step, tl.int64) + sample * size + i, g_threshold, mask=inside)
         if STATIC:
             tl.store(gx_ptr + at_x, gx.to(gx_ptr.dtype.element_ty), mask=inside)
             tl.store(gn_ptr + at_x, gn.to(gn_ptr.dtype.element_ty), mask=inside)

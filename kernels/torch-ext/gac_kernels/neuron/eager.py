@@ -26,14 +26,16 @@ def shifted(x: Tensor, shift: float) -> Tensor:
     return x.float().add(shift) if shift else x
 
 
-def fire(u: Tensor, threshold: float) -> Tensor:
+def fire(u: Tensor, threshold: float | Tensor) -> Tensor:
     """The spikes of a step, 0 or 1 in the membrane's dtype: a CPU makes bools of them four times as slowly."""
     return torch.gt(u, threshold, out=torch.empty_like(u))
 
 
-def reset(u: Tensor, fired: Tensor, threshold: float, soft_reset: bool, scratch: Tensor) -> Tensor:
+def reset(u: Tensor, fired: Tensor, threshold: float | Tensor, soft_reset: bool, scratch: Tensor) -> Tensor:
     """The membrane after the reset, in the memory of the one before it; ``scratch``, maybe ``fired``, is used up."""
     if soft_reset:
+        if isinstance(threshold, Tensor):
+            return u.sub_(torch.mul(fired, threshold, out=scratch))
         return u.sub_(fired, alpha=threshold)
     # u where -fired > -0.5, else 0: ten times as fast on a CPU as filling by a mask, and exact for infinities too.
     return torch.ops.aten.threshold_backward.grad_input(u, torch.neg(fired, out=scratch), -0.5, grad_input=u)
@@ -45,12 +47,15 @@ def lif_forward(
     spikes: Tensor,
     last: Tensor,
     mask: Tensor,
-    threshold: float,
-    decay: float,
+    threshold: float | Tensor,
+    decay: float | Tensor,
     width: float,
     soft_reset: bool,
 ) -> None:
-    """Write spikes and, where they have elements, the last membrane and the bit mask."""
+    """Write spikes and, where they have elements, the last membrane and the bit mask.
+
+    Decay and threshold may be tensors that broadcast over a frame; with them there is no mask.
+    """
     rows = x.shape[1] if x.dim() > 1 else 1
     block = rows
     if x.device.type == "cpu" and x.dim() > 1 and not mask.numel():
@@ -76,8 +81,8 @@ def _lif_forward(
     spikes: Tensor,
     last: Tensor,
     mask: Tensor,
-    threshold: float,
-    decay: float,
+    threshold: float | Tensor,
+    decay: float | Tensor,
     width: float,
     soft_reset: bool,
 ) -> None:
@@ -109,14 +114,18 @@ def lif_backward(
     mask: Tensor,
     grad_x: Tensor,
     grad_state: Tensor,
-    threshold: float,
-    decay: float,
+    threshold: float | Tensor,
+    decay: float | Tensor,
     surrogate: int,
     width: float,
     detach_reset: bool,
     soft_reset: bool,
+    grad_values: Tensor | None = None,
 ) -> None:
-    """Write the gradients at x and, where it has elements, at the initial state."""
+    """Write the gradients at x and, where it has elements, at the initial state.
+
+    Where decay and threshold are tensors that broadcast over a frame, their gradients go into ``grad_values`` (2, N).
+    """
     dtype = state_dtype(grad.dtype)
     num_steps = grad.shape[0]
     steps = []  # (surrogate derivative, fired, u, unused where bits stand for it) of each step
@@ -134,6 +143,7 @@ def lif_backward(
             steps.append((surrogate_derivative(u - threshold, SURROGATES[surrogate], width), fired, u))
             v = u - threshold * fired.to(u.dtype) if soft_reset else u.masked_fill(fired, 0.0)
     gv = torch.zeros_like(grad[0], dtype=dtype) if grad_last is None else grad_last
+    at_values = None if grad_values is None else [torch.zeros_like(gv) for _ in grad_values]
     for t in reversed(range(num_steps)):
         slope, fired, u = steps[t]
         if soft_reset:
@@ -144,9 +154,42 @@ def lif_backward(
                 carried = carried - gv * slope * u
         gu = grad[t] * slope + carried
         grad_x[t] = gu
+        if at_values is not None:
+            at_values[1] += at_threshold(
+                grad[t], gv, u, fired, slope, threshold, detach_reset=detach_reset, soft_reset=soft_reset
+            )
+            if t:
+                _, fired, u = steps[t - 1]
+                at_values[0] += gu * (u - threshold * fired.to(u.dtype) if soft_reset else u.masked_fill(fired, 0.0))
+            elif state is not None:
+                at_values[0] += gu * state
         gv = decay * gu
     if grad_state.numel():
         grad_state.copy_(gv)
+    if at_values is not None and grad_values is not None:
+        sum_over_frame(at_values, grad_values)
+
+
+def at_threshold(
+    gs: Tensor,
+    gv: Tensor,
+    u: Tensor,
+    fired: Tensor,
+    slope: Tensor,
+    threshold: float | Tensor,
+    detach_reset: bool,
+    soft_reset: bool,
+) -> Tensor:
+    """Gradient at the threshold of one step, one element a neuron: see `common.neuron_step.threshold_grad`."""
+    through = gs if detach_reset else gs - gv * (threshold if soft_reset else u)
+    grad = -(through * slope)
+    return grad.sub_(gv.masked_fill(~fired, 0.0)) if soft_reset else grad
+
+
+def sum_over_frame(at_values: list[Tensor], grad_values: Tensor) -> None:
+    """Sum gradients (B, C, ...) of each value into (values, N), N being 1 or C."""
+    for row, parts in zip(grad_values, at_values, strict=True):
+        row.copy_(parts.sum().view(1) if len(row) == 1 else parts.transpose(0, 1).flatten(1).sum(1))
 
 
 def masked_gradients(grad: Tensor, grad_last: Tensor | None, bits: Tensor, spec: LIFSpec) -> tuple[Tensor, Tensor]:

@@ -7,6 +7,8 @@ any dense memory format works as it lies; contiguous and channels-last tensors h
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -18,8 +20,9 @@ from ..derivatives import differentiable_gradients, register_derivatives, spec_o
 from ..reference import lif_reference, state_dtype
 from ..spec import CIFAR, SURROGATES, LIFSpec
 from ..tuning import launch_config
-from . import eager
+from . import eager, learned
 from .lif_kernels import lif_bwd_kernel, lif_bwd_mask_kernel, lif_fwd_kernel
+from .values import check_values, named_values, stack_values
 
 CHUNK = 8  # steps held in registers at once; longer sequences keep one membrane a chunk in float32 scratch memory
 
@@ -118,29 +121,41 @@ def _backward_triton(
 _lib = torch.library.Library("gac_kernels", "FRAGMENT")
 _lib.define(
     "lif(Tensor x, Tensor? state, float threshold, float decay, int surrogate, float width, bool detach_reset, "
-    "bool soft_reset, bool keep_mask, bool return_state) -> (Tensor, Tensor, Tensor)"
+    "bool soft_reset, bool keep_mask, bool return_state, Tensor? values=None) -> (Tensor, Tensor, Tensor)"
 )
 _lib.define(
     "lif_backward(Tensor grad, Tensor? grad_last, Tensor x, Tensor? state, Tensor mask, SymInt[] strides, "
     "float threshold, float decay, int surrogate, float width, bool detach_reset, bool soft_reset) -> (Tensor, Tensor)"
 )
+_lib.define(
+    "lif_backward_learned(Tensor grad, Tensor? grad_last, Tensor x, Tensor? state, Tensor values, int surrogate, "
+    "float width, bool detach_reset, bool soft_reset) -> (Tensor, Tensor, Tensor)"
+)
 
 
-def _outputs(x: Tensor, keep_mask: bool, return_state: bool) -> tuple[Tensor, Tensor, Tensor]:
+def _outputs(
+    x: Tensor, keep_mask: bool, return_state: bool, values: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
     """Unwritten spikes, last membrane and bit mask; what was not asked for has no elements."""
-    spikes = torch.empty_like(x)
-    frame = torch.empty_like(x[0], dtype=state_dtype(x.dtype)) if return_state else x.new_empty(0, dtype=torch.float32)
+    spikes = torch.empty_like(x if values is None else learned.walkable(x, values.shape[1] > 1))
+    frame = x.new_empty(0, dtype=torch.float32)
+    if return_state:
+        frame = torch.empty_like(spikes[0], dtype=state_dtype(x.dtype))
     kept = x.numel() // x.shape[0] if keep_mask else 0
     return spikes, frame, x.new_empty(kept, dtype=mask_dtype(x.shape[0]) if keep_mask else torch.uint8)
 
 
 @torch.library.impl(_lib, "lif", "CompositeExplicitAutograd")
-def _lif(x, state, threshold, decay, surrogate, width, detach_reset, soft_reset, keep_mask, return_state):
+def _lif(x, state, threshold, decay, surrogate, width, detach_reset, soft_reset, keep_mask, return_state, values=None):
     check_current("x", x, min_dims=1)
     check_state(state, x)
-    keep_mask = keep_mask and can_keep_mask(x.shape[0], surrogate, detach_reset, soft_reset)
-    spikes, last, mask = _outputs(x, keep_mask, return_state)
-    if x.numel():
+    keep_mask = values is None and keep_mask and can_keep_mask(x.shape[0], surrogate, detach_reset, soft_reset)
+    spikes, last, mask = _outputs(x, keep_mask, return_state, values)
+    if values is not None:
+        check_values(values)
+    if x.numel() and values is not None:
+        learned.run_forward(x, state, values, spikes, last, width, soft_reset)
+    elif x.numel():
         source = as_layout(x, spikes)
         start = None if state is None else as_layout(state, torch.empty_like(spikes[0], dtype=state.dtype))
         run = launch_forward if resolve_backend(x.device, x.dtype) == "triton" else eager.lif_forward
@@ -180,10 +195,37 @@ def _lif_backward(
     return grad_x, grad_state
 
 
+@torch.library.impl(_lib, "lif_backward_learned", "CompositeExplicitAutograd")
+def _lif_backward_learned(grad, grad_last, x, state, values, surrogate, width, detach_reset, soft_reset):
+    grad_x, grad_state, grad_values = _lif_backward_learned_fake(
+        grad, grad_last, x, state, values, surrogate, width, detach_reset, soft_reset
+    )
+    if grad.numel():
+        frame = torch.empty_like(grad_x[0], dtype=state_dtype(grad.dtype))
+        start, end = (None if v is None else as_layout(v, frame) for v in (state, grad_last))
+        grads = (grad_x, grad_state, grad_values)
+        sources = as_layout(grad, grad_x), end, as_layout(x, grad_x), start, values.contiguous()
+        learned.backward(*sources, *grads, surrogate, width, detach_reset, soft_reset)
+    else:
+        grad_values.zero_()
+    return grad_x, grad_state, grad_values
+
+
 @torch.library.register_fake("gac_kernels::lif", lib=_lib)
-def _lif_fake(x, state, threshold, decay, surrogate, width, detach_reset, soft_reset, keep_mask, return_state):
+def _lif_fake(
+    x, state, threshold, decay, surrogate, width, detach_reset, soft_reset, keep_mask, return_state, values=None
+):
     check_current("x", x, min_dims=1)
-    return _outputs(x, keep_mask and can_keep_mask(x.shape[0], surrogate, detach_reset, soft_reset), return_state)
+    keep_mask = values is None and keep_mask and can_keep_mask(x.shape[0], surrogate, detach_reset, soft_reset)
+    return _outputs(x, keep_mask, return_state, values)
+
+
+@torch.library.register_fake("gac_kernels::lif_backward_learned", lib=_lib)
+def _lif_backward_learned_fake(grad, grad_last, x, state, values, surrogate, width, detach_reset, soft_reset):
+    grad_x = torch.empty_like(learned.walkable(x, values.shape[1] > 1))
+    frame = torch.empty_like(grad_x[0], dtype=state_dtype(grad.dtype))
+    grad_values = torch.empty_like(values, memory_format=torch.contiguous_format)
+    return grad_x, torch.empty_like(frame) if state is not None else frame.new_empty(0), grad_values
 
 
 @torch.library.register_fake("gac_kernels::lif_backward", lib=_lib)
@@ -196,40 +238,49 @@ def _lif_backward_fake(
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    x, state, *ctx.spec_args, _, ctx.return_state = inputs
+    x, state, *ctx.spec_args, _, ctx.return_state, values = inputs
     spikes, _, mask = output
     ctx.strides = spikes.stride()
     ctx.has_state = state is not None
     # With the bit mask, x is not needed any more: an empty tensor stands for it.
-    ctx.save_for_backward(x.new_empty(0) if mask.numel() else x, state, mask)
+    ctx.save_for_backward(x.new_empty(0) if mask.numel() else x, state, mask, values)
 
 
 def _backward(ctx, grad_spikes, grad_last, _grad_mask):
-    x, state, mask = ctx.saved_tensors
+    x, state, mask, values = ctx.saved_tensors
+    if values is not None:
+        grad_last = grad_last if ctx.return_state else None
+        grad_x, grad_state, grad_values = torch.ops.gac_kernels.lif_backward_learned(
+            grad_spikes, grad_last, x, state, values, *ctx.spec_args[2:]
+        )
+        return grad_x, grad_state if ctx.has_state else None, *[None] * 8, grad_values
     grad_x, grad_state = torch.ops.gac_kernels.lif_backward(
         grad_spikes, grad_last if ctx.return_state else None, x, state, mask, ctx.strides, *ctx.spec_args
     )
-    return grad_x, grad_state if ctx.has_state else None, *[None] * 8
+    return grad_x, grad_state if ctx.has_state else None, *[None] * 9
 
 
 def _backward_again(ctx, grad_spikes, grad_last, _grad_mask):
-    x, state, mask = ctx.saved_tensors
+    x, state, mask, values = ctx.saved_tensors
     grad_last = grad_last if ctx.return_state else None
     if mask.numel():
         bits = torch.empty_strided(grad_spikes.shape[1:], ctx.strides[1:], dtype=torch.int64, device=mask.device)
         eager.in_memory_order(bits).copy_(mask)
         grad_x, grad_state = eager.masked_gradients(grad_spikes, grad_last, bits, spec_of(*ctx.spec_args))
-        return grad_x, grad_state if ctx.has_state else None, *[None] * 8
+        return grad_x, grad_state if ctx.has_state else None, *[None] * 9
 
-    def function(x, state):
-        return lif_reference(x, spec_of(*ctx.spec_args), state, return_state=True)
+    def function(x, state, values):
+        return lif_reference(x, spec_of(*ctx.spec_args), state, return_state=True, **named_values(values))
 
-    return *differentiable_gradients(function, (x, state), (grad_spikes, grad_last)), *[None] * 8
+    *grads, at_values = differentiable_gradients(function, (x, state, values), (grad_spikes, grad_last))
+    return *grads, *[None] * 8, at_values
 
 
-def _definition(x, state, threshold, decay, surrogate, width, detach_reset, soft_reset, keep_mask, return_state):
+def _definition(
+    x, state, threshold, decay, surrogate, width, detach_reset, soft_reset, keep_mask, return_state, values=None
+):
     spec = spec_of(threshold, decay, surrogate, width, detach_reset, soft_reset)
-    spikes, last = lif_reference(x, spec, state, return_state=True)
+    spikes, last = lif_reference(x, spec, state, return_state=True, **named_values(values))
     nothing = x.new_empty(0, dtype=torch.float32)
     return spikes, last if return_state else nothing, nothing.to(torch.uint8)
 
@@ -241,11 +292,18 @@ register_derivatives(
     backward=_backward,
     again=_backward_again,
     definition=_definition,
+    defaults=(None,),
 )
 
 
 def lif(
-    x: Tensor, spec: LIFSpec = CIFAR, state: Tensor | None = None, return_state: bool = False
+    x: Tensor,
+    spec: LIFSpec = CIFAR,
+    state: Tensor | None = None,
+    return_state: bool = False,
+    *,
+    decay: Tensor | None = None,
+    threshold: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Multi-step leaky integrate-and-fire neuron over a whole sequence, in one kernel.
 
@@ -258,14 +316,18 @@ def lif(
         spec: Dynamics and surrogate gradient.
         state: (...), membrane potential after the reset of the step before the first; zeros if None.
         return_state: Return the last membrane potential as well.
+        decay: In the place of the spec's, with a gradient: one element, or (C,) for x (T, B, C, ...), any floating
+            dtype, values between 0 and 1. Memory other than contiguous or channels-last is then copied first.
+        threshold: Likewise, values above 0.
 
     Returns:
         Spikes (T, ...), 0 or 1, in x's dtype and memory format; with ``return_state`` also the membrane potential after
         the last reset, (...) in float32.
 
     Raises:
-        ValueError: x has no time axis, no step or no floating dtype; state has another shape, dtype or device; or the
-            backend that was forced cannot run here.
+        ValueError: x has no time axis, no step or no floating dtype; state has another shape, dtype or device; decay or
+            threshold has another length, dtype or device or, on a CPU, a value out of range; or the backend that was
+            forced cannot run here.
 
     Source: Qiu et al., AAAI 2024 (arXiv 2308.06582).
     """
@@ -277,5 +339,9 @@ def lif(
         state = state.to(state_dtype(x.dtype)) if state.is_floating_point() else state
         check_state(state, x)
     keep_mask = torch.is_grad_enabled() and x.requires_grad
-    spikes, last, _ = torch.ops.gac_kernels.lif(x, state, *spec.op_arguments, keep_mask, return_state)
+    args: tuple[Any, ...] = (x, state, *spec.op_arguments, keep_mask, return_state)
+    values = stack_values(x, x.shape[2] if x.dim() > 2 else None, spec, decay, threshold)
+    if values is not None:
+        args = (*args, values)
+    spikes, last, _ = torch.ops.gac_kernels.lif(*args)
     return (spikes, last) if return_state else spikes

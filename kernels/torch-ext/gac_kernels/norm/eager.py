@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..neuron.eager import lif_backward, lif_forward
-from ..reference import state_dtype
+from ..reference import of_channels, state_dtype
 from ..spikes.bits import pack_eager
 
 Norm = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]  # weight, bias, mean, var; no mean: no norm
@@ -45,6 +45,14 @@ def _steps(tensor: Tensor, num_steps: int) -> Tensor:
     return tensor.unflatten(0, (num_steps, -1))
 
 
+def _learned(neuron: Neuron, values: Tensor | None, x: Tensor) -> tuple[Any, Any, int, float, bool, bool]:
+    """The neuron with decays and thresholds (2, C), where they are given, as they meet a frame (B, C, H, W)."""
+    if values is None:
+        return neuron
+    decay, threshold = (of_channels(value, x) for value in values)
+    return threshold, decay, *neuron[2:]
+
+
 def forward(
     x: Tensor,
     residual: Tensor | None,
@@ -58,9 +66,10 @@ def forward(
     spikes: Tensor,
     membrane: Tensor,
     bits: Tensor,
+    values: Tensor | None = None,
 ) -> None:
     """Write spikes and, where they have elements, the neuron's input current and the spikes' bits."""
-    threshold, decay, _, width, _, soft_reset = neuron
+    threshold, decay, _, width, _, soft_reset = _learned(neuron, values, x)
     current = _current(x, residual, norm, res_norm, eps, res_eps)
     if membrane.numel():
         membrane.copy_(current)
@@ -102,9 +111,14 @@ def backward(
     grw: Tensor,
     grb: Tensor,
     group: str,
+    values: Tensor | None = None,
+    grad_values: Tensor | None = None,
 ) -> None:
-    """Write the gradients at x and, where they have elements, at the residual, the weights and the biases."""
-    threshold, decay, surrogate, width, detach_reset, soft_reset = neuron
+    """Write the gradients at x and, where they have elements, at the residual, the weights and the biases.
+
+    With ``values`` (2, C) that at decays and thresholds too.
+    """
+    threshold, decay, surrogate, width, detach_reset, soft_reset = _learned(neuron, values, x)
     dtype = state_dtype(x.dtype)
     current = _current(x, residual, norm, res_norm, eps, res_eps) if membrane is None else membrane.to(dtype)
     at_spikes = torch.zeros_like(current) if gs is None else gs.to(dtype)
@@ -123,6 +137,7 @@ def backward(
         width=width,
         detach_reset=detach_reset,
         soft_reset=soft_reset,
+        grad_values=grad_values,
     )
     if gy is not None:
         at_current.add_(gy)

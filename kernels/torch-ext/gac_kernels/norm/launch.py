@@ -15,7 +15,7 @@ from .norm_lif_kernels import apply_kernel, finish_kernel, forward_kernel, reduc
 
 
 def forward_triton(
-    x, residual, norm, res_norm, eps, res_eps, num_steps, neuron, batch_stats, spikes, membrane, bits
+    x, residual, norm, res_norm, eps, res_eps, num_steps, neuron, batch_stats, spikes, membrane, bits, values=None
 ) -> None:
     """Write spikes and, where they have elements, the input current and the spikes' bits; see `eager.forward`."""
     op = "norm_lif_fwd" if batch_stats else "norm_lif_fwd_eval"
@@ -33,6 +33,7 @@ def forward_triton(
             spikes,
             membrane,
             bits,
+            values,
             tiles.rows,
             tiles.channels,
             tiles.spatial,
@@ -78,12 +79,15 @@ def backward_triton(
     grw,
     grb,
     group,
+    values=None,
+    grad_values=None,
 ) -> None:
     """Write the gradients at x and, where they have elements, at the others; see `eager.backward`."""
     norm, res_norm = packed(norm), packed(res_norm)
     source = residual if membrane is None else membrane
     normed = res_norm[2] is not None
-    rows_of_sums = 3 if normed else 2
+    sum_count = 3 if normed else 2
+    partial_count = sum_count if values is None else sum_count + 2
     frame, size, chunks = x.numel() // num_steps, x.element_size(), cdiv(num_steps, CHUNK)
     kind = "_normed" if normed else "_residual" if source is not None else ""
     config = launch_config(f"norm_lif_bwd_reduce{kind}", min(num_steps, CHUNK), size, x.device)
@@ -91,8 +95,8 @@ def backward_triton(
         config = config | {"STAGES": 1}
     tiles = channel_tiles(x, num_steps, config)
     channels, programs = tiles.channels, tiles.grid[0]
-    partial = torch.empty((programs, rows_of_sums, channels), dtype=torch.float32, device=x.device)
-    sums = torch.empty((rows_of_sums, channels), dtype=torch.float32, device=x.device)
+    partial = torch.empty((programs, partial_count, channels), dtype=torch.float32, device=x.device)
+    sums = torch.empty((sum_count, channels), dtype=torch.float32, device=x.device)
     scratch = torch.empty(chunks * frame if chunks > 1 else 0, dtype=torch.float32, device=x.device)
     written = ga.numel() > 0
     shared = dict(EPS=eps, R_EPS=res_eps, NORMED=normed, T=num_steps, **_constants(neuron))
@@ -108,6 +112,7 @@ def backward_triton(
             ga,
             partial,
             scratch,
+            values,
             tiles.rows,
             channels,
             tiles.spatial,
@@ -119,7 +124,7 @@ def backward_triton(
             HAS_GS=gs is not None,
             HAS_GY=gy is not None,
             WRITE=written,
-            SUMS=rows_of_sums,
+            SUMS=partial_count,
             **shared,
             **tiles.meta,
         )
@@ -139,7 +144,7 @@ def backward_triton(
             AFFINE=norm[0] is not None,
             BIAS=norm[1] is not None,
             NORMED=normed,
-            SUMS=rows_of_sums,
+            SUMS=partial_count,
             **FINISH,
         )
         if group and batch_stats:
@@ -155,6 +160,7 @@ def backward_triton(
             total,
             gx,
             ga,
+            values,
             tiles.rows,
             channels,
             tiles.spatial,
@@ -166,3 +172,5 @@ def backward_triton(
             **shared,
             **tiles.meta,
         )
+    if grad_values is not None:
+        grad_values.copy_(partial[:, sum_count:].sum(0))

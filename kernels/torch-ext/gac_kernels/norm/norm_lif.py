@@ -27,6 +27,7 @@ from ..common.messages import shown
 from ..common.tiles import dense
 from ..derivatives import Gradients, register_derivatives
 from ..neuron.lif import CHUNK
+from ..neuron.values import check_values, stack_values
 from ..spec import CIFAR, LIFSpec, ResidualNorm
 from ..spikes.bits import empty_bits
 from . import eager
@@ -39,7 +40,7 @@ _lib.define(
     "norm_lif(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, Tensor? mean, Tensor? var, "
     f"Tensor? total, float eps, int num_steps, {_NEURON}, bool batch_stats, bool keep_membrane, str group, "
     "Tensor? res_weight=None, Tensor? res_bias=None, Tensor? res_mean=None, Tensor? res_var=None, float res_eps=0.0, "
-    "bool pack=False) -> (Tensor, Tensor, Tensor)"
+    "bool pack=False, Tensor? values=None) -> (Tensor, Tensor, Tensor)"
 )
 _lib.define(
     "norm_lif_backward(Tensor? grad_spikes, Tensor? grad_membrane, Tensor x, Tensor? residual, Tensor? membrane, "
@@ -47,6 +48,13 @@ _lib.define(
     f"{_NEURON}, bool batch_stats, bool need_residual, str group, Tensor? res_weight=None, Tensor? res_bias=None, "
     "Tensor? res_mean=None, Tensor? res_var=None, float res_eps=0.0) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+)
+_lib.define(
+    "norm_lif_backward_learned(Tensor? grad_spikes, Tensor? grad_membrane, Tensor x, Tensor? residual, "
+    "Tensor? membrane, Tensor? weight, Tensor? bias, Tensor? mean, Tensor? var, Tensor? total, float eps, "
+    f"int num_steps, {_NEURON}, bool batch_stats, bool need_residual, str group, Tensor? res_weight, "
+    "Tensor? res_bias, Tensor? res_mean, Tensor? res_var, float res_eps, Tensor values) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 
 
@@ -82,6 +90,7 @@ def _norm_lif(
     res_var=None,
     res_eps=0.0,
     pack=False,
+    values=None,
 ):
     check_norm(
         x=x,
@@ -95,6 +104,8 @@ def _norm_lif(
     )
     res_norm = (res_weight, res_bias, res_mean, res_var)
     check_residual_norm(x, residual, weight, *res_norm, group)
+    if values is not None:
+        check_values(values, length=x.shape[1])
     spikes, membrane, bits = _outputs(x, num_steps, keep_membrane, pack)
     if x.numel():
         shortcut = None if residual is None else as_layout(residual, spikes)
@@ -113,6 +124,7 @@ def _norm_lif(
             spikes,
             membrane,
             bits,
+            None if values is None else values.contiguous(),
         )
     return spikes, membrane, bits
 
@@ -125,6 +137,14 @@ def _gradients(
     ga = torch.empty_like(gx) if written else x.new_empty(0)
     gw, gb, grw = (x.new_empty(0) if v is None else torch.empty_like(v) for v in (weight, bias, res_weight))
     return gx, ga, gw, gb, grw, torch.empty_like(grw)
+
+
+@torch.library.impl(_lib, "norm_lif_backward_learned", "CompositeExplicitAutograd")
+def _norm_lif_backward_learned(*args: Any):
+    *rest, values = args
+    grad_values = torch.zeros_like(values, memory_format=torch.contiguous_format)
+    grads = _norm_lif_backward(*rest, values=values.contiguous(), grad_values=grad_values)
+    return *grads, grad_values
 
 
 @torch.library.impl(_lib, "norm_lif_backward", "CompositeExplicitAutograd")
@@ -155,6 +175,8 @@ def _norm_lif_backward(
     res_mean=None,
     res_var=None,
     res_eps=0.0,
+    values=None,
+    grad_values=None,
 ):
     # The second pass recomputes where that costs no more than reading the gradient at the current back.
     written = need_residual or residual is not None or membrane is not None or num_steps > CHUNK or grad_spikes is None
@@ -193,6 +215,8 @@ def _norm_lif_backward(
             grw,
             grb,
             group,
+            values,
+            grad_values,
         )
     else:
         for gradient in (gw, gb, grw, grb):
@@ -226,6 +250,7 @@ def _norm_lif_fake(
     res_var=None,
     res_eps=0.0,
     pack=False,
+    values=None,
 ):
     return _outputs(x, num_steps, keep_membrane, pack)
 
@@ -268,9 +293,15 @@ def _norm_lif_backward_fake(
     )
 
 
+@torch.library.register_fake("gac_kernels::norm_lif_backward_learned", lib=_lib)
+def _norm_lif_backward_learned_fake(*args: Any):
+    *rest, values = args
+    return *_norm_lif_backward_fake(*rest), torch.empty_like(values, memory_format=torch.contiguous_format)
+
+
 def _setup_context(ctx: Any, inputs: tuple, outputs: tuple[Tensor, Tensor, Tensor]) -> None:
     _, membrane, bits = outputs
-    x, residual, weight, bias, mean, var, total, *rest = inputs
+    x, residual, weight, bias, mean, var, total, *rest, values = inputs
     *ctx.args, ctx.batch_stats, ctx.keep_membrane, ctx.group = rest[:-6]
     *res_norm, ctx.res_eps, _ = rest[-6:]
     ctx.has_residual, ctx.normed = residual is not None, res_norm[2] is not None
@@ -280,16 +311,18 @@ def _setup_context(ctx: Any, inputs: tuple, outputs: tuple[Tensor, Tensor, Tenso
     residual = None if ctx.keep_membrane and not ctx.normed else residual
     kept = membrane if ctx.keep_membrane else None
     ctx.mark_non_differentiable(bits)
-    ctx.save_for_backward(x, residual, kept, weight, bias, mean, var, total, *res_norm)
+    ctx.save_for_backward(x, residual, kept, weight, bias, mean, var, total, *res_norm, values)
 
 
 def _backward(ctx: Any, grad_spikes: Tensor | None, grad_membrane: Tensor | None, _: None) -> Gradients:
     if not ctx.keep_membrane:
         grad_membrane = None
     if grad_spikes is None and grad_membrane is None:
-        return (None,) * 24
-    x, residual, membrane, weight, bias, mean, var, total, *res_norm = ctx.saved_tensors
-    gx, ga, gw, gb, grw, grb = torch.ops.gac_kernels.norm_lif_backward(
+        return (None,) * 25
+    x, residual, membrane, weight, bias, mean, var, total, *res_norm, values = ctx.saved_tensors
+    learned: Any = () if values is None else (values,)
+    run = torch.ops.gac_kernels.norm_lif_backward_learned if learned else torch.ops.gac_kernels.norm_lif_backward
+    gx, ga, gw, gb, grw, grb, *of_values = run(
         grad_spikes,
         grad_membrane,
         x,
@@ -306,10 +339,12 @@ def _backward(ctx: Any, grad_spikes: Tensor | None, grad_membrane: Tensor | None
         ctx.group,
         *res_norm,
         ctx.res_eps,
+        *learned,
     )
     of_norm = (gw if ctx.has_weight else None, gb if ctx.has_bias else None)
     of_residual_norm = (grw, grb) if ctx.has_weight and ctx.normed else (None, None)
-    return gx, ga if ctx.has_residual else None, *of_norm, *[None] * 14, *of_residual_norm, *[None] * 4
+    at_current = ga if ctx.has_residual else None
+    return gx, at_current, *of_norm, *[None] * 14, *of_residual_norm, *[None] * 4, *(of_values or [None])
 
 
 register_derivatives(
@@ -319,7 +354,7 @@ register_derivatives(
     backward=_backward,
     again=backward_again,
     definition=definition,
-    defaults=(None, None, None, None, 0.0, False),
+    defaults=(None, None, None, None, 0.0, False, None),
 )
 
 
@@ -347,6 +382,8 @@ def norm_lif(
     return_membrane: bool = False,
     residual_norm: ResidualNorm | None = None,
     return_bits: bool = False,
+    decay: Tensor | None = None,
+    threshold: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, ...]:
     """``lif((x - mean) / sqrt(var + eps) * weight + bias + residual)`` over T steps, in one pass over x.
 
@@ -366,6 +403,8 @@ def norm_lif(
         residual_norm: Statistics, scale and shift of a batch norm of the residual, applied to it here; its statistics
             are those of the residual itself where ``batch_stats`` says so of x's.
         return_bits: Return the spikes bit-packed as well, as `pack_spikes` gives them.
+        decay: In the place of the spec's, with a gradient: one element or (C,), any floating dtype, between 0 and 1.
+        threshold: Likewise, above 0.
 
     Returns:
         Spikes (T*B, C, H, W), 0 or 1, in x's dtype and memory format; with ``return_membrane`` the current before them,
@@ -373,8 +412,8 @@ def norm_lif(
         where it is returned, it is rounded to x's dtype before the neuron sees it.
 
     Raises:
-        ValueError: A tensor has the wrong shape, dtype or device, a statistic requires a gradient, or T does not divide
-            the first axis.
+        ValueError: A tensor has the wrong shape, dtype or device or, on a CPU, a decay or threshold is out of range; a
+            statistic requires a gradient; or T does not divide the first axis.
     """
     check_spec(spec)
     check_tensor("x", x)
@@ -420,6 +459,7 @@ def norm_lif(
         *res_args,
         res_norm.eps,
         return_bits,
+        stack_values(x, x.shape[1], spec, decay, threshold, expand=True),
     )
     if not (return_membrane or return_bits):
         return spikes

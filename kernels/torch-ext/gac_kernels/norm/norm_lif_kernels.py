@@ -10,11 +10,13 @@ never exists in memory, and its gradient needs one more sum, ``sum(ga * (residua
 
 With REVERSE a kernel walks its tiles from the last to the first. A kernel that reads what another has just written
 finds in the L2 cache what was written last, so the two are to walk in opposite directions.
+
+Where ``values_ptr`` is no None, decay and threshold are tensors, one of each a channel, in the place of the constants.
 """
 
 from __future__ import annotations
 
-from ..common.neuron_step import membrane_grad, reset, within
+from ..common.neuron_step import learned_values, membrane_grad, reset, threshold_grad, within
 from ..common.tiles import norm_affine, sum_partials, tile_offsets
 from ..common.triton import tl, triton
 
@@ -34,6 +36,7 @@ def forward_kernel(
     s_ptr,
     y_ptr,
     bits_ptr,
+    values_ptr,
     rows,
     C,
     S,
@@ -63,6 +66,12 @@ def forward_kernel(
         shift += r_shift
     tile = tl.num_programs(0) - 1 - tl.program_id(0) if REVERSE else tl.program_id(0)
     at, inside = tile_offsets(tile, channel, rows, C, S, CHANNELS_LAST, BLOCK_R)
+    if values_ptr is not None:
+        decay, threshold = learned_values(values_ptr, channel, C)
+        decay, threshold = decay[None, :], threshold[None, :]
+    else:
+        decay: tl.constexpr = DECAY
+        threshold: tl.constexpr = THRESHOLD
     v = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
     for first in range(0, T, STEPS):
         xs = ()  # loads first: a store between them would keep the compiler from overlapping them
@@ -85,12 +94,12 @@ def forward_kernel(
                 stored = a.to(y_ptr.dtype.element_ty)
                 tl.store(y_ptr + at + t * frame, stored, mask=here)
                 a = stored.to(tl.float32)
-            u = DECAY * v + a
-            fired = tl.where(u > THRESHOLD, 1.0, 0.0)
+            u = decay * v + a
+            fired = tl.where(u > threshold, 1.0, 0.0)
             tl.store(s_ptr + at + t * frame, fired.to(s_ptr.dtype.element_ty), mask=here)
             if PACK:
-                bits |= tl.where(here & (u > THRESHOLD), 1 << k, 0)
-            v = tl.where(here, reset(u, THRESHOLD, SOFT), v)
+                bits |= tl.where(here & (u > threshold), 1 << k, 0)
+            v = tl.where(here, reset(u, threshold, SOFT), v)
         if PACK:  # a byte holds a chunk of up to eight steps
             tl.store(bits_ptr + at + (first // STEPS) * frame, bits.to(tl.uint8), mask=inside)
 
@@ -127,6 +136,7 @@ def reduce_kernel(
     ga_ptr,
     partial_ptr,
     scratch_ptr,
+    values_ptr,
     rows,
     C,
     S,
@@ -155,7 +165,10 @@ def reduce_kernel(
     BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """First backward pass: the sums of each channel (SUMS = 2, or 3 with NORMED) and, with WRITE, the gradient ga."""
+    """First backward pass: the sums of each channel and, with WRITE, the gradient ga.
+
+    There are SUMS = 2 sums, or 3 with NORMED; with values two more behind them, those of their gradients.
+    """
     frame = tl.cast(frame, tl.int64)
     CHUNKS: tl.constexpr = (T + STEPS - 1) // STEPS
     channel = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -165,9 +178,18 @@ def reduce_kernel(
     if NORMED:
         r_scale, r_shift, r_mean, _ = norm_affine(channel, C, rw_ptr, rb_ptr, rmean_ptr, rvar_ptr, R_EPS)
         shift += r_shift
+    if values_ptr is not None:
+        decay, threshold = learned_values(values_ptr, channel, C)
+        decay, threshold = decay[None, :], threshold[None, :]
+    else:
+        decay: tl.constexpr = DECAY
+        threshold: tl.constexpr = THRESHOLD
     sum_a = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
     sum_b = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
     sum_c = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
+    if values_ptr is not None:
+        sum_decay = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
+        sum_threshold = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
     for nth in tl.range(tl.program_id(0), tiles, tl.num_programs(0), num_stages=STAGES):
         tile = tiles - 1 - nth if REVERSE else nth
         at, inside = tile_offsets(tile, channel, rows, C, S, CHANNELS_LAST, BLOCK_R)
@@ -183,7 +205,7 @@ def reduce_kernel(
                     if RESIDUAL or KEEP:
                         source = tl.load(source_ptr + at + t * frame, mask=here, other=0.0)
                     a = _current(x, source, scale, shift, r_scale, RESIDUAL, NORMED, KEEP)
-                    v = reset(DECAY * v + a, THRESHOLD, SOFT)
+                    v = reset(decay * v + a, threshold, SOFT)
             tl.debug_barrier()
         gv = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
         for back in range(CHUNKS):
@@ -213,18 +235,26 @@ def reduce_kernel(
             if CHUNKS > 1:
                 v = tl.load(scratch_ptr + at + (CHUNKS - 1 - back) * frame, mask=inside, other=0.0)
             us = ()
+            vs = ()  # membranes before each step
             for k in tl.static_range(STEPS):
-                u = DECAY * v + _current(xs[k], sources[k], scale, shift, r_scale, RESIDUAL, NORMED, KEEP)
+                if values_ptr is not None:
+                    vs += (v,)
+                u = decay * v + _current(xs[k], sources[k], scale, shift, r_scale, RESIDUAL, NORMED, KEEP)
                 us += (u,)
-                v = reset(u, THRESHOLD, SOFT)
+                v = reset(u, threshold, SOFT)
             for k in tl.static_range(STEPS - 1, -1, -1):
                 t = first + k
                 here = within(inside, t, T, STEPS)
                 at_spike = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
                 if HAS_GS:
                     at_spike = gs[k].to(tl.float32)
-                gu = membrane_grad(us[k], at_spike, gv, THRESHOLD, SURROGATE, WIDTH, DETACH, SOFT)
-                gv = tl.where(here, DECAY * gu, gv)
+                gu = membrane_grad(us[k], at_spike, gv, threshold, SURROGATE, WIDTH, DETACH, SOFT)
+                if values_ptr is not None:
+                    keep = tl.where(us[k] > threshold, 0.0, 1.0)
+                    sum_decay += tl.where(here, gu * vs[k], 0.0)
+                    gh = threshold_grad(us[k], keep, at_spike, gv, threshold, SURROGATE, WIDTH, DETACH, SOFT)
+                    sum_threshold += tl.where(here, gh, 0.0)
+                gv = tl.where(here, decay * gu, gv)
                 if HAS_GY:
                     gu += gy[k].to(tl.float32)
                 if WRITE:
@@ -239,6 +269,9 @@ def reduce_kernel(
     tl.store(to + C, tl.sum(sum_b, 0), mask=channel < C)
     if NORMED:
         tl.store(to + 2 * C, tl.sum(sum_c, 0), mask=channel < C)
+    if values_ptr is not None:
+        tl.store(to + (SUMS - 2) * C, tl.sum(sum_decay, 0), mask=channel < C)
+        tl.store(to + (SUMS - 1) * C, tl.sum(sum_threshold, 0), mask=channel < C)
 
 
 @triton.jit
@@ -311,6 +344,7 @@ def apply_kernel(
     total_ptr,
     gx_ptr,
     gr_ptr,
+    values_ptr,
     rows,
     C,
     S,
@@ -345,6 +379,12 @@ def apply_kernel(
         r_k1, r_k2 = _input_gradient(sums_ptr, 2, channel, C, values, r_scale, r_mean, r_rstd, BATCH)
     tile = tl.num_programs(0) - 1 - tl.program_id(0) if REVERSE else tl.program_id(0)
     at, here = tile_offsets(tile, channel, rows, C, S, CHANNELS_LAST, BLOCK_R)
+    if values_ptr is not None:
+        decay, threshold = learned_values(values_ptr, channel, C)
+        decay, threshold = decay[None, :], threshold[None, :]
+    else:
+        decay: tl.constexpr = DECAY
+        threshold: tl.constexpr = THRESHOLD
     if RECOMPUTE:  # g is the gradient at the spikes
         xs = ()
         gs = ()
@@ -354,13 +394,13 @@ def apply_kernel(
         v = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
         us = ()
         for t in tl.static_range(T):
-            u = DECAY * v + (xs[t].to(tl.float32) * scale + shift)
+            u = decay * v + (xs[t].to(tl.float32) * scale + shift)
             us += (u,)
-            v = reset(u, THRESHOLD, SOFT)
+            v = reset(u, threshold, SOFT)
         gv = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
         for t in tl.static_range(T - 1, -1, -1):
-            gu = membrane_grad(us[t], gs[t].to(tl.float32), gv, THRESHOLD, SURROGATE, WIDTH, DETACH, SOFT)
-            gv = DECAY * gu
+            gu = membrane_grad(us[t], gs[t].to(tl.float32), gv, threshold, SURROGATE, WIDTH, DETACH, SOFT)
+            gv = decay * gu
             gx = scale * gu + k1 * xs[t].to(tl.float32) + k2
             tl.store(gx_ptr + at + t * frame, gx.to(gx_ptr.dtype.element_ty), mask=here)
     else:  # g is the gradient at the input current

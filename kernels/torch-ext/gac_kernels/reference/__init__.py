@@ -26,6 +26,7 @@ from .int8_conv2d import (
 from .neuron import (
     integer_lif_reference,
     lif_reference,
+    of_channels,
     smooth_step,
     state_dtype,
     surrogate_derivative,
@@ -57,6 +58,7 @@ __all__ = [
     "integer_lif_reference",
     "lif_reference",
     "norm_lif_reference",
+    "of_channels",
     "on_grid",
     "pack_spikes_reference",
     "packed_conv2d_reference",

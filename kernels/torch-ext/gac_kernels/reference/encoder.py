@@ -11,7 +11,14 @@ from .neuron import lif_reference, state_dtype
 
 
 def gated_lif_reference(
-    x: Tensor, spatial: Tensor, temporal: Tensor, spec: LIFSpec = CIFAR, smooth: bool = False
+    x: Tensor,
+    spatial: Tensor,
+    temporal: Tensor,
+    spec: LIFSpec = CIFAR,
+    smooth: bool = False,
+    *,
+    decay: Tensor | None = None,
+    threshold: Tensor | None = None,
 ) -> Tensor:
     """Gated spikes of an input that varies over time: ``sigmoid(temporal[t] * spatial[t]) * LIF(x)[t]``.
 
@@ -21,6 +28,8 @@ def gated_lif_reference(
         temporal: (B, T), temporal attention before the sigmoid.
         spec: Dynamics and surrogate.
         smooth: Differentiable twin for numerical gradient checks.
+        decay: In the place of the spec's: one element or (C,).
+        threshold: Likewise.
 
     Returns:
         (T, B, C, H, W) in x's dtype, values in [0, 1).
@@ -28,14 +37,21 @@ def gated_lif_reference(
     Source: Qiu et al., AAAI 2024 (arXiv 2308.06582).
     """
     dtype = state_dtype(x.dtype)
-    spikes = lif_reference(x.to(dtype), spec, smooth=smooth)
+    spikes = lif_reference(x.to(dtype), spec, smooth=smooth, decay=decay, threshold=threshold)
     assert isinstance(spikes, Tensor)  # a pair only where the state is asked for
     scores = temporal.to(dtype).t()[:, :, None, None, None] * spatial.to(dtype)  # (T, B, C, H, W)
     return (torch.sigmoid(scores) * spikes).to(x.dtype)
 
 
 def gac_encode_reference(
-    stem: Tensor, spatial: Tensor, temporal: Tensor, spec: LIFSpec = CIFAR, smooth: bool = False
+    stem: Tensor,
+    spatial: Tensor,
+    temporal: Tensor,
+    spec: LIFSpec = CIFAR,
+    smooth: bool = False,
+    *,
+    decay: Tensor | None = None,
+    threshold: Tensor | None = None,
 ) -> Tensor:
     """Gated attention coding of a static image by literal repetition over time.
 
@@ -45,6 +61,8 @@ def gac_encode_reference(
         temporal: (B, T), temporal attention before the sigmoid.
         spec: Dynamics and surrogate.
         smooth: Differentiable twin for numerical gradient checks.
+        decay: In the place of the spec's: one element or (C,).
+        threshold: Likewise.
 
     Returns:
         (T, B, C, H, W) in stem's dtype, values in [0, 1).
@@ -56,6 +74,8 @@ def gac_encode_reference(
         temporal=temporal,
         spec=spec,
         smooth=smooth,
+        decay=decay,
+        threshold=threshold,
     )
 
 
@@ -66,6 +86,11 @@ def gac_fire_reference(
     spec: LIFSpec = CIFAR,
     spikes_dtype: torch.dtype | None = None,
     smooth: bool = False,
+    *,
+    decay: Tensor | None = None,
+    threshold: Tensor | None = None,
+    second_decay: Tensor | None = None,
+    second_threshold: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Gated attention coding, then a second neuron with the same spec.
 
@@ -76,12 +101,17 @@ def gac_fire_reference(
         spec: Dynamics and surrogate of both neurons.
         spikes_dtype: Dtype of the spikes; stem's if None.
         smooth: Differentiable twin for numerical gradient checks.
+        decay: Of the encoder's neuron in the place of the spec's: one element or (C,).
+        threshold: Likewise.
+        second_decay: Of the second neuron in the place of the spec's, likewise.
+        second_threshold: Likewise.
 
     Returns:
         Gated spikes and the second neuron's spikes, (T, B, C, H, W) each.
     """
-    gated = (gac_encode_reference if stem.dim() == 4 else gated_lif_reference)(stem, spatial, temporal, spec, smooth)
-    spikes = lif_reference(gated, spec, smooth=smooth)
+    gate = gac_encode_reference if stem.dim() == 4 else gated_lif_reference
+    gated = gate(stem, spatial, temporal, spec, smooth, decay=decay, threshold=threshold)
+    spikes = lif_reference(gated, spec, smooth=smooth, decay=second_decay, threshold=second_threshold)
     assert isinstance(spikes, Tensor)  # a pair only where the state is asked for
     return gated, spikes if spikes_dtype is None else spikes.to(spikes_dtype)
 

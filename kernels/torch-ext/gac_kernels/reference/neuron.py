@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -70,8 +71,23 @@ def steps_of(x: Tensor, num_steps: int) -> Tensor:
     return x.unflatten(0, (num_steps, x.shape[0] // num_steps))
 
 
+def of_channels(value: float | Tensor, frame: Tensor) -> Any:
+    """A decay or threshold as it meets a frame (B, C, ...): a number as it is, a tensor of one element or (C,)."""
+    if not isinstance(value, Tensor):
+        return value
+    value = value.to(state_dtype(frame.dtype))
+    return value.reshape(()) if value.numel() == 1 else value.view(-1, *[1] * (frame.dim() - 2))
+
+
 def lif_reference(
-    x: Tensor, spec: LIFSpec = CIFAR, state: Tensor | None = None, return_state: bool = False, smooth: bool = False
+    x: Tensor,
+    spec: LIFSpec = CIFAR,
+    state: Tensor | None = None,
+    return_state: bool = False,
+    smooth: bool = False,
+    *,
+    decay: Tensor | None = None,
+    threshold: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Multi-step leaky integrate-and-fire neuron, step by step.
 
@@ -81,25 +97,36 @@ def lif_reference(
         state: (...), membrane potential after the reset of the step before the first; zeros if None.
         return_state: Return the last membrane potential as well.
         smooth: Differentiable twin for numerical gradient checks.
+        decay: In the place of the spec's: one element, or (C,) for x (T, B, C, ...).
+        threshold: Likewise.
 
     Returns:
         Spikes (T, ...) in x's dtype, and with ``return_state`` the membrane (...) in float32 (float64 for float64).
     """
     v = torch.zeros_like(x[0], dtype=state_dtype(x.dtype)) if state is None else state.to(state_dtype(x.dtype))
+    kept = of_channels(spec.decay if decay is None else decay, v)
+    level = of_channels(spec.threshold if threshold is None else threshold, v)
     spikes = []
     for current in x:
-        u = spec.decay * v + current.to(v.dtype)
-        d = u - spec.threshold
+        u = kept * v + current.to(v.dtype)
+        d = u - level
         s = smooth_step(d, spec.surrogate, spec.width) if smooth else _Step.apply(d, spec.surrogate, spec.width)
         r = s.detach() if spec.detach_reset else s
-        v = u - spec.threshold * r if spec.soft_reset else (1.0 - r) * u
+        v = u - level * r if spec.soft_reset else (1.0 - r) * u
         spikes.append(s.to(x.dtype))
     return (torch.stack(spikes), v) if return_state else torch.stack(spikes)
 
 
-def fire(current: Tensor, num_steps: int, spec: LIFSpec, smooth: bool = False) -> Tensor:
+def fire(
+    current: Tensor,
+    num_steps: int,
+    spec: LIFSpec,
+    smooth: bool = False,
+    decay: Tensor | None = None,
+    threshold: Tensor | None = None,
+) -> Tensor:
     """Spikes of a time-folded current, both (T*B, ...); arguments as in `lif_reference`."""
-    spikes = lif_reference(steps_of(current, num_steps), spec, smooth=smooth)
+    spikes = lif_reference(steps_of(current, num_steps), spec, smooth=smooth, decay=decay, threshold=threshold)
     assert isinstance(spikes, Tensor)  # a pair only where the state is asked for
     return spikes.flatten(0, 1)
 

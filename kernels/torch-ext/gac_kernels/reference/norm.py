@@ -73,6 +73,8 @@ def norm_lif_reference(
     residual_norm: ResidualNorm | None = None,
     return_bits: bool = False,
     smooth: bool = False,
+    decay: Tensor | None = None,
+    threshold: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, ...]:
     """Batch norm, residual and multi-step LIF, one after the other.
 
@@ -92,6 +94,8 @@ def norm_lif_reference(
         residual_norm: Batch norm of the residual before it is added.
         return_bits: Return the spikes as bits as well, see `pack_spikes_reference`.
         smooth: Differentiable twin for numerical gradient checks.
+        decay: In the place of the spec's: one element or (C,).
+        threshold: Likewise.
 
     Returns:
         Spikes (T*B, C, H, W) in x's dtype; with ``return_membrane`` the current before them, with ``return_bits`` the
@@ -114,7 +118,7 @@ def norm_lif_reference(
         a = a + residual
     if return_membrane:
         a = a.to(x.dtype)
-    spikes = fire(a, num_steps, spec, smooth).to(x.dtype)
+    spikes = fire(a, num_steps, spec, smooth, decay, threshold).to(x.dtype)
     if not (return_membrane or return_bits):
         return spikes
     bits = [pack_spikes_reference(spikes, num_steps)] if return_bits else []
