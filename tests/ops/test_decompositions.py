@@ -30,16 +30,28 @@ def arguments(name: str, spec: LIFSpec, layout: torch.memory_format) -> list[tup
     rows = torch.randn(T, 7)
     op, forward = spec.op_arguments, spec.forward_arguments
     norm = (*vectors, None, 1e-5, T, *op, False)
+    values = torch.rand(4, C) * 0.8 + 0.1  # decays and thresholds of two neurons
     return {
-        "lif": [(x.unflatten(0, (T, B)), None, *op, False, False), (rows, rows[0], *op, False, True)],
+        "lif": [
+            (x.unflatten(0, (T, B)), None, *op, False, False),
+            (rows, rows[0], *op, False, True),
+            (x.unflatten(0, (T, B)), None, *op, False, True, values[:2]),
+        ],
         "integer_lif": [(x, T, *forward)],
         "norm_lif": [
             (x, None, *norm, False, ""),
             (x, frames(layout), *norm, True, "", *vectors, 1e-3),
             (x, frames(layout), None, vectors[1], None, None, None, 0.0, T, *op, False, True, ""),
+            (x, None, *norm, False, "", None, None, None, None, 0.0, False, values[:2]),
         ],
-        "gated_lif": [(*pair, torch.randn(B, T), *op) for pair in (static, varying)],
-        "gac_fire": [(*pair, torch.randn(B, T), n, *op) for n, pair in enumerate((static, varying))],
+        "gated_lif": [
+            *((*pair, torch.randn(B, T), *op) for pair in (static, varying)),
+            (*varying, torch.randn(B, T), *op, values[:2]),
+        ],
+        "gac_fire": [
+            *((*pair, torch.randn(B, T), n, *op) for n, pair in enumerate((static, varying))),
+            (*static, torch.randn(B, T), False, *op, values),
+        ],
         "pad_frames": [(x, 1, 2, True), (x, 2, 0, False)],
         "pool_frames": [(x,)],
         "firing_rate": [(x, T), (spikes, T, torch.float64)],
@@ -73,7 +85,7 @@ def test_a_decomposition_is_its_operator(op, spec: str, layout: str) -> None:
 
 def test_what_a_backward_pass_wants_stays_an_operator() -> None:
     table = {function.__name__: function for function in decomposition_table().values()}
-    (call, _) = arguments("lif", CIFAR, torch.contiguous_format)
+    (call, *_) = arguments("lif", CIFAR, torch.contiguous_format)
     assert table["lif"](*call[:-2], True, False) is NotImplemented
     call = arguments("norm_lif", CIFAR, torch.contiguous_format)[1]
     assert table["norm_lif"](*call, True) is NotImplemented

@@ -17,13 +17,24 @@ from torch import Tensor
 
 from .common.shortcut import shortcut_stride
 from .common.tiles import dense, is_channels_last
-from .reference import state_dtype
+from .reference import of_channels, state_dtype
 from .reference.convolution import grid_shift
 
 __all__ = ["decomposition_table", "registered_decompositions"]
 
 
-def _fire(currents: Sequence[Tensor], v: Tensor | None, threshold: float, decay: float, soft_reset: bool) -> Any:
+Number = float | Tensor
+
+
+def _learned(threshold: float, decay: float, values: Tensor | None, frame: Tensor) -> tuple[Number, Number]:
+    """Threshold and decay as numbers or, from values (2, N), as they meet a frame (B, C, ...)."""
+    if values is None:
+        return threshold, decay
+    decays, thresholds = (of_channels(row, frame) for row in values.unbind())
+    return thresholds, decays
+
+
+def _fire(currents: Sequence[Tensor], v: Tensor | None, threshold: Number, decay: Number, soft_reset: bool) -> Any:
     """The spikes of each step, bool, and the membrane after the last reset; currents and ``v`` in the state's dtype."""
     spikes = []
     for current in currents:
@@ -40,7 +51,7 @@ def _steps(x: Tensor, num_steps: int) -> list[Tensor]:
 
 
 def _fire_folded(
-    current: Tensor, num_steps: int, threshold: float, decay: float, soft_reset: bool, dtype: torch.dtype
+    current: Tensor, num_steps: int, threshold: Number, decay: Number, soft_reset: bool, dtype: torch.dtype
 ) -> Tensor:
     """The spikes of a time-folded current, (T*B, ...) in ``dtype``."""
     wide = current.to(state_dtype(current.dtype))
@@ -59,12 +70,14 @@ def lif(
     soft_reset: bool,
     keep_mask: bool,
     return_state: bool,
+    values: Tensor | None = None,
 ) -> Any:
     """`gac_kernels.lif`; one that keeps a mask for a backward pass stays as it is."""
     if keep_mask:
         return NotImplemented
     wide = x.to(state_dtype(x.dtype))
-    spikes, v = _fire(list(wide.unbind()), state, threshold, decay, soft_reset)
+    numbers = _learned(threshold, decay, values, x[0])
+    spikes, v = _fire(list(wide.unbind()), state, *numbers, soft_reset)
     nothing = x.new_empty(0, dtype=torch.float32)
     fired = torch.cat(spikes).view(x.shape) if x.dim() > 1 else torch.stack(spikes)
     return fired.to(x.dtype), v if return_state else nothing, nothing.to(torch.uint8)
@@ -109,6 +122,7 @@ def norm_lif(
     res_var: Tensor | None = None,
     res_eps: float = 0.0,
     pack: bool = False,
+    values: Tensor | None = None,
 ) -> Any:
     """`gac_kernels.norm_lif`; one that packs spikes for a backward pass stays as it is."""
     if pack:
@@ -121,7 +135,8 @@ def norm_lif(
         current = current + _in_format_of(x, residual)
     nothing = x.new_empty(0)
     membrane = current.to(x.dtype) if keep_membrane else nothing
-    spikes = _fire_folded(membrane if keep_membrane else current, num_steps, threshold, decay, soft_reset, x.dtype)
+    numbers = _learned(threshold, decay, values, x)
+    spikes = _fire_folded(membrane if keep_membrane else current, num_steps, *numbers, soft_reset, x.dtype)
     return spikes, membrane, nothing.to(torch.uint8)
 
 
@@ -129,7 +144,7 @@ def _in_format_of(x: Tensor, other: Tensor) -> Tensor:
     return other.contiguous(memory_format=torch.channels_last if is_channels_last(x) else torch.contiguous_format)
 
 
-def _gated(x: Tensor, spatial: Tensor, temporal: Tensor, threshold: float, decay: float, soft_reset: bool) -> Any:
+def _gated(x: Tensor, spatial: Tensor, temporal: Tensor, threshold: Number, decay: Number, soft_reset: bool) -> Any:
     """The gated spikes of each step, (B, C, H, W) each in x's dtype."""
     dtype, num_steps = state_dtype(x.dtype), temporal.shape[1]
     wide, scores = x.to(dtype), spatial.to(dtype)
@@ -157,9 +172,11 @@ def gated_lif(
     width: float,
     detach_reset: bool,
     soft_reset: bool,
+    values: Tensor | None = None,
 ) -> Tensor:
     """`gac_kernels.gac_encode` and `gac_kernels.gated_lif`."""
-    return _frames(_gated(x, spatial, temporal, threshold, decay, soft_reset))
+    numbers = _learned(threshold, decay, values, x if x.dim() == 4 else x[0])
+    return _frames(_gated(x, spatial, temporal, *numbers, soft_reset))
 
 
 def gac_fire(
@@ -173,11 +190,14 @@ def gac_fire(
     width: float,
     detach_reset: bool,
     soft_reset: bool,
+    values: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`gac_kernels.gac_fire`."""
-    gated = _gated(stem, spatial, temporal, threshold, decay, soft_reset)
+    frame, pairs = stem if stem.dim() == 4 else stem[0], (None, None) if values is None else values.split(2)
+    first, second = (_learned(threshold, decay, pair, frame) for pair in pairs)
+    gated = _gated(stem, spatial, temporal, *first, soft_reset)
     currents = [step.to(state_dtype(step.dtype)) for step in gated]
-    fired, _ = _fire(currents, None, threshold, decay, soft_reset)
+    fired, _ = _fire(currents, None, *second, soft_reset)
     spikes = _frames(fired).to(torch.int8 if integer else stem.dtype)
     return _frames(gated), spikes
 

@@ -17,8 +17,8 @@ class LIF(nn.Module):
     """The multi-step leaky integrate-and-fire neuron, in the place of ``timm_gac.LIF``.
 
     The module that it stands in for has ``num_steps`` (T folded into the first axis, or None where time is an axis of
-    its own), ``spec`` with ``op_arguments``, as `LIFSpec` has them, and maybe ``learned``, whose ``values()`` are decays
-    and thresholds (2, N).
+    its own), ``spec`` with ``op_arguments``, as `LIFSpec` has them, and maybe ``learned``, whose ``values()`` are
+    decays and thresholds (2, N).
     """
 
     can_torch_compile = True

@@ -19,8 +19,8 @@ def _number(name: str, value: Any) -> float:
     if isinstance(value, Tensor) and value.requires_grad:
         raise ValueError(
             f"expected {name} as a plain number, got a tensor that requires a gradient: specs hold plain numbers, "
-            "which do not learn, give float(...); for one that does, neuron='plif' of a network, LIF(learnable='layer') "
-            "or lif(x, decay=...)"
+            "which do not learn, give float(...); for one that does, neuron='plif' of a network, "
+            "LIF(learnable='layer') or lif(x, decay=...)"
         )
     single = isinstance(value, (int, float)) or getattr(value, "shape", None) == ()
     try:

@@ -196,8 +196,8 @@ def _gated_lif(x, spatial, temporal, threshold, decay, surrogate, width, detach_
 def _gated_lif_backward_learned(*args: Any):
     *rest, values = args
     grad_values = torch.zeros_like(values, memory_format=torch.contiguous_format)
-    grads = _gated_lif_backward(*rest, values=values.contiguous(), grad_values=grad_values)
-    return *grads, grad_values
+    run: Any = _gated_lif_backward
+    return *run(*rest, values.contiguous(), grad_values), grad_values
 
 
 @torch.library.impl(_lib, "gated_lif_backward", "CompositeExplicitAutograd")

@@ -166,8 +166,8 @@ def _gac_fire(
 def _gac_fire_backward_learned(*args: Any):
     *rest, values = args
     grad_values = torch.zeros_like(values, memory_format=torch.contiguous_format)
-    grads = _gac_fire_backward(*rest, values=values.contiguous(), grad_values=grad_values)
-    return *grads, grad_values
+    run: Any = _gac_fire_backward
+    return *run(*rest, values.contiguous(), grad_values), grad_values
 
 
 @torch.library.impl(_lib, "gac_fire_backward", "CompositeExplicitAutograd")

@@ -143,8 +143,8 @@ def _gradients(
 def _norm_lif_backward_learned(*args: Any):
     *rest, values = args
     grad_values = torch.zeros_like(values, memory_format=torch.contiguous_format)
-    grads = _norm_lif_backward(*rest, values=values.contiguous(), grad_values=grad_values)
-    return *grads, grad_values
+    run: Any = _norm_lif_backward
+    return *run(*rest, values.contiguous(), grad_values), grad_values
 
 
 @torch.library.impl(_lib, "norm_lif_backward", "CompositeExplicitAutograd")
