@@ -27,7 +27,8 @@ if TYPE_CHECKING or not _waits:
     from .inference.fold import fuse_for_inference
     from .inference.quantize import quantize
     from .layers.encoder import DirectCoding, GatedAttentionCoding
-    from .layers.neuron import LIF, BatchNormLIF
+    from .layers.lif import LIF
+    from .layers.neuron import BatchNormLIF
     from .layers.weight_decay import parameter_groups
     from .runtime.graphs import GraphedStep
 

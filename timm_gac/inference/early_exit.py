@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from gac_kernels import lif
 
+from ..layers.learned import learned_values
 from ..layers.neuron_layer import NeuronLayer
 from ..models.network import SpikingResNet, not_finite_marked
 from .record import neuron_layers
@@ -164,7 +165,13 @@ class _SteppedNeuron:
         stored = current[0].to(_stored_dtype(x, residual, current))
         # Neurons of floating-point networks see what is kept for the membrane shortcut; integer ones the exact sum.
         rounded = layer.returns_pair and x.is_floating_point()
-        fired, self.membrane = lif(stored[None] if rounded else current, layer.spec, self.membrane, return_state=True)
+        fired, self.membrane = lif(
+            stored[None] if rounded else current,
+            layer.spec,
+            self.membrane,
+            return_state=True,
+            **learned_values(layer),
+        )
         spikes = fired[0].to(layer.spikes_dtype or x.dtype)
         return (stored, spikes) if layer.returns_pair else spikes
 

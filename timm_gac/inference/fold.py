@@ -12,7 +12,9 @@ from gac_kernels import LIFSpec
 
 from ..layers.checks import fixed_num_steps, log_called, may_skip
 from ..layers.convolution import is_plain_3x3, shortcut_operands
-from ..layers.neuron import LIF, BatchNormLIF
+from ..layers.learned import LearnedValues
+from ..layers.lif import LIF
+from ..layers.neuron import BatchNormLIF
 from ..layers.neuron_layer import add_residual, at_least_float32, spikes_of
 from ..models.blocks import MSBlock, SpikingBlock, Stage
 from ..runtime.finite import check_finite
@@ -142,6 +144,8 @@ class FoldedLIF(nn.Module):
         if in_kernel:
             if residual is not None:
                 residual = residual.to(x.dtype)
+            learned = self.learned
+            values = () if learned is None else (*[None] * 4, 0.0, False, learned.values(x.shape[1]))
             spikes, current, _ = torch.ops.gac_kernels.norm_lif(
                 x,
                 residual,
@@ -156,6 +160,7 @@ class FoldedLIF(nn.Module):
                 False,
                 self.keep_membrane,
                 "",
+                *values,
             )
         else:
             current = x if residual is None else x + residual
@@ -170,6 +175,11 @@ class FoldedLIF(nn.Module):
     def spec(self) -> LIFSpec:
         """What its neurons compute."""
         return self.lif.spec
+
+    @property
+    def learned(self) -> LearnedValues | None:
+        """Decays and thresholds of its channels, where they are learned; those of a whole layer are in its spec."""
+        return getattr(self.lif, "learned", None)
 
     @torch.no_grad()
     def input_current(self, inputs: tuple[Any, ...], num_steps: int) -> Tensor:
@@ -229,7 +239,7 @@ def _convolve_and_fire(
     if watched and on_gpu:
         log_called(conv, _CONV_FORWARDS)
         log_called(neuron, _NEURON_FORWARDS)
-    if not on_gpu or gradients or watched or not conv.in_one_op:
+    if not on_gpu or gradients or watched or not conv.in_one_op or neuron.learned is not None:
         current = conv(x)
         if residual is None:
             return neuron(current)
@@ -269,7 +279,9 @@ def fuse_for_inference(model: nn.Module, dtype: torch.dtype | None = None) -> nn
 
     The network then gives the same logits up to rounding, in fewer passes over memory. It can no longer be trained, and
     its state_dict is another: to undo it, create the model anew and load its weights. Weights that parametrizations,
-    pruning or weight norm compute become plain ones of the same values. A replaced module's hooks stay.
+    pruning or weight norm compute become plain ones of the same values. A replaced module's hooks stay. Of neurons that
+    learned, a layer's decay and threshold become numbers of its spec; those of channels stay tensors, with which
+    convolution and neuron are two kernels on a GPU.
 
     Args:
         model: A network of this package, with running statistics.
@@ -320,7 +332,16 @@ def _replace(block: Any, conv: str, norm: str, shift: Tensor, keep_membrane: boo
     conv_before, norm_before = getattr(block, conv), getattr(block, norm)
     shift = shift.to(torch.promote_types(conv_before.weight.dtype, torch.float32))
     setattr(block, conv, _with_hooks(FoldedConv2d(conv_before, shift), conv_before))
+    _fix_learned(norm_before.lif)
     setattr(block, norm, _with_hooks(FoldedLIF(norm_before, shift, keep_membrane), norm_before))
+
+
+def _fix_learned(neuron: Any) -> None:
+    """Put the learned decay and threshold of a whole layer into its spec, for which kernels are compiled."""
+    learned = getattr(neuron, "learned", None)
+    fixed = None if learned is None else learned.fixed(neuron.spec)
+    if fixed is not None:
+        neuron.spec, neuron.learned = fixed, None
 
 
 def _with_hooks(module: nn.Module, before: nn.Module) -> nn.Module:

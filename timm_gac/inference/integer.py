@@ -7,6 +7,7 @@ evaluated in float64, which everything else is compared with.
 from __future__ import annotations
 
 import copy
+import dataclasses
 import math
 from collections.abc import Callable
 from typing import Any
@@ -20,6 +21,8 @@ from ..layers.checks import fixed_num_steps, log_called, may_skip
 from ..layers.convolution import shortcut_operands
 from ..layers.neuron_layer import at_least_float32, spikes_of
 from ..models.network import SpikingResNet, not_finite_marked
+
+DECAY_STEPS = 256  # learned decays are multiples of its reciprocal
 
 # Exponents of two. The error of rounding weights to 8 bits, 1 % of them in the trained CIFAR-100 networks, grows by at
 # most 3 % in a layer with scales on the finest grid, by 28 % on the coarsest. Finer, residuals of 128 would not fit.
@@ -38,20 +41,51 @@ def current_grid(spec: LIFSpec, num_steps: int) -> float:
     return 2.0 ** min(max(lost - 18, _FINEST), _COARSEST)
 
 
-class IntegerLIF(nn.Module):
+class _RoundedNeuron(nn.Module):
+    """Base of layers whose neuron may have learned its decay and threshold, which are kept as integers.
+
+    Attributes:
+        spec: What the neuron computes.
+        neuron: Decay in units of 1/256 and threshold in units of the grid, (2,) int64, which the spec follows; None for
+            a spec that was given.
+    """
+
+    spec: LIFSpec
+    num_steps: Any
+    neuron: Tensor | None
+
+    def _take_neuron(self, neuron: Tensor | None) -> None:
+        self.register_buffer("neuron", neuron)
+        self._start = self.spec  # of the network, from which the grid follows
+        self._set_spec()
+
+    def _set_spec(self) -> None:
+        if self.neuron is not None:
+            decay, threshold = self.neuron.tolist()
+            grid = current_grid(self._start, self.num_steps)
+            self.spec = dataclasses.replace(self._start, decay=decay / DECAY_STEPS, threshold=threshold * grid)
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        super()._load_from_state_dict(*args)
+        self._set_spec()
+
+
+class IntegerLIF(_RoundedNeuron):
     """Multi-step LIF of real values, spikes as int8: ``(T*B, C, H, W)`` -> ``(T*B, C, H, W)``.
 
     Args:
         spec: What the neuron computes.
         num_steps: Number of time steps T folded into the first axis.
+        neuron: Learned decay and threshold, rounded, see `_RoundedNeuron`.
     """
 
     returns_pair, spikes_dtype = False, torch.int8
     num_steps = fixed_num_steps()
 
-    def __init__(self, spec: LIFSpec, num_steps: int) -> None:
+    def __init__(self, spec: LIFSpec, num_steps: int, neuron: Tensor | None = None) -> None:
         super().__init__()
         self.spec, self.num_steps = spec, num_steps
+        self._take_neuron(neuron)
 
     def forward(self, x: Tensor) -> Tensor:
         """The spikes."""
@@ -76,7 +110,7 @@ class RealConv(nn.Conv2d):
     ``(T*B, C, H, W)`` -> spikes ``(T*B, C', H', W')`` int8.
     """
 
-    def __init__(self, conv: nn.Conv2d, spec: LIFSpec, num_steps: int) -> None:
+    def __init__(self, conv: nn.Conv2d, spec: LIFSpec, num_steps: int, neuron: Tensor | None = None) -> None:
         stride = (conv.stride[0], conv.stride[1])
         super().__init__(
             conv.in_channels,
@@ -87,14 +121,14 @@ class RealConv(nn.Conv2d):
             device=conv.weight.device,
             dtype=conv.weight.dtype,
         )
-        self.lif = IntegerLIF(spec, num_steps)
+        self.lif = IntegerLIF(spec, num_steps, neuron)
 
     def forward(self, x: Tensor) -> Tensor:
         """The spikes."""
         return self.lif(super().forward(x))
 
 
-class SpikeConv(nn.Module):
+class SpikeConv(_RoundedNeuron):
     """3x3 convolution of int8 spikes with int8 weights, scale and bias per channel, residual and LIF, in one pass.
 
     Scale and bias are float32 also in a network of a 16-bit dtype; in a float64 network all is computed in float64.
@@ -118,6 +152,7 @@ class SpikeConv(nn.Module):
         keep_membrane: Return the neuron's input current too.
         grid: What a floating-point residual is rounded to; 0 where it consists of multiples of the grid already.
         device: Device of weight, scale and bias.
+        neuron: Learned decay and threshold, rounded, see `_RoundedNeuron`.
     """
 
     weight: Tensor
@@ -139,6 +174,7 @@ class SpikeConv(nn.Module):
         keep_membrane: bool,
         grid: float = 0.0,
         device: torch.device | None = None,
+        neuron: Tensor | None = None,
     ) -> None:
         super().__init__()
         self.stride, self.spec, self.num_steps, self.keep_membrane = stride, spec, num_steps, keep_membrane
@@ -148,6 +184,7 @@ class SpikeConv(nn.Module):
         self.register_buffer("weight", torch.zeros(out_channels, 9, in_channels, dtype=torch.int8, device=device))
         self.register_buffer("scale", torch.ones(out_channels, dtype=torch.float32, device=device))
         self.register_buffer("bias", torch.zeros(out_channels, dtype=torch.float32, device=device))
+        self._take_neuron(neuron)
 
     @property
     def kernel(self) -> Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import math
 import re
 from typing import Any
 
@@ -12,13 +14,16 @@ from torch import Tensor, nn
 from gac_kernels import int8_weight
 
 from ..layers.convolution import SpikeConv2d, is_plain_3x3
-from ..layers.neuron import LIF
+from ..layers.learned import LearnedValues
+from ..layers.lif import LIF
 from ..models.blocks import MSBlock, SpikingBlock
 from ..models.network import SpikingResNet
 from ..runtime.finite import check_finite
 from .batch_norm import check_foldable, fold_batch_norm, norm_scale_and_shift, plain_weights
 from .fold import FoldedStem
-from .integer import IntegerBlock, IntegerLIF, IntegerSpikingResNet, RealConv, SpikeConv, current_grid
+from .integer import DECAY_STEPS, IntegerBlock, IntegerLIF, IntegerSpikingResNet, RealConv, SpikeConv, current_grid
+
+_logger = logging.getLogger(__name__)
 
 # Its grid follows from spec and T (`current_grid`); another grid would be another scheme.
 SCHEME = "int8-weights-per-channel-on-grid"
@@ -47,6 +52,9 @@ def quantize(model: nn.Module, clip: str = "mse") -> IntegerSpikingResNet:
     too, with the spikes of float64; `timm_gac.inference.integer.current_grid` says up to which T.
     Stem, encoder, 1x1 shortcuts and classifier stay as they are, and so does the first convolution of a plain network,
     whose input is real-valued.
+    Of neurons that learned one decay and threshold a layer, decays are rounded to multiples of 1/256 and thresholds to
+    the grid; float32 then rounds membranes, so that its spikes can differ from those of float64, which a line in the
+    log says. The encoder keeps what it learned.
     ``.to(torch.bfloat16)`` and autocast change those alone; ``.double()`` evaluates the quantised network in float64.
     The convolutions run in Triton on GPUs and as oneDNN's int8 convolutions on x86 CPUs; elsewhere, which is logged, as
     exact float32 ones.
@@ -61,8 +69,9 @@ def quantize(model: nn.Module, clip: str = "mse") -> IntegerSpikingResNet:
 
     Raises:
         ValueError: The model is no spiking network of this package, is folded or quantised already, has a batch norm
-            without running statistics, a stride above 2, neurons of several specs, or other modules in the place of its
-            blocks, convolutions, norms or neurons; its weights are not finite; or ``clip`` is unknown.
+            without running statistics, a stride above 2, neurons of several specs or with one decay and threshold a
+            channel, or other modules in the place of its blocks, convolutions, norms or neurons; its weights are not
+            finite; or ``clip`` is unknown.
 
     Examples:
         >>> import timm, timm_gac
@@ -84,13 +93,39 @@ def quantize(model: nn.Module, clip: str = "mse") -> IntegerSpikingResNet:
     parts.conv1 = FoldedStem(parts.conv1, fold_batch_norm(parts.conv1, parts.bn1))
     parts.bn1 = nn.Identity()
     if isinstance(parts.lif, LIF):
-        parts.lif = IntegerLIF(network.spec, network.num_steps)
+        parts.lif = IntegerLIF(network.spec, network.num_steps, _rounded(parts.lif, network))
     stages = [getattr(network, name) for name in _STAGES]
     blocks = [block for stage in stages for block in stage]
     for stage in stages:
         for index, block in enumerate(stage):
             stage[index] = _integer_block(block, network, clip, first=block is blocks[0], last=block is blocks[-1])
+    _report_learned(model, network)
     return network.to(device, dtype).requires_grad_(False).eval()
+
+
+def _rounded(neuron: LIF, network: SpikingResNet) -> Tensor | None:
+    """Learned decay in units of 1/256 and threshold in units of the grid, (2,) int64; None where nothing is learned."""
+    if neuron.learned is None:
+        return None
+    units = torch.tensor([[1.0 / DECAY_STEPS], [current_grid(network.spec, network.num_steps)]], dtype=torch.float64)
+    decay, threshold = (neuron.learned.values().double().cpu() / units).round().clamp(min=1.0)[:, 0].long().tolist()
+    return torch.tensor([min(decay, DECAY_STEPS - 1), threshold])
+
+
+def _report_learned(model: SpikingResNet, network: IntegerSpikingResNet) -> None:
+    """Say in the log what rounding changed in learned neurons, and that exactness is lost."""
+    learned = [module.learned for module in model.modules() if isinstance(module, LIF) and module.learned is not None]
+    rounded = [module.spec for module in network.modules() if isinstance(module, SpikeConv | IntegerLIF)]
+    if not learned or all(math.frexp(spec.decay)[0] == 0.5 for spec in rounded):  # powers of two: still exact
+        return
+    moved = max(abs(value.decay.item() - spec.decay) for value, spec in zip(learned, rounded, strict=True))
+    _logger.warning(
+        "Rounded the learned decays of %d layers to multiples of 1/%d, by at most %.4f, and thresholds to the grid: "
+        "float32 rounds membranes with these decays, so spikes can differ from those of float64",
+        len(learned),
+        DECAY_STEPS,
+        moved,
+    )
 
 
 def _check_parts(model: SpikingResNet) -> None:
@@ -103,6 +138,12 @@ def _check_parts(model: SpikingResNet) -> None:
         else:
             neurons = {} if module is not model or isinstance(model.lif, nn.Identity) else {"lif": model.lif}
         for neuron_name, neuron in neurons.items():
+            learned = getattr(neuron, "learned", None)
+            if learned is not None and learned.decay_logit.numel() != 1:
+                raise ValueError(
+                    f"expected one learned decay and threshold a layer, got one a channel as {neuron_name}: integer "
+                    "kernels have one, train with neuron='plif' or fold with fuse_for_inference"
+                )
             if type(neuron) is not LIF or neuron.spec != model.spec:
                 raise ValueError(
                     f"expected neurons LIF of the network's {model.spec}, got {type(neuron).__name__} of "
@@ -124,7 +165,7 @@ def _integer_block(
     conv1: nn.Module
     if first and not membrane:
         shift = fold_batch_norm(block.conv1, block.bn1)
-        conv1 = RealConv(block.conv1, network.spec, network.num_steps)
+        conv1 = RealConv(block.conv1, network.spec, network.num_steps, _rounded(block.bn1.lif, network))
         conv1.weight.copy_(block.conv1.weight)
         assert conv1.bias is not None
         conv1.bias.copy_(shift)
@@ -147,7 +188,7 @@ def _integer_block(
 
 def _spike_conv(
     conv: SpikeConv2d,
-    norm: nn.Module,
+    norm: Any,
     added: Tensor | float,
     network: IntegerSpikingResNet,
     clip: str,
@@ -162,6 +203,7 @@ def _spike_conv(
         num_steps=network.num_steps,
         keep_membrane=keep_membrane,
         device=conv.weight.device,
+        neuron=_rounded(norm.lif, network),
     )
     if network.quantization["scheme"] == TRAINED_SCHEME:
         weight, scale = int8_weight(conv.weight)
@@ -248,8 +290,19 @@ def dequantize(network: IntegerSpikingResNet) -> SpikingResNet:
             state[f"{layer}.0.{field}"] = value
         elif field == "weight" and scale is not None:
             state[name] = value.unflatten(1, (3, 3)).permute(0, 3, 1, 2) * scale[:, None, None, None]
-        elif field != "scale":
+        elif field not in ("scale", "neuron"):
             state[name] = value
-    model.load_state_dict(state)
+    model.load_state_dict(state | _learned_state(network))
     float_network: SpikingResNet = model.to(network.conv1.weight.device).train(network.training)
     return float_network
+
+
+def _learned_state(network: IntegerSpikingResNet) -> dict[str, Tensor]:
+    """The rounded decays and thresholds of a network whose neurons learned, as the float network names them."""
+    state: dict[str, Tensor] = {}
+    for name, module in network.named_modules():
+        if isinstance(module, SpikeConv | IntegerLIF) and module.neuron is not None:
+            layer = re.sub(r"conv([12])(\.lif)?$", r"bn\1.lif", name)
+            learned = LearnedValues(module.spec, 1)  # which starts at these values
+            state |= {f"{layer}.learned.{key}": value for key, value in learned.state_dict().items()}
+    return state

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from gac_kernels import LIFSpec
+from gac_kernels.reference import of_channels
 
 from ..layers.encoder import GatedAttentionCoding
 from ..layers.neuron_layer import NeuronLayer
@@ -160,13 +161,24 @@ def record_spikes(model: Any) -> Iterator[Recording]:
 
 
 @torch.no_grad()
-def membrane_of(current: Tensor, spec: LIFSpec) -> Tensor:
-    """Membrane potentials before the reset, which meet the threshold; in the shape of the current, ``(T, ...)``."""
+def membrane_of(current: Tensor, spec: LIFSpec, scaled: bool = False, **learned: Tensor) -> Tensor:
+    """Membrane potentials before the reset, which meet the threshold; in the shape of the current, ``(T, ...)``.
+
+    Args:
+        current: What the neurons integrate.
+        spec: Of the neurons.
+        scaled: In units of the threshold.
+        learned: Decay and threshold in the place of the spec's, see `learned_values`.
+    """
+    decay, threshold = (
+        of_channels(learned.get(name, getattr(spec, name)), current[0]) for name in ("decay", "threshold")
+    )
     v = torch.zeros_like(current[0])
     potentials = []
     for x in current:
-        u = spec.decay * v + x
+        u = decay * v + x
         potentials.append(u)
-        fired = u > spec.threshold
-        v = torch.where(fired, u - spec.threshold if spec.soft_reset else torch.zeros_like(u), u)
-    return torch.stack(potentials)
+        fired = u > threshold
+        v = torch.where(fired, u - threshold if spec.soft_reset else torch.zeros_like(u), u)
+    stacked = torch.stack(potentials)
+    return stacked / threshold if scaled else stacked

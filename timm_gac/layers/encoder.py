@@ -15,6 +15,7 @@ from gac_kernels.checks import check_spec
 
 from .checks import check_num_steps, fixed_num_steps
 from .convolution import Conv2d
+from .learned import LearnedValues, learned_values, make_learned
 from .neuron_layer import at_least_float32
 from .weight_decay import warn_of_decay
 
@@ -185,10 +186,11 @@ class GatedAttentionCoding(nn.Module):
         dtype: Dtype of the parameters.
         gate: ``full``; or, to see what it is worth, ``spatial`` (m = 1), ``temporal`` (n = 1), ``half`` (always 0.5) or
             ``open`` (always 1: plain spikes). An attention that is left out has no parameters.
+        learnable: Learn decay and threshold of the neuron, see `LIF`.
 
     Raises:
-        ValueError: ``spec`` is no `LIFSpec`, ``gate`` is unknown, or the input has another rank, number of channels or
-            number of steps.
+        ValueError: ``spec`` is no `LIFSpec`, ``gate`` or ``learnable`` is unknown, or the input has another rank, number
+            of channels or number of steps.
 
     Source: Qiu et al., AAAI 2024 (arXiv 2308.06582), section "Gated attention coding".
     """
@@ -196,6 +198,7 @@ class GatedAttentionCoding(nn.Module):
     returns_pair = False
     spikes_dtype = None  # that of its input
     num_steps = fixed_num_steps()
+    learned: LearnedValues | None
 
     def __init__(
         self,
@@ -206,6 +209,7 @@ class GatedAttentionCoding(nn.Module):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         gate: str = "full",
+        learnable: str | None = None,
     ) -> None:
         super().__init__()
         check_spec(spec)
@@ -224,6 +228,7 @@ class GatedAttentionCoding(nn.Module):
         self.spatial: nn.Module = (
             SpatialChannelAttention(channels, device=device, dtype=dtype) if spatial is None else ConstantScore(spatial)
         )
+        self.learned = make_learned(learnable, spec, channels, device=device, dtype=dtype)
         warn_of_decay(self)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -235,16 +240,19 @@ class GatedAttentionCoding(nn.Module):
         """Gated spikes ``(T, B, C, H, W)``, real-valued in [0, 1), in the dtype of ``stem``."""
         spatial, temporal = self._scores(stem)
         gate = gac_encode if stem.ndim == 4 else gated_lif
-        return gate(stem, spatial, temporal, self.spec)
+        return gate(stem, spatial, temporal, self.spec, **learned_values(self))
 
-    def encode_and_fire(self, stem: Tensor, spikes_dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
+    def encode_and_fire(
+        self, stem: Tensor, spikes_dtype: torch.dtype | None = None, second: nn.Module | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Gated spikes, and the spikes of a neuron with the same spec that integrates them, ``(T, B, C, H, W)`` each.
 
         What `forward` and a `LIF` behind it give, in one pass. The second spikes are in ``spikes_dtype``: the dtype of
-        ``stem`` if None, or torch.int8.
+        ``stem`` if None, or torch.int8. ``second`` is that neuron, where it learns its decay and threshold.
         """
         spatial, temporal = self._scores(stem)
-        return gac_fire(stem, spatial, temporal, self.spec, spikes_dtype)
+        of_second = {f"second_{name}": value for name, value in learned_values(second).items()}
+        return gac_fire(stem, spatial, temporal, self.spec, spikes_dtype, **learned_values(self), **of_second)
 
     def _scores(self, stem: Tensor) -> tuple[Tensor, Tensor]:
         """Spatial-channel scores in the shape of ``stem`` and temporal scores ``(B, T)``, before the sigmoid."""

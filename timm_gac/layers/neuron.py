@@ -1,4 +1,4 @@
-"""Spiking neurons as modules: the neuron alone, and batch norm + residual + neuron in one."""
+"""Spiking neurons behind a batch norm: batch norm, residual and neuron in one."""
 
 from __future__ import annotations
 
@@ -10,77 +10,15 @@ from timm.layers import register_notrace_module
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from gac_kernels import CIFAR, LIFSpec, lif, pack_spikes
-from gac_kernels.checks import check_spec
+from gac_kernels import CIFAR, LIFSpec, pack_spikes
 
 from ..runtime.collectives import combine_statistics
 from .batch_statistics import batch_statistics, call_norm, is_synchronised, process_group, update_running, uses_batch
 from .checks import check_num_steps, fixed_num_steps, log_called, may_skip
+from .learned import LearnedValues
+from .lif import LIF
 from .neuron_layer import add_residual, at_least_float32, spikes_of
 from .shared_norm import NORM_FORWARDS, share_norm
-
-
-@register_notrace_module
-class LIF(nn.Module):
-    """Multi-step leaky integrate-and-fire neuron without parameters and without memory between calls.
-
-    Shape:
-        - ``num_steps=None``: ``(T, ...)`` -> spikes ``(T, ...)``
-        - ``num_steps=T``: time-folded ``(T*B, ...)`` -> spikes ``(T*B, ...)``, row ``t*B + b`` being sample b at step t
-
-    Args:
-        spec: What the neuron computes.
-        num_steps: Number of time steps T folded into the first axis, or None where time is an axis of its own.
-
-    Raises:
-        ValueError: ``spec`` is no `LIFSpec`, ``num_steps`` is no integer >= 1, or the first axis of an input is no
-            multiple of it.
-    """
-
-    returns_pair = False
-    spikes_dtype = None  # that of its input
-    num_steps = fixed_num_steps()
-
-    def __init__(self, spec: LIFSpec = CIFAR, num_steps: int | None = None, **constants: Any) -> None:
-        super().__init__()
-        if constants or isinstance(spec, int | float):
-            got = ", ".join(constants) or repr(spec)
-            raise ValueError(
-                f"expected spec as a LIFSpec and num_steps, got {got}: a neuron's constants are fields of the spec, "
-                "LIF(LIFSpec(decay=0.5, threshold=1.0)); decay is 1 - 1/tau of other packages"
-            )
-        check_spec(spec)
-        self.spec = spec
-        self.num_steps = None if num_steps is None else check_num_steps(num_steps)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Spikes of the input current, in the input's dtype."""
-        num_steps = self.num_steps
-        if num_steps is not None:
-            if x.shape[0] % num_steps != 0:
-                raise ValueError(
-                    f"expected a first axis of num_steps * batch with num_steps={num_steps}, got {x.shape[0]}: "
-                    "fold time with x.flatten(0, 1)"
-                )
-            x = x.unflatten(0, [num_steps, x.shape[0] // num_steps])
-        spikes = lif(x, self.spec)
-        assert isinstance(spikes, Tensor)  # a pair only where the state is asked for
-        return spikes if num_steps is None else spikes.flatten(0, 1)
-
-    def input_current(self, inputs: tuple[Any, ...], num_steps: int) -> Tensor:
-        """See `NeuronLayer`."""
-        x = at_least_float32(inputs[0])
-        return x if self.num_steps is None else x.unflatten(0, (num_steps, -1))
-
-    def output_spikes(self, output: Tensor) -> Tensor:
-        """See `NeuronLayer`."""
-        return output.flatten(0, 1) if self.num_steps is None else output
-
-    def extra_repr(self) -> str:
-        """The spec's fields, and the number of steps where time is folded."""
-        steps = "" if self.num_steps is None else f", num_steps={self.num_steps}"
-        return f"{self.spec}{steps}"
-
 
 _NEURON_FORWARDS = (LIF.forward,)
 _BATCH_NORM_FORWARDS = (nn.BatchNorm2d.forward,)
@@ -106,11 +44,11 @@ _Statistics = tuple[Any, Any, Tensor | None, str]
 class BatchNormLIF(_NormBase):
     """Batch norm over (T, B, H, W), plus an optional residual, then LIF: ``LIF(BN(x) + residual)``.
 
-    Parameters, buffers and state_dict are those of ``nn.BatchNorm2d``. Its two children are called only where somebody
-    watches or has replaced them, else one kernel does the work of both: `lif`, the neuron, and `norm`, a batch norm
-    with the tensors of this module. What is done to `norm` counts: ``norm.eval()`` freezes its statistics,
-    ``convert_sync_batchnorm`` (PyTorch's and timm's) shares them over a process group, ``timm.utils.freeze`` and
-    ``torch.optim.swa_utils.update_bn`` treat it as any other batch norm.
+    Parameters, buffers and state_dict are those of ``nn.BatchNorm2d``, and what a neuron that learns adds. Its two
+    children are called only where somebody watches or has replaced them, else one kernel does the work of both: `lif`,
+    the neuron, and `norm`, a batch norm with the tensors of this module. What is done to `norm` counts:
+    ``norm.eval()`` freezes its statistics, ``convert_sync_batchnorm`` (PyTorch's and timm's) shares them over a process
+    group, ``timm.utils.freeze`` and ``torch.optim.swa_utils.update_bn`` treat it as any other batch norm.
 
     Shape:
         - ``x``, ``residual`` and spikes: ``(T*B, C, H, W)`` with ``num_steps=T``; with None ``(T, B, C, H, W)``
@@ -126,9 +64,11 @@ class BatchNormLIF(_NormBase):
         drop_path: Probability, in training, of dropping ``BN(x)`` of a sample at all of its time steps.
         device: Device of the parameters.
         dtype: Dtype of the parameters.
+        learnable: Learn decay and threshold of the neuron, see `LIF`.
 
     Raises:
-        ValueError: ``spec``, ``num_steps`` or ``drop_path`` is none, or an input has another rank or number of steps.
+        ValueError: ``spec``, ``num_steps``, ``learnable`` or ``drop_path`` is none, or an input has another rank or
+            number of steps.
     """
 
     returns_pair = False
@@ -149,12 +89,13 @@ class BatchNormLIF(_NormBase):
         drop_path: float = 0.0,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        learnable: str | None = None,
     ) -> None:
         nn.Module.__init__(self)  # the base class's options, such as eps, are those of `norm`
         if not 0.0 <= drop_path < 1.0:
             raise ValueError(f"expected drop_path in [0, 1), got {drop_path!r}: give one such as 0.1")
         self.drop_path = float(drop_path)
-        self.lif = LIF(spec)
+        self.lif = LIF(spec, learnable=learnable, channels=num_features, device=device, dtype=dtype)
         self.num_steps = None if num_steps is None else check_num_steps(num_steps)
         norm = nn.BatchNorm2d(
             num_features,
@@ -239,9 +180,11 @@ class BatchNormLIF(_NormBase):
             statistics = batch_statistics(residual_norm, residual.detach(), residual_norm._buffers)
             of_residual = (residual_norm.weight, residual_norm.bias, *statistics)
             res_eps = residual_norm.eps
+        learned = getattr(neuron, "learned", None)
         spikes, membrane, bits = torch.ops.gac_kernels.norm_lif(
             x, residual, self.weight, self.bias, mean, var, total, norm.eps, num_steps, *neuron.spec.op_arguments,
             batch, keep_membrane, group, *of_residual, res_eps, pack,
+            *(() if learned is None else (learned.values(x.shape[1]),)),
         )  # fmt: skip
         return membrane, spikes, bits if pack else None
 
@@ -330,8 +273,13 @@ class BatchNormLIF(_NormBase):
 
     @property
     def spec(self) -> LIFSpec:
-        """What its neurons compute."""
+        """What its neurons compute, or began with where they learn."""
         return self.lif.spec
+
+    @property
+    def learned(self) -> LearnedValues | None:
+        """Learned decay and threshold of its neurons."""
+        return getattr(self.lif, "learned", None)
 
     @torch.no_grad()
     def input_current(self, inputs: tuple[Any, ...], num_steps: int) -> Tensor:

@@ -14,6 +14,7 @@ from torch import nn
 from gac_kernels import LIFSpec
 
 from ..layers.encoder import GATES
+from ..layers.learned import NEURONS
 from .blocks import MSBlock, SpikingBlock
 
 BLOCKS: dict[str, type[MSBlock] | type[SpikingBlock]] = {"MSBlock": MSBlock, "SpikingBlock": SpikingBlock}
@@ -33,6 +34,7 @@ _SEQUENCES = {"layers": (0, 256), "channels": (1, 8192), "strides": (1, 8)}
 _CHOICES = {
     "encoder": ENCODERS,
     "gate": tuple(GATES),
+    "neuron": tuple(NEURONS),
     "global_pool": POOLS,
     "scaled_init": (False, True),
     "int8_convs": (False, True),

@@ -36,6 +36,7 @@ class _Block(nn.Module):
         drop_path: Probability, in training, of dropping the residual branch of a sample at all of its time steps.
         device: Device of the parameters.
         dtype: Dtype of the parameters.
+        learnable: Learn decay and threshold of the neurons, see `LIF`.
     """
 
     last_norm: type[BatchNormLIF] = BatchNormLIF
@@ -51,14 +52,15 @@ class _Block(nn.Module):
         drop_path: float = 0.0,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        learnable: str | None = None,
     ) -> None:
         super().__init__()
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
         self.num_steps = num_steps
         self.conv1 = SpikeConv2d(in_chs, out_chs, kernel_size=3, stride=stride, padding=1, num_steps=num_steps, **dd)
-        self.bn1 = BatchNormLIF(out_chs, spec, num_steps, **dd)
+        self.bn1 = BatchNormLIF(out_chs, spec, num_steps, learnable=learnable, **dd)
         self.conv2 = SpikeConv2d(out_chs, out_chs, kernel_size=3, padding=1, num_steps=num_steps, **dd)
-        self.bn2 = self.last_norm(out_chs, spec, num_steps, drop_path=drop_path, **dd)
+        self.bn2 = self.last_norm(out_chs, spec, num_steps, drop_path=drop_path, learnable=learnable, **dd)
         self.downsample: nn.Sequential | None = None
         if stride != 1 or in_chs != out_chs:
             self.downsample = nn.Sequential(

@@ -26,7 +26,9 @@ from ..layers.batch_statistics import call_norm
 from ..layers.checks import SetOnce, fixed_num_steps, log_called, may_skip
 from ..layers.convolution import Conv2d, SpikeConv2d, is_plain_3x3
 from ..layers.encoder import DirectCoding, GatedAttentionCoding
-from ..layers.neuron import LIF, BatchNormLIF
+from ..layers.learned import NEURONS, fit_learned_values
+from ..layers.lif import LIF
+from ..layers.neuron import BatchNormLIF
 from ..runtime.weight_gradients import overlap_enabled, with_cast_weights
 from .arguments import block_class, check_model_args, lif_spec
 from .blocks import MSBlock, SpikingBlock, Stage
@@ -138,6 +140,9 @@ class SpikingResNet(nn.Module):
         device: Device of the parameters.
         dtype: Dtype of the parameters.
         gate: Which attention the gate of ``gac`` has, see `GatedAttentionCoding`.
+        neuron: ``lif`` for the decay and threshold of ``spec``; ``plif`` to learn one of each a layer, beginning with
+            these, ``plif_channel`` one of each a channel. Weights of one kind load into the others, with a line in the
+            log.
 
     Raises:
         ValueError: An argument is out of range.
@@ -177,6 +182,7 @@ class SpikingResNet(nn.Module):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         gate: str = "full",
+        neuron: str = "lif",
     ) -> None:
         super().__init__()
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
@@ -191,6 +197,7 @@ class SpikingResNet(nn.Module):
             gate=gate,
             drop_path_rate=drop_path_rate,
             scaled_init=scaled_init,
+            neuron=neuron,
         )
         check_model_args(
             kept
@@ -231,11 +238,17 @@ class SpikingResNet(nn.Module):
         )
         self.bn1 = nn.BatchNorm2d(stem_width, **dd)
         gated = encoder == "gac"
+        learnable = NEURONS[neuron]
+        learning: dict[str, Any] = {"learnable": learnable} if learnable else {}  # a block of one's own may not take it
         self.encoder = (
-            GatedAttentionCoding(stem_width, num_steps, spec, gate=gate, **dd) if gated else DirectCoding(num_steps)
+            GatedAttentionCoding(stem_width, num_steps, spec, gate=gate, **dd, **learning)
+            if gated
+            else DirectCoding(num_steps)
         )
         # Blocks with membrane shortcuts take LIF(x) beside x; within the net the block before has computed it.
-        self.lif = LIF(spec, num_steps) if block_type is MSBlock else nn.Identity()
+        self.lif = (
+            LIF(spec, num_steps, channels=stem_width, **dd, **learning) if block_type is MSBlock else nn.Identity()
+        )
         self.feature_info = [dict(num_chs=stem_width, reduction=stride, module="encoder")]
 
         rates = calculate_drop_path_rates(drop_path_rate, list(layers), stagewise=True)
@@ -252,6 +265,7 @@ class SpikingResNet(nn.Module):
                         spec=spec,
                         drop_path=rates[i][j],
                         **dd,
+                        **learning,
                     )
                 )
                 width = channels[i]
@@ -291,7 +305,8 @@ class SpikingResNet(nn.Module):
         """
         if self.inference_only and not hasattr(self, "quantization"):
             raise ValueError("expected a network with batch norms, got one that is folded: use it as it was before")
-        specs = {module.spec for module in self.modules() if isinstance(getattr(module, "spec", None), LIFSpec)}
+        modules = [module for module in self.modules() if getattr(module, "neuron", None) is None]  # learned, rounded
+        specs = {module.spec for module in modules if isinstance(getattr(module, "spec", None), LIFSpec)}
         if len(specs) > 1:
             raise ValueError(
                 f"expected neurons of one spec, got {len(specs)} different ones: build the network with its spec"
@@ -317,17 +332,24 @@ class SpikingResNet(nn.Module):
         own = create_model(self.pretrained_cfg["architecture"], device="meta").model_args()
         return {name: value for name, value in self.model_args().items() if value != own[name]}
 
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """As of any module; weights of networks with other neurons (``neuron``) load too, with a line in the log."""
+        return super().load_state_dict(fit_learned_values(self, state_dict), strict=strict, assign=assign)
+
     def group_matcher(self, coarse: bool = False) -> dict[str, str]:
         """Patterns that group parameters by stage (coarse) or by block, for layer-wise learning rates."""
         return dict(stem=r"^(?:conv1|bn1|encoder)\.", blocks=r"^layer(\d+)" if coarse else r"^layer(\d+)\.(\d+)")
 
     def no_weight_decay(self) -> set[str]:
-        """Names of parameters without weight decay, beside timm's one-dimensional ones: the encoder's attention.
+        """Names of parameters without weight decay: the encoder's attention, learned decays and thresholds.
+
+        They come beside timm's, which are those of one axis.
 
         The gate is the sigmoid of a product of two scores, and each scales the other's gradient. Decay takes both to
         0, where both gradients vanish: at 5e-4 all of these weights were below 1e-5 after 165 epochs.
         """
-        return {f"encoder.{name}" for name, _ in self.encoder.named_parameters()}
+        gate = {f"encoder.{name}" for name, _ in self.encoder.named_parameters()}
+        return gate | {name for name, _ in self.named_parameters() if ".learned." in name}
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute each block in the backward pass instead of keeping its activations."""
@@ -429,7 +451,7 @@ class SpikingResNet(nn.Module):
     def _encode_and_fire(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """The encoder's output and the first neuron's spikes in one pass, both time-folded."""
         encoder: Any = self.encoder
-        membrane, spikes = encoder.encode_and_fire(self._stem(x), self._first_neurons[type(self.lif)])
+        membrane, spikes = encoder.encode_and_fire(self._stem(x), self._first_neurons[type(self.lif)], self.lif)
         return membrane.flatten(0, 1), spikes.flatten(0, 1)
 
     def _rate(self, spikes: Tensor) -> Tensor:

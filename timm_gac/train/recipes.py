@@ -11,6 +11,7 @@ from ..data import Augmentation
 PRECISIONS = ("float32", "bfloat16", "float16")
 _CHOICES: dict[str, tuple[str, ...]] = {
     "gate": ("full", "spatial", "temporal", "half", "open"),  # `layers.encoder.GATES`, which imports PyTorch
+    "neuron": ("lif", "plif", "plif_channel"),  # `layers.learned.NEURONS`, likewise
     "optimizer": ("sgd", "adamw"),
     "loss": ("mean", "tet"),
     "report": ("ema", "model"),
@@ -88,6 +89,8 @@ class Recipe:
         seed: Seed of weights, order and augmentation.
         eval_every: Epochs between evaluations on the test set, or the split set aside; the last one is reported.
         stored_dtype: Dtype of the weights in the final model folder.
+        neuron: ``lif``: decay and threshold as published; ``plif``: they are learned, one of each a layer, or
+            ``plif_channel``, one of each a channel.
 
     Raises:
         ValueError: A field is out of range; the message names it.
@@ -142,6 +145,7 @@ class Recipe:
     seed: int = 0
     eval_every: int = 10
     stored_dtype: str = "float16"
+    neuron: str = "lif"
 
     def __post_init__(self) -> None:
         for name, choices in _CHOICES.items():

@@ -153,6 +153,8 @@ def create_network(recipe: Recipe, num_classes: int, in_chans: int) -> Any:
     )
     if recipe.gate != "full":
         options["gate"] = recipe.gate
+    if recipe.neuron != "lif":
+        options["neuron"] = recipe.neuron
     if in_chans != 3 or recipe.init is not None:  # stored weights may have another number
         options["in_chans"] = in_chans
     try:

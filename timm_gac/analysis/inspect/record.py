@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ...inference.record import forward_hooks, gate_scores, membrane_of, neuron_layers
+from ...layers.learned import learned_values
 from ...layers.neuron_layer import NeuronLayer
 
 BINS, LOW, HIGH = 70, -3.0, 4.0  # of membrane histograms, in thresholds; the threshold is the edge of a bin
@@ -30,7 +31,7 @@ class LayerActivity:
         neurons: Number of neurons, C*H*W.
         histogram: Share of membrane potentials before the reset in each of `BINS` bins from `LOW` to `HIGH`
             thresholds, over all neurons, steps and images; what lies beyond counts in the outermost bins.
-        threshold: Threshold of its neurons.
+        threshold: Threshold of its neurons; the mean where each channel has learned one.
         spikes: Of the image that is drawn, bool ``(T, C, H, W)``.
     """
 
@@ -96,8 +97,9 @@ class _Sums:
 
     def add(self, inputs: tuple[Any, ...], output: Any, num_steps: int) -> None:
         spikes = self.layer.output_spikes(output).unflatten(0, (num_steps, -1)) != 0  # [T, B, C, H, W]
-        potentials = membrane_of(self.layer.input_current(inputs, num_steps), self.spec)
-        scaled = (potentials.flatten() / self.spec.threshold).clamp(LOW, HIGH)
+        current = self.layer.input_current(inputs, num_steps)
+        potentials = membrane_of(current, self.spec, scaled=True, **learned_values(self.layer))
+        scaled = potentials.flatten().clamp(LOW, HIGH)
         self.histogram += torch.histc(scaled, BINS, LOW, HIGH).double().cpu()
         fired = spikes.sum((0, 1)).cpu()
         rates = spikes.flatten(2).double().mean(2).sum(1).cpu()
@@ -105,6 +107,11 @@ class _Sums:
             self.fired, self.step_rates, self.spikes = fired, rates, spikes[:, 0].cpu()
         else:
             self.fired, self.step_rates = self.fired + fired, self.step_rates + rates
+
+    def _threshold(self) -> float:
+        """The threshold of the layer; of one a channel the mean."""
+        learned = learned_values(self.layer).get("threshold")
+        return float(self.spec.threshold if learned is None else learned.detach().mean())
 
     def result(self, images: int, num_steps: int) -> LayerActivity:
         assert self.fired is not None
@@ -118,7 +125,7 @@ class _Sums:
             channels=len(dead),
             neurons=dead.numel(),
             histogram=self.histogram / self.histogram.sum(),
-            threshold=float(self.spec.threshold),
+            threshold=self._threshold(),
             spikes=self.spikes,
         )
 

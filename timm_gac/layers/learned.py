@@ -1,0 +1,199 @@
+"""Decay and threshold as parameters of a neuron: a sigmoid and a softplus, one of each a layer or one a channel."""
+
+from __future__ import annotations
+
+import logging
+import math
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from gac_kernels import LIFSpec
+
+_logger = logging.getLogger(__name__)
+_IS_LEARNED = re.compile(r"(^|\.)learned\.(decay_logit|threshold_raw)$")
+
+LEARNABLE = (None, "layer", "channel")
+# Names of neurons, as networks and recipes take them, and what is learned of them.
+NEURONS: dict[str, str | None] = {"lif": None, "plif": "layer", "plif_channel": "channel"}
+
+
+class LearnedValues(nn.Module):
+    """The learned decay, ``sigmoid(decay_logit)``, and threshold, ``softplus(threshold_raw)``, of a layer of neurons.
+
+    Both start at the spec's values, to the bit. Parameters have one axis, which keeps weight decay away from them in
+    timm's optimisers, our trainer and `parameter_groups`; they stay float32 (float64) where a network is converted to
+    16 bits.
+
+    Attributes:
+        decay_logit: ``(N,)``, N being 1 or the number of channels.
+        threshold_raw: ``(N,)``.
+
+    Args:
+        spec: Where both start.
+        count: N.
+        device: Device of the parameters.
+        dtype: float64 for parameters in that; else they are float32.
+
+    Raises:
+        ValueError: The spec's decay is 0 or 1, where a sigmoid has no gradient.
+    """
+
+    def __init__(
+        self,
+        spec: LIFSpec,
+        count: int,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        if not 0.0 < spec.decay < 1.0:
+            raise ValueError(
+                f"expected a decay between 0 and 1 to learn from, got {spec.decay!r}: a sigmoid never reaches it, "
+                "start at one such as 0.5"
+            )
+        dd: dict[str, Any] = {"device": device, "dtype": torch.float64 if dtype == torch.float64 else torch.float32}
+        logit = _argument(torch.sigmoid, math.log(spec.decay / (1.0 - spec.decay)), spec.decay, dd["dtype"])
+        raw = _argument(
+            F.softplus, spec.threshold + math.log(-math.expm1(-spec.threshold)), spec.threshold, dd["dtype"]
+        )
+        self.decay_logit = nn.Parameter(torch.full((count,), logit, **dd))
+        self.threshold_raw = nn.Parameter(torch.full((count,), raw, **dd))
+
+    @property
+    def decay(self) -> Tensor:
+        """Decays ``(N,)``."""
+        return self.decay_logit.sigmoid()
+
+    @property
+    def threshold(self) -> Tensor:
+        """Thresholds ``(N,)``."""
+        return F.softplus(self.threshold_raw)
+
+    def values(self, channels: int | None = None) -> Tensor:
+        """Decays and thresholds ``(2, N)`` as operators take them; with ``channels`` one of each a channel."""
+        values = torch.stack((self.decay, self.threshold))
+        return values if channels is None else values.expand(2, channels)
+
+    def named(self) -> dict[str, Tensor]:
+        """Decay and threshold by the names under which functions such as `gac_kernels.lif` take them."""
+        return {"decay": self.decay, "threshold": self.threshold}
+
+    @torch.no_grad()
+    def set_values(self, decay: Tensor, threshold: Tensor) -> None:
+        """Start anew from these values, of one element or ``(N,)``."""
+        self.decay_logit.copy_(torch.logit(decay.double()))
+        self.threshold_raw.copy_(threshold.double() + torch.log(-torch.expm1(-threshold.double())))
+
+    def fixed(self, spec: LIFSpec) -> LIFSpec | None:
+        """The spec with the learned numbers in it; None where they differ by channel."""
+        if self.decay_logit.numel() != 1:
+            return None
+        decay, threshold = self.decay.item(), self.threshold.item()
+        names = ("surrogate", "width", "detach_reset", "reset")
+        return LIFSpec(threshold=threshold, decay=decay, **{name: getattr(spec, name) for name in names})
+
+    def _apply(self, fn: Any, recurse: bool = True) -> LearnedValues:
+        """As for any module, but the parameters keep at least float32."""
+        before = {name: parameter.detach() for name, parameter in self._parameters.items() if parameter is not None}
+        super()._apply(fn, recurse)
+        for name, value in before.items():
+            changed = self._parameters[name]
+            if changed is not None and changed.dtype.itemsize < 4:
+                changed.data = value.to(changed.device)
+        return self
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        for name, parameter in self._parameters.items():
+            given = state_dict.get(prefix + name)
+            if isinstance(given, Tensor) and parameter is not None and given.shape == (1,):
+                state_dict[prefix + name] = given.expand(parameter.shape)  # of a layer, into one a channel
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def extra_repr(self) -> str:
+        """How many of each."""
+        return f"{self.decay_logit.numel()}"
+
+
+def make_learned(
+    learnable: str | None,
+    spec: LIFSpec,
+    channels: int | None,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+) -> LearnedValues | None:
+    """The parameters of a layer of neurons; None where nothing is learned.
+
+    Args:
+        learnable: None, ``layer`` (one decay and threshold) or ``channel`` (one of each a channel).
+        spec: Where they start.
+        channels: Number of channels, needed for ``channel``.
+        device: Device of the parameters.
+        dtype: See `LearnedValues`.
+
+    Raises:
+        ValueError: ``learnable`` is another, channels are missing, or the spec's decay is 0 or 1.
+    """
+    if learnable not in LEARNABLE:
+        raise ValueError(f"expected learnable out of {LEARNABLE}, got {learnable!r}: choose one of these")
+    if learnable is None:
+        return None
+    if learnable == "channel" and (not isinstance(channels, int) or isinstance(channels, bool) or channels < 1):
+        raise ValueError(
+            f"expected channels as an integer >= 1 with learnable='channel', got {channels!r}: give their number, the "
+            "size of axis 2 of (T, B, C, ...)"
+        )
+    count = channels if learnable == "channel" else 1
+    return LearnedValues(spec, count or 1, device=device, dtype=dtype)
+
+
+def learned_values(layer: Any) -> dict[str, Tensor]:
+    """Learned decay and threshold of a layer of neurons by name; empty where those of its spec hold."""
+    learned = getattr(layer, "learned", None)
+    return learned.named() if isinstance(learned, LearnedValues) else {}
+
+
+def fit_learned_values(network: nn.Module, state_dict: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A state_dict with learned neurons, fitted to a network without, or the other way round; with a line in the log.
+
+    Args:
+        network: The network that will load it.
+        state_dict: In its names.
+
+    Returns:
+        The state_dict without what the network does not learn, or with the network's own values where it has none.
+    """
+    own: dict[str, Tensor] = {}
+    for name, module in network.named_modules():
+        if isinstance(module, LearnedValues):
+            own |= {f"{name}.{key}": value for key, value in module.state_dict().items()}
+    given = [name for name in state_dict if _IS_LEARNED.search(name)]
+    if own and not given:
+        _logger.warning("Kept decays and thresholds of %d layers as they were: the weights have none", len(own) // 2)
+        return {**state_dict, **own}
+    if given and not own:
+        _logger.warning(
+            "Left out the learned decays and thresholds of %d layers: create the network with neuron='plif' or "
+            "'plif_channel' to use them",
+            len(given) // 2,
+        )
+        return {name: value for name, value in state_dict.items() if name not in given}
+    return state_dict
+
+
+def _argument(function: Callable[[Tensor], Tensor], near: float, value: float, dtype: torch.dtype) -> float:
+    """The number next to ``near`` at which a rising function gives ``value`` best, to the bit where it can."""
+    around = torch.tensor([near], dtype=dtype, device="cpu")
+    candidates = [around]
+    for end in (-torch.inf, torch.inf):
+        step = around
+        for _ in range(8):
+            step = torch.nextafter(step, torch.full_like(step, end))
+            candidates.append(step)
+    tried = torch.cat(candidates)
+    error = (function(tried).double() - value).abs()
+    return float(tried[error.argmin()])
