@@ -65,9 +65,20 @@ INPUT_SHAPES: dict[str, Callable[[int, int, tuple[int, ...]], tuple[int, ...]]] 
     "spatial": lambda steps, batch, frame: (batch, *frame),
     "spatial_steps": lambda steps, batch, frame: (steps, batch, *frame),
     "temporal": lambda steps, batch, frame: (batch, steps),
+    "decay": lambda steps, batch, frame: (frame[0],),
+    "threshold": lambda steps, batch, frame: (frame[0],),
 }
+_REDUCED = ("temporal", "decay", "threshold")  # whose gradients are sums over places
+
+
+def _learned(op: Callable[..., Any]) -> Op:
+    """A neuron with a decay and a threshold of each channel, called as ``run(x, decay, threshold, spec)``."""
+    return lambda x, decay, threshold, spec: op(x, spec, decay=decay, threshold=threshold)
+
+
 OPS = {
     "lif": BenchOp(lif, lif_reference, ("x",), binary=True, packs_mask=True),
+    "lif_learned": BenchOp(_learned(lif), _learned(lif_reference), ("x", "decay", "threshold"), binary=True),
     "gac_encode": BenchOp(gac_encode, gac_encode_reference, ("stem", "spatial", "temporal")),
     "gated_lif": BenchOp(gated_lif, gated_lif_reference, ("x", "spatial_steps", "temporal")),
 }
@@ -76,7 +87,10 @@ OPS = {
 def make_inputs(
     op: BenchOp, case: Case, batch: int, frame: tuple[int, int, int], device: torch.device
 ) -> list[torch.Tensor]:
-    """Fresh standard-normal inputs that require gradients, in the case's dtype and memory format."""
+    """Fresh standard-normal inputs that require gradients, in the case's dtype and memory format.
+
+    Decays and thresholds lie around those of the neuron.
+    """
     inputs = []
     for name in op.inputs:
         shape = INPUT_SHAPES[name](case.num_steps, batch, frame)
@@ -84,6 +98,9 @@ def make_inputs(
         if len(shape) >= 4:  # frames; a 5-D tensor counts as channels-last if each of its frames is
             frames = tensor.flatten(0, -4).contiguous(memory_format=MEMORY_FORMATS[case.memory_format])
             tensor = frames.unflatten(0, shape[:-3])
+        if name in ("decay", "threshold"):
+            around = getattr(SPECS[case.spec], name)
+            tensor = (around * (1.0 + 0.2 * tensor.clamp(-3.0, 3.0))).to(tensor.dtype)
         inputs.append(tensor.requires_grad_())
     return inputs
 
@@ -132,8 +149,9 @@ def check_case(op: BenchOp, case: Case, inputs: Tensors) -> str:
         failures.append("spikes are not 0 or 1")
     pairs = [("output", output.detach(), expected)]
     pairs += zip((f"grad of {name}" for name in op.inputs), grads, expected_grads, strict=True)
+    reduced = [f"grad of {name}" for name in _REDUCED]
     for name, got, right in pairs:
-        tolerance = TOLERANCES[got.dtype]["reduced" if name == "grad of temporal" else "elementwise"]
+        tolerance = TOLERANCES[got.dtype]["reduced" if name in reduced else "elementwise"]
         error = relative_error(got, right)
         if not error <= tolerance:  # a NaN must not pass
             failures.append(f"{name}: relative error {error:.2e} > {tolerance:.0e}")
@@ -171,7 +189,7 @@ def make_baseline(name: str, op_name: str, spec: LIFSpec, inputs: Tensors) -> Op
         # All compiled variants share the reference's code object; after 8 of them Dynamo would fall back to eager.
         torch._dynamo.reset()
         return torch.compile(lambda *tensors: reference(*tensors, spec), fullgraph=True, dynamic=False)
-    if importlib.util.find_spec("spikingjelly") is None:
+    if op_name == "lif_learned" or importlib.util.find_spec("spikingjelly") is None:  # its PLIF has one decay a layer
         return None
     frame = inputs[0] if op_name == "gac_encode" else inputs[0][0]
     fire, state = spikingjelly_neuron(spec), torch.zeros_like(frame, dtype=torch.float32, requires_grad=False)

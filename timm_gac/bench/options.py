@@ -46,7 +46,7 @@ class KernelBenchConfig:
     """Options of `bench_kernels`: every combination of the tuples is run, then baselines on some of them.
 
     Args:
-        ops: Out of ``lif``, ``gac_encode``, ``gated_lif``.
+        ops: Out of ``lif``, ``lif_learned`` (a decay and a threshold a channel), ``gac_encode``, ``gated_lif``.
         dtypes: Out of ``float32``, ``bfloat16``.
         memory_formats: Out of ``contiguous``, ``channels_last``.
         num_steps: Numbers of time steps.

@@ -10,6 +10,7 @@ from huggingface_hub import EvalResult, ModelCardData
 
 from gac_kernels import LIFSpec
 
+from ..layers.learned import NEURONS
 from .dataset import DIGITS
 from .facts import CURVE, ENERGY, ENERGY_CHART, LOG, RASTER, TRAINING, Facts
 from .folder import WEIGHTS
@@ -154,11 +155,13 @@ def _cell(value: Any) -> str:
     return str(value).replace("|", "\\|").replace("\n", " ")
 
 
-def _neuron(spec: LIFSpec) -> str:
+def _neuron(spec: LIFSpec, neuron: str) -> str:
     reset = "soft" if spec.soft_reset else "hard"
     detached = ", detached from the gradient" if spec.detach_reset else ""
+    learnable = NEURONS[neuron]
+    learned = f" at the start, both learned, one of each a {learnable}" if learnable else ""
     return (
-        f"LIF, threshold {spec.threshold:g}, decay {spec.decay:g}, {reset} reset{detached}; "
+        f"LIF, threshold {spec.threshold:g}, decay {spec.decay:g}{learned}, {reset} reset{detached}; "
         f"surrogate gradient: {spec.surrogate}, width {spec.width:g}"
     )
 
@@ -168,7 +171,7 @@ def _model(facts: Facts) -> str:
         ("architecture", f"`{facts.architecture}`"),
         ("parameters", f"{facts.parameters:,}"),
         ("time steps T", facts.num_steps),
-        ("neuron", _neuron(facts.spec)),
+        ("neuron", _neuron(facts.spec, facts.neuron)),
         ("classes", facts.num_classes),
     ]
     if facts.quantization:

@@ -52,6 +52,7 @@ class Facts:
         evaluation: The evaluation's results.
         energy: The energy accounting's results.
         files: Extra files to publish, by their name in the repository.
+        neuron: What of the neuron was learned, see ``neuron`` of `SpikingResNet`.
     """
 
     architecture: str
@@ -69,6 +70,7 @@ class Facts:
     evaluation: Mapping[str, Any] = field(default_factory=dict)
     energy: Mapping[str, Any] = field(default_factory=dict)
     files: Mapping[str, Path] = field(default_factory=dict)
+    neuron: str = "lif"
 
     @property
     def dataset(self) -> tuple[str, str] | None:
@@ -219,6 +221,7 @@ def gather(folder: Path, run: Path) -> Facts:
         evaluation=evaluation,
         energy=energy,
         files=files,
+        neuron=config.get("model_args", {}).get("neuron", "lif"),
     )
 
 

@@ -320,13 +320,9 @@ def _stack(
     second = stack_values(x, x.shape[-3], spec, second_decay, second_threshold, names)
     if first is None and second is None:
         return None
-    pairs = []
-    for pair in (first, second):
-        if pair is None:
-            fixed = torch.tensor([[spec.decay], [spec.threshold]], dtype=state_dtype(x.dtype))
-            pairs.append(fixed.to(x.device))
-        else:
-            pairs.append(pair)
+    options: dict[str, Any] = dict(dtype=state_dtype(x.dtype), device=x.device)
+    fixed = [torch.full((1, 1), value, **options) for value in (spec.decay, spec.threshold)]
+    pairs = [torch.cat(fixed) if pair is None else pair for pair in (first, second)]
     length = max(pair.shape[1] for pair in pairs)
     return torch.cat([pair.expand(2, length) for pair in pairs])
 

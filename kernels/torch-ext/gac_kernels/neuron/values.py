@@ -42,12 +42,12 @@ def stack_values(
     if decay is None and threshold is None:
         return None
     dtype, rows = state_dtype(x.dtype), []
-    for name, value in zip(names, (decay, threshold), strict=True):
+    for name, value, fixed in zip(names, (decay, threshold), (spec.decay, spec.threshold), strict=True):
         if value is not None:
             _check(name, value, x, channels)
             rows.append(value.to(dtype).reshape(-1))
         else:
-            rows.append(torch.full((1,), spec.decay if name is names[0] else spec.threshold, dtype=dtype).to(x.device))
+            rows.append(torch.full((1,), fixed, dtype=dtype, device=x.device))  # no copy, which a CUDA graph refuses
     length = max(len(row) for row in rows)
     if expand and channels is not None:
         length = channels
