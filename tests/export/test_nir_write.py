@@ -203,3 +203,17 @@ def test_other_networks_and_sizes(arguments: dict[str, object], size: tuple, mes
     model = timm.create_model("test_gac_msresnet", **arguments)
     with pytest.raises(ValueError, match=message):
         write_nir(model, tmp_path / "a.nir", input_size=size)
+
+
+def test_learned_decays_and_thresholds(tmp_path: Path) -> None:
+    """One of each a layer is read back as it was; those of channels are refused."""
+    model = small("msresnet18_cifar", neuron="plif").double()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.add_(torch.rand_like(parameter), alpha=0.5 if ".learned." in name else 0.0)
+    report = write_nir(model, tmp_path / "network.nir", images=torch.randn(2, *SIZE).double())
+    assert report.flips == 0 and report.spikes > 500 and report.largest_difference < 1e-12
+    specs = {module.spec for module in read_nir(report.path).modules() if hasattr(module, "spec")}
+    assert any(spec.decay == pytest.approx(model.lif.learned.decay.item()) for spec in specs) and len(specs) > 5
+    with pytest.raises(ValueError, match="one decay and threshold a layer, got one a channel in lif"):
+        write_nir(small("msresnet18_cifar", neuron="plif_channel"), tmp_path / "other.nir")

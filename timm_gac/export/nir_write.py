@@ -196,7 +196,13 @@ class _Graph:
         _check(name, neuron, (LIF.forward,))
         assert isinstance(neuron, LIF)
         shape = self.shape(sources[0])
-        return self.add(name, neuron_node(name, neuron.spec, shape), shape, *sources)
+        spec = neuron.spec if neuron.learned is None else neuron.learned.fixed(neuron.spec)
+        if spec is None:
+            raise ValueError(
+                f"expected one decay and threshold a layer, got one a channel in {name}: a layer read from NIR has "
+                "one, train with neuron='plif'"
+            )
+        return self.add(name, neuron_node(name, spec, shape), shape, *sources)
 
     def average(self, name: str, window: tuple[int, int], *sources: str) -> str:
         """Average pooling; with a window of (1, 1) the sum of the sources under a name of its own."""
