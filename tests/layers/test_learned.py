@@ -19,9 +19,9 @@ from timm_gac.hub.open import calibrate
 from timm_gac.inference.early_exit import forward_early_exit
 from timm_gac.inference.quantize import dequantize
 from timm_gac.inference.record import record_spikes
-from timm_gac.layers.learned import LearnedValues
+from timm_gac.layers.learned import NEURONS, LearnedValues
 from timm_gac.train.optim import create_optimizer
-from timm_gac.train.recipes import Recipe
+from timm_gac.train.recipes import _CHOICES, Recipe
 from timm_gac.train.setup import create_network
 
 KINDS = {"plif": "layer", "plif_channel": "channel"}
@@ -159,6 +159,7 @@ def test_integers(name: str, sizes: dict, tmp_path, caplog: pytest.LogCaptureFix
 
 
 def test_the_trainer_asks_for_them_and_does_not_decay_them() -> None:
+    assert _CHOICES["neuron"] == tuple(NEURONS)
     recipe = Recipe(model="test_gac_msresnet", neuron="plif", channels_last=False)
     model = create_network(recipe, 10, 3)
     learned = [p for m in model.modules() if isinstance(m, LearnedValues) for p in m.parameters()]

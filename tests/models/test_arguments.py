@@ -30,6 +30,7 @@ CHANGES = {
     "drop_path_rate": 0.5,
     "scaled_init": True,
     "int8_convs": True,
+    "neuron": "plif_channel",
 }
 
 

@@ -189,8 +189,8 @@ class GatedAttentionCoding(nn.Module):
         learnable: Learn decay and threshold of the neuron, see `LIF`.
 
     Raises:
-        ValueError: ``spec`` is no `LIFSpec`, ``gate`` or ``learnable`` is unknown, or the input has another rank, number
-            of channels or number of steps.
+        ValueError: ``spec`` is no `LIFSpec`, ``gate`` or ``learnable`` is unknown, or the input has another rank,
+            number of channels or number of steps.
 
     Source: Qiu et al., AAAI 2024 (arXiv 2308.06582), section "Gated attention coding".
     """
