@@ -24,7 +24,7 @@ PAGES = {
 TEXTS = {name: path.read_text(encoding="utf-8") for name, path in PAGES.items()}
 README = TEXTS["README.md"]
 # What a snippet may need beyond the test extras. Such a snippet runs where the library is installed.
-OPTIONAL = ("snntorch", "spikingjelly")
+OPTIONAL = ("nir", "onnxruntime", "snntorch", "spikingjelly")
 
 
 def blocks(page: str, language: str) -> list[tuple[int, str]]:

@@ -37,6 +37,7 @@ COMMANDS = (
         "gain",
         "convert",
         "quantize",
+        "export",
         "push",
     ),
     *("verify", "bench", "bench kernels", "bench model", "bench scaling", "bench curves"),
@@ -127,6 +128,7 @@ def test_any_other_program_imports_everything_at_once(tmp_path: Path) -> None:
         (["bench", "scaling"], ["--processes", "--check"]),
         (["bench", "curves"], ["--seeds", "--data"]),
         (["quantize"], ["MODEL", "OUT_FOLDER", "--clip", "--overwrite"]),
+        (["export"], ["MODEL", "OUT.{nir,onnx,pt2}", "--num-steps", "--batch-size", "--fold", "--overwrite"]),
         (["bench"], ["kernels", "model"]),
         (["bench", "kernels"], ["--ops", "--quick", "--csv"]),
         (["bench", "model"], ["--providers", "--num-steps", "--profile"]),
@@ -200,6 +202,7 @@ def test_models_takes_a_pattern(capsys: pytest.CaptureFixture[str]) -> None:
         ["bench", "model", "--providers", "no_such_network"],
         ["bench", "curves", "--seeds", "1"],
         ["train", "cifar100", "--epochs", "0"],
+        ["export", "no_such_model", "a.pt2"],
     ],
     ids=lambda arguments: arguments[0],
 )

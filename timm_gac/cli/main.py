@@ -36,6 +36,7 @@ COMMANDS = {
     "gain": "gain:gain",
     "convert": "hub:convert",
     "quantize": "quantize:quantize",
+    "export": "export:export",
     "push": "hub:push",
     "verify": "hub:verify",
     "bench kernels": "bench:kernels",
@@ -44,7 +45,9 @@ COMMANDS = {
     "bench curves": "bench:curves",
 }
 # What PyPI calls a package whose module has another name.
-PYPI = {"sklearn": "scikit-learn", "PIL": "pillow"}
+PYPI = {"sklearn": "scikit-learn", "PIL": "pillow"} | dict.fromkeys(
+    ("nir", "onnx", "onnxscript", "onnxruntime"), '"timm-gac[export]"'
+)
 DESCRIPTION = (
     "Gated attention coding and spiking ResNets for timm: train, evaluate, look inside, publish, benchmark.\n"
     "`timm-gac COMMAND --help` explains a command, --version tells the version. Start with `timm-gac demo`."

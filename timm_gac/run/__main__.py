@@ -2,7 +2,8 @@
 
 timm's scripts find models by name in its registry, which `import timm_gac` extends. A script without a
 ``--device-modules`` option has no way to import it, so this module does and then runs the script as if it had been
-started itself: its ``__name__``, its arguments, and its folder first on the import path.
+started itself: its ``__name__``, its arguments, and its folder first on the import path. For timm's onnx_export.py
+PyTorch also learns what this package's operators are made of.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import runpy
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 HELP = """usage: python -m timm_gac.run SCRIPT [ARGUMENT ...]
@@ -37,12 +39,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stderr.write(f"timm_gac.run: {problem}\n")
         return 2
     import timm_gac  # noqa: F401 (registers the models)
+    from gac_kernels.decompositions import registered_decompositions
 
     script = given[0]
     argv, path = sys.argv, sys.path
     sys.argv, sys.path = given, [str(Path(script).resolve().parent), *sys.path]
     try:
-        runpy.run_path(script, run_name="__main__")
+        with registered_decompositions() if Path(script).name == "onnx_export.py" else nullcontext():
+            runpy.run_path(script, run_name="__main__")
     finally:
         sys.argv, sys.path = argv, path
     return 0

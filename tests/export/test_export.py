@@ -1,0 +1,255 @@
+"""ONNX and .pt2 files: what ONNX Runtime, PyTorch alone and compiled code compute from them."""
+
+from __future__ import annotations
+
+import copy
+import json
+import shutil
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from torch import Tensor, nn
+
+import timm_gac.export
+from gac_kernels.decompositions import decomposition_table, registered_decompositions
+from timm_gac import cli, fuse_for_inference, quantize
+from timm_gac.export import compile_package, write_onnx, write_program
+from timm_gac.hub import calibrate, save_quantized
+
+T = 3
+PICTURES = Path(__file__).parents[2] / "examples" / "pictures"
+
+
+def images(batch: int, *frames: int) -> Tensor:
+    return torch.randn(batch, *frames, 3, 16, 16, generator=torch.Generator().manual_seed(batch))
+
+
+def network(**kwargs: object) -> nn.Module:
+    """A network whose neurons fire."""
+    model = timm.create_model("test_gac_msresnet", num_classes=7, num_steps=T, **kwargs)
+    calibrate(model, [images(8)])
+    return model
+
+
+# In a process without this package: loads each program and compares it with what the network gave.
+CHILD = """
+import importlib.abc, sys, torch
+
+class Missing(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in ("timm_gac", "gac_kernels", "timm"):
+            raise ModuleNotFoundError(name)
+
+sys.meta_path.insert(0, Missing())
+for file in sys.argv[1:]:
+    program = torch.export.load(file).module()
+    for x, expected in torch.load(file + ".expected", weights_only=True):
+        found = program(x)
+        assert torch.equal(found, expected), (file, (found - expected).abs().max())
+        print(file, len(x))
+"""
+
+
+@torch.no_grad()
+def test_programs_give_the_same_bits_in_a_process_without_this_package(tmp_path: Path) -> None:
+    model = network()
+    cases = {
+        "float": (model, {}),
+        "folded": (fuse_for_inference(copy.deepcopy(model)), {"frames": True}),
+        "int8": (quantize(model), {"per_step": True}),
+        "static": (model, {"batch_size": 3}),
+    }
+    files = []
+    for name, (changed, options) in cases.items():
+        files.append(str(tmp_path / f"{name}.pt2"))
+        report = write_program(changed, files[-1], images=images(2, T) if "frames" in options else images(2), **options)
+        assert report.largest_difference == 0 and report.flips == 0
+        compute = changed.forward_steps if "per_step" in options else changed
+        batches = [images(n, *([T] if "frames" in options else [])) for n in ([3] if name == "static" else [1, 5])]
+        assert compute(batches[0]).std() > 1e-3
+        torch.save([(x, compute(x)) for x in batches], files[-1] + ".expected")
+    done = subprocess.run([sys.executable, "-c", CHILD, *files], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert len(done.stdout.splitlines()) == 7
+
+
+def run_onnx(needs, path: Path, x: Tensor) -> list[Tensor]:
+    session = needs("onnxruntime").InferenceSession(path, providers=["CPUExecutionProvider"])
+    (given,) = session.get_inputs()
+    return [torch.from_numpy(y) for y in session.run(None, {given.name: x.numpy()})]
+
+
+def nodes(needs, path: Path) -> Counter[str]:
+    model = needs("onnx").load(path)
+    assert {opset.domain for opset in model.opset_import} <= {""} and not model.functions
+    return Counter(node.op_type for node in model.graph.node)
+
+
+@torch.no_grad()
+def test_onnx_runtime_answers_as_the_network(needs, tmp_path: Path) -> None:
+    model, path = network(), tmp_path / "a.onnx"
+    report = write_onnx(model, path, images=images(4), label_names=("ant", "bee"))
+    assert report.flips == 0 and report.largest_difference < 1e-5 and report.images == 4
+    assert "BatchNormalization" not in nodes(needs, path)  # folded into the convolutions
+    for batch in (1, 5):
+        (found,) = run_onnx(needs, path, images(batch))
+        torch.testing.assert_close(found, model(images(batch)), rtol=0, atol=1e-5)
+    about = {entry.key: entry.value for entry in needs("onnx").load(path).metadata_props}
+    assert about["architecture"] == "test_gac_msresnet" and json.loads(about["label_names"]) == ["ant", "bee"]
+
+
+@torch.no_grad()
+def test_float64_frames_and_steps_in_onnx_runtime(needs, tmp_path: Path) -> None:
+    # ONNX Runtime has no convolution in float64: they are matrix products, of every stride and padding here.
+    model, path = network().double(), tmp_path / "a.onnx"
+    report = write_onnx(model, path, images=images(2, T).double(), per_step=True, opset=20)
+    assert report.largest_difference < 1e-12 and report.flips == 0
+    assert "Conv" not in nodes(needs, path)
+    (found,) = run_onnx(needs, path, images(3, T).double())
+    torch.testing.assert_close(found, model.forward_steps(images(3, T).double()), rtol=0, atol=1e-12)
+
+
+class Inside(nn.Module):
+    """Currents and spikes of all neurons of a network, from the gated current."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, gated: Tensor) -> list[Tensor]:
+        membrane, spikes = gated, self.network.lif(gated)
+        seen = [spikes]
+        for stage in (self.network.layer1, self.network.layer2, self.network.layer3, self.network.layer4):
+            for block in stage:
+                seen.append(block.conv1(spikes))
+                membrane, spikes, _ = block(membrane, spikes)
+                seen += [membrane, spikes]
+        return seen
+
+
+@torch.no_grad()
+def test_onnx_runtime_computes_the_same_integers_from_the_same_gated_current(needs, tmp_path: Path) -> None:
+    model = quantize(network())
+    gated = [model._encode(images(batch)) for batch in (2, 5)]
+    shapes = ({0: T * torch.export.Dim("batch", min=1)},)
+    program = torch.export.export(Inside(model).eval(), (gated[0],), dynamic_shapes=shapes)
+    path = tmp_path / "inside.onnx"
+    timm_gac.export.onnx.write_bytes(
+        path, timm_gac.export.onnx._serialised(program.run_decompositions(decomposition_table()), 23, {})
+    )
+    for x in gated:
+        expected, found = Inside(model)(x), run_onnx(needs, path, x)
+        assert sum(int(spikes.sum()) for spikes in expected if spikes.dtype == torch.int8) > 1000
+        for want, got in zip(expected, found, strict=True):
+            assert torch.equal(got, want)
+    stored = [entry for entry in needs("onnx").load(path).graph.initializer if entry.data_type == 3]  # int8
+    assert len(stored) == 6  # the weights of the 3x3 convolutions
+
+
+@torch.no_grad()
+def test_timm_s_exporter_works_with_the_operators_registered(needs, tmp_path: Path) -> None:
+    from timm.utils.onnx import onnx_export
+
+    needs("onnxscript")
+    model, path = network().eval(), tmp_path / "a.onnx"
+    with registered_decompositions():
+        onnx_export(model, str(path), example_input=images(2), use_dynamo=True, input_names=["x"])
+    (found,) = run_onnx(needs, path, images(2))
+    torch.testing.assert_close(found, model(images(2)), rtol=0, atol=1e-5)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler")
+@torch.no_grad()
+def test_a_compiled_package_answers_as_the_network(tmp_path: Path) -> None:
+    model = timm.create_model("test_gac_msresnet", num_classes=7, num_steps=1, layers=(1, 1, 1), channels=(4, 4, 4))
+    calibrate(model, [images(8)])
+    report = compile_package(model, tmp_path / "a.pt2", images=images(4), batch_size=2)
+    assert report.flips == 0 and report.largest_difference < 1e-5
+    assert "generated code alone" in report.contents
+
+
+def test_command_writes_what_a_folder_holds(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    save_quantized(network(), tmp_path / "int8")
+    out = tmp_path / "a.pt2"
+    assert cli.main(["export", str(tmp_path / "int8"), str(out), "--data", str(PICTURES), "--images", "3"]) == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert f"wrote {out}" in text and "weights of int8" in text
+    assert "logits differ by up to 0, 0 of 1 answers differ" in text
+    before = out.read_bytes()
+    assert cli.main(["export", str(tmp_path / "int8"), str(out)]) == 2
+    assert "--overwrite" in capsys.readouterr().err and out.read_bytes() == before
+
+
+def test_command_says_when_a_file_answers_otherwise(
+    needs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    needs("onnxruntime")
+    monkeypatch.setattr(timm_gac.export.onnx, "_serialised", other_network)
+    assert cli.main(["export", "test_gac_msresnet", str(tmp_path / "a.onnx")]) == 1
+    text = " ".join(capsys.readouterr().out.split())
+    assert "weights random (seed 0), batch-norm statistics of these images" in text
+    assert "logits differ by up to inf" in text
+
+
+def other_network(*_: object) -> bytes:
+    """An ONNX file whose logits are NaN."""
+    from onnx import TensorProto, helper
+
+    nan = helper.make_tensor("nan", TensorProto.FLOAT, [100], [float("nan")] * 100)
+    logits = [
+        helper.make_node("ReduceMean", ["images"], ["mean"], keepdims=1, axes=[1, 2, 3]),
+        helper.make_node("Flatten", ["mean"], ["row"]),
+        helper.make_node("Mul", ["row", "nan"], ["logits"]),
+    ]
+    image = helper.make_tensor_value_info("images", TensorProto.FLOAT, ["batch", 3, "h", "w"])
+    output = helper.make_tensor_value_info("logits", TensorProto.FLOAT, None)
+    graph = helper.make_graph(logits, "other", [image], [output], [nan])
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9).SerializeToString()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["a.tflite"], "expected OUT to end in .nir, .onnx, .pt2"),
+        (["a.onnx", "--compiled"], "expected no --compiled for a .onnx file"),
+        (["a.nir", "--batch-size", "2"], "expected no --batch-size for a .nir file"),
+        (["a.onnx", "--opset", "9"], "expected an opset from 20 to 23"),
+        (["a.pt2", "--data", "digits", "--frames"], "expected --frames without --data"),
+    ],
+)
+def test_command_refuses_what_a_format_cannot_do(
+    arguments: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["export", "test_gac_msresnet", *arguments]) == 2
+    error = capfd.readouterr().err
+    assert message in error and len(error.splitlines()) == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_missing_package_is_named_with_its_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    from timm_gac.cli import output
+
+    find = output.importlib.util.find_spec
+    monkeypatch.setattr(output.importlib.util, "find_spec", lambda name: None if name == "onnxscript" else find(name))
+    assert cli.main(["export", "test_gac_msresnet", str(tmp_path / "a.onnx")]) == 2
+    assert 'pip install "timm-gac[export]"' in capsys.readouterr().err
+
+
+def test_functions_refuse_files_that_are_there_and_other_dtypes(tmp_path: Path, monkeypatch) -> None:
+    (path := tmp_path / "a").write_text("mine")
+    for write in (write_onnx, write_program, compile_package):
+        with pytest.raises(ValueError, match=r"expected a new file, got .*overwrite=True"):
+            write(network(), path)
+    assert path.read_text() == "mine"
+    with pytest.raises(ValueError, match=r"float32 or float64, got torch.float16"):
+        write_onnx(network().half(), tmp_path / "b")
+    model = network()
+    model.pretrained_cfg = {}
+    with pytest.raises(ValueError, match="give images"):
+        write_program(model, tmp_path / "b")

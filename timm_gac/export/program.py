@@ -1,0 +1,197 @@
+"""Networks as PyTorch's .pt2 files: exported programs, and packages that AOTInductor compiles of them."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.export import Dim, ExportedProgram
+
+from gac_kernels.decompositions import decomposition_table
+
+from ..runtime.files import replace_file, write_bytes
+from ..runtime.modes import eval_mode
+from .report import ExportReport, check_new, compare, cycled, description, example_images
+
+DESCRIPTION = "timm_gac.json"  # the file within a .pt2 that says what the network is
+
+
+class PerStep(nn.Module):
+    """A network whose output are the logits of each step, ``(B, T, num_classes)``.
+
+    Args:
+        network: The network.
+    """
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits of each step of images or frames x."""
+        logits: Tensor = self.network.forward_steps(x)  # type: ignore[operator]
+        return logits
+
+
+@torch.no_grad()
+def export_program(
+    model: nn.Module, images: Tensor, *, batch_size: int | None = None, per_step: bool = False, plain: bool = True
+) -> ExportedProgram:
+    """A network as `torch.export` gives it, without operators of this package.
+
+    Args:
+        model: A network of this package: floating-point, folded or quantised. It is left as it is.
+        images: To trace it with, ``(B, C, H, W)`` or event frames ``(B, T, C, H, W)``; B is ``batch_size``, or 2 or
+            more.
+        batch_size: The program's batch size; None for any.
+        per_step: Its output are the logits of each step.
+        plain: Replace this package's operators by PyTorch's own. Without it the program wants `gac_kernels`.
+
+    Raises:
+        ValueError: An operator is left that has no plain form, or ``batch_size`` is below 1.
+    """
+    if batch_size is not None and batch_size < 1:
+        raise ValueError(f"expected batch_size >= 1, got {batch_size}: give None for any")
+    shapes = ({0: Dim("batch", min=1)},) if batch_size is None else None
+    with eval_mode(model):
+        network = PerStep(model).eval() if per_step else model
+        # Of a view the program would have symbols that it never uses, of which each reader is then warned.
+        program = torch.export.export(network, (images.clone(),), dynamic_shapes=shapes)
+    if not plain:
+        return program
+    program = program.run_decompositions(decomposition_table())
+    left = {str(node.target) for node in program.graph.nodes if "gac_kernels" in str(node.target)}
+    if left:
+        raise ValueError(
+            f"expected operators that PyTorch's own can replace, got {', '.join(sorted(left))}: export the network as "
+            "timm.create_model makes it, or give plain=False"
+        )
+    return program
+
+
+def _prepared(
+    model: Any, images: Tensor | None, frames: bool, batch_size: int | None, per_step: bool, plain: bool
+) -> tuple[ExportedProgram, Tensor]:
+    """The program, and the images to check it with."""
+    images = example_images(model, images, frames)
+    traced = cycled(images, batch_size or 2)
+    return export_program(model, traced, batch_size=batch_size, per_step=per_step, plain=plain), images
+
+
+def _checked(path: Path, contents: str, model: Any, per_step: bool, images: Tensor, run: Any, batch: int | None) -> Any:
+    with eval_mode(model):
+        return compare(path, contents, PerStep(model) if per_step else model, images, run, batch)
+
+
+def write_program(
+    model: Any,
+    path: str | Path,
+    *,
+    images: Tensor | None = None,
+    frames: bool = False,
+    batch_size: int | None = None,
+    per_step: bool = False,
+    plain: bool = True,
+    label_names: tuple[str, ...] = (),
+    overwrite: bool = False,
+) -> ExportReport:
+    """Write a network as a .pt2 file that `torch.export.load` reads, in a process without this package.
+
+    On a CPU its answers are the network's to the bit. It runs where the network is now, CPU or GPU.
+
+    Args:
+        model: A network of this package: floating-point, folded or quantised. It is left as it is.
+        path: The file. It appears whole or not at all.
+        images: Normalised images to compare on, ``(B, C, H, W)`` or frames ``(B, T, C, H, W)``; noise by default.
+        frames: Without images, take event frames ``(B, T, C, H, W)`` as input.
+        batch_size: A fixed batch size; None for any.
+        per_step: The output are the logits of each step, ``(B, T, num_classes)``.
+        plain: With PyTorch's own operators alone. Without it this package's stay, and with them its kernels, and
+            int8 arithmetic on a CPU; the reader has to ``import gac_kernels`` before.
+        label_names: Of the classes, for `DESCRIPTION` in the file.
+        overwrite: Replace the file where there is one.
+
+    Returns:
+        How the file's answers differ from the network's.
+
+    Raises:
+        ValueError: The file is there, or the network cannot be written.
+
+    Example:
+        >>> import timm, timm_gac.export
+        >>> model = timm.create_model("test_gac_msresnet").eval()
+        >>> report = timm_gac.export.write_program(model, "test.pt2")  # doctest: +SKIP
+    """
+    path = Path(path)
+    check_new(path, overwrite)
+    program, images = _prepared(model, images, frames, batch_size, per_step, plain)
+    about = json.dumps(description(model, label_names))
+    with replace_file(path) as stream:
+        torch.export.save(program, stream, extra_files={DESCRIPTION: about})  # type: ignore[arg-type]
+    run = torch.export.load(path).module()
+    contents = "exported program for PyTorch alone" if plain else "exported program for PyTorch with gac_kernels"
+    return _checked(path, contents, model, per_step, images, run, batch_size)
+
+
+def compile_package(
+    model: Any,
+    path: str | Path,
+    *,
+    images: Tensor | None = None,
+    frames: bool = False,
+    batch_size: int | None = None,
+    per_step: bool = False,
+    plain: bool = True,
+    overwrite: bool = False,
+) -> ExportReport:
+    """Compile a network with AOTInductor into a .pt2 package, for C++ or ``torch._inductor.aoti_load_package``.
+
+    It holds machine code for the kind of processor that it is compiled on, and wants a C++ compiler there. Sums in
+    another order differ in their last bits, as between any two kernels.
+
+    Args:
+        model: As for `write_program`. It is compiled for the device on which it is.
+        path: The file, .pt2. It appears whole or not at all.
+        images: As there.
+        frames: As there.
+        batch_size: As there.
+        per_step: As there.
+        plain: Compile PyTorch's own operators, which runs in any process. Without it the package calls this package's
+            operators, and so its kernels; only a Python process that has imported `gac_kernels` can run it.
+        overwrite: Replace the file where there is one.
+
+    Returns:
+        How the package's answers differ from the network's.
+
+    Raises:
+        ValueError: The file is there, the network cannot be written, or there is no C++ compiler.
+    """
+    path = Path(path)
+    check_new(path, overwrite)
+    program, images = _prepared(model, images, frames, batch_size, per_step, plain)
+    _check_compiler()
+    content = io.BytesIO()
+    torch._inductor.aoti_compile_and_package(program, package_path=content)
+    write_bytes(path, content.getvalue())
+    package = torch._inductor.aoti_load_package(str(path))
+    inside = "generated code alone" if plain else "generated code that calls the operators of gac_kernels"
+    contents = f"compiled for this {images.device.type.upper()}: {inside}"
+    return _checked(path, contents, model, per_step, images, package, batch_size)
+
+
+def _check_compiler() -> None:
+    """Raise a ValueError unless Inductor finds a C++ compiler."""
+    from torch._inductor.cpp_builder import get_cpp_compiler
+    from torch._inductor.exc import InvalidCxxCompiler
+
+    try:
+        get_cpp_compiler()
+    except InvalidCxxCompiler as error:
+        raise ValueError(
+            "expected a C++ compiler such as g++ to compile a package, got none: install one, or write an exported "
+            "program, which needs none"
+        ) from error

@@ -1,0 +1,118 @@
+"""What an exported file is checked with: images, and how its answers differ from the network's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+_NOISE = 8  # images of noise that a file is checked on where none are given
+_BATCH = 32  # images a call
+
+
+@dataclass(frozen=True)
+class ExportReport:
+    """How the answers of a file that was read back differ from those of the network.
+
+    Attributes:
+        path: The file.
+        contents: What it holds and who can run it, in words.
+        images: Images compared.
+        largest_difference: Of the logits.
+        flips: Images whose best class differs (with ``per_step`` at some step).
+    """
+
+    path: Path
+    contents: str
+    images: int
+    largest_difference: float
+    flips: int
+
+    def __str__(self) -> str:
+        """Two lines."""
+        return (
+            f"{self.path}: {self.contents}\nread back: logits differ by up to {self.largest_difference:.2g}, "
+            f"{self.flips} of {self.images} answers differ"
+        )
+
+
+def check_new(path: Path, overwrite: bool) -> None:
+    """Refuse to replace a file unasked.
+
+    Raises:
+        ValueError: The file is there and ``overwrite`` is not set.
+    """
+    if path.exists() and not overwrite:
+        raise ValueError(f"expected a new file, got {str(path)!r}, which is there: choose another, or overwrite=True")
+
+
+def example_images(model: Any, images: Tensor | None, frames: bool) -> Tensor:
+    """Images to trace and to check a network with, on its device and in its dtype.
+
+    Args:
+        model: The network.
+        images: ``(B, C, H, W)``, or frames ``(B, T, C, H, W)``; noise of the size in its pretrained_cfg if None.
+        frames: Whether noise is to be event frames.
+
+    Raises:
+        ValueError: There are no images, and the network does not say their size.
+    """
+    if images is None:
+        size = (getattr(model, "pretrained_cfg", None) or {}).get("input_size")
+        if size is None:
+            raise ValueError("expected a network with a pretrained_cfg, got one without an input size: give images")
+        shape = (_NOISE, *((model.num_steps,) if frames else ()), *size)
+        images = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    if not len(images):
+        raise ValueError("expected at least 1 image, got none: give some, or None for noise")
+    weight = next(model.parameters())
+    return images.to(weight.device, weight.dtype)
+
+
+def cycled(images: Tensor, count: int) -> Tensor:
+    """The first ``count`` of the images, which are repeated where there are fewer."""
+    return images.repeat(-(-count // len(images)), *[1] * (images.ndim - 1))[:count]
+
+
+@torch.no_grad()
+def compare(
+    path: Path,
+    contents: str,
+    network: nn.Module,
+    images: Tensor,
+    run: Callable[[Tensor], Tensor],
+    batch_size: int | None,
+) -> ExportReport:
+    """Compare a file's answers with a network's.
+
+    Args:
+        path: The file.
+        contents: What it holds, in words.
+        network: Images to logits ``(B, classes)``, or of each step ``(B, T, classes)``.
+        images: All of them.
+        run: What the file computes.
+        batch_size: All that it takes; None for any.
+    """
+    difference, flips = 0.0, 0
+    for some in images.split(batch_size or _BATCH):
+        given = some if batch_size is None else cycled(some, batch_size)
+        expected, found = (y[: len(some)].cpu().double() for y in (network(given), run(given)))
+        # A NaN in one of the two is a difference like no other.
+        difference = max(difference, float((expected - found).abs().nan_to_num(nan=float("inf")).max()))
+        differs = expected.argmax(-1) != found.argmax(-1)
+        flips += int(differs.flatten(1).any(1).sum() if differs.ndim > 1 else differs.sum())
+    return ExportReport(path, contents, len(images), difference, flips)
+
+
+def description(model: Any, label_names: tuple[str, ...]) -> dict[str, Any]:
+    """What a reader of a file needs to know beside it: how images are normalised, and what the classes are called."""
+    from .. import __version__
+
+    cfg = getattr(model, "pretrained_cfg", None) or {}
+    known = {name: cfg[name] for name in ("architecture", "input_size", "mean", "std") if cfg.get(name) is not None}
+    labels = {"label_names": list(label_names)} if label_names else {}
+    return {"producer": f"timm_gac {__version__}", "num_steps": model.num_steps, **known, **labels}
