@@ -55,3 +55,13 @@ def test_help_and_errors_say_what_to_do(tmp_path: Path, capsys: pytest.CaptureFi
         assert main(arguments) == 2
         errors = capsys.readouterr().err
         assert message in errors and len(errors.splitlines()) == 1
+
+
+@pytest.mark.parametrize(("name", "known"), [("onnx_export.py", "True"), ("validate.py", "False")])
+def test_timm_s_onnx_exporter_knows_what_the_operators_are_made_of(
+    name: str, known: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    op = "torch.ops.gac_kernels.lif.default"
+    (tmp_path / name).write_text(f"import torch\nprint({op} in torch._decomp.decomposition_table)\n")
+    assert main([str(tmp_path / name)]) == 0
+    assert capsys.readouterr().out.strip() == known

@@ -154,8 +154,8 @@ def _write(network: Any, out: Path, images: Tensor, labels: tuple[str, ...], con
         "overwrite": config.overwrite,
     }
     if out.suffix.lower() == ".onnx":
-        opset = {} if config.opset is None else {"opset": config.opset}
-        return formats.write_onnx(network, out, label_names=labels, **shared, **opset)
+        shared |= {} if config.opset is None else {"opset": config.opset}
+        return formats.write_onnx(network, out, label_names=labels, **shared)
     if config.compiled:
         return formats.compile_package(network, out, plain=not config.kernels, **shared)
     return formats.write_program(network, out, plain=not config.kernels, label_names=labels, **shared)

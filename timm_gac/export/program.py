@@ -131,7 +131,7 @@ def write_program(
     program, images = _prepared(model, images, frames, batch_size, per_step, plain)
     about = json.dumps(description(model, label_names))
     with replace_file(path) as stream:
-        torch.export.save(program, stream, extra_files={DESCRIPTION: about})  # type: ignore[arg-type]
+        torch.export.save(program, stream, extra_files={DESCRIPTION: about})
     run = torch.export.load(path).module()
     contents = "exported program for PyTorch alone" if plain else "exported program for PyTorch with gac_kernels"
     return _checked(path, contents, model, per_step, images, run, batch_size)
