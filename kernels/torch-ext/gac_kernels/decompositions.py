@@ -20,7 +20,6 @@ from .common.tiles import dense, is_channels_last
 from .reference import of_channels, state_dtype
 from .reference.convolution import grid_shift
 
-
 Number = float | Tensor
 
 
