@@ -128,7 +128,7 @@ def test_metadata_says_what_the_graph_leaves_out(tmp_path: Path) -> None:
 def test_nothing_is_overwritten_unasked(tmp_path: Path) -> None:
     path = tmp_path / "a.nir"
     path.write_text("mine")
-    with pytest.raises(ValueError, match="exists: choose another, or give overwrite=True"):
+    with pytest.raises(ValueError, match="which is there: choose another, or overwrite=True"):
         write_nir(small("test_gac_msresnet"), path, input_size=SIZE)
     assert path.read_text() == "mine"
     assert write_nir(small("test_gac_msresnet"), path, input_size=SIZE, overwrite=True).flips == 0

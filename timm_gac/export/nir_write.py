@@ -27,6 +27,7 @@ from ..runtime.files import write_bytes
 from ..runtime.modes import eval_mode
 from .nir_check import NIRReport, compare
 from .nir_neuron import DT, neuron_node
+from .report import check_new
 
 
 @torch.no_grad()
@@ -92,8 +93,7 @@ def write_nir(
     import nir
 
     path = Path(path)
-    if path.exists() and not overwrite:
-        raise ValueError(f"expected a new file, got {path}, which exists: choose another, or give overwrite=True")
+    check_new(path, overwrite)
     folded = _folded(model)
     size = _input_size(folded, input_size, images)
     graph = _graph(folded, size, label_names)
