@@ -16,7 +16,6 @@ from timm_gac.bench import kernels as benchmark
 from timm_gac.bench import ops as bench_ops
 from timm_gac.bench.kernels import COLUMNS, KernelBenchConfig, bench_kernels
 from timm_gac.bench.ops import OPS, Case
-from timm_gac.bench.options import parse_options
 
 CPU = torch.device("cpu")
 TINY = KernelBenchConfig(
@@ -161,10 +160,10 @@ def test_csv_appends_with_provenance_and_refuses_a_foreign_header(tmp_path: Path
     assert path.read_text() == "model,accuracy\nx,1\n"
 
 
-def test_command_line_prints_a_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_results_are_printed_as_a_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "results.csv"
-    arguments = ["--ops", "lif", "--num-steps", "2", "3", "--csv", str(path), "--no-baselines"]
-    assert benchmark.main(TINY, arguments) == 0
+    config = replace(TINY, ops=("lif",), num_steps=(2, 3), csv=path, baselines=False)
+    assert benchmark.show_results(bench_kernels(config)) == 0
     printed = capsys.readouterr().out
     for text in ("forward+backward", "channels_last", "timm_gac", "copy"):
         assert text in printed
@@ -181,18 +180,3 @@ def test_table_renders_failed_rows(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_unknown_names_are_refused() -> None:
     with pytest.raises(ValueError, match=r"expected ops out of .*got .'lift'"):
         KernelBenchConfig(ops=("lift",))
-
-
-def test_options_of_a_script_start_from_its_own_defaults(capsys: pytest.CaptureFixture[str]) -> None:
-    mine = KernelBenchConfig(ops=("lif",), csv=Path("mine.csv"))
-    assert parse_options(mine, [], "Mine.") == mine
-    given = ["--num-steps", "2", "8", "--no-baselines", "--png", "chart.png", "--frame", "8", "4", "4"]
-    changed = replace(mine, num_steps=(2, 8), baselines=False, png=Path("chart.png"), frame=(8, 4, 4))
-    assert parse_options(mine, given, "Mine.") == changed
-    for wrong, said in ((["--ops", "lift"], "expected ops out of"), (["--no-such-option"], "--no-such-option")):
-        with pytest.raises(SystemExit, match="2"):
-            parse_options(mine, wrong, "Mine.")
-        assert said in capsys.readouterr().err
-    with pytest.raises(SystemExit, match="0"):
-        parse_options(mine, ["--help"], "Mine.")
-    assert "mine.csv" in capsys.readouterr().out

@@ -88,9 +88,6 @@ def test_packed_and_fused_follow_the_model(monkeypatch: pytest.MonkeyPatch) -> N
     assert packed == [True]
     with pytest.raises(Unavailable, match="backward"):
         NETWORKS["timm_gac_packed"](model, "test_gac_msresnet", "infer")
-    monkeypatch.delattr(type(model), "set_spike_packing")
-    with pytest.raises(Unavailable, match="no set_spike_packing"):
-        NETWORKS["timm_gac_packed"](model, "test_gac_msresnet", "train")
 
 
 @pytest.mark.parametrize(
@@ -358,9 +355,10 @@ def test_wrong_options_are_refused(change: dict[str, object], message: str) -> N
         replace(TINY, **change)
 
 
-def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = ["--modes", "infer", "--providers", "timm_gac", "--num-steps", "1", "--profile"]
-    assert bench_model.main(TINY, [*arguments, "--csv", str(tmp_path / "results.csv")]) == 0
+def test_results_are_shown_and_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = dict(modes=("infer",), providers=("timm_gac",), num_steps=(1,), profile=True)
+    config = replace(TINY, **options, csv=tmp_path / "results.csv")
+    assert bench_model.show_results(*bench_model.bench_model(config)) == 0
     printed = capsys.readouterr().out
     for text in ("test_gac_msresnet, 8x8", "timm_gac", "float32", "convolution, forward", "share"):
         assert text in printed

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ..energy import EnergyCosts, EnergyMeter, EnergyReport
 from ..inference.early_exit import check_confidence, first_confident_step, mean_logits
+from ..runtime.figures import hide_frame, new_figure
 
 CONFIDENCES = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99)
 
@@ -27,11 +28,11 @@ class ExitPoint:
     """What early exit at one confidence gives on a set of images.
 
     Attributes:
-        confidence: To stop at.
+        confidence: Probability of the likeliest class at which a sample stops.
         top1: Fraction of right answers.
         mean_steps: Steps a sample runs.
         shares: Fraction of samples that stop after 1 to T steps.
-        energy_mj: Mean energy of a sample by convention: of an answer after as many steps, mean over all images.
+        energy_mj: Mean energy of a sample by convention; one that ran t steps costs what t steps cost on average.
     """
 
     confidence: float
@@ -62,11 +63,7 @@ class AnytimeReport:
     def to_dict(self) -> dict[str, Any]:
         """The figures, ready for JSON."""
         return {
-            "model": self.energy.model,
-            "weights": self.energy.weights,
-            "trained": self.energy.trained,
-            "num_steps": self.energy.num_steps,
-            "images": self.energy.images,
+            **{name: getattr(self.energy, name) for name in ("model", "weights", "trained", "num_steps", "images")},
             "costs": asdict(self.energy.costs),
             "ann_mj": self.energy.ann_mj,
             "top1_by_step": self.top1,
@@ -91,7 +88,7 @@ def measure_anytime(
     Args:
         model: With ``forward_steps``, in eval mode.
         batches: Images (B, C, H, W) and labels (B,), on the model's device.
-        confidences: To stop at.
+        confidences: Confidences at which early exit stops.
         costs: Cost table, or its name in `timm_gac.energy.COSTS`.
         weights: Where the weights are from, to be kept with the figures.
         amp_dtype: Autocast to this dtype.
@@ -147,9 +144,7 @@ def write_anytime_chart(reports: Sequence[AnytimeReport], file: Path, convention
         file: PNG to write.
         convention: Convention of the energies.
     """
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7.2, 4.6), dpi=120, facecolor="white", layout="constrained")
+    figure = new_figure(7.2, 4.6, dpi=120)
     axis = figure.subplots()
     for report, colour in zip(reports, ("#2a6f97", "#b5651d", "#0b6e4f", "#b04a5a"), strict=False):
         energy = report.energy_mj[convention]
@@ -170,7 +165,7 @@ def write_anytime_chart(reports: Sequence[AnytimeReport], file: Path, convention
     axis.margins(x=0.09, y=0.09)
     axis.set(xlabel=f"mJ per image ({convention}, {reports[0].energy.costs.name})", ylabel="top-1 (%)")
     axis.grid(alpha=0.3)
-    axis.spines[["top", "right"]].set_visible(False)
+    hide_frame(axis)
     figure.legend(frameon=False, fontsize=9, loc="outside lower center", ncols=2)  # where it hides no point
     axis.set_title(f"Answers at any time, {reports[0].energy.images:,} images", loc="left", fontsize=12)
     figure.savefig(file)

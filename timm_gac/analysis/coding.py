@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ..inference.record import forward_hooks
 from ..layers.neuron_layer import NeuronLayer
+from ..runtime.figures import hide_frame, new_figure
 
 MAX_CODE = 2**62
 
@@ -207,9 +208,7 @@ def _draw(values: Tensor, drawn: Tensor) -> Tensor:
 
 def write_coding_chart(reports: Sequence[CodingReport], file: Path) -> None:
     """Draw, for each network, the new information of each step at the encoder and at the neurons behind it."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8.4, 3.7), dpi=120, facecolor="white", layout="constrained")
+    figure = new_figure(8.4, 3.7, dpi=120)
     axes = figure.subplots(1, 2)
     titles = ("Encoder's output (binned)", "Spikes of the neurons behind it")
     for report, colour in zip(reports, ("#2a6f97", "#b5651d", "#0b6e4f", "#b04a5a"), strict=False):
@@ -223,6 +222,6 @@ def write_coding_chart(reports: Sequence[CodingReport], file: Path) -> None:
         axis.set(xlabel="time step", ylabel="bits a neuron", ylim=(0, None))
         axis.set_xticks(range(1, max(report.num_steps for report in reports) + 1))
         axis.grid(alpha=0.3)
-        axis.spines[["top", "right"]].set_visible(False)
+    hide_frame(*axes)
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False, fontsize=9)
     figure.savefig(file)

@@ -15,6 +15,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..inference.early_exit import mean_logits
 from ..inference.record import forward_hooks, neuron_layers
 from ..layers.encoder import DirectCoding
 from ..layers.neuron_layer import NeuronLayer
@@ -76,8 +77,7 @@ class _Sums:
 
     def add(self, steps: Tensor, labels: Tensor) -> None:
         """Per-step logits (B, T, classes) and labels (B,)."""
-        count = torch.arange(1, steps.shape[1] + 1, device=steps.device)[:, None]
-        cumulative = steps.double().cumsum(1) / count
+        cumulative = mean_logits(steps.double())
         self.per_step += (cumulative.argmax(-1) == labels[:, None]).sum(0)
         logits = cumulative[:, -1]
         top = logits.topk(min(5, logits.shape[1])).indices

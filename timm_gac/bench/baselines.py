@@ -15,12 +15,12 @@ from torch import Tensor, nn
 
 from gac_kernels import LIFSpec
 
-from ..models.blocks import MSBlock
+from ..layers.encoder import GatedAttentionCoding
+from ..models.blocks import STAGES, MSBlock
 from ..models.network import SpikingResNet
 from ..models.published import Spike
 from .ops import spikingjelly_neuron
 
-STAGES = ("layer1", "layer2", "layer3", "layer4")
 Neuron = Callable[[Tensor, int], Tensor]  # time-folded (T*B, ...) and T -> spikes (T*B, ...)
 
 
@@ -126,7 +126,8 @@ class TimeMajorNet(nn.Module):
         self.encoder = PlainEncoder(self.conv1.out_channels, self.num_steps, neuron) if gated else None
         self.stages = [name for name in STAGES if len(getattr(model, name))]
         for name in self.stages:
-            self.add_module(name, _blocks(getattr(model, name), self.num_steps, neuron))
+            blocks = (PlainBlock(block, self.num_steps, neuron) for block in getattr(model, name))
+            self.add_module(name, nn.ModuleList(blocks))
         self.fc = nn.Linear(model.fc.in_features, model.fc.out_features)
         self.load_state_dict(model.state_dict())
 
@@ -152,10 +153,6 @@ def like(conv: Any) -> nn.Conv2d:
     return nn.Conv2d(*shape, bias=False)
 
 
-def _blocks(stage: Any, num_steps: int, neuron: Neuron) -> nn.ModuleList:
-    return nn.ModuleList(PlainBlock(block, num_steps, neuron) for block in stage)
-
-
 def is_gated(model: SpikingResNet) -> bool:
-    """Whether the model's encoder is gated attention coding, which has parameters; direct coding has none."""
-    return any(name.startswith("encoder.") for name, _ in model.named_parameters())
+    """Whether the model's encoder is gated attention coding."""
+    return isinstance(model.encoder, GatedAttentionCoding)

@@ -6,6 +6,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from ..runtime.figures import hide_frame, new_figure
+
 # What charts call the networks of a benchmark; rows have the short names.
 _NAMES = {
     "timm_gac_packed": "timm_gac, spikes packed",
@@ -18,10 +20,11 @@ _NAMES = {
     "published": "published algorithm",
 }
 
+Groups = dict[str, dict[str, float]]  # label of a group, name of a series, value
+Curves = dict[str, dict[int, float]]  # provider, number of time steps T, milliseconds
 
-def bar_chart(
-    path: Path, panels: dict[str, dict[str, dict[str, float]]], *, title: str, value: str, limit: float
-) -> None:
+
+def bar_chart(path: Path, panels: dict[str, Groups], *, title: str, value: str, limit: float) -> None:
     """Write a PNG of grouped horizontal bars.
 
     Args:
@@ -31,8 +34,6 @@ def bar_chart(
         value: Label of the value axis.
         limit: A reference value, drawn as a dotted line.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
     from matplotlib.patches import Patch
 
     series = list(dict.fromkeys(name for groups in panels.values() for bars in groups.values() for name in bars))
@@ -41,8 +42,7 @@ def bar_chart(
     heights = [sum(len(bars) + 0.7 for bars in groups.values()) for groups in panels.values()]
     # Two panels side by side, as tall as the taller one.
     lines = [max(heights[first : first + 2]) for first in range(0, len(heights), 2)]
-    figure = Figure(figsize=(12, 1.2 + 0.19 * sum(lines) + 0.5 * len(lines)), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(12, 1.2 + 0.19 * sum(lines) + 0.5 * len(lines))
     axes = figure.subplots(len(lines), 2, sharex=True, squeeze=False, height_ratios=lines).flat
     for axis in axes[len(panels) :]:
         axis.set_visible(False)
@@ -51,15 +51,15 @@ def bar_chart(
         axis.set_title(name, fontsize=9, loc="left")
         if axis.get_subplotspec().is_last_row():
             axis.set_xlabel(value, fontsize=8)
-        axis.spines[["top", "right"]].set_visible(False)
+        hide_frame(axis)
     figure.suptitle(title, fontsize=10)
     handles = [Patch(color=colour, label=name) for name, colour in colours.items()]
     figure.legend(handles=handles, loc="outside lower center", ncols=min(6, len(series)), frameon=False, fontsize=8)
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
+    figure.savefig(path)
 
 
-def _draw_groups(axis: Any, groups: dict[str, dict[str, float]], colours: dict[str, str], limit: float) -> None:
+def _draw_groups(axis: Any, groups: Groups, colours: dict[str, str], limit: float) -> None:
     """Draw the bars of one panel of `bar_chart`, group below group."""
     position, ticks = 0.0, []
     for bars in groups.values():
@@ -78,8 +78,8 @@ def _draw_groups(axis: Any, groups: dict[str, dict[str, float]], colours: dict[s
 
 def throughput_chart(
     path: Path,
-    bars: dict[str, dict[str, float]],
-    curves: dict[str, dict[str, dict[int, float]]],
+    bars: Groups,
+    curves: dict[str, Curves],
     *,
     title: str,
 ) -> None:
@@ -91,13 +91,9 @@ def throughput_chart(
         curves: Panel title to provider to number of time steps T to milliseconds per time step; drawn below the bars.
         title: Title of the figure.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     height = 1.2 + 0.27 * max(len(panel) for panel in bars.values())
     heights = [height, 3.6][: 2 if curves else 1]
-    figure = Figure(figsize=(6.2 * len(bars), sum(heights) + 0.4), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(6.2 * len(bars), sum(heights) + 0.4)
     axes = figure.subplots(len(heights), len(bars), squeeze=False, height_ratios=heights)
     for column, (name, panel) in enumerate(bars.items()):
         _draw_speeds(axes[0][column], panel)
@@ -106,7 +102,7 @@ def throughput_chart(
             _draw_curves(axes[1][column], curves.get(name, {}))
     figure.suptitle(title, fontsize=10)
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
+    figure.savefig(path)
 
 
 def _shown(provider: str, providers: Iterable[str]) -> str:
@@ -129,10 +125,10 @@ def _draw_speeds(axis: Any, panel: dict[str, float]) -> None:
     axis.set_ylim(len(panel) - 0.4, -0.6)
     axis.set_xlim(0, 1.15 * fastest)
     axis.set_xlabel("images per second", fontsize=8)
-    axis.spines[["top", "right"]].set_visible(False)
+    hide_frame(axis)
 
 
-def _draw_curves(axis: Any, curves: dict[str, dict[int, float]]) -> None:
+def _draw_curves(axis: Any, curves: Curves) -> None:
     """Draw milliseconds of a batch per time step over T: a horizontal line means a cost proportional to T."""
     if not curves:
         axis.set_visible(False)
@@ -146,7 +142,7 @@ def _draw_curves(axis: Any, curves: dict[str, dict[int, float]]) -> None:
     axis.set_xlabel("time steps T", fontsize=8)
     axis.set_ylabel("ms of the batch per time step", fontsize=8)
     axis.legend(fontsize=7, frameon=False)
-    axis.spines[["top", "right"]].set_visible(False)
+    hide_frame(axis)
 
 
 def _colour(provider: str) -> str:

@@ -19,9 +19,10 @@ from gac_kernels import spike_conv_reference, use_backend
 
 from ..inference.integer import SpikeConv
 from ..inference.record import forward_hooks
+from ..models.blocks import STAGES
 from ..models.network import SpikingResNet
 from ..runtime.dtypes import AUTOCAST, autocast
-from .baselines import STAGES, TimeMajorNet
+from .baselines import TimeMajorNet
 from .ops import relative_error
 from .steps import precision_settings
 

@@ -3,7 +3,7 @@
 Spiking networks are chaotic at initialisation, so gradients of whole networks cannot be compared, but loss curves can.
 Both backends get the same initial weights, images and order for each seed.
 
-Run it as ``python -m timm_gac.bench.curves``; see --help.
+Run it as ``timm-gac bench curves``.
 """
 
 from __future__ import annotations
@@ -21,10 +21,11 @@ from gac_kernels import resolve_backend, use_backend
 from ..data import DeviceLoader, ImageArrays, load_arrays
 from ..runtime.device import resolve_device
 from ..runtime.dtypes import AUTOCAST, autocast
+from ..runtime.figures import hide_frame, new_figure
 from ..runtime.files import check_csv
 from ..runtime.provenance import PROVENANCE, provenance
 from .harness import Row, append_rows
-from .options import CurveConfig, parse_options
+from .options import CurveConfig
 
 _logger = logging.getLogger(__name__)
 COLUMNS = ("model", "data", "precision", "num_steps", "batch", "curve", "seed", "step", "loss", *PROVENANCE)
@@ -95,16 +96,8 @@ def compare_curves(config: CurveConfig) -> float:
                 origin = provenance(device, resolve_backend(device, AUTOCAST[config.precision] or torch.float32))
             curves.setdefault(curve, []).append(losses)
             _logger.info("%s (%s), seed %d: loss %.4f to %.4f", curve, backend, seed, losses[0], losses[-1])
-            shared: Row = {
-                "model": config.model,
-                "data": _name(config.data),
-                "precision": config.precision,
-                "num_steps": config.num_steps,
-                "batch": config.batch,
-                "curve": curve,
-                "seed": seed,
-                **origin,
-            }
+            shared: Row = {name: getattr(config, name) for name in ("model", "precision", "num_steps", "batch")}
+            shared |= {"data": _name(config.data), "curve": curve, "seed": seed, **origin}
             rows += [shared | {"step": step, "loss": loss} for step, loss in enumerate(losses)]
     if config.csv:
         append_rows(config.csv, COLUMNS, rows)
@@ -123,12 +116,9 @@ def _name(data: str) -> str:
 
 
 def _draw(smoothed: dict[str, torch.Tensor], config: CurveConfig) -> None:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
     from matplotlib.ticker import MultipleLocator, NullLocator, StrMethodFormatter
 
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(7, 4)
     axis = figure.subplots()
     for name, colour in (("eager", "#9aa5b1"), ("fused", "#0b6e4f")):
         for nth, losses in enumerate(smoothed[name]):
@@ -143,22 +133,12 @@ def _draw(smoothed: dict[str, torch.Tensor], config: CurveConfig) -> None:
     title = f"{config.model}, {_name(config.data)}, T={config.num_steps}, {config.precision}"
     axis.set_title(title, fontsize=9, loc="left")
     axis.legend(frameon=False, fontsize=8)
-    axis.spines[["top", "right"]].set_visible(False)
+    hide_frame(axis)
     assert config.png is not None
     config.png.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(config.png, dpi=150)
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; the exit status is that of `run`."""
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    return run(parse_options(CurveConfig(), arguments, "Compare loss curves of fused and plain training over seeds."))
+    figure.savefig(config.png)
 
 
 def run(config: CurveConfig) -> int:
     """Compare; return 0 if the fused curve is within the eager seeds' span at 95 % of the steps or more, else 1."""
     return int(compare_curves(config) < 0.95)
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

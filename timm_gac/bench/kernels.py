@@ -1,6 +1,6 @@
 """Kernel benchmark: each op that passes its check, compared with baselines and with copy bandwidth.
 
-Run it as ``timm-gac bench kernels`` or ``python -m timm_gac.bench.kernels``.
+Run it as ``timm-gac bench kernels``.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from ..runtime.dtypes import DTYPES
 from ..runtime.files import check_csv
 from ..runtime.provenance import PROVENANCE, provenance
 from . import ops as bench_ops
-from .charts import bar_chart
+from .charts import Groups, bar_chart
 from .harness import (
     Row,
     append_rows,
@@ -36,7 +36,7 @@ from .harness import (
     show_table,
 )
 from .ops import SPECS, BenchOp, Case
-from .options import KernelBenchConfig, parse_options
+from .options import KernelBenchConfig
 
 _logger = logging.getLogger(__name__)
 COLUMNS = (
@@ -120,14 +120,7 @@ def _bench_case(config: KernelBenchConfig, provider: str, case: Case, device: to
                 return []
             function = baseline
             common["note"] = _flip_note(op, case, inputs, function)
-        return _time_case(
-            config=config,
-            op=op,
-            case=case,
-            inputs=inputs,
-            function=function,
-            common=common,
-        )
+        return [common | row for row in _time_case(case, inputs, function, config.target_ms)]
     except Exception as error:  # a baseline or op that cannot run becomes a row; the run goes on
         _logger.exception("%s %s", provider, case)
         status = "failed check" if provider == "timm_gac" else "error"
@@ -147,17 +140,13 @@ def _flip_note(op: BenchOp, case: Case, inputs: Sequence[torch.Tensor], baseline
 
 
 def _time_case(
-    config: KernelBenchConfig,
-    op: BenchOp,
-    case: Case,
-    inputs: Sequence[torch.Tensor],
-    function: Callable[..., torch.Tensor],
-    common: Row,
+    case: Case, inputs: Sequence[torch.Tensor], function: Callable[..., torch.Tensor], target_ms: float
 ) -> list[Row]:
+    """What is measured of a case, forward and forward+backward."""
     device = inputs[0].device
     output = function(*inputs).detach()
     grad = torch.randn_like(output)
-    mask = bench_ops.mask_bytes(op, SPECS[case.spec], case.num_steps, output[0].numel())
+    mask = bench_ops.mask_bytes(bench_ops.OPS[case.op], SPECS[case.spec], case.num_steps, output[0].numel())
     counts = bench_ops.count_bytes(inputs, output, mask)
     saved = {"saved_bytes_per_step": measure_saved_bytes(lambda: function(*inputs)) / output.numel()}
     del output
@@ -173,9 +162,9 @@ def _time_case(
     directions = (("forward", forward, {}), ("forward+backward", forward_backward, saved))
     rows = []
     for (direction, timed, extra), count in zip(directions, counts, strict=True):
-        timing = measure_time(timed, device, target_ms=config.target_ms)
-        measured = {"bytes": count, "peak_bytes": measure_peak_bytes(timed, device), **asdict(timing), **extra}
-        rows.append(common | {"direction": direction, "status": "ok"} | measured)
+        timing = asdict(measure_time(timed, device, target_ms=target_ms))
+        measured = {"direction": direction, "status": "ok", "bytes": count, **timing, **extra}
+        rows.append(measured | {"peak_bytes": measure_peak_bytes(timed, device)})
     return rows
 
 
@@ -204,7 +193,7 @@ def write_chart(rows: Sequence[Row], path: Path) -> None:
     """
     timed = [row for row in rows if row["op"] != "copy" and row["status"] == "ok"]
     spec = "cifar" if any(row["spec"] == "cifar" for row in timed) else "imagenet"
-    panels: dict[str, dict[str, dict[str, float]]] = {}
+    panels: dict[str, Groups] = {}
     for row in sorted(timed, key=lambda row: row["memory_format"] == "channels_last"):
         if row["spec"] == spec:
             groups = panels.setdefault(f"{row['op']}, {row['direction']}", {})
@@ -213,13 +202,6 @@ def write_chart(rows: Sequence[Row], path: Path) -> None:
     if panels:
         title = f"{rows[0]['device']}, {spec} neuron, {rows[0]['date_utc']} UTC"
         bar_chart(path, panels, title=title, value="fraction of copy bandwidth", limit=1.0)
-
-
-def main(defaults: KernelBenchConfig | None = None, arguments: Sequence[str] | None = None) -> int:
-    """Run the benchmark and show its table; 1 when an op failed its check, else 0."""
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    rows = bench_kernels(parse_options(defaults or KernelBenchConfig(), arguments, "Benchmark the spiking kernels."))
-    return show_results(rows)
 
 
 def show_results(rows: Sequence[Row]) -> int:
@@ -231,7 +213,3 @@ def show_results(rows: Sequence[Row]) -> int:
 def exit_code(rows: Sequence[Row]) -> int:
     """1 when an op failed its check, else 0."""
     return int(any(row["status"] == "failed check" for row in rows))
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

@@ -1,6 +1,6 @@
 """Model benchmark: a network of this package, baselines with the same weights, and lower bounds of time.
 
-Run it as ``timm-gac bench model`` or ``python -m timm_gac.bench.model``.
+Run it as ``timm-gac bench model``.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from ..runtime.device import resolve_device
 from ..runtime.files import check_csv
 from ..runtime.provenance import PROVENANCE, provenance
 from . import steps as bench_steps
-from .charts import throughput_chart
+from .charts import Curves, Groups, throughput_chart
 from .harness import Row, append_rows, exit_on_sigterm, rows_table, show_table, time_limit
 from .networks import Unavailable
-from .options import ModelBenchConfig, parse_options
+from .options import ModelBenchConfig
 from .profile import append_json, read_json
 from .session import Session
 
@@ -181,8 +181,8 @@ def profile_tables(profiles: Sequence[Row]) -> list[Any]:
 def write_chart(rows: Sequence[Row], path: Path) -> None:
     """Draw throughput by provider at the first T and, with several T, the cost of one time step; a column per mode."""
     timed = [row for row in rows if row["status"] == "ok"]
-    bars: dict[str, dict[str, float]] = {}
-    curves: dict[str, dict[str, dict[int, float]]] = {}
+    bars: Groups = {}
+    curves: dict[str, Curves] = {}
     for row in timed:
         panel = f"{row['mode']}, {row['precision']}, batch {row['batch']}"
         curves.setdefault(panel, {}).setdefault(row["provider"], {})[row["num_steps"]] = (
@@ -211,14 +211,3 @@ def exit_code(rows: Sequence[Row]) -> int:
     """1 when a network of this package failed its check or could not run, else 0."""
     own = (row for row in rows if row["provider"].startswith("timm_gac"))
     return int(any(row["status"] in ("failed check", "error") for row in own))
-
-
-def main(defaults: ModelBenchConfig | None = None, arguments: Sequence[str] | None = None) -> int:
-    """Run the benchmark and show its tables; the exit status is that of `exit_code`."""
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    config = parse_options(defaults or ModelBenchConfig(), arguments, "Benchmark a spiking network against baselines.")
-    return show_results(*bench_model(config))
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import importlib
 import importlib.util
 from collections.abc import Callable
 from pathlib import Path
@@ -16,13 +15,15 @@ from torch import Tensor, nn
 from gac_kernels import pad_frames
 
 from ..hub import load_model
+from ..inference.fold import fuse_for_inference
 from ..inference.integer import IntegerSpikingResNet
 from ..inference.quantize import quantize
+from ..models.blocks import STAGES
 from ..models.checkpoint import canonical_name
 from ..models.network import SpikingResNet
 from ..models.published import NETWORKS as PUBLISHED
 from ..models.published import PublishedNet
-from .baselines import STAGES, LoopNeuron, SpikingJellyNeuron, TimeMajorNet, is_gated, like
+from .baselines import LoopNeuron, SpikingJellyNeuron, TimeMajorNet, is_gated, like
 
 
 class Unavailable(ValueError):  # noqa: N818 (not an error: the row's note has the reason)
@@ -101,19 +102,14 @@ def _packed(model: SpikingResNet, name: str, mode: str) -> nn.Module:
     if mode != "train":
         raise Unavailable("packing spikes saves memory in the backward pass: only for training")
     network = copy.deepcopy(model)
-    pack = getattr(network, "set_spike_packing", None)
-    if pack is None:
-        raise Unavailable(f"{type(network).__name__} has no set_spike_packing")
-    pack(True)
+    network.set_spike_packing(True)
     return network
 
 
 def _fused(model: SpikingResNet, name: str, mode: str) -> nn.Module:
     if mode != "infer":
         raise Unavailable("batch norm is folded for inference only")
-    if importlib.util.find_spec("timm_gac.inference.fold") is None:
-        raise Unavailable("this version has no fuse_for_inference")
-    return importlib.import_module("timm_gac.inference.fold").fuse_for_inference(copy.deepcopy(model).eval())
+    return fuse_for_inference(copy.deepcopy(model).eval())
 
 
 def _int8(model: SpikingResNet, name: str, mode: str) -> nn.Module:

@@ -1,37 +1,38 @@
-"""Options of the benchmarks, and their command line. Methods import what they need, so that help needs no PyTorch."""
+"""Options of the benchmarks. Methods import what they need, so that help needs no PyTorch."""
 
 from __future__ import annotations
 
 import itertools
-import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
-
-import tyro
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from . import ops as bench_ops
     from . import session as bench_session
 
 BATCH_NORMS = ("local", "sync")
-Options = TypeVar("Options")
 
 
-def parse_options(defaults: Options, arguments: Sequence[str] | None, description: str) -> Options:
-    """Parse command-line options, one for each field of a dataclass; errors are one sentence and exit status 2.
+def _values(config: object, name: str) -> tuple[Any, ...]:
+    """What a field holds: one value, or a tuple of several."""
+    value = getattr(config, name)
+    return value if isinstance(value, tuple) else (value,)
 
-    Args:
-        defaults: The options' defaults.
-        arguments: The command line; None for that of the process.
-        description: Shown by ``--help``.
-    """
-    try:
-        return tyro.cli(type(defaults), args=arguments, default=defaults, description=description)
-    except ValueError as error:
-        sys.stderr.write(f"error: {error}\n")
-        raise SystemExit(2) from error
+
+def _check_choices(config: object, **choices: Iterable[str]) -> None:
+    """Refuse values that are not among the choices of their field."""
+    for name, allowed in choices.items():
+        if unknown := set(_values(config, name)) - set(allowed):
+            raise ValueError(f"expected {name} out of {list(allowed)}, got {sorted(unknown)}: choose among these")
+
+
+def _check_positive(config: object, *names: str) -> None:
+    """Refuse numbers below 1 in these fields."""
+    for name in names:
+        if min(_values(config, name)) < 1:
+            raise ValueError(f"expected {name} >= 1, got {getattr(config, name)}: give a positive number")
 
 
 def on_cuda(device: str) -> bool:
@@ -84,12 +85,7 @@ class KernelBenchConfig:
     def __post_init__(self) -> None:
         from .ops import CHECKED, MEMORY_FORMATS, OPS, SPECS
 
-        valid: dict[str, Iterable[str]]
-        valid = {"ops": OPS, "dtypes": CHECKED, "memory_formats": MEMORY_FORMATS, "specs": SPECS}
-        for name, allowed in valid.items():
-            unknown = set(getattr(self, name)) - set(allowed)
-            if unknown:
-                raise ValueError(f"expected {name} out of {list(allowed)}, got {sorted(unknown)}: choose among these")
+        _check_choices(self, ops=OPS, dtypes=CHECKED, memory_formats=MEMORY_FORMATS, specs=SPECS)
 
     def cases(self) -> list[tuple[str, bench_ops.Case]]:
         """Pairs of provider and case in the order they run: own ops first, then the slower baselines."""
@@ -158,10 +154,7 @@ class ModelBenchConfig:
         from .networks import NETWORKS
         from .steps import MODES
 
-        for name, allowed in {"modes": MODES, "precisions": AUTOCAST}.items():
-            unknown = set(getattr(self, name)) - set(allowed)
-            if unknown:
-                raise ValueError(f"expected {name} out of {list(allowed)}, got {sorted(unknown)}: choose among these")
+        _check_choices(self, modes=MODES, precisions=AUTOCAST)
         for provider in self.providers:
             network, *launch = provider.split("+")
             if network not in NETWORKS or launch not in ([], ["compile"], ["graph"], ["compile", "graph"]):
@@ -172,10 +165,7 @@ class ModelBenchConfig:
         for name in ("modes", "precisions", "num_steps"):
             if not getattr(self, name):
                 raise ValueError(f"expected at least one of {name}, got none: leave the option out for its default")
-        for name in ("train_batch", "infer_batch", "steps", "num_steps"):
-            value = getattr(self, name)
-            if (min(value) if isinstance(value, tuple) else value) < 1:
-                raise ValueError(f"expected {name} >= 1, got {value}: give a positive number")
+        _check_positive(self, "train_batch", "infer_batch", "steps", "num_steps")
         if self.model not in timm.list_models(module="spiking_resnet") and not Path(self.model).is_dir():
             raise ValueError(
                 f"expected a model of this package, got {self.model!r}: `timm-gac models` lists them, or name a folder"
@@ -269,16 +259,9 @@ class ScalingConfig:
 
         from .processes import PROVIDERS
 
-        choices = {"providers": PROVIDERS, "batch_norms": BATCH_NORMS, "device": ("auto", "cuda", "cpu")}
-        choices["precision"] = ("float32", "tf32", "bfloat16")
-        for name, allowed in choices.items():
-            value = getattr(self, name)
-            unknown = set(value if isinstance(value, tuple) else (value,)) - set(allowed)
-            if unknown:
-                raise ValueError(f"expected {name} out of {list(allowed)}, got {sorted(unknown)}: choose among these")
-        for name in ("batch", "num_steps", "steps"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"expected {name} >= 1, got {getattr(self, name)}: give a positive number")
+        _check_choices(self, providers=PROVIDERS, batch_norms=BATCH_NORMS, device=("auto", "cuda", "cpu"))
+        _check_choices(self, precision=("float32", "tf32", "bfloat16"))
+        _check_positive(self, "batch", "num_steps", "steps")
         if self.model not in timm.list_models(module="spiking_resnet"):
             raise ValueError(f"expected a model of this package, got {self.model!r}: `timm-gac models` lists them")
         if self.size < 2 or (self.on_cuda and self.size > torch.cuda.device_count()):

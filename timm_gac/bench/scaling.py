@@ -6,14 +6,13 @@ DistributedDataParallel, eagerly; ``all_reduce``, one all-reduce of all gradient
 ``all_reduce+graph``, the same with the whole step as one CUDA graph, as the trainer has it under ``cuda_graph``. The
 single process runs in the same way, with ordinary batch norm.
 
-Run it as ``python -m timm_gac.bench.scaling``; see --help.
+Run it as ``timm-gac bench scaling``.
 """
 
 from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Sequence
 from dataclasses import asdict
 
 import timm
@@ -28,7 +27,7 @@ from ..runtime.graphs import GraphedStep
 from ..runtime.provenance import PROVENANCE, provenance
 from . import steps as bench_steps
 from .harness import Row, Timing, append_rows, rows_table, show_table
-from .options import ScalingConfig, parse_options
+from .options import ScalingConfig
 from .processes import GRADIENT_TOLERANCE, Group, gradient_error, launch
 from .session import CHECK_BATCH, Case, Session
 
@@ -60,13 +59,7 @@ class _Timed:
         if provider.split("+")[0]:
             joined, after_backward = group.join(self.network, provider.split("+")[0], batch_norm == "sync")
         torch.manual_seed(group.rank)  # labels of its own for each process
-        self.inputs = bench_steps.make_inputs(
-            network=self.network,
-            mode="train",
-            images=session.images,
-            classes=session.model.num_classes,
-            copies=1,
-        )
+        self.inputs = session.inputs(self.network)
         step = bench_steps.make_step(
             network=joined,
             mode="train",
@@ -104,8 +97,8 @@ def measure_scaling(group: Group, config: ScalingConfig) -> None:
     session = Session(case, group.device, config.steps)
     backend = resolve_backend(group.device, AUTOCAST[config.precision] or torch.float32)
     shared: Row = dict.fromkeys(COLUMNS) | provenance(group.device, backend, config.commit)
-    shared |= {"model": config.model, "precision": config.precision, "num_steps": config.num_steps, "note": ""}
-    shared |= {"batch": config.batch, "image_size": size, "processes": group.size, "collectives": group.collectives}
+    shared |= {name: value for name, value in asdict(case).items() if name in COLUMNS}
+    shared |= {"processes": group.size, "collectives": group.collectives, "note": ""}
     rows: list[Row] = []
     for provider, batch_norm in config.combinations():
         error = _check(group, session, provider, batch_norm)
@@ -182,18 +175,9 @@ def _measure(group: Group, session: Session, provider: str, batch_norm: str) -> 
     }
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; returns 0. Raises if a combination fails its checks."""
-    return run(parse_options(ScalingConfig(), arguments, "Measure how training scales over the GPUs of one host."))
-
-
 def run(config: ScalingConfig) -> int:
     """Measure in as many processes as the options say; returns 0. Raises if a combination fails its checks."""
     if config.csv:
         check_csv(config.csv, COLUMNS)
     launch(measure_scaling, config, config.size, config.on_cuda)
     return 0
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

@@ -78,10 +78,23 @@ class Session:
             self.images = torch.randn(case.batch, *shape).to(self.device)
         self.failures: dict[str, str] = {}
 
-    def build(self, network: str) -> torch.nn.Module:
-        """A network on the device, channels-last unless it is the published algorithm with its five axes."""
-        built = NETWORKS[network](self.model, self.case.model, self.case.mode).to(self.device)
+    def build(self, network: str, model: SpikingResNet | None = None) -> torch.nn.Module:
+        """A network of the session's or another model on the device.
+
+        It is channels-last unless it is the published algorithm with its five axes.
+        """
+        built = NETWORKS[network](model or self.model, self.case.model, self.case.mode).to(self.device)
         return built if network == "published" else built.to(memory_format=torch.channels_last)
+
+    def inputs(self, network: torch.nn.Module, copies: int = 1) -> tuple[torch.Tensor, ...]:
+        """What a step of the case takes; see `make_inputs`."""
+        return bench_steps.make_inputs(
+            network=network,
+            mode=self.case.mode,
+            images=self.images,
+            classes=self.model.num_classes,
+            copies=copies,
+        )
 
     def check(self, network: str) -> str:
         """Reason why the network must not be timed, "" if it may be. Each network is checked once."""
@@ -92,15 +105,11 @@ class Session:
     def _check(self, network: str) -> str:
         if network in ("convolutions", "ann"):  # lower bounds compute something else
             return ""
+        # Folded in float64, in which its logits are compared.
+        model = copy.deepcopy(self.model).double() if network == "timm_gac_fused" else None
+        built, images, train = self.build(network, model), self.check_images.to(self.device), self.case.mode == "train"
         if network == "timm_gac_int8":  # weights are rounded: compared with itself in float64
-            return bench_check.check_integer(
-                self.build(network), self.check_images.to(self.device), self.case.precision
-            )
-        built, images, train = self.build(network), self.check_images.to(self.device), self.case.mode == "train"
-        if network == "timm_gac_fused":  # folded in float64, in which its logits are compared
-            built = NETWORKS[network](copy.deepcopy(self.model).double(), self.case.model, self.case.mode).to(
-                self.device
-            )
+            return bench_check.check_integer(built, images, self.case.precision)
         reference = TimeMajorNet(self.model, LoopNeuron(self.model.spec)).to(self.device)
         reference = reference.to(memory_format=torch.channels_last)  # so that both sides call the same convolutions
         # SpikingJelly has no float64 kernels and is compared part by part only.
@@ -125,24 +134,11 @@ class Session:
         if network == "timm_gac_fused" and dtype is not None:  # as a user deploys it: nothing is cast in the step
             built = built.to(dtype)
         copies = case.num_steps if network == "ann" else 1
-        inputs = bench_steps.make_inputs(
-            network=built,
-            mode=case.mode,
-            images=self.images,
-            classes=self.model.num_classes,
-            copies=copies,
-        )
+        inputs = self.inputs(built, copies)
         layout = "channels_last" if bench_steps.is_channels_last(built) else "contiguous"
         with bench_steps.precision_settings(case.precision):
             step = bench_steps.make_step(built, case.mode, case.precision, device, compiled="compile" in provider)
-            measured = bench_steps.measure_step(
-                step,
-                inputs,
-                device,
-                graph="graph" in provider,
-                steps=self.steps,
-                seconds=10.0,
-            )
+            measured = bench_steps.measure_step(step, inputs, device, graph="graph" in provider, steps=self.steps)
         note = f"T passes: a batch of {copies}*{case.batch}" if copies > 1 else ""
         if device.type == "cuda" and left > 0.05:
             note += f" {left:.2f} GiB were held before"
@@ -152,13 +148,7 @@ class Session:
     def profile(self) -> Row:
         """Profile a step of ``timm_gac``; see `profile_step`."""
         built = self.build("timm_gac")
-        inputs = bench_steps.make_inputs(
-            network=built,
-            mode=self.case.mode,
-            images=self.images,
-            classes=self.model.num_classes,
-            copies=1,
-        )
+        inputs = self.inputs(built)
         with bench_steps.precision_settings(self.case.precision):
             step = bench_steps.make_step(built, self.case.mode, self.case.precision, self.device, compiled=False)
             for _ in range(3):

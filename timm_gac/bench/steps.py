@@ -89,7 +89,7 @@ def make_step(
 
 
 def measure_step(
-    step: Step, inputs: tuple[Tensor, ...], device: torch.device, *, graph: bool, steps: int, seconds: float
+    step: Step, inputs: tuple[Tensor, ...], device: torch.device, *, graph: bool, steps: int, seconds: float = 10.0
 ) -> Row:
     """Time and memory of a step.
 

@@ -5,16 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-import tyro
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
-from rich.text import Text
 
-from .output import check_new_files, check_packages, create_console, wrote
-from .sources import AnyNetworkOptions, DataOptions, Model, check_positive, open_labelled
+from ..runtime.terminal import new_table
+from .output import check_figures, create_console, wrote
+from .sources import AnyNetworkOptions, DataOptions, Model, Options, check_costs, check_positive, open_labelled
 
 if TYPE_CHECKING:
     from ..analysis.anytime import AnytimeReport
@@ -58,19 +56,14 @@ class AnytimeConfig(AnyNetworkOptions, DataOptions):
     overwrite: bool = False
 
     def __post_init__(self) -> None:
-        from ..energy import COSTS
-
-        if self.costs not in COSTS:
-            raise ValueError(f"expected costs as one of {list(COSTS)}, got {self.costs!r}: choose one of these")
+        check_costs(self.costs)
         check_positive(self, "images", "coding_images", "batch_size")
         if bad := [value for value in self.confidences if not 0.0 < value <= 1.0]:
             raise ValueError(f"expected confidences above 0 and at most 1, got {bad[0]}: give such as 0.9")
-        check_new_files(self.out, FILES, self.overwrite)
-        if self.out is not None:
-            check_packages("matplotlib")
+        check_figures(self.out, FILES, self.overwrite)
 
 
-def anytime(model: Model, config: Annotated[AnytimeConfig, tyro.conf.arg(name="")]) -> int:
+def anytime(model: Model, config: Options[AnytimeConfig]) -> int:
     """Measure accuracy and energy after each step, and early exit.
 
     Early exit is by confidence; also measured is how much information the encoder's output carries.
@@ -165,20 +158,10 @@ def _measure(model: str, config: AnytimeConfig) -> tuple[AnytimeReport, CodingRe
 
 
 def _step_table(report: AnytimeReport, coding: CodingReport | None) -> Table:
-    from ..data.pictures import plain
-
     energy = report.energy
     title = f"{energy.model}, T={energy.num_steps}, weights {energy.weights or 'as given'}, {energy.images:,} images"
-    table = Table(title=Text(plain(title)), title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
-    headings = (
-        "step",
-        "top-1",
-        "confidence",
-        *_energy_headings(report),
-        *(["bits\nso far", "new\nbits"] if coding else []),
-    )
-    for heading in headings:
-        table.add_column(heading, justify="right", no_wrap=True)
+    bits = ["bits\nso far", "new\nbits"] if coding else []
+    table = new_table(title, numbers=("step", "top-1", "confidence", *_energy_headings(report), *bits))
     for step in range(energy.num_steps):
         energies = [f"{values[step]:.4g}" for values in report.energy_mj.values()]
         bits = [f"{coding.encoder.joint[step]:.2f}", f"{coding.encoder.new[step]:.2f}"] if coding else []
@@ -191,9 +174,7 @@ def _energy_headings(report: AnytimeReport) -> list[str]:
 
 
 def _exit_table(report: AnytimeReport) -> Table:
-    table = Table(title="early exit", title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
-    for heading in ("confidence", "top-1", "mean steps", *_energy_headings(report)):
-        table.add_column(heading, justify="right", no_wrap=True)
+    table = new_table("early exit", numbers=("confidence", "top-1", "mean steps", *_energy_headings(report)))
     for point in report.exits:
         energies = [f"{value:.4g}" for value in point.energy_mj.values()]
         table.add_row(f"{point.confidence:g}", f"{point.top1:.2%}", f"{point.mean_steps:.2f}", *energies)

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Annotated
-
-import tyro
-
 from ..bench.options import CurveConfig, KernelBenchConfig, ModelBenchConfig, ScalingConfig
+from .sources import Options
 
 
-def kernels(config: Annotated[KernelBenchConfig, tyro.conf.arg(name="")]) -> int:
+def kernels(config: Options[KernelBenchConfig]) -> int:
     """Time each kernel that passes its check against its baselines.
 
     Status 1 where a kernel fails its check. The copy bandwidth of the same run stands beside each time.
@@ -24,7 +21,7 @@ def kernels(config: Annotated[KernelBenchConfig, tyro.conf.arg(name="")]) -> int
     return benchmark.show_results(benchmark.bench_kernels(config))
 
 
-def model(config: Annotated[ModelBenchConfig, tyro.conf.arg(name="")]) -> int:
+def model(config: Options[ModelBenchConfig]) -> int:
     """Time a whole network against its baselines.
 
     A provider is a network and how it is launched: timm_gac, timm_gac+graph (the whole step as one CUDA graph),
@@ -43,7 +40,7 @@ def model(config: Annotated[ModelBenchConfig, tyro.conf.arg(name="")]) -> int:
     return bench_model.show_results(*bench_model.bench_model(config))
 
 
-def scaling(config: Annotated[ScalingConfig, tyro.conf.arg(name="")]) -> int:
+def scaling(config: Options[ScalingConfig]) -> int:
     """Measure how training scales over the GPUs of one host.
 
     Gradients of several processes are first compared with those of one, in float64.
@@ -58,7 +55,7 @@ def scaling(config: Annotated[ScalingConfig, tyro.conf.arg(name="")]) -> int:
     return bench_scaling.run(config)
 
 
-def curves(config: Annotated[CurveConfig, tyro.conf.arg(name="")]) -> int:
+def curves(config: Options[CurveConfig]) -> int:
     """Compare loss curves of fused and plain training over seeds.
 
     Status 1 where the loss of fused training leaves the spread of plain training over seeds at more than 5 % of the

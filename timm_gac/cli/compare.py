@@ -4,16 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
-import tyro
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
-from rich.text import Text
 
-from .output import check_new_files, create_console, wrote
-from .sources import DataOptions, NetworkOptions, TrainedModel, check_positive, open_labelled
+from ..runtime.terminal import new_table
+from .output import check_new_file, create_console, wrote
+from .sources import DataOptions, NetworkOptions, Options, TrainedModel, check_positive, open_labelled
 
 if TYPE_CHECKING:
     from ..analysis.agreement import AgreementReport
@@ -40,11 +38,10 @@ class CompareConfig(NetworkOptions, DataOptions):
 
     def __post_init__(self) -> None:
         check_positive(self, "images", "batch_size")
-        if self.json is not None:
-            check_new_files(self.json.parent, [self.json.name], self.overwrite, "--json")
+        check_new_file(self.json, self.overwrite)
 
 
-def compare(model: TrainedModel, config: Annotated[CompareConfig, tyro.conf.arg(name="")]) -> int:
+def compare(model: TrainedModel, config: Options[CompareConfig]) -> int:
     """Compare a network's answers in several number formats.
 
     Shown are accuracy, agreement by step and by margin of the winning class, and the spikes that differ by layer.
@@ -99,30 +96,23 @@ def run_compare(model: str, config: CompareConfig, console: Console | None = Non
 
 def tables(report: AgreementReport, title: str) -> list[Table]:
     """Agreement by format and step, by margin, and differing spikes by layer."""
-    from ..data.pictures import plain
-
-    def table(title: str, *columns: str) -> Table:
-        made = Table(title=Text(plain(title)), title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
-        for index, column in enumerate(columns):
-            made.add_column(column, justify="right" if index else "left")
-        return made
-
     steps = len(report.rows[0].agree_per_step)
-    scores = table(
-        title, "format", "top-1", *(f"same after {t}" for t in range(1, steps + 1)), "logits differ by (rms)"
-    )
+    same_after = [f"same after {t}" for t in range(1, steps + 1)]
+    scores = new_table(title, ["format"], ("top-1", *same_after, "logits differ by (rms)"), no_wrap=False)
     for row in report.rows:
         same = [f"{share:.2%}" for share in row.agree_per_step]
         scores.add_row(row.format, f"{row.top1:.2%}", *same, f"{row.logit_difference:.3f}")
     others = report.rows[1:]
     names = [row.format for row in others]
-    pairs = table("same answer, every two formats", "", *report.pairs)
+    pairs = new_table("same answer, every two formats", [""], report.pairs, no_wrap=False)
     for first, found in report.pairs.items():
         pairs.add_row(first, *(f"{share:.2%}" for share in found.values()))
-    margins = table("same answer, by margin of the winning class (logits)", "margin from", "images", *names)
+    margins = new_table(
+        "same answer, by margin of the winning class (logits)", ["margin from"], ("images", *names), no_wrap=False
+    )
     for index, (low, count, _) in enumerate(others[0].by_margin):
         margins.add_row(f"{low:g}", f"{count:,}", *(f"{row.by_margin[index][2]:.2%}" for row in others))
-    layers = table("neuron-steps whose spike differs, by layer", "layer", "fires", *names)
+    layers = new_table("neuron-steps whose spike differs, by layer", ["layer"], ("fires", *names), no_wrap=False)
     for layer, rate in report.firing_rates.items():
         layers.add_row(layer, f"{rate:.2%}", *(f"{row.layers[layer]:.3%}" for row in others))
     return [scores, pairs, margins, layers]

@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
-from .output import check_new_files, create_console
+from ..runtime.terminal import plain
+from .output import check_new_file, create_console
+from .sources import Options
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -48,7 +50,7 @@ class DataConfig:
 def data(
     name: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="NAME")],
     paths: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="FOLDER... OUT")],
-    config: Annotated[DataConfig, tyro.conf.arg(name="")],
+    config: Options[DataConfig],
 ) -> int:
     """Make the .npz that train reads out of image folders or CIFAR.
 
@@ -60,7 +62,7 @@ def data(
         name: cifar10 or cifar100 as torchvision keeps it, or as shards of PFLlib, whose official split is found again;
             any other name stands for the folders of images that follow.
         paths: One folder or more (train/CLASS/IMAGE and val/CLASS/IMAGE, or Tiny-ImageNet-200), and the file to write.
-        config: How.
+        config: Size of the images, and which of them are left out.
     """
     run_data(name, paths, config)
     return 0
@@ -73,7 +75,7 @@ def run_data(name: str, paths: tuple[Path, ...], config: DataConfig, console: Co
         name: cifar10 or cifar100, of which ``paths`` names the folder where torchvision keeps it, or that of PFLlib's
             shards; any other name stands for folders of images, of which there may be several.
         paths: The folders, and last the .npz file to write.
-        config: How.
+        config: Size of the images, and which of them are left out.
         console: Where the figures go.
 
     Returns:
@@ -91,7 +93,7 @@ def run_data(name: str, paths: tuple[Path, ...], config: DataConfig, console: Co
     *folders, out = paths
     if out.suffix != ".npz":
         raise ValueError(f"expected a file ending in .npz as the last path, got {out.name!r}: such as {name}.npz")
-    check_new_files(out.parent, [out.name], config.overwrite, "OUT")
+    check_new_file(out, config.overwrite, "OUT")
     if name in CIFAR and (folders[0] / "config.json").is_file():
         _write_shards(name, folders[0], out, console)
     elif name in CIFAR:
@@ -106,7 +108,6 @@ def _write_cifar(name: str, folder: Path, out: Path, console: Console) -> None:
 
     from ..data.arrays import load_arrays, save_arrays
     from ..data.labels import known_label_names
-    from ..data.pictures import plain
 
     sets = {split: load_arrays(f"torch/{name}", split, data_dir=str(folder)) for split in SPLITS}
     arrays = {"label_names": np.array(sets["train"].label_names or known_label_names(name), str)}
@@ -137,7 +138,6 @@ def _write_shards(name: str, folder: Path, out: Path, console: Console) -> None:
 
 
 def _write_folders(folders: list[Path], out: Path, config: DataConfig, console: Console) -> None:
-    from ..data.pictures import plain
     from ..data.prepare import prepare_images
 
     report = prepare_images(

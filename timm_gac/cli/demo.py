@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Annotated
-
-import tyro
-
 from .demo_config import DemoConfig
+from .sources import Options
 
 
-def demo(config: Annotated[DemoConfig, tyro.conf.arg(name="")]) -> int:
+def demo(config: Options[DemoConfig]) -> int:
     """Train a small network on handwritten digits in a minute.
 
     It is then saved, reloaded and compared, and its spikes are drawn. Status 1 where it reads under 95 % of the digits

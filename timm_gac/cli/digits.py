@@ -19,12 +19,13 @@ from rich.table import Table
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from ..analysis.inspect.figures import draw_trains
-from ..data.pictures import plain
+from ..analysis.inspect.figures import draw_trains, plain_axis
 from ..hub import save_model_folder
 from ..inference.record import record_spikes
+from ..runtime.figures import new_figure
 from ..runtime.files import write_json
 from ..runtime.progress import progress_of
+from ..runtime.terminal import new_table, plain
 from .demo_config import DemoConfig
 from .output import check_packages, check_writable, create_console
 
@@ -188,8 +189,7 @@ def evaluate(model: nn.Module, images: Tensor) -> tuple[Tensor, dict[str, float]
 
 def rate_table(rates: dict[str, float]) -> Table:
     """Firing rates with a bar each."""
-    table = Table("layer", title="Firing rate (spikes per neuron and time step)", title_justify="left")
-    table.add_column("rate", justify="right")
+    table = new_table("Firing rate (spikes per neuron and time step)", ["layer"], ["rate"])
     table.add_column("0 to 50 %", min_width=25)
     for name, rate in rates.items():
         table.add_row(name, f"{rate:.1%}", f"[cyan]{'█' * round(min(rate, 0.5) * 50)}[/]")
@@ -210,8 +210,6 @@ def draw_raster(model: Any, images: Tensor, labels: Tensor, path: Path, neurons:
     Returns:
         ``path``.
     """
-    from matplotlib.figure import Figure
-
     steps: int = model.num_steps
     chosen = images[torch.stack([(labels == digit).nonzero()[0, 0] for digit in range(10)])]
     with record_spikes(model) as recording:
@@ -221,7 +219,7 @@ def draw_raster(model: Any, images: Tensor, labels: Tensor, path: Path, neurons:
     by_digit = {name: spikes.unflatten(0, (steps, 10)).transpose(0, 1) for name, spikes in recording.spikes.items()}
     encoded = by_digit["encoder"].mean(2)
 
-    figure = Figure(figsize=(13, 11), dpi=110, facecolor="white", layout="constrained")
+    figure = new_figure(13, 11, dpi=110)
     heights = [1.9, 0.9, 0.9, 7.2, 2.0]
     axes = figure.subplots(5, 1, sharex=True, gridspec_kw={"height_ratios": heights})
     for digit in range(10):
@@ -242,9 +240,7 @@ def draw_raster(model: Any, images: Tensor, labels: Tensor, path: Path, neurons:
         [step + 0.5 for step in range(10 * steps)], [str(step % steps + 1) for step in range(10 * steps)]
     )
     for axis in axes:
-        axis.tick_params(length=0, labelsize=8)
-        for side in axis.spines.values():
-            side.set_visible(False)
+        plain_axis(axis, 8)
         for digit in range(1, 10):
             axis.axvline(digit * steps, color="0.75" if axis in (axes[0], axes[3]) else "white", linewidth=1)
     for axis in axes[:3]:

@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
-import tyro
 from rich.console import Console
 
-from .output import check_new_files, check_packages, create_console, wrote
-from .sources import AnyNetworkOptions, DataOptions, Model, check_positive, open_images
+from .output import check_figures, create_console, wrote
+from .sources import AnyNetworkOptions, DataOptions, Model, Options, check_costs, check_positive, open_calibrated
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -42,17 +41,12 @@ class EnergyConfig(AnyNetworkOptions, DataOptions):
     overwrite: bool = False
 
     def __post_init__(self) -> None:
-        from ..energy import COSTS
-
-        if self.costs not in COSTS:
-            raise ValueError(f"expected costs as one of {list(COSTS)}, got {self.costs!r}: choose one of these")
+        check_costs(self.costs)
         check_positive(self, "batch_size")
-        check_new_files(self.out, FILES, self.overwrite)
-        if self.out is not None:
-            check_packages("matplotlib")
+        check_figures(self.out, FILES, self.overwrite)
 
 
-def energy(model: Model, config: Annotated[EnergyConfig, tyro.conf.arg(name="")]) -> int:
+def energy(model: Model, config: Options[EnergyConfig]) -> int:
     """Count each layer's operations on images, and their energy.
 
     Energies are given under three conventions, beside the energy of the ANN of the same shape.
@@ -78,16 +72,10 @@ def run_energy(model: str, config: EnergyConfig, console: Console | None = None)
     """
     from ..energy import measure_energy
     from ..energy.output import layer_table, totals_table, write_chart, write_csv, write_json
-    from ..hub import open_network
-    from ..runtime.device import resolve_device
     from ..runtime.progress import progress_of
 
-    device = resolve_device(config.device)
-    opened = open_network(model, config.num_steps, config.seed, device)
-    images = open_images(config.data, opened.network, config.images, config.data_dir, config.split)
-    batches = [batch.to(device) for batch in images.split(config.batch_size)]
-    opened.calibrate_untrained(batches)
-    with progress_of("measuring", len(images)) as advance:
+    opened, batches = open_calibrated(model, config.data, config)
+    with progress_of("measuring", sum(map(len, batches))) as advance:
         report = measure_energy(
             opened.network,
             _counted(batches, advance),

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Literal
 
-import tyro
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
-from rich.text import Text
 
-from .output import check_new_files, create_console, wrote
-from .sources import DataOptions, NetworkOptions, TrainedModel, check_positive, fold_network
+from ..runtime.terminal import new_table
+from .output import check_new_file, create_console, wrote
+from .sources import DataOptions, NetworkOptions, Options, TrainedModel, check_positive, fold_network
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -54,15 +52,14 @@ class EvaluateConfig(NetworkOptions, DataOptions):
         check_positive(self, "batch_size", "images", "image_size")
         if self.num_workers < 0:
             raise ValueError(f"expected num_workers of at least 0, got {self.num_workers}: 0 decodes in this process")
-        if self.json is not None:
-            check_new_files(self.json.parent, [self.json.name], self.overwrite, "--json")
+        check_new_file(self.json, self.overwrite)
         if self.answers is not None:
             if self.answers.suffix != ".npz":
                 raise ValueError(f"expected a file ending in .npz for --answers, got {self.answers.name!r}: rename it")
-            check_new_files(self.answers.parent, [self.answers.name], self.overwrite, "--answers")
+            check_new_file(self.answers, self.overwrite, "--answers")
 
 
-def evaluate(model: TrainedModel, config: Annotated[EvaluateConfig, tyro.conf.arg(name="")]) -> int:
+def evaluate(model: TrainedModel, config: Options[EvaluateConfig]) -> int:
     """Evaluate a network on a labelled set, time step by time step.
 
     Top-1, top-5, top-1 after each time step, calibration error and the firing rate of each layer; where the set has
@@ -160,11 +157,8 @@ def run_evaluate(model: str, config: EvaluateConfig, console: Console | None = N
 def tables(result: Evaluation, title: str) -> list[Table]:
     """Accuracy and calibration, and the firing rate of each layer where it was measured."""
     from ..analysis.evaluate import ECE_BINS
-    from ..data.pictures import plain
 
-    scores = Table(title=Text(plain(title)), title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
-    scores.add_column("")
-    scores.add_column("value", justify="right")
+    scores = new_table(title, [""], ["value"])
     scores.add_row("top-1", f"{result.top1:.2%}")
     if result.top1_among_present_classes is not None:
         scores.add_row(
@@ -177,9 +171,7 @@ def tables(result: Evaluation, title: str) -> list[Table]:
     scores.add_row(f"expected calibration error ({ECE_BINS} bins)", f"{result.ece:.4f}")
     shown = [scores]
     if result.firing_rates:
-        rates = Table(title="spikes per neuron and time step", title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
-        rates.add_column("layer", no_wrap=True)
-        rates.add_column("firing rate", justify="right")
+        rates = new_table("spikes per neuron and time step", ["layer"], ["firing rate"])
         for layer, rate in result.firing_rates.items():
             rates.add_row(layer, f"{rate:.2%}")
         rates.add_section()

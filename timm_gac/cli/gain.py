@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import tyro
 
 from .output import create_console
-from .sources import check_positive
+from .sources import Options, check_positive
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +32,7 @@ class GainConfig:
 
 def gain(
     files: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="FILE...")],
-    config: Annotated[GainConfig, tyro.conf.arg(name="")],
+    config: Options[GainConfig],
 ) -> int:
     """Compare the accuracy of runs with that of others.
 

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
-import tyro
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
-from rich.text import Text
 
-from .output import check_new_files, create_console, wrote
-from .sources import AnyNetworkOptions, DataOptions, Model, check_positive, open_labelled
+from ..runtime.terminal import new_table
+from .output import check_new_file, create_console, wrote
+from .sources import AnyNetworkOptions, DataOptions, Model, Options, check_positive, open_labelled
 
 if TYPE_CHECKING:
     from ..analysis.gate import GateStatistics, Replaced
@@ -43,11 +41,10 @@ class GateConfig(AnyNetworkOptions, DataOptions):
         check_positive(self, "images", "batch_size")
         if self.calibration_images < 0:
             raise ValueError(f"expected calibration_images of at least 0, got {self.calibration_images}: raise it")
-        if self.json is not None:
-            check_new_files(self.json.parent, [self.json.name], self.overwrite, "--json")
+        check_new_file(self.json, self.overwrite)
 
 
-def gate(model: Model, config: Annotated[GateConfig, tyro.conf.arg(name="")]) -> int:
+def gate(model: Model, config: Options[GateConfig]) -> int:
     """Measure what a gate does and what it is worth.
 
     Shown are its scale, what it varies over, its gradients, and accuracy with other gates in its place.
@@ -128,15 +125,7 @@ def tables(
     replaced: list[Replaced],
 ) -> list[Table]:
     """The gate, its gradients where measured, and accuracy with other gates where measured."""
-    from ..data.pictures import plain
-
-    def table(title: str, *columns: str) -> Table:
-        made = Table(title=Text(plain(title)), title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
-        for index, column in enumerate(columns):
-            made.add_column(column, justify="right" if index else "left")
-        return made
-
-    scale = table(f"gate of {model}, {statistics.images:,} images", "", "value")
+    scale = new_table(f"gate of {model}, {statistics.images:,} images", [""], ["value"], no_wrap=False)
     scale.add_row("mean", f"{statistics.mean:.4f}")
     scale.add_row("standard deviation", f"{statistics.std:.4f}")
     for share, value in statistics.quantiles.items():
@@ -149,12 +138,14 @@ def tables(
     scale.add_row("share of the gate above it", f"{statistics.above_level:.2%}")
     shown = [scale]
     if gradients:
-        rows = table("one batch in training mode, root mean squares", "part", "weight", "gradient", "gradient / weight")
+        numbers = ("weight", "gradient", "gradient / weight")
+        rows = new_table("one batch in training mode, root mean squares", ["part"], numbers, no_wrap=False)
         for name, (weight, gradient) in gradients.items():
             rows.add_row(name, f"{weight:.2e}", f"{gradient:.2e}", f"{gradient / weight:.2e}")
         shown.append(rows)
     if replaced:
-        rows = table("other gates in its place", "gate", "top-1", "same answer", "lif fires")
+        numbers = ("top-1", "same answer", "lif fires")
+        rows = new_table("other gates in its place", ["gate"], numbers, no_wrap=False)
         for row in replaced:
             rows.add_row(row.gate, f"{row.top1:.2%}", f"{row.agree:.2%}", f"{row.lif:.2%}")
         shown.append(rows)

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import tyro
 
+from ..runtime.terminal import plain
 from .output import check_writable, create_console
 
 
@@ -30,7 +31,6 @@ def convert(
         num_steps: Number of time steps T; found out from the file where left out, 4 for direct coding.
         overwrite: Replace the model in a folder that has one.
     """
-    from ..data.pictures import plain
     from ..hub import convert_checkpoint
 
     check_writable(out_folder, "OUT_FOLDER")
@@ -72,7 +72,6 @@ def push(
         license: Licence of the weights, as the Hub spells it; that of the model's config, else apache-2.0, where left
             out.
     """
-    from ..data.pictures import plain
     from ..hub import PublishConfig
     from ..hub import push as publish
 
@@ -117,7 +116,6 @@ def verify(
         source: ORG/NAME on the Hub, or a folder.
         revision: Branch, tag or commit of the repository.
     """
-    from ..data.pictures import plain
     from ..hub import open_source
     from ..hub import verify as check
 

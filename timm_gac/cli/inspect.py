@@ -10,7 +10,7 @@ import tyro
 from rich.console import Console
 
 from .output import check_packages, check_writable, create_console, wrote
-from .sources import AnyNetworkOptions, Model, SetOptions, check_positive, open_images
+from .sources import AnyNetworkOptions, Model, Options, SetOptions, check_positive, open_calibrated
 
 if TYPE_CHECKING:
     from ..analysis.inspect import Inspection
@@ -43,7 +43,7 @@ class InspectConfig(AnyNetworkOptions, SetOptions):
 def inspect(
     model: Model,
     image: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="IMAGE")],
-    config: Annotated[InspectConfig, tyro.conf.arg(name="")],
+    config: Options[InspectConfig],
 ) -> int:
     """Draw spikes, gates and membranes on an HTML page.
 
@@ -70,14 +70,8 @@ def run_inspect(model: str, image: str, config: InspectConfig, console: Console 
         ValueError: There is no such network, image or device.
     """
     from ..analysis.inspect import inspect_network, write_inspection
-    from ..hub import open_network
-    from ..runtime.device import resolve_device
 
-    device = resolve_device(config.device)
-    opened = open_network(model, config.num_steps, config.seed, device)
-    images = open_images(image, opened.network, config.images, config.data_dir, config.split)
-    batches = [batch.to(device) for batch in images.split(config.batch_size)]
-    opened.calibrate_untrained(batches)
+    opened, batches = open_calibrated(model, image, config)
     inspection = inspect_network(opened.network, batches, opened.origin, opened.label_names)
     console = console or create_console()
     for file in write_inspection(inspection, config.out):

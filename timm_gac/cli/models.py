@@ -19,22 +19,18 @@ def models(pattern: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="
     """
     import timm
     import torch
-    from rich.box import SIMPLE_HEAD
-    from rich.table import Table
 
     from gac_kernels import CIFAR, IMAGENET
 
     from ..layers.encoder import GatedAttentionCoding
+    from ..runtime.terminal import new_table
     from .output import create_console
 
     names = timm.list_models(pattern, module="spiking_resnet")
     if not names:
         raise ValueError(f"expected a pattern that matches a model, got {pattern!r}: try '*resnet*'")
-    table = Table(title=f"{len(names)} models", box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
-    for heading in ("model", "encoder", "dialect"):
-        table.add_column(heading, no_wrap=True)
-    for heading in ("parameters", "T", "classes", "input"):
-        table.add_column(heading, justify="right", no_wrap=True)
+    text, numbers = ("model", "encoder", "dialect"), ("parameters", "T", "classes", "input")
+    table = new_table(f"{len(names)} models", text, numbers, padding=(0, 1, 0, 0))
     table.add_column("weights", no_wrap=True)
     for name in names:
         network = timm.create_model(name, device=torch.device("meta"))

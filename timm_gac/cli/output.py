@@ -7,6 +7,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..runtime.terminal import plain
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -28,8 +30,6 @@ def create_console() -> Console:
 
 def wrote(console: Console, file: Path) -> None:
     """Say that a file was written."""
-    from ..data.pictures import plain
-
     console.print(f"wrote {plain(file)}", markup=False, highlight=False, soft_wrap=True)
 
 
@@ -37,11 +37,11 @@ def check_writable(folder: Path | None, option: str) -> None:
     """Refuse a folder that cannot be made or written, before the work that would be lost.
 
     Args:
-        folder: It, or None for nowhere; nothing of it is made yet.
-        option: What the user gave it as, for the error.
+        folder: The folder, which is not created here; None where nothing will be written.
+        option: Name of the option that names it, for the error.
 
     Raises:
-        ValueError: A file of it or above it cannot be written.
+        ValueError: The folder cannot be created, or no file can be created in it.
     """
     if folder is None:
         return
@@ -67,7 +67,7 @@ def check_new_files(folder: Path | None, names: Iterable[str], overwrite: bool, 
         folder: Where they will be written; None for nowhere.
         names: Their names.
         overwrite: Whether they may be replaced.
-        option: What the user gave the folder or file as.
+        option: Name of the option that names the folder or file.
 
     Raises:
         ValueError: One of them is there and ``overwrite`` is not set, or is a folder; or ``folder`` cannot be written.
@@ -80,6 +80,19 @@ def check_new_files(folder: Path | None, names: Iterable[str], overwrite: bool, 
         if file.exists() and not overwrite:
             raise ValueError(f"expected a new file, got {str(file)!r}, which is there: use --overwrite")
     check_writable(folder, option)
+
+
+def check_new_file(file: Path | None, overwrite: bool, option: str = "--json") -> None:
+    """`check_new_files` of one file; None is no file."""
+    if file is not None:
+        check_new_files(file.parent, [file.name], overwrite, option)
+
+
+def check_figures(folder: Path | None, names: Iterable[str], overwrite: bool) -> None:
+    """`check_new_files` of a folder with figures, for which matplotlib has to be installed too."""
+    check_new_files(folder, names, overwrite)
+    if folder is not None:
+        check_packages("matplotlib")
 
 
 def check_packages(*names: str) -> None:

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from .output import check_new_files, create_console
-from .sources import NetworkOptions, check_positive, fold_network, open_pictures
+from ..runtime.terminal import new_table, plain
+from .output import check_new_file, create_console
+from .sources import NetworkOptions, Options, check_positive, fold_network, open_pictures
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -52,8 +52,7 @@ class PredictConfig(NetworkOptions):
 
     def __post_init__(self) -> None:
         check_positive(self, "top", "batch_size")
-        if self.json is not None:
-            check_new_files(self.json.parent, [self.json.name], overwrite=True, option="--json")
+        check_new_file(self.json, overwrite=True)
         if self.exit is not None:
             from ..inference.early_exit import check_confidence
 
@@ -62,7 +61,7 @@ class PredictConfig(NetworkOptions):
 
 def predict(
     images: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="IMAGE")],
-    config: Annotated[PredictConfig, tyro.conf.arg(name="")],
+    config: Options[PredictConfig],
 ) -> int:
     """Show the classes that a network sees in pictures.
 
@@ -153,12 +152,9 @@ def _batches(
 
 
 def _table(file: Path, prediction: Prediction, names: Sequence[str], config: PredictConfig) -> Table:
-    from ..data.pictures import plain
     from ..inference.predict import class_name
 
-    table = Table(title=Text(plain(file)), title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
-    table.add_column("class")
-    table.add_column("confidence", justify="right")
+    table = new_table(str(file), ["class"], ["confidence"], no_wrap=False)
     for name, confidence in zip(prediction.names, prediction.confidences, strict=True):
         table.add_row(Text(plain(name)), f"{confidence:.2%}")
     if config.exit is not None:
@@ -180,14 +176,8 @@ def _write_json(file: Path, config: PredictConfig, results: dict[str, Prediction
         "model": config.model,
         "exit": config.exit,
         "pictures": {
-            name: {
-                "classes": list(row.classes),
-                "names": list(row.names),
-                "confidences": list(row.confidences),
-                "per_step": [{"class": number, "confidence": confidence} for number, confidence in row.per_step],
-                "steps": row.steps,
-                "num_steps": row.num_steps,
-            }
+            name: asdict(row)
+            | {"per_step": [{"class": number, "confidence": confidence} for number, confidence in row.per_step]}
             for name, row in results.items()
         },
         "skipped": problems,

@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 
 import tyro
 
+from ..runtime.terminal import plain
 from .output import check_writable, create_console
 from .sources import TrainedModel
 
@@ -27,7 +28,6 @@ def quantize(
         clip: Scale a channel by its largest weight, or by the least squared error.
         overwrite: Replace the model in a folder that has one.
     """
-    from ..data.pictures import plain
     from ..hub import open_network, save_quantized
 
     check_writable(out_folder, "OUT_FOLDER")

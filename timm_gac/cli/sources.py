@@ -6,7 +6,7 @@ import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 import tyro
 
@@ -14,21 +14,21 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+    from ..hub import OpenedNetwork
+
+T = TypeVar("T")
+# A dataclass whose fields are options of a command, without a prefix.
+Options = Annotated[T, tyro.conf.arg(name="")]
 _logger = logging.getLogger(__name__)
 _NAMES = (
     "Model or run folder, ORG/NAME on the Hub, or a registered name (`timm-gac models`) with the tag of its weights"
 )
-TrainedModel = Annotated[
-    str,
-    tyro.conf.Positional,
-    tyro.conf.arg(metavar="MODEL", help=f"{_NAMES}, such as gac_msresnet18_cifar.cifar100."),
-]
+_Name = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
+TrainedModel = Annotated[_Name, tyro.conf.arg(help=f"{_NAMES}, such as gac_msresnet18_cifar.cifar100.")]
 Model = Annotated[
-    str,
-    tyro.conf.Positional,
+    _Name,
     tyro.conf.arg(
-        metavar="MODEL",
-        help=f"{_NAMES}; without a tag for random weights, whose batch norms take the statistics of the images.",
+        help=f"{_NAMES}; without a tag for random weights, whose batch norms take the statistics of the images."
     ),
 ]
 
@@ -82,7 +82,7 @@ class DataOptions(SetOptions):
 
 
 def check_positive(config: object, *names: str) -> None:
-    """Refuse numbers below 1; None is none.
+    """Refuse numbers below 1 in these fields; None is accepted.
 
     Raises:
         ValueError: One of these fields is below 1.
@@ -91,6 +91,39 @@ def check_positive(config: object, *names: str) -> None:
         value = getattr(config, name)
         if value is not None and value < 1:
             raise ValueError(f"expected {name} of at least 1, got {value}: raise it")
+
+
+def check_costs(name: str) -> None:
+    """Refuse an unknown cost table.
+
+    Raises:
+        ValueError: There is none of this name.
+    """
+    from ..energy.tables import cost_table
+
+    cost_table(name)
+
+
+def open_calibrated(model: str, data: str, config: Any) -> tuple[OpenedNetwork, list[Tensor]]:
+    """A network and images for it in batches on its device, whose batch-norm statistics random weights get.
+
+    Args:
+        model: As for `timm_gac.hub.open_network`.
+        data: As for `open_images`.
+        config: `AnyNetworkOptions` and `SetOptions`, with ``images`` and ``batch_size``.
+
+    Raises:
+        ValueError: There is no such network, image or device.
+    """
+    from ..hub import open_network
+    from ..runtime.device import resolve_device
+
+    device = resolve_device(config.device)
+    opened = open_network(model, config.num_steps, config.seed, device)
+    images = open_images(data, opened.network, config.images, config.data_dir, config.split)
+    batches = [batch.to(device) for batch in images.split(config.batch_size)]
+    opened.calibrate_untrained(batches)
+    return opened, batches
 
 
 def fold_network(network: Any, precision: str, device: torch.device) -> Any:

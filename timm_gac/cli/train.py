@@ -12,7 +12,7 @@ def train(arguments: Sequence[str]) -> int:
     Args:
         arguments: A recipe and options, see `timm_gac.train.options`.
     """
-    from ..train.options import parse, show
+    from ..train.__main__ import train_by
     from ..train.recipes import RECIPES
     from .output import nearest
 
@@ -22,11 +22,4 @@ def train(arguments: Sequence[str]) -> int:
             f"timm-gac: expected a recipe first, got {arguments[0]!r}{close}: choose one of {', '.join(RECIPES)}\n"
         )
         raise SystemExit(2)
-    recipe, options = parse(arguments, "timm-gac train")
-    if options.show:
-        sys.stdout.write(show(options.recipe_name, recipe))
-        return 0
-    from .. import models as models  # registers them, which the console script's process has not done yet
-    from ..train.loop import train as run
-
-    return run(recipe, options)
+    return train_by(arguments, "timm-gac train")

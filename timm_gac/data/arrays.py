@@ -23,10 +23,11 @@ from torch import Tensor
 from torchvision.transforms.functional import pil_to_tensor
 
 from ..runtime.files import replace_file
+from ..runtime.terminal import plain
 from .dataset import open_dataset
 from .decode import decode_dataset, fingerprint
 from .labels import match_labels
-from .pictures import create_picture_transform, join_names, plain
+from .pictures import create_picture_transform, join_names
 
 Split = Literal["train", "test"]
 DECODER = 2  # part of a cache file's name: raised when the same files are decoded to other pixels

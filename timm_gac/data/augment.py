@@ -85,20 +85,12 @@ class Augmentation:
     label_smoothing: float = 0.0
 
     def __post_init__(self) -> None:
-        ranges = {
-            "crop_padding": (0, math.inf),
-            "random_erasing": (0, 1),
-            "mixup": (0, math.inf),
-            "cutmix": (0, math.inf),
-            "mix_probability": (0, 1),
-            "label_smoothing": (0, 1),
-            "trivial_augment_strength": (0, 1),
-            "crop_scale": (0, 1),
-        }
-        for name, (low, high) in ranges.items():
+        ends = dict.fromkeys(("crop_padding", "mixup", "cutmix"), math.inf)
+        ends |= dict.fromkeys(("random_erasing", "mix_probability", "label_smoothing"), 1)
+        for name, high in (ends | {"trivial_augment_strength": 1, "crop_scale": 1}).items():
             value = getattr(self, name)
-            if isinstance(value, bool) or not low <= value <= high or value == math.inf:
-                raise ValueError(f"expected {name} between {low} and {high}, got {value!r}: choose one in between")
+            if isinstance(value, bool) or not 0 <= value <= high or value == math.inf:
+                raise ValueError(f"expected {name} between 0 and {high}, got {value!r}: choose one in between")
         if self.crop_padding != int(self.crop_padding):
             raise ValueError(f"expected crop_padding in whole pixels, got {self.crop_padding}: try 4")
         if self.crop_scale == 0:
@@ -109,8 +101,8 @@ class Augmentation:
                 f"{self.label_smoothing} and {self.trivial_augment_strength}: the defaults are 0 and 1"
             )
         for field in fields(self):
-            if field.type == "bool" and not isinstance(getattr(self, field.name), bool):
-                value = getattr(self, field.name)
+            value = getattr(self, field.name)
+            if field.type == "bool" and not isinstance(value, bool):
                 raise ValueError(f"expected {field.name} to be True or False, got {value!r}: give one of them")
         if self.padding_mode not in ("zeros", "reflect"):
             raise ValueError(f"expected padding_mode zeros or reflect, got {self.padding_mode!r}: choose one")
@@ -137,7 +129,7 @@ def draw_augmentation(
     """Draw what happens to each image.
 
     Args:
-        augmentation: What may happen.
+        augmentation: Which variations there are, and how strong.
         num_images: Rows of the result. Rows 2j and 2j + 1 are partners in mixing, and agree on how.
         size: Height and width of the images, pixels.
         rng: Source of all randomness.
@@ -169,13 +161,14 @@ def _draw_geometry(
     rng: np.random.Generator,
 ) -> None:
     """One affine map from output to source position per image: crop o flip o operation, in pixels from the centre."""
+
+    def of(name: str, largest: float) -> npt.NDArray[np.float64]:
+        return np.where(operation == OPERATIONS.index(name), strength * largest, 0)
+
     height, width = size
     reach_y, reach_x = (min(MAX_TRANSLATION, side / 2) for side in size)
-    angle = np.where(operation == OPERATIONS.index("rotate"), strength * MAX_ROTATION, 0)
-    shear_x = np.where(operation == OPERATIONS.index("shear_x"), strength * MAX_SHEAR, 0)
-    shear_y = np.where(operation == OPERATIONS.index("shear_y"), strength * MAX_SHEAR, 0)
-    move_x = np.where(operation == OPERATIONS.index("translate_x"), np.round(strength * reach_x), 0)
-    move_y = np.where(operation == OPERATIONS.index("translate_y"), np.round(strength * reach_y), 0)
+    angle, shear_x, shear_y = of("rotate", MAX_ROTATION), of("shear_x", MAX_SHEAR), of("shear_y", MAX_SHEAR)
+    move_x, move_y = np.round(of("translate_x", reach_x)), np.round(of("translate_y", reach_y))
     padding = int(augmentation.crop_padding)
     shift = rng.integers(-padding, padding, size=(2, len(table)), endpoint=True)
     mirror = np.where(rng.random(len(table)) < 0.5, -1.0, 1.0) if augmentation.flip else np.ones(len(table))
@@ -196,8 +189,7 @@ def _crop(table: Floats, scale: float, rng: np.random.Generator) -> None:
     A side that would be longer than the image's is cut to it.
     """
     area = rng.uniform(scale, 1, len(table))
-    aspect = np.exp(rng.uniform(math.log(CROP_ASPECT[0]), math.log(CROP_ASPECT[1]), len(table)))
-    box = np.minimum(np.sqrt(np.stack([area * aspect, area / aspect], 1)), 1)  # width, height, of the image's
+    box = np.minimum(_sides(area, CROP_ASPECT, rng), 1)  # width, height, of the image's
     centre = (1 - box) * rng.uniform(-1, 1, (len(table), 2))
     for name in ("grid_x", "grid_y", "grid_0"):
         table[:, COLUMNS[name]] *= box
@@ -216,11 +208,10 @@ def _set_colour(table: Floats, operation: npt.NDArray[np.int64], strength: npt.N
     factor = 1 + strength * MAX_ENHANCEMENT
     enhanced = chosen("brightness") | chosen("contrast") | chosen("saturation") | chosen("sharpness")
     column("scale")[:] = np.where(enhanced, factor, 1)
-    column("mean")[:] = np.where(chosen("contrast"), 1 - factor, 0)
-    column("grey")[:] = np.where(chosen("saturation"), 1 - factor, 0)
-    column("blur")[:] = np.where(chosen("sharpness"), 1 - factor, 0)
-    column("autocontrast")[:] = chosen("autocontrast")
-    column("equalize")[:] = chosen("equalize")
+    for name, degenerate in (("contrast", "mean"), ("saturation", "grey"), ("sharpness", "blur")):
+        column(degenerate)[:] = np.where(chosen(name), 1 - factor, 0)
+    for name in ("autocontrast", "equalize"):
+        column(name)[:] = chosen(name)
     column("levels")[:] = np.where(chosen("posterize"), 2 ** np.round(6 * np.abs(strength)), 1)
     column("solarize")[:] = np.where(chosen("solarize"), np.round(255 * (1 - np.abs(strength))), 256)
 
@@ -228,21 +219,30 @@ def _set_colour(table: Floats, operation: npt.NDArray[np.int64], strength: npt.N
 def _draw_erasing(table: Floats, probability: float, size: tuple[int, int], rng: np.random.Generator) -> None:
     erased = rng.random(len(table)) < probability
     area = rng.uniform(*ERASED_AREA, len(table)) * size[0] * size[1]
-    low, high = (math.log(aspect) for aspect in ERASED_ASPECT)
-    aspect = np.exp(rng.uniform(low, high, len(table)))
-    sides = np.sqrt(np.stack([area * aspect, area / aspect], 1))
-    sides = np.clip(np.round(sides), 1, size) * erased[:, None]
+    sides = np.clip(np.round(_sides(area, ERASED_ASPECT, rng)), 1, size) * erased[:, None]
     start = np.floor(rng.random((len(table), 2)) * (np.array(size) - sides + 1))
     table[:, COLUMNS["erase"]] = _box(start, start + sides)
     table[:, COLUMNS["noise"]] = rng.integers(NOISE_FIELDS, size=(len(table), 1))
 
 
+def _sides(
+    area: npt.NDArray[np.float64], aspects: tuple[float, float], rng: np.random.Generator
+) -> npt.NDArray[np.float64]:
+    """Both sides (N, 2) of boxes of these areas (N,), their ratio drawn evenly on a logarithmic scale."""
+    low, high = map(math.log, aspects)
+    aspect = np.exp(rng.uniform(low, high, len(area)))
+    return np.sqrt(np.stack([area * aspect, area / aspect], 1))
+
+
 def _draw_mixing(table: Floats, augmentation: Augmentation, size: tuple[int, int], rng: np.random.Generator) -> None:
     pairs = (len(table) + 1) // 2
+
+    def weights(alpha: float) -> npt.NDArray[np.float64]:
+        return rng.beta(alpha, alpha, pairs) if alpha > 0 else np.ones(pairs)
+
     mixed = rng.random(pairs) < augmentation.mix_probability
     cuts = rng.random(pairs) < (augmentation.cutmix > 0) * (0.5 if augmentation.mixup > 0 else 1.0)
-    blended = rng.beta(augmentation.mixup, augmentation.mixup, pairs) if augmentation.mixup > 0 else np.ones(pairs)
-    kept = rng.beta(augmentation.cutmix, augmentation.cutmix, pairs) if augmentation.cutmix > 0 else np.ones(pairs)
+    blended, kept = weights(augmentation.mixup), weights(augmentation.cutmix)
     sides = np.sqrt(1 - kept)[:, None] * np.array(size)
     centre = np.floor(rng.random((pairs, 2)) * size)
     start = np.clip(centre - np.floor(sides / 2), 0, size)

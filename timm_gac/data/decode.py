@@ -18,7 +18,7 @@ BATCH = 64
 
 
 def fingerprint(dataset: Any, data: str, data_dir: str | None) -> str:
-    """Changes when the files of a data set change, as far as it lists them; else name, folder and length."""
+    """A hash of a data set's name, folder and length and, where it lists its files, of their sizes and dates."""
     parts = [data, str(Path(data_dir).resolve()) if data_dir else "", str(_length(dataset))]
     for sample in getattr(dataset.source, "samples", None) or ():
         if isinstance(sample, (tuple, list)) and isinstance(sample[0], (str, Path)):

@@ -88,10 +88,9 @@ class DeviceLoader:
         self._images, self._labels = images.to(self.device), labels.to(self.device)
         self._size = (images.shape[2], images.shape[3])
         self._normalizer = Normalizer(mean, std, self.device, dtype)
-        shape = (images.shape[1], *self._size)
         self._augmenter = BatchAugmenter(
             augmentation,
-            shape=shape,
+            shape=(images.shape[1], *self._size),
             num_classes=num_classes,
             normalizer=self._normalizer,
             device=self.device,
@@ -119,11 +118,7 @@ class DeviceLoader:
         Raises:
             ValueError: ``epoch`` is negative, or ``start`` lies outside of the epoch.
         """
-        if epoch < 0 or not 0 <= start <= len(self):
-            raise ValueError(
-                f"expected epoch >= 0 and start in 0 to {len(self)}, got {epoch} and {start}: "
-                "resume with the same set and batch size as before"
-            )
+        check_start(len(self), epoch, start)
         return self._training_batches(epoch, start) if self.training else self._evaluation_batches(start)
 
     def _training_batches(self, epoch: int, start: int) -> Iterator[tuple[Tensor, Tensor]]:
@@ -158,6 +153,19 @@ class DeviceLoader:
             part = slice(first, first + self.batch_size)
             images = self._normalizer(self._images[part])
             yield self._normalizer.finish(images), self._labels[part]
+
+
+def check_start(steps: int, epoch: int, start: int) -> None:
+    """Refuse to begin outside of an epoch of so many steps.
+
+    Raises:
+        ValueError: ``epoch`` is negative, or ``start`` lies outside of the epoch.
+    """
+    if epoch < 0 or not 0 <= start <= steps:
+        raise ValueError(
+            f"expected epoch >= 0 and start in 0 to {steps}, got {epoch} and {start}: "
+            "resume with the same set and batch size as before"
+        )
 
 
 def check_sharding(batch_size: int, rank: int, world_size: int, seed: int) -> None:

@@ -12,6 +12,8 @@ from typing import Any, BinaryIO
 import numpy as np
 from PIL import Image
 
+from ..runtime.terminal import plain
+
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 # A picture of 1 x 60,000 pixels, resized to 224 pixels on its shorter side, would have 9 GB.
 MAX_ASPECT = 256
@@ -40,11 +42,6 @@ class PictureError(ValueError):
 
     def __init__(self, message: str) -> None:
         super().__init__(message.rpartition("PictureError: ")[2].rstrip())
-
-
-def plain(text: object) -> str:
-    """A name for a terminal: what cannot be printed, such as control characters, becomes a question mark."""
-    return "".join(letter if letter.isprintable() else "?" for letter in str(text))
 
 
 def find_pictures(folder: str | Path) -> list[str]:

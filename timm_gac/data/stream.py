@@ -12,7 +12,7 @@ from torch.utils.data import IterableDataset
 
 from .augment import Augmentation, draw_augmentation
 from .dataset import class_names, open_dataset
-from .loader import check_sharding, generator
+from .loader import check_sharding, check_start, generator
 from .pictures import read_picture
 from .transforms import BatchAugmenter, Normalizer
 
@@ -89,8 +89,7 @@ class StreamLoader:
             return len(self._loader)
         if self.training:
             return self.num_images // (self.batch_size * self.world_size)
-        first, end = self._part_of_test()
-        return -(-(end - first) // self.batch_size)
+        return -(-len(self._own_part(0)) // self.batch_size)
 
     def batches(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         """The batches of one epoch from the step ``start``, as `DeviceLoader.batches` gives them.
@@ -98,11 +97,7 @@ class StreamLoader:
         Raises:
             ValueError: ``epoch`` is negative, or ``start`` lies outside of the epoch.
         """
-        if epoch < 0 or not 0 <= start <= len(self):
-            raise ValueError(
-                f"expected epoch >= 0 and start in 0 to {len(self)}, got {epoch} and {start}: "
-                "resume with the same set and batch size as before"
-            )
+        check_start(len(self), epoch, start)
         return self._batches(epoch, start)
 
     def _batches(self, epoch: int, start: int) -> Iterator[tuple[Tensor, Tensor]]:
@@ -130,15 +125,10 @@ class StreamLoader:
             draws = draws.pin_memory()
         return self._augmenter(pixels.round(), labels, draws.to(pixels.device, non_blocking=True))
 
-    def _part_of_test(self) -> tuple[int, int]:
-        return (
-            self.num_images * self._rank // self.world_size,
-            self.num_images * (self._rank + 1) // self.world_size,
-        )
-
     def _own_part(self, epoch: int) -> list[int]:
         if not self.training:
-            return [index * self._total // self.num_images for index in range(*self._part_of_test())]
+            first, end = (self.num_images * rank // self.world_size for rank in (self._rank, self._rank + 1))
+            return [index * self._total // self.num_images for index in range(first, end)]
         steps = len(self)
         order = generator("order", self._seed, epoch).permutation(self.num_images)
         order = order[: steps * self.world_size * self.batch_size]

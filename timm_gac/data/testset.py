@@ -132,10 +132,10 @@ def _some(present: list[int], num_classes: int | None) -> list[int] | None:
 
 
 def _check_classes(found: Sequence[str], wanted: Sequence[str], num_classes: int | None, data: str) -> None:
-    """Refuse classes that cannot be the network's: more, or fewer of a network whose classes have no names.
+    """Refuse classes that cannot be the network's.
 
     Raises:
-        ValueError: It is so.
+        ValueError: They are more than the network's, or fewer and the network's have no names to match them by.
     """
     if num_classes is None or not found:
         return

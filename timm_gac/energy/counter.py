@@ -26,7 +26,7 @@ class Counter:
     Args:
         name: Name of the layer.
         layer: The layer.
-        kind: Its kind, where the name or the place tells.
+        kind: Kind of the layer by its name and place: ``attention``, ``shortcut``, ``conv`` or ``head``.
     """
 
     def __init__(self, name: str, layer: Layer, kind: str) -> None:

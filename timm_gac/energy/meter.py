@@ -15,7 +15,7 @@ from ..inference.record import forward_hooks
 from ..layers.encoder import GatedAttentionCoding
 from .counter import LAYERS, Counter
 from .report import EnergyReport
-from .tables import COSTS, EnergyCosts
+from .tables import EnergyCosts, cost_table
 
 # Meters replace methods of a network: two at once in different threads would not restore them.
 _LOCK = RLock()
@@ -65,7 +65,7 @@ class EnergyMeter:
         self._counting: ExitStack | None = None  # takes away what was put on the network
 
     def __enter__(self) -> EnergyMeter:
-        """Start to count; counts of an earlier ``with`` are kept.
+        """Start counting; counts of an earlier ``with`` are kept.
 
         Only calls of this thread count; a meter of another thread waits until this one has stopped.
         """
@@ -84,7 +84,7 @@ class EnergyMeter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Stop to count and leave the network as it was."""
+        """Stop counting and leave the network as it was."""
         counting, self._counting = self._counting, None
         if counting is not None:
             counting.close()
@@ -138,15 +138,9 @@ class EnergyMeter:
         """
         if self.images == 0 or not self._order:
             raise ValueError("expected a meter that has seen images, got none: run the network within `with meter:`")
-        if isinstance(costs, str):
-            if costs not in COSTS:
-                raise ValueError(f"expected costs as one of {list(COSTS)}, got {costs!r}: choose one of these")
-            costs = COSTS[costs]
         stem = next((name for name in self._order if self._counters[name].kind != "attention"), None)
-        layers = []
-        for name in self._order:
-            counter = self._counters[name]
-            layers.append(counter.result(self.images, "stem" if name == stem else counter.kind))
+        ran = [(name, self._counters[name]) for name in self._order]
+        layers = [counter.result(self.images, "stem" if name == stem else counter.kind) for name, counter in ran]
         config = getattr(self.model, "pretrained_cfg", None)
         architecture = getattr(config, "architecture", None) or (config or {}).get("architecture")
         return EnergyReport(
@@ -155,7 +149,7 @@ class EnergyMeter:
             images=self.images,
             frames=self._frames,
             layers=tuple(layers),
-            costs=costs,
+            costs=cost_table(costs) if isinstance(costs, str) else costs,
             weights=weights,
             trained=trained,
             not_run=tuple(name for name in self._counters if name not in self._order),

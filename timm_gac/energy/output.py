@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..runtime import files
+from ..runtime.figures import hide_frame, new_figure
+from ..runtime.terminal import new_table
 from .report import EnergyReport
 from .tables import CONVENTIONS
 
@@ -19,15 +21,8 @@ def layer_rows(report: EnergyReport) -> list[dict[str, Any]]:
     """One row per layer: counts, and energy under each convention, per image."""
     energies = {name: report.layer_mj(name) for name in CONVENTIONS}
     return [
-        {
-            "layer": layer.name,
-            "kind": layer.kind,
-            "macs": layer.macs,
-            "runs": layer.runs,
-            "input": "binary" if layer.binary else "real",
-            "rate": layer.rate,
-            "sops": layer.sops,
-        }
+        {"layer": layer.name, "input": "binary" if layer.binary else "real"}
+        | {name: getattr(layer, name) for name in ("kind", "macs", "runs", "rate", "sops")}
         | {f"{name}_mj": values[layer.name] for name, values in energies.items()}
         for layer in report.layers
     ]
@@ -37,23 +32,14 @@ def report_dict(report: EnergyReport) -> dict[str, Any]:
     """The report, ready for JSON."""
     totals = report.totals()
     return {
-        "model": report.model,
-        "weights": report.weights,
-        "trained": report.trained,
-        "num_steps": report.num_steps,
-        "images": report.images,
+        **{name: getattr(report, name) for name in ("model", "weights", "trained", "num_steps", "images")},
         "unit": "per image; energy in mJ",
-        "energy_mj": {name: row["energy_mj"] for name, row in totals.items()},
-        "of_ann": {name: row["of_ann"] for name, row in totals.items()},
-        "macs": {name: row["macs"] for name, row in totals.items()},
-        "acs": {name: row["acs"] for name, row in totals.items()},
-        "neurobench_dense": report.dense,
-        "costs": {
-            "name": report.costs.name,
-            "mac_pj": report.costs.mac_pj,
-            "ac_pj": report.costs.ac_pj,
-            "source": report.costs.source,
+        **{
+            figure: {name: row[figure] for name, row in totals.items()}
+            for figure in ("energy_mj", "of_ann", "macs", "acs")
         },
+        "neurobench_dense": report.dense,
+        "costs": {name: getattr(report.costs, name) for name in ("name", "mac_pj", "ac_pj", "source")},
         "energy_by_step_mj": {name: list(report.energy_by_step(name)) for name in CONVENTIONS},
         "layers": layer_rows(report),
         "not_run": list(report.not_run),
@@ -72,16 +58,9 @@ def write_csv(report: EnergyReport, file: Path) -> None:
 
 def layer_table(report: EnergyReport) -> Table:
     """One row per layer, for a terminal."""
-    from rich.box import SIMPLE_HEAD
-    from rich.table import Table
-    from rich.text import Text
-
     title = f"{report.model}, T={report.num_steps}, weights {report.weights or 'as given'}, images: {report.images}"
-    # As text: what stands in brackets in a folder's name is no markup.
-    table = Table(title=Text(title), title_justify="left", box=SIMPLE_HEAD, pad_edge=False, padding=0)
     # What a name tells, the kind of a layer, is left out: the rest fits 80 columns.
-    for heading in ("layer", "input"):
-        table.add_column(heading, no_wrap=True)
+    table = new_table(title, ("layer", "input"), padding=0)
     names = [name.replace("neurobench", "neuro-\nbench") for name in CONVENTIONS]
     for heading in ("MACs\n/run", "runs", "rate", "SOPs", *(f"{name}\nµJ" for name in names)):
         table.add_column(heading, justify="right", overflow="fold")
@@ -101,13 +80,7 @@ def layer_table(report: EnergyReport) -> Table:
 
 def totals_table(report: EnergyReport) -> Table:
     """One row per convention, and the ANN's, for a terminal."""
-    from rich.box import SIMPLE_HEAD
-    from rich.table import Table
-
-    table = Table(title=f"per image, {report.costs.name}", title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
-    table.add_column("convention")
-    for heading in ("MACs", "ACs", "mJ", "of the ANN"):
-        table.add_column(heading, justify="right", no_wrap=True)
+    table = new_table(f"per image, {report.costs.name}", ["convention"], ("MACs", "ACs", "mJ", "of the ANN"))
     for name, row in report.totals().items():
         numbers = f"{row['macs']:,.0f}", f"{row['acs']:,.0f}", f"{row['energy_mj']:.4g}", f"{row['of_ann']:.1%}"
         table.add_row(name, *numbers)
@@ -116,10 +89,8 @@ def totals_table(report: EnergyReport) -> Table:
 
 def write_chart(report: EnergyReport, file: Path) -> None:
     """Draw the energy of each convention by kind of layer, and the firing rate of each layer's input."""
-    from matplotlib.figure import Figure
-
     colours = {"stem": "#17324d", "attention": "#e0a458", "shortcut": "#b04a5a", "conv": "#0b6e4f", "head": "#9aa5b1"}
-    figure = Figure(figsize=(12, max(4.2, 1.6 + 0.2 * len(report.layers))), layout="constrained", facecolor="white")
+    figure = new_figure(12, max(4.2, 1.6 + 0.2 * len(report.layers)), dpi=110)
     left, right = figure.subplots(1, 2, width_ratios=(1, 1.1))
     names = [*CONVENTIONS, "ann"]
     energies = {name: report.layer_mj(name) for name in CONVENTIONS}
@@ -148,14 +119,13 @@ def write_chart(report: EnergyReport, file: Path) -> None:
     right.set_xlim(0, 1.12)
     right.set_xlabel("share of the input that is not 0")
     right.set_title("Input of each layer: solid = spikes, hatched = real values", loc="left")
-    for axis in (left, right):
-        axis.spines[["top", "right"]].set_visible(False)
+    hide_frame(left, right)
     figure.suptitle(
         f"{report.model}, T={report.num_steps}, {report.images} images, weights {report.weights or 'as given'}, "
         f"{report.costs.name}",
         fontsize=10,
     )
-    figure.savefig(file, dpi=110)
+    figure.savefig(file)
 
 
 def _short(count: float) -> str:

@@ -50,6 +50,17 @@ COSTS = {
 }
 
 
+def cost_table(name: str) -> EnergyCosts:
+    """The cost table of a name.
+
+    Raises:
+        ValueError: There is none.
+    """
+    if name not in COSTS:
+        raise ValueError(f"expected costs as one of {list(COSTS)}, got {name!r}: choose one of these")
+    return COSTS[name]
+
+
 @dataclass(frozen=True)
 class LayerCount:
     """Counts of one layer, per image; tuples have one entry for each time step of the layer.

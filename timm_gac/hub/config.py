@@ -278,10 +278,10 @@ def _is_number(value: Any) -> bool:
 
 
 def check_labels(labels: Any, num_classes: int) -> list[str]:
-    """The label names, where they are one printable text per class.
+    """The label names, one printable text for each class.
 
     Raises:
-        ValueError: They are not.
+        ValueError: They are no list of texts, a text cannot be printed, or their number is another.
     """
     if not isinstance(labels, list | tuple) or not all(isinstance(label, str) and label for label in labels):
         raise ValueError(f"expected label names as a list of texts, got {short(labels)}: give one a class")

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ..models.published import NETWORKS
 from ..models.spiking_resnet import checkpoint_filter_fn
+from ..runtime.files import check_new_folder
 from .folder import save_model_folder
 
 _logger = logging.getLogger(__name__)
@@ -138,10 +139,7 @@ def convert_checkpoint(
         ValueError: The file is unreadable, needs code to be run, or does not fit the model; or the folder is not empty.
     """
     file, out = Path(file), Path(out)
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"expected a folder to write to, got the file {str(out)!r}: choose another name")
-    if out.is_dir() and any(out.iterdir()) and not overwrite:
-        raise ValueError(f"expected a new or empty folder, got {str(out)!r}: choose another or allow overwriting")
+    check_new_folder(out, overwrite)
     tensors = read_checkpoint(file)
     name = model or infer_model(tensors)
     if not is_model_in_modules(name, ["spiking_resnet"]):

@@ -19,6 +19,7 @@ from ..inference.quantize import quantize
 from ..models.checkpoint import pack_int8_convs
 from ..models.network import SpikingResNet
 from ..models.weights import TRAINED_ON
+from ..runtime.files import check_new_folder
 from ..runtime.finite import check_finite
 from .config import (
     CONFIG,
@@ -131,10 +132,7 @@ def save_quantized(model: nn.Module, out: Path, clip: str = "mse", overwrite: bo
         ValueError: The network cannot be quantised, or the folder is a file or is not empty.
     """
     out = Path(out)
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"expected a folder to write to, got the file {str(out)!r}: choose another name")
-    if out.is_dir() and any(out.iterdir()) and not overwrite:
-        raise ValueError(f"expected a new or empty folder, got {str(out)!r}: choose another or allow overwriting")
+    check_new_folder(out, overwrite)
     return save_model_folder(quantize(model, clip), out)
 
 

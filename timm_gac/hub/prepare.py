@@ -12,7 +12,7 @@ from typing import Any
 from huggingface_hub.utils import validate_repo_id
 
 from ..data.labels import known_label_names
-from ..runtime.files import write_json, write_text
+from ..runtime.files import check_new_folder, write_json, write_text
 from .card import DEFAULT_LICENSE, write_card
 from .config import CONFIG, LICENSE_KEYS, check_labels, read_config, write_config
 from .facts import EVALUATIONS, Facts, gather, read_public
@@ -79,10 +79,7 @@ def prepare_folder(source: Path, out: Path, config: PublishConfig) -> list[Path]
         ValueError: The source is no model folder, its files are damaged, ``out`` is not empty, or the labels do not
             fit.
     """
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"expected a folder to write to, got the file {str(out)!r}: choose another --out")
-    if out.is_dir() and any(out.iterdir()) and not config.overwrite:
-        raise ValueError(f"expected a new or empty folder, got {str(out)!r}: choose another --out or --overwrite")
+    check_new_folder(out, config.overwrite, "choose another --out or --overwrite")
     folder = model_folder(source)
     facts = _complete(gather(folder, source), config)
     out.parent.mkdir(parents=True, exist_ok=True)

@@ -97,7 +97,7 @@ def check_upload(names: Iterable[str]) -> None:
     """Refuse to send a pickle, or a name that leads out of a folder.
 
     Raises:
-        ValueError: One of the names is such a one.
+        ValueError: A file is a pickle by its suffix, or a name leads out of a folder.
     """
     names = list(names)
     check_names(names, "the folder")

@@ -16,7 +16,7 @@ from gac_kernels import int8_weight
 from ..layers.convolution import Conv2d, SpikeConv2d
 from ..layers.neuron import BatchNormLIF, MembraneBatchNormLIF
 from ..layers.shared_norm import NORM_FORWARDS
-from ..models.blocks import MSBlock, SpikingBlock
+from ..models.blocks import STAGES, MSBlock, SpikingBlock
 from ..models.network import SpikingResNet
 
 _BLOCK_FORWARDS = (MSBlock.forward, SpikingBlock.forward)
@@ -38,7 +38,7 @@ def check_foldable(model: nn.Module) -> list[MSBlock | SpikingBlock]:
         raise ValueError("expected a network with batch norm, got one that is folded or quantised: create it anew")
     _check_pair("conv1", model.conv1, "bn1", model.bn1, _NORM_FORWARDS)
     blocks: list[Any] = []
-    for stage in ("layer1", "layer2", "layer3", "layer4"):
+    for stage in STAGES:
         for index, block in enumerate(getattr(model, stage)):
             name = f"{stage}.{index}"
             _check_kind(name, block, _BLOCK_FORWARDS, "MSBlock or SpikingBlock")

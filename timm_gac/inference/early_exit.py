@@ -18,7 +18,8 @@ from gac_kernels import lif
 
 from ..layers.learned import learned_values
 from ..layers.neuron_layer import NeuronLayer
-from ..models.network import SpikingResNet, not_finite_marked
+from ..models.folding import not_finite_marked
+from ..models.network import SpikingResNet
 from .record import neuron_layers
 
 
@@ -113,7 +114,7 @@ def forward_early_exit(model: nn.Module, images: Tensor, confidence: float) -> l
     logits = coded.new_empty(0)
     stepped, neurons = _stepped_copy(network)
     for step in range(network.num_steps):
-        step_logits = _logits(stepped, coded[step])[:, None]
+        step_logits = stepped._logits(stepped._run_stages(coded[step]))[:, None]
         step_logits = step_logits + mark[running, None].to(step_logits.dtype)
         logits = torch.cat((logits, step_logits), 1) if step else step_logits  # [running, steps so far, classes]
         leaves = early_exit(logits, confidence).confidence >= confidence
@@ -143,11 +144,6 @@ def _checked(model: nn.Module) -> SpikingResNet:
             "model.set_spike_packing(False)"
         )
     return model
-
-
-def _logits(network: Any, coded: Tensor) -> Tensor:
-    spikes = network._run_stages(coded)
-    return network.forward_head(spikes if spikes.is_floating_point() else spikes.to(network.conv1.weight.dtype))
 
 
 class _SteppedNeuron:

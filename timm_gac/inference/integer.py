@@ -20,7 +20,7 @@ from gac_kernels import LIFSpec, integer_lif, spike_conv, spike_conv_reference
 from ..layers.checks import fixed_num_steps, log_called, may_skip
 from ..layers.convolution import shortcut_operands
 from ..layers.neuron_layer import at_least_float32, spikes_of
-from ..models.network import SpikingResNet, not_finite_marked
+from ..models.network import SpikingResNet
 
 DECAY_STEPS = 256  # learned decays are multiples of its reciprocal
 
@@ -350,8 +350,5 @@ class IntegerSpikingResNet(SpikingResNet):
     def _rate(self, spikes: Tensor) -> Tensor:
         return self.rate(spikes, self.conv1.weight.dtype)
 
-    def forward_steps(self, x: Tensor) -> Tensor:
-        """Logits of each time step, ``(B, T, num_classes)``."""
-        logits = self.forward_head(self._forward_spikes(x).to(self.conv1.weight.dtype))
-        logits = logits.unflatten(0, [self.num_steps, logits.shape[0] // self.num_steps]).transpose(0, 1)
-        return not_finite_marked(logits, x, self.bn1)
+    def _logits(self, spikes: Tensor) -> Tensor:
+        return self.forward_head(spikes.to(self.conv1.weight.dtype))

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .early_exit import forward_early_exit
+from .early_exit import forward_early_exit, mean_logits
 
 
 @dataclass(frozen=True)
@@ -71,8 +71,7 @@ def predict(
 
 def answers(logits: Tensor, top: int, names: Sequence[str] = (), num_steps: int | None = None) -> list[Prediction]:
     """Predictions from logits of the steps that ran, (B, steps, classes), of a network of ``num_steps`` if more."""
-    steps = torch.arange(1, logits.shape[1] + 1, device=logits.device)[:, None]
-    probabilities = (logits.double().cumsum(1) / steps).softmax(-1)
+    probabilities = mean_logits(logits.double()).softmax(-1)
     best, classes = probabilities[:, -1].topk(min(top, logits.shape[-1]))
     step_best, step_classes = probabilities.max(-1)
     rows = zip(classes.tolist(), best.tolist(), step_classes.tolist(), step_best.tolist(), strict=True)

@@ -16,7 +16,7 @@ from gac_kernels import int8_weight
 from ..layers.convolution import SpikeConv2d, is_plain_3x3
 from ..layers.learned import LearnedValues
 from ..layers.lif import LIF
-from ..models.blocks import MSBlock, SpikingBlock
+from ..models.blocks import STAGES, MSBlock, SpikingBlock
 from ..models.network import SpikingResNet
 from ..runtime.finite import check_finite
 from .batch_norm import check_foldable, fold_batch_norm, norm_scale_and_shift, plain_weights
@@ -35,7 +35,6 @@ CLIPS = ("max", "mse")
 _LEVELS = 127
 # Fractions of a channel's largest weight at which "mse" looks for the least squared error.
 _FRACTIONS = tuple(1.0 - 0.02 * i for i in range(16))
-_STAGES = ("layer1", "layer2", "layer3", "layer4")
 
 
 @torch.no_grad()
@@ -94,7 +93,7 @@ def quantize(model: nn.Module, clip: str = "mse") -> IntegerSpikingResNet:
     parts.bn1 = nn.Identity()
     if isinstance(parts.lif, LIF):
         parts.lif = IntegerLIF(network.spec, network.num_steps, _rounded(parts.lif, network))
-    stages = [getattr(network, name) for name in _STAGES]
+    stages = [getattr(network, name) for name in STAGES]
     blocks = [block for stage in stages for block in stage]
     for stage in stages:
         for index, block in enumerate(stage):

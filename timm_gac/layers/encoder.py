@@ -262,13 +262,11 @@ class GatedAttentionCoding(nn.Module):
         static = stem.ndim == 4
         folded = stem if static else stem.flatten(0, 1)
         # The mean is float32 at least: a 16-bit one over C*H*W values keeps 8 to 11 bits. A maximum is exact as it is.
-        average, maximum, _ = torch.ops.gac_kernels.pool_frames(folded)
+        pools = torch.ops.gac_kernels.pool_frames(folded)[:2]
         if static:
-            average = average.unsqueeze(1).expand(-1, self.num_steps)
-            maximum = maximum.unsqueeze(1).expand(-1, self.num_steps)
+            average, maximum = (pool.unsqueeze(1).expand(-1, self.num_steps) for pool in pools)
         else:
-            average = average.unflatten(0, [stem.shape[0], stem.shape[1]]).t()
-            maximum = maximum.unflatten(0, [stem.shape[0], stem.shape[1]]).t()
+            average, maximum = (pool.unflatten(0, [stem.shape[0], stem.shape[1]]).t() for pool in pools)
         dtype = _dtype_of(getattr(self.temporal, "fc1", self.temporal))
         temporal = self.temporal(average.to(dtype), maximum.to(dtype))  # (B, T)
         spatial = self.spatial(folded).to(stem.dtype)

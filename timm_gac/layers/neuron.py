@@ -181,11 +181,11 @@ class BatchNormLIF(_NormBase):
             of_residual = (residual_norm.weight, residual_norm.bias, *statistics)
             res_eps = residual_norm.eps
         learned = getattr(neuron, "learned", None)
-        spikes, membrane, bits = torch.ops.gac_kernels.norm_lif(
-            x, residual, self.weight, self.bias, mean, var, total, norm.eps, num_steps, *neuron.spec.op_arguments,
-            batch, keep_membrane, group, *of_residual, res_eps, pack,
-            *(() if learned is None else (learned.values(x.shape[1]),)),
-        )  # fmt: skip
+        operands = (x, residual, self.weight, self.bias, mean, var, total, norm.eps, num_steps)
+        options = (batch, keep_membrane, group, *of_residual, res_eps, pack)
+        values = () if learned is None else (learned.values(x.shape[1]),)
+        norm_lif = torch.ops.gac_kernels.norm_lif
+        spikes, membrane, bits = norm_lif(*operands, *neuron.spec.op_arguments, *options, *values)
         return membrane, spikes, bits if pack else None
 
     def _takes_in(self, x: Tensor, residual: Tensor, norm: nn.Module) -> bool:

@@ -20,6 +20,8 @@ from ..layers.checks import fixed_num_steps, log_called, may_skip
 from ..layers.convolution import Conv2d, SpikeConv2d, convolve
 from ..layers.neuron import BatchNormLIF, MembraneBatchNormLIF
 
+Activations = tuple[Tensor, Tensor, Tensor | None]  # membrane, spikes, and the spikes' bits where they are packed
+STAGES = ("layer1", "layer2", "layer3", "layer4")  # names of a network's stages
 _NEURON_FORWARDS = (BatchNormLIF.forward, MembraneBatchNormLIF.forward)
 _SHORTCUT_FORWARDS = (nn.Sequential.forward,)
 
@@ -77,9 +79,7 @@ class _Block(nn.Module):
             x = self.downsample(x)
         return x
 
-    def _training_pass(
-        self, shortcut: Tensor, spikes: Tensor, bits: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
+    def _training_pass(self, shortcut: Tensor, spikes: Tensor, bits: Tensor | None) -> Activations:
         """The block with its shortcut's norm as part of the last one, and spikes packed where asked for."""
         grad = torch.is_grad_enabled()  # without it nothing is kept anyway
         hidden_bits = None
@@ -100,7 +100,7 @@ class _Block(nn.Module):
 
     def _fire(
         self, neuron: nn.Module, x: Tensor, shortcut: Tensor | None, norm: nn.Module | None, pack: bool
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
+    ) -> Activations:
         """Membrane, spikes and, with ``pack``, bits of a neuron, with the shortcut's norm as part of it if possible."""
         if isinstance(neuron, BatchNormLIF) and may_skip(neuron, _NEURON_FORWARDS):
             return neuron.norm_and_fire(
@@ -133,9 +133,7 @@ class MSBlock(_Block):
 
     last_norm = MembraneBatchNormLIF
 
-    def forward(
-        self, membrane: Tensor, spikes: Tensor, bits: Tensor | None = None
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
+    def forward(self, membrane: Tensor, spikes: Tensor, bits: Tensor | None = None) -> Activations:
         """Membrane and spikes, ``(T*B, C', H', W')`` each, and the spikes' bits where they are packed."""
         if self._trains(membrane):
             return self._training_pass(membrane, spikes, bits)
@@ -153,9 +151,7 @@ class SpikingBlock(_Block):
     Source: Zheng et al., "Going Deeper With Directly-Trained Larger Spiking Neural Networks" (arXiv 2011.05280).
     """
 
-    def forward(
-        self, membrane: Tensor, spikes: Tensor, bits: Tensor | None = None
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
+    def forward(self, membrane: Tensor, spikes: Tensor, bits: Tensor | None = None) -> Activations:
         """The spikes twice, ``(T*B, C', H', W')`` each, and their bits where they are packed."""
         if self._trains(spikes):
             _, spikes, bits = self._training_pass(spikes, spikes, bits)
@@ -178,7 +174,7 @@ class Stage(nn.Sequential):
 
     def forward(  # type: ignore[override]
         self, membrane: Tensor, spikes: Tensor, bits: Tensor | None = None
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
+    ) -> Activations:
         """Membrane, spikes and bits after the last block."""
         for block in self:
             if self.grad_checkpointing:

@@ -15,12 +15,11 @@ from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
-from timm.layers import calculate_drop_path_rates, create_classifier, get_device_dtype, register_notrace_function
+from timm.layers import calculate_drop_path_rates, create_classifier
 from timm.models import create_model
-from timm.models._features import feature_take_indices  # timm offers it to model files under this name only
 from torch import Tensor, nn
 
-from gac_kernels import IMAGENET, LIFSpec, firing_rate
+from gac_kernels import IMAGENET, LIFSpec
 
 from ..layers.batch_statistics import call_norm
 from ..layers.checks import SetOnce, fixed_num_steps, log_called, may_skip
@@ -31,87 +30,15 @@ from ..layers.lif import LIF
 from ..layers.neuron import BatchNormLIF
 from ..runtime.weight_gradients import overlap_enabled, with_cast_weights
 from .arguments import block_class, check_model_args, lif_spec
-from .blocks import MSBlock, SpikingBlock, Stage
+from .blocks import STAGES, MSBlock, SpikingBlock, Stage
 from .checkpoint import checkpoint_filter_fn as checkpoint_filter_fn  # timm expects it beside the model's class
+from .folding import FiringRate, fold_time, not_finite_marked, unfold_time
+from .timm_network import TimmNetwork
 
-_STAGES = ("layer1", "layer2", "layer3", "layer4")
 _ENCODER_FORWARDS = (GatedAttentionCoding.forward,)
 
 
-@register_notrace_function
-def fold_time(x: Tensor, num_steps: int) -> Tensor:
-    """Event frames ``(B, T, C, H, W)`` as ``(T*B, C, H, W)``; images ``(B, C, H, W)`` as they are."""
-    if not isinstance(x, Tensor):
-        raise ValueError(
-            f"expected a tensor of images, got {type(x).__name__}: torch.fx and torchvision's feature extractor cannot "
-            "trace these networks; take firing rates with timm's features_only=True or forward_intermediates"
-        )
-    if x.ndim == 4:
-        return x
-    if x.ndim != 5 or x.shape[1] != num_steps:
-        advice = "create the model with num_steps equal to the number of frames"
-        if x.ndim == 5 and x.shape[0] == num_steps:
-            advice = "swap its first two axes with x.transpose(0, 1)"
-        raise ValueError(
-            f"expected images (B, C, H, W) or frames (B, T, C, H, W) with T = num_steps = {num_steps}, got "
-            f"{tuple(x.shape)}: {advice}"
-        )
-    return x.transpose(0, 1).flatten(0, 1)
-
-
-@register_notrace_function
-def unfold_time(stem: Tensor, x: Tensor, num_steps: int) -> Tensor:
-    """The stem's output on `fold_time` of x: ``(B, C, H, W)`` for images, ``(T, B, C, H, W)`` for event frames."""
-    if x.ndim == 5:
-        return stem.unflatten(0, [num_steps, x.shape[0]])
-    return stem
-
-
-class FiringRate(nn.Module):
-    """Firing rates, the mean of time-folded spikes over time: ``(T*B, C, H, W)`` -> ``(B, C, H, W)``.
-
-    In a network it is named ``rate``: the last feature map, which Grad-CAM and other tools can watch.
-
-    Args:
-        num_steps: Number of time steps T.
-    """
-
-    num_steps = fixed_num_steps()
-
-    def __init__(self, num_steps: int) -> None:
-        super().__init__()
-        self.num_steps = num_steps
-
-    def forward(self, spikes: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-        """The rates, in the dtype of the spikes or, of integer ones, in ``dtype``."""
-        if dtype is not None:
-            return firing_rate(spikes, self.num_steps, dtype)
-        return torch.ops.gac_kernels.firing_rate(spikes, self.num_steps)
-
-    def extra_repr(self) -> str:
-        """The number of steps."""
-        return f"num_steps={self.num_steps}"
-
-
-@register_notrace_function
-def not_finite_marked(out: Tensor, x: Tensor, norm: nn.Module) -> Tensor:
-    """``out`` with NaN for each sample of the input, or for all, where a value is not finite.
-
-    A NaN ends at the first neuron, since a comparison with NaN is false: without a mark the output would look right.
-
-    Args:
-        out: ``(B, ...)``.
-        x: ``(B, ...)``, the network's input.
-        norm: The stem's norm; in eval mode its running variance counts too.
-    """
-    mark = x.detach().flatten(1).sum(1, dtype=torch.promote_types(x.dtype, torch.float32))
-    variance = getattr(norm, "running_var", None)
-    if variance is not None and not norm.training:
-        mark = mark + variance.sum()
-    return out + (mark * 0.0).to(out.dtype).view(-1, *[1] * (out.ndim - 1))
-
-
-class SpikingResNet(nn.Module):
+class SpikingResNet(TimmNetwork):
     """Spiking ResNet whose features are firing rates.
 
     Shape:
@@ -148,7 +75,6 @@ class SpikingResNet(nn.Module):
         ValueError: An argument is out of range.
     """
 
-    pretrained_cfg: dict[str, Any]  # set by timm
     inference_only = False  # set where batch norms are folded away
     num_steps = fixed_num_steps()
     spec: Any = SetOnce("create the network with this spec; its neurons have specs of their own")
@@ -253,7 +179,7 @@ class SpikingResNet(nn.Module):
 
         rates = calculate_drop_path_rates(drop_path_rate, list(layers), stagewise=True)
         width, reduction = stem_width, stride
-        for i, name in enumerate(_STAGES):
+        for i, name in enumerate(STAGES):
             blocks = []
             for j in range(layers[i] if i < len(layers) else 0):  # a missing fourth stage is an empty one
                 blocks.append(
@@ -311,7 +237,7 @@ class SpikingResNet(nn.Module):
             raise ValueError(
                 f"expected neurons of one spec, got {len(specs)} different ones: build the network with its spec"
             )
-        stages = [len(getattr(self, name)) for name in _STAGES[: len(self._args["channels"])]]
+        stages = [len(getattr(self, name)) for name in STAGES[: len(self._args["channels"])]]
         return self._args | dict(
             layers=stages,
             spec=dataclasses.asdict(self.spec),
@@ -335,26 +261,6 @@ class SpikingResNet(nn.Module):
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """As of any module; weights of networks with other neurons (``neuron``) load too, with a line in the log."""
         return super().load_state_dict(fit_learned_values(self, state_dict), strict=strict, assign=assign)
-
-    def group_matcher(self, coarse: bool = False) -> dict[str, str]:
-        """Patterns that group parameters by stage (coarse) or by block, for layer-wise learning rates."""
-        return dict(stem=r"^(?:conv1|bn1|encoder)\.", blocks=r"^layer(\d+)" if coarse else r"^layer(\d+)\.(\d+)")
-
-    def no_weight_decay(self) -> set[str]:
-        """Names of parameters without weight decay: the encoder's attention, learned decays and thresholds.
-
-        They come beside timm's, which are those of one axis.
-
-        The gate is the sigmoid of a product of two scores, and each scales the other's gradient. Decay takes both to
-        0, where both gradients vanish: at 5e-4 all of these weights were below 1e-5 after 165 epochs.
-        """
-        gate = {f"encoder.{name}" for name, _ in self.encoder.named_parameters()}
-        return gate | {name for name, _ in self.named_parameters() if ".learned." in name}
-
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recompute each block in the backward pass instead of keeping its activations."""
-        for name in _STAGES:
-            getattr(self, name).grad_checkpointing = enable
 
     def set_spike_packing(self, enable: bool = True) -> None:
         """Keep spikes of blocks as bits for the backward pass of the convolutions that read them.
@@ -388,24 +294,6 @@ class SpikingResNet(nn.Module):
         for conv in convs:
             conv.int8 = enable
         self.int8_convs = enable
-
-    def get_classifier(self, name_only: bool = False) -> nn.Module | str:
-        """The classifier, or its name."""
-        return "fc" if name_only else self.fc
-
-    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Replace the classifier, keeping the pooling where ``global_pool`` is None; names of classes are forgotten."""
-        check_model_args(dict(num_classes=num_classes, channels=[*self._args["channels"][:-1], self.num_features]))
-        dd = get_device_dtype(self)
-        self.num_classes = num_classes
-        pool_type = self.global_pool.pool_type if global_pool is None else global_pool
-        self.global_pool, self.fc = create_classifier(self.num_features, num_classes, pool_type=pool_type, **dd)
-        self.head_hidden_size = self.num_features * self.global_pool.feat_mult()
-        self.global_pool.train(self.training)
-        self.fc.train(self.training)
-        cfg = getattr(self, "pretrained_cfg", {})
-        if cfg.get("label_names"):
-            self.pretrained_cfg = self.default_cfg = {key: cfg[key] for key in cfg if not key.startswith("label_")}
 
     def _stem(self, x: Tensor) -> Tensor:
         """What the encoder takes: ``(B, C, H, W)`` for images, ``(T, B, C, H, W)`` for event frames."""
@@ -475,63 +363,6 @@ class SpikingResNet(nn.Module):
         membrane, spikes, bits = self.layer4(membrane, spikes, bits)
         return spikes
 
-    def forward_intermediates(
-        self,
-        x: Tensor,
-        indices: int | list[int] | None = None,
-        norm: bool = False,
-        stop_early: bool = False,
-        output_fmt: str = "NCHW",
-        intermediates_only: bool = False,
-    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
-        """Firing rates after the encoder (index 0) and after each stage.
-
-        Args:
-            x: Images ``(B, C, H, W)`` or event frames ``(B, T, C, H, W)``.
-            indices: The last n if an integer, all if None, else which ones.
-            norm: Without effect: there is no final norm.
-            stop_early: Skip the stages after the last one asked for.
-            output_fmt: ``NCHW``.
-            intermediates_only: Return the intermediates alone.
-
-        Returns:
-            Final features (those of `forward_features`) and the intermediates, each ``(B, C', H', W')``.
-        """
-        assert output_fmt == "NCHW", "Output shape must be NCHW."
-        take_indices, max_index = feature_take_indices(len(self.feature_info), indices)
-        membrane = self._encode(x)
-        features = membrane.unflatten(0, [self.num_steps, membrane.shape[0] // self.num_steps]).mean(0)
-        mark = not_finite_marked(features.detach().new_zeros(features.shape[0], 1, 1, 1), x, self.bn1)
-        features = features + mark
-        intermediates = [features] if 0 in take_indices else []
-        spikes = self.lif(membrane)
-        bits: Tensor | None = None
-        stages = [getattr(self, name) for name in _STAGES[: len(self.feature_info) - 1]]
-        for i, stage in enumerate(stages[:max_index] if stop_early else stages, start=1):
-            membrane, spikes, bits = stage(membrane, spikes, bits)
-            if len(stage):
-                features = self._rate(spikes)
-                features = features + mark.to(features.dtype)
-            if i in take_indices:
-                intermediates.append(features)
-        return intermediates if intermediates_only else (features, intermediates)
-
-    def prune_intermediate_layers(
-        self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
-    ) -> list[int]:
-        """Remove the stages after the last of ``indices`` and, where asked for or no longer fitting, the classifier."""
-        last = len(self.feature_info) - 1
-        take_indices, max_index = feature_take_indices(len(self.feature_info), indices)
-        for name in _STAGES[max_index:]:
-            setattr(self, name, Stage())
-        if max_index == 0:
-            self.lif = nn.Identity()  # the features end at the encoder's output
-        if max_index < last:
-            self.num_features = self.head_hidden_size = self.feature_info[max_index]["num_chs"]
-        if prune_head or max_index < last:
-            self.reset_classifier(0, "")
-        return take_indices
-
     def forward_features(self, x: Tensor) -> Tensor:
         """Firing rates of the last stage, ``(B, C', H', W')`` in [0, 1]."""
         return not_finite_marked(self._rate(self._forward_spikes(x)), x, self.bn1)
@@ -547,11 +378,15 @@ class SpikingResNet(nn.Module):
         """Logits ``(B, num_classes)`` from images ``(B, C, H, W)`` or event frames ``(B, T, C, H, W)``."""
         return self.forward_head(self.forward_features(x))
 
+    def _logits(self, spikes: Tensor) -> Tensor:
+        """Logits of each step, time-folded ``(T*B, num_classes)``."""
+        return self.forward_head(spikes)
+
     def forward_steps(self, x: Tensor) -> Tensor:
         """Logits of each time step, ``(B, T, num_classes)``.
 
         The classifier is linear, so with average pooling and no dropout their mean over time equals `forward`.
         """
-        logits = self.forward_head(self._forward_spikes(x))
+        logits = self._logits(self._forward_spikes(x))
         logits = logits.unflatten(0, [self.num_steps, logits.shape[0] // self.num_steps]).transpose(0, 1)
         return not_finite_marked(logits, x, self.bn1)

@@ -149,100 +149,90 @@ default_cfgs = generate_default_cfgs(
 )
 
 # The architecture of every variant. The number of time steps is a default, so it may be given to create_model.
-_CIFAR = dict(
+_CIFAR: dict[str, Any] = dict(
     layers=(3, 3, 2), channels=(128, 256, 512), strides=(1, 2, 2), stem_kernel=3, spec=CIFAR, scaled_init=False
 )
-_DEPTH18 = dict(layers=(2, 2, 2, 2), spec=IMAGENET)
-_DEPTH34 = dict(layers=(3, 4, 6, 3), spec=IMAGENET)
+_DEPTH18: dict[str, Any] = dict(layers=(2, 2, 2, 2), spec=IMAGENET)
+_DEPTH34: dict[str, Any] = dict(layers=(3, 4, 6, 3), spec=IMAGENET)
 _TINY = dict(_CIFAR, layers=(1, 1, 1), channels=(24, 32, 48), stem_width=16)
+_DEPTH19 = dict(_CIFAR, stem_width=128)
+_MS, _PLAIN = dict(block=MSBlock), dict(block=SpikingBlock)
+_GAC, _DIRECT = dict(encoder="gac"), dict(encoder="direct")
 
 
 @register_model
 def gac_msresnet18_cifar(pretrained: bool = False, **kwargs: Any) -> SpikingResNet:
     """MS-ResNet-18 for 32x32 images, CIFAR dialect, gated attention coding."""
-    model_args = dict(_CIFAR, block=MSBlock, encoder="gac")
-    return _create_spiking_resnet("gac_msresnet18_cifar", pretrained, **dict(model_args, **kwargs))
+    return _create_spiking_resnet("gac_msresnet18_cifar", pretrained, **_CIFAR | _MS | _GAC | kwargs)
 
 
 @register_model
 def msresnet18_cifar(pretrained: bool = False, **kwargs: Any) -> SpikingResNet:
     """MS-ResNet-18 for 32x32 images, CIFAR dialect, direct coding."""
-    model_args = dict(_CIFAR, block=MSBlock, encoder="direct")
-    return _create_spiking_resnet("msresnet18_cifar", pretrained, **dict(model_args, **kwargs))
+    return _create_spiking_resnet("msresnet18_cifar", pretrained, **_CIFAR | _MS | _DIRECT | kwargs)
 
 
 @register_model
 def gac_msresnet18(pretrained: bool = False, **kwargs: Any) -> SpikingResNet:
     """MS-ResNet-18, gated attention coding."""
-    model_args = dict(_DEPTH18, block=MSBlock, encoder="gac")
-    return _create_spiking_resnet("gac_msresnet18", pretrained, **dict(model_args, **kwargs))
+    return _create_spiking_resnet("gac_msresnet18", pretrained, **_DEPTH18 | _MS | _GAC | kwargs)
 
 
 @register_model
 def msresnet18(pretrained: bool = False, **kwargs: Any) -> SpikingResNet:
     """MS-ResNet-18, direct coding."""
-    model_args = dict(_DEPTH18, block=MSBlock, encoder="direct")
-    return _create_spiking_resnet("msresnet18", pretrained, **dict(model_args, **kwargs))
+    return _create_spiking_resnet("msresnet18", pretrained, **_DEPTH18 | _MS | _DIRECT | kwargs)
 
 
 @register_model
 def gac_msresnet34(pretrained: bool = False, **kwargs: Any) -> SpikingResNet:
     """MS-ResNet-34, gated attention coding."""
-    model_args = dict(_DEPTH34, block=MSBlock, encoder="gac")
-    return _create_spiking_resnet("gac_msresnet34", pretrained, **dict(model_args, **kwargs))
+    return _create_spiking_resnet("gac_msresnet34", pretrained, **_DEPTH34 | _MS | _GAC | kwargs)
 
 
 @register_model
 def msresnet34(pretrained: bool = False, **kwargs: Any) -> SpikingResNet:
     """MS-ResNet-34, direct coding."""
-    model_args = dict(_DEPTH34, block=MSBlock, encoder="direct")
-    return _create_spiking_resnet("msresnet34", pretrained, **dict(model_args, **kwargs))
+    return _create_spiking_resnet("msresnet34", pretrained, **_DEPTH34 | _MS | _DIRECT | kwargs)
 
 
 @register_model
 def gac_spiking_resnet18(pretrained: bool = False, **kwargs: Any) -> SpikingResNet:
     """Spiking ResNet-18 with plain blocks, gated attention coding."""
-    model_args = dict(_DEPTH18, block=SpikingBlock, encoder="gac")
-    return _create_spiking_resnet("gac_spiking_resnet18", pretrained, **dict(model_args, **kwargs))
+    return _create_spiking_resnet("gac_spiking_resnet18", pretrained, **_DEPTH18 | _PLAIN | _GAC | kwargs)
 
 
 @register_model
 def spiking_resnet18(pretrained: bool = False, **kwargs: Any) -> SpikingResNet:
     """Spiking ResNet-18 with plain blocks, direct coding."""
-    model_args = dict(_DEPTH18, block=SpikingBlock, encoder="direct")
-    return _create_spiking_resnet("spiking_resnet18", pretrained, **dict(model_args, **kwargs))
+    return _create_spiking_resnet("spiking_resnet18", pretrained, **_DEPTH18 | _PLAIN | _DIRECT | kwargs)
 
 
 @register_model
 def gac_spiking_resnet34(pretrained: bool = False, **kwargs: Any) -> SpikingResNet:
     """Spiking ResNet-34 with plain blocks, gated attention coding."""
-    model_args = dict(_DEPTH34, block=SpikingBlock, encoder="gac")
-    return _create_spiking_resnet("gac_spiking_resnet34", pretrained, **dict(model_args, **kwargs))
+    return _create_spiking_resnet("gac_spiking_resnet34", pretrained, **_DEPTH34 | _PLAIN | _GAC | kwargs)
 
 
 @register_model
 def spiking_resnet34(pretrained: bool = False, **kwargs: Any) -> SpikingResNet:
     """Spiking ResNet-34 with plain blocks, direct coding."""
-    model_args = dict(_DEPTH34, block=SpikingBlock, encoder="direct")
-    return _create_spiking_resnet("spiking_resnet34", pretrained, **dict(model_args, **kwargs))
+    return _create_spiking_resnet("spiking_resnet34", pretrained, **_DEPTH34 | _PLAIN | _DIRECT | kwargs)
 
 
 @register_model
 def gac_spiking_resnet19(pretrained: bool = False, **kwargs: Any) -> SpikingResNet:
     """Spiking ResNet-19 with plain blocks for 32x32 images, CIFAR dialect, gated attention coding."""
-    model_args = dict(_CIFAR, block=SpikingBlock, stem_width=128, encoder="gac")
-    return _create_spiking_resnet("gac_spiking_resnet19", pretrained, **dict(model_args, **kwargs))
+    return _create_spiking_resnet("gac_spiking_resnet19", pretrained, **_DEPTH19 | _PLAIN | _GAC | kwargs)
 
 
 @register_model
 def spiking_resnet19(pretrained: bool = False, **kwargs: Any) -> SpikingResNet:
     """Spiking ResNet-19 with plain blocks for 32x32 images, CIFAR dialect, direct coding."""
-    model_args = dict(_CIFAR, block=SpikingBlock, stem_width=128, encoder="direct")
-    return _create_spiking_resnet("spiking_resnet19", pretrained, **dict(model_args, **kwargs))
+    return _create_spiking_resnet("spiking_resnet19", pretrained, **_DEPTH19 | _PLAIN | _DIRECT | kwargs)
 
 
 @register_model
 def test_gac_msresnet(pretrained: bool = False, **kwargs: Any) -> SpikingResNet:
     """Tiny MS-ResNet with gated attention coding, for tests and demonstrations."""
-    model_args = dict(_TINY, block=MSBlock, encoder="gac")
-    return _create_spiking_resnet("test_gac_msresnet", pretrained, **dict(model_args, **kwargs))
+    return _create_spiking_resnet("test_gac_msresnet", pretrained, **_TINY | _MS | _GAC | kwargs)

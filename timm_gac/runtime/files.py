@@ -67,6 +67,23 @@ def write_csv(path: Path, columns: Sequence[str], rows: Iterable[Mapping[str, An
     write_text(path, _csv_text(columns, rows, header=True))
 
 
+def check_new_folder(folder: Path, overwrite: bool, remedy: str = "choose another or allow overwriting") -> None:
+    """Refuse to write into a folder that holds files.
+
+    Args:
+        folder: Where something will be written.
+        overwrite: Whether the folder may hold files.
+        remedy: What the user can do instead, for the error message.
+
+    Raises:
+        ValueError: It is a file, or is not empty and ``overwrite`` is not set.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"expected a folder to write to, got the file {str(folder)!r}: choose another name")
+    if folder.is_dir() and any(folder.iterdir()) and not overwrite:
+        raise ValueError(f"expected a new or empty folder, got {str(folder)!r}: {remedy}")
+
+
 def append_csv(
     path: Path, columns: Sequence[str], rows: Iterable[Mapping[str, Any]], keep_bytes: int | None = None
 ) -> None:

@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -165,41 +165,45 @@ def _cast_all(tensors: Any, dtypes: list[torch.dtype]) -> list[Tensor]:
     return out
 
 
+class _Call(NamedTuple):
+    """What a convolution is called with beside its tensors: where its weight's gradient goes, T, and its geometry."""
+
+    pending: PendingGradients
+    number: int
+    num_steps: int
+    geometry: Geometry
+
+
 class _Convolution(torch.autograd.Function):
     """A convolution, as `torch.nn.functional.conv2d`, whose weight gradient goes to `PendingGradients`."""
 
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bits: Tensor | None, pending: PendingGradients, index: int,
-        num_steps: int, geometry: Geometry,
-    ) -> Tensor:  # fmt: skip
-        stride, padding, dilation, groups = geometry
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bits: Tensor | None, call: _Call) -> Tensor:
+        stride, padding, dilation, groups = call.geometry
         ctx.save_for_backward(x if bits is None else bits, weight)
-        ctx.packed, ctx.pending, ctx.index, ctx.num_steps, ctx.geometry = (
-            bits is not None, pending, index, num_steps, geometry
-        )  # fmt: skip
+        ctx.packed, ctx.call = bits is not None, call
         return torch.ops.aten.convolution(x, weight, None, stride, padding, dilation, False, [0, 0], groups)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         kept, weight = ctx.saved_tensors
-        stride, padding, dilation, groups = ctx.geometry
+        call: _Call = ctx.call
+        stride, padding, dilation, groups = call.geometry
 
         def gradients(of_input: bool, of_weight: bool) -> Any:
             if ctx.packed:
                 return torch.ops.gac_kernels.packed_conv2d_backward(
-                    grad, kept, weight, ctx.num_steps, stride, padding, dilation, groups, of_input, of_weight
+                    grad, kept, weight, call.num_steps, *call.geometry, of_input, of_weight
                 )
-            return torch.ops.aten.convolution_backward(
-                grad, kept, weight, None, stride, padding, dilation, False, [0, 0], groups,
-                [of_input, of_weight, False],
-            )  # fmt: skip
+            geometry = (stride, padding, dilation, False, [0, 0], groups)
+            needed = [of_input, of_weight, False]
+            return torch.ops.aten.convolution_backward(grad, kept, weight, None, *geometry, needed)
 
-        ctx.pending.join()  # what the one before still holds would only make the peak of memory higher
+        call.pending.join()  # what the one before still holds would only make the peak of memory higher
         at_input = gradients(True, False)[0] if ctx.needs_input_grad[0] else None
-        ctx.pending.start(ctx.index, lambda: gradients(False, True)[1])
-        return at_input, *[None] * 6
+        call.pending.start(call.number, lambda: gradients(False, True)[1])
+        return at_input, None, None, None
 
 
 def convolve(x: Tensor, cast_weight: CastWeight, bits: Tensor | None, num_steps: int, geometry: Geometry) -> Tensor:
@@ -213,4 +217,4 @@ def convolve(x: Tensor, cast_weight: CastWeight, bits: Tensor | None, num_steps:
         geometry: Stride, padding, dilation and groups.
     """
     weight, pending, index = cast_weight
-    return _Convolution.apply(x.to(weight.dtype), weight, bits, pending, index, num_steps, geometry)
+    return _Convolution.apply(x.to(weight.dtype), weight, bits, _Call(pending, index, num_steps, geometry))

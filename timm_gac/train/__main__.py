@@ -6,17 +6,24 @@ import sys
 from collections.abc import Sequence
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Train; errors are one sentence and exit status 2."""
-    from .loop import train
+def train_by(arguments: Sequence[str], program: str) -> int:
+    """Train, or show the recipe, as a command line says; the exit status."""
     from .options import parse, show
 
+    recipe, options = parse(arguments, program)
+    if options.show:
+        sys.stdout.write(show(options.recipe_name, recipe))
+        return 0
+    from .. import models as models  # registers them, which the console script's process has not done yet
+    from .loop import train
+
+    return train(recipe, options)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Train; errors are one sentence and exit status 2."""
     try:
-        recipe, options = parse(sys.argv[1:] if arguments is None else arguments, "python -m timm_gac.train")
-        if options.show:
-            sys.stdout.write(show(options.recipe_name, recipe))
-            return 0
-        return train(recipe, options)
+        return train_by(sys.argv[1:] if arguments is None else arguments, "python -m timm_gac.train")
     except (ValueError, OSError) as error:
         sys.stderr.write(f"error: {error}\n")
         return 2

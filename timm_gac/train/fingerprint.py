@@ -11,6 +11,11 @@ from ..data import DeviceLoader, ImageArrays, StreamLoader
 HASHED_BYTES = 2**28  # of larger sets every n-th image is hashed: 256 MiB take under a second
 
 
+def describe_data(data: ImageArrays | DeviceLoader | StreamLoader) -> dict[str, Any]:
+    """Number, classes and hash of a set in memory or of a streamed one, ready for JSON."""
+    return describe_arrays(data) if isinstance(data, ImageArrays) else describe_stream(data)
+
+
 def describe_arrays(arrays: ImageArrays) -> dict[str, Any]:
     """Number, shape, classes and hash of a set in memory, ready for JSON."""
     images = arrays.images

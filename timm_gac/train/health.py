@@ -13,6 +13,7 @@ from torch import nn
 
 from ..analysis.evaluate import Evaluation
 from ..layers.encoder import DirectCoding
+from ..runtime.figures import new_figure
 from ..runtime.files import write_csv
 
 SILENT_BELOW = 0.001  # spikes per neuron and step; healthy layers of these networks lie between 0.02 and 0.4
@@ -96,9 +97,8 @@ def _write(file: Path, names: list[str], history: list[tuple[int, list[float]]])
 def _draw(file: Path, names: list[str], history: list[tuple[int, list[float]]]) -> None:
     """Draw layers top to bottom, epochs left to right, rates on a logarithmic scale from `SILENT_BELOW`."""
     from matplotlib.colors import LogNorm
-    from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7.2, 1.4 + 0.2 * len(names)), dpi=110, facecolor="white", layout="constrained")
+    figure = new_figure(7.2, 1.4 + 0.2 * len(names), dpi=110)
     axis = figure.subplots()
     epochs = [epoch for epoch, _ in history]
     values = [[max(rates[layer], SILENT_BELOW) for _, rates in history] for layer in range(len(names))]

@@ -183,17 +183,18 @@ class Trainer:
 
     def _row(self, epoch: int, evaluation: Evaluation | None) -> dict[str, Any]:
         """The row of metrics.csv of an epoch that ended."""
-        return {
+        row = {
             "epoch": epoch + 1,
             "step": self.state.step,
             "lr": f"{self.state.train_step.lr:.6g}",
             "train_loss": f"{self.progress.loss:.5f}",
             "train_match": f"{self.progress.match:.5f}",
-            "test_loss": "" if evaluation is None else f"{evaluation.loss:.5f}",
-            "test_top1": "" if evaluation is None else f"{evaluation.top1:.5f}",
-            "firing_rate": "" if evaluation is None else f"{evaluation.firing_rate:.5f}",
             "images_per_s": f"{self.progress.images_per_s:.1f}",
             "minutes": f"{self.state.minutes:.3f}",
+        }
+        tested = {"test_loss": "loss", "test_top1": "top1", "firing_rate": "firing_rate"}
+        return row | {
+            column: "" if evaluation is None else f"{getattr(evaluation, name):.5f}" for column, name in tested.items()
         }
 
     def _must_stop(self) -> bool:

@@ -23,6 +23,9 @@ _AT_LEAST: dict[str, float] = {
     **dict.fromkeys(("warmup_epochs", "min_lr", "weight_decay", "momentum", "clip_grad", "mix_off_epochs"), 0),
     **dict.fromkeys(("freeze_stages", "seed", "tet_lambda", "holdout"), 0),
 }
+# Fields of the augmentation, and those that the last epochs do without.
+_WEAK = ("crop_padding", "crop_scale", "flip", "label_smoothing")
+_STRONG = ("trivial_augment", "random_erasing", "mixup", "cutmix", "mix_probability")
 
 
 @dataclass(frozen=True)
@@ -172,22 +175,8 @@ class Recipe:
 
     def augmentation(self, last: bool) -> Augmentation:
         """Augmentation of most epochs, or of the ``last`` ones without mixing."""
-        strong: dict[str, Any] = {}
-        if not last:
-            strong = dict(
-                trivial_augment=self.trivial_augment,
-                random_erasing=self.random_erasing,
-                mixup=self.mixup,
-                cutmix=self.cutmix,
-                mix_probability=self.mix_probability,
-            )
-        return Augmentation(
-            crop_padding=self.crop_padding,
-            crop_scale=self.crop_scale,
-            flip=self.flip,
-            label_smoothing=self.label_smoothing,
-            **strong,
-        )
+        names = _WEAK if last else (*_WEAK, *_STRONG)
+        return Augmentation(**{name: getattr(self, name) for name in names})
 
     @property
     def eval_split(self) -> str:

@@ -26,7 +26,7 @@ from .checkpoints import (
     restore_optimizer,
     save_checkpoint,
 )
-from .fingerprint import check_same_data, describe_arrays, describe_stream
+from .fingerprint import check_same_data, describe_data
 from .finite import count_not_finite, not_finite, tensors_of
 from .lock import RunLock
 from .optim import MovingAverage, create_optimizer, freeze_stages
@@ -130,12 +130,8 @@ class Run:
             cfg=self.network.pretrained_cfg,
             accelerator=self.accelerator,
         )
-        if sets is None:
-            splits = {"train": self.loaders.train, recipe.eval_split: self.loaders.test}
-            self.data = {name: describe_stream(loader) for name, loader in splits.items()}
-        else:
-            names = "train", recipe.eval_split
-            self.data = {name: describe_arrays(arrays) for name, arrays in zip(names, sets, strict=True)}
+        train, test = (self.loaders.train, self.loaders.test) if sets is None else sets
+        self.data = {"train": describe_data(train), recipe.eval_split: describe_data(test)}
         self.network.to(self.device)
 
     def _create_optimizer(self) -> None:

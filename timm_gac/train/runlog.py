@@ -15,6 +15,7 @@ import torch
 from gac_kernels import resolve_backend
 
 from ..runtime.dtypes import AUTOCAST
+from ..runtime.figures import hide_frame, new_figure
 from ..runtime.files import write_csv
 from ..runtime.provenance import PROVENANCE, provenance
 from .recipes import Recipe
@@ -95,11 +96,7 @@ def write_metrics(file: Path, rows: list[dict[str, Any]]) -> None:
 
 def write_curve(file: Path, rows: list[dict[str, Any]], title: str, split: str = "test") -> None:
     """Draw training loss and accuracy on the split ``test`` or ``validation`` over epochs."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8, 3.2), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(8, 3.2)
     loss, accuracy = figure.subplots(1, 2)
     epochs = [int(row["epoch"]) for row in rows]
     loss.plot(epochs, [float(row["train_loss"]) for row in rows], color="#1f77b4")
@@ -114,6 +111,6 @@ def write_curve(file: Path, rows: list[dict[str, Any]], title: str, split: str =
     accuracy.set(xlabel="epoch", ylabel=f"top-1 on the {split} set (%)", title="Accuracy")
     for axes in (loss, accuracy):
         axes.grid(alpha=0.3)
-        axes.spines[["top", "right"]].set_visible(False)
+    hide_frame(loss, accuracy)
     figure.suptitle(title)
-    figure.savefig(file, dpi=150)
+    figure.savefig(file)

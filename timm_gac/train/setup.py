@@ -95,16 +95,13 @@ def create_accelerator(recipe: Recipe, folder: Path, trackers: tuple[str, ...], 
         state._shared_state.clear()
     if recipe.precision == "float16" and (cpu or not torch.cuda.is_available()):
         raise ValueError(_not_on_cpu(recipe))
-    options: dict[str, Any] = {}
-    if recipe.compile:
-        options["dynamo_backend"] = "inductor"
     accelerator = Accelerator(
         mixed_precision=MIXED_PRECISION[recipe.precision],
         gradient_accumulation_steps=recipe.grad_accumulation,
         log_with=list(trackers) or None,
         project_dir=str(folder),
         cpu=cpu,
-        **options,
+        dynamo_backend="inductor" if recipe.compile else None,
     )
     _newest = weakref.ref(accelerator)
     if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
@@ -129,12 +126,11 @@ def create_accelerator(recipe: Recipe, folder: Path, trackers: tuple[str, ...], 
 
 def _not_on_cpu(recipe: Recipe) -> str:
     """All that a recipe asks for and a CPU cannot do, and what to give instead."""
-    asked = {"--no-cuda-graph": recipe.cuda_graph, "--precision float32": recipe.precision == "float16"}
-    names = {"--no-cuda-graph": "cuda_graph", "--precision float32": "precision float16"}
-    needed = [option for option, wanted in asked.items() if wanted]
+    needed = {"--no-cuda-graph": "cuda_graph"} if recipe.cuda_graph else {}
+    needed |= {"--precision float32": "precision float16"} if recipe.precision == "float16" else {}
     slow = " --precision float32 (bfloat16 is slower on most CPUs)" if recipe.precision == "bfloat16" else ""
     return (
-        f"expected a CUDA device for {' and '.join(names[option] for option in needed)}, got a CPU: give "
+        f"expected a CUDA device for {' and '.join(needed.values())}, got a CPU: give "
         f"{' '.join(needed)}{slow}, or start with the recipe digits, made for CPUs"
     )
 

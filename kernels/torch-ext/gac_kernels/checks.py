@@ -233,7 +233,7 @@ def check_spike_conv(
                 f"expected {name} of shape ({out_channels},) in float32, got {tuple(tensor.shape)} in {tensor.dtype}: "
                 "give one value an output channel"
             )
-    shape = _conv3x3_shape(spikes, weight, stride)
+    shape = conv3x3_shape(spikes, weight, stride)
     if shortcut is not None:
         _check_shortcut(residual, shortcut, shape)
     elif residual is not None and (tuple(residual.shape) != shape or residual.dtype not in (*DTYPES[:3], torch.int8)):
@@ -301,7 +301,7 @@ def check_conv_lif(
             f"expected bias of shape ({len(weight)},) in {wide}, got {tuple(bias.shape)} in {bias.dtype}: give one "
             "value an output channel"
         )
-    shape = _conv3x3_shape(x, weight, stride)
+    shape = conv3x3_shape(x, weight, stride)
     if shortcut is not None:
         _check_shortcut(residual, shortcut, shape)
         assert residual is not None
@@ -348,7 +348,8 @@ def check_conv3x3(name: str, x: Tensor, weight: Tensor, num_steps: int, stride: 
         )
 
 
-def _conv3x3_shape(x: Tensor, weight: Tensor, stride: int) -> tuple[int, ...]:
+def conv3x3_shape(x: Tensor, weight: Tensor, stride: int) -> tuple[int, ...]:
+    """The output's shape (T*B, C', H', W') of a 3x3 convolution with padding 1."""
     return (x.shape[0], weight.shape[0], *((n - 1) // stride + 1 for n in x.shape[2:]))
 
 

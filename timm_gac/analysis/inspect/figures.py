@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ...runtime.figures import hide_frame, new_figure
 from .record import BINS, HIGH, LOW, Inspection
 
 WIDTH, DPI, FONT = 6.4, 130, 12
@@ -62,12 +63,11 @@ def _spread(indices: Tensor, count: int) -> Tensor:
 
 
 def _figure(height: float) -> Any:
-    from matplotlib.figure import Figure
-
-    return Figure(figsize=(WIDTH, height), dpi=DPI, facecolor="white", layout="constrained")
+    return new_figure(WIDTH, height, dpi=DPI)
 
 
-def _plain(axis: Any, size: float = FONT - 1) -> None:
+def plain_axis(axis: Any, size: float = FONT - 1) -> None:
+    """Draw neither frame nor tick marks, and labels of this size."""
     axis.tick_params(length=0, labelsize=size)
     for side in axis.spines.values():
         side.set_visible(False)
@@ -97,7 +97,7 @@ def draw_answer(inspection: Inspection, count: int = 5) -> Any:
     right.set_yticks(range(count), [name if len(name) < 17 else name[:15] + "…" for name in names])
     _steps_on(right, len(inspection.scores))
     right.set_xlabel("after time step", fontsize=FONT)
-    _plain(right)
+    plain_axis(right)
     return figure
 
 
@@ -137,7 +137,7 @@ def draw_gate(inspection: Inspection) -> Any:
     right.set_title("temporal score m\n", fontsize=FONT)
     _steps_on(right, steps)
     right.tick_params(labelsize=FONT - 2)
-    right.spines[["top", "right"]].set_visible(False)
+    hide_frame(right)
     maps = (
         ("gate = sigmoid(m·n), mean over channels", inspection.gate, "magma"),
         ("gated spikes, mean over channels", inspection.coded, "viridis"),
@@ -168,7 +168,7 @@ def draw_rates(inspection: Inspection) -> Any:
             axis.text(step, row, f"{value:.1%}", ha="center", va="center", color=colour, fontsize=FONT - 2)
     axis.set_yticks(range(len(rates)), [layer.name for layer in inspection.layers])
     _steps_on(axis, inspection.num_steps)
-    _plain(axis, FONT - 2)
+    plain_axis(axis, FONT - 2)
     return figure
 
 
@@ -181,7 +181,7 @@ def draw_raster(inspection: Inspection) -> Any:
     for step in range(1, inspection.num_steps):
         axis.axvline(step, color="0.85", linewidth=1)
     _steps_on(axis, inspection.num_steps, 0.5)
-    _plain(axis, FONT - 2)
+    plain_axis(axis, FONT - 2)
     return figure
 
 
@@ -201,7 +201,7 @@ def draw_membranes(inspection: Inspection) -> Any:
         axis.set_yscale("log")
         axis.set(xlim=(LOW, HIGH), ylim=(1e-5, 1.5))
         axis.tick_params(labelsize=FONT - 4)
-        axis.spines[["top", "right"]].set_visible(False)
+        hide_frame(axis)
     for axis in axes.flat[len(inspection.layers) :]:
         axis.set_axis_off()
     figure.supxlabel("membrane before the reset / threshold", fontsize=FONT)
@@ -229,7 +229,7 @@ def draw_health(inspection: Inspection) -> Any:
     axis.set_ylim(len(inspection.layers) - 0.4, -0.6)
     axis.set_xticks([0, 0.5, 1], ["0 %", "50 %", "100 %"])
     axis.set_xlabel("share of neurons", fontsize=FONT)
-    _plain(axis, FONT - 2)
+    plain_axis(axis, FONT - 2)
     figure.legend(loc="outside upper center", ncols=3, frameon=False, fontsize=FONT - 1)
     return figure
 

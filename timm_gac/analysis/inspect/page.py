@@ -24,29 +24,15 @@ table{border-collapse:collapse;font-size:.86rem;width:100%}
 th,td{padding:.25rem .5rem;text-align:right;border-bottom:1px solid #e3e8ee;white-space:nowrap}
 th:first-child,td:first-child{text-align:left}
 """
+# What JSON says of a layer.
+LAYER_FIELDS = ("name", "rate", "step_rates", "neurons", "dead", "saturated", "dead_channels", "channels", "threshold")
 
 
 def inspection_dict(inspection: Inspection) -> dict[str, Any]:
     """The numbers of an inspection, ready for JSON."""
     return {
-        "model": inspection.model,
-        "weights": inspection.weights,
-        "num_steps": inspection.num_steps,
-        "images": inspection.images,
-        "layers": [
-            {
-                "name": layer.name,
-                "rate": layer.rate,
-                "step_rates": list(layer.step_rates),
-                "neurons": layer.neurons,
-                "dead": layer.dead,
-                "saturated": layer.saturated,
-                "dead_channels": layer.dead_channels,
-                "channels": layer.channels,
-                "threshold": layer.threshold,
-            }
-            for layer in inspection.layers
-        ],
+        **{name: getattr(inspection, name) for name in ("model", "weights", "num_steps", "images")},
+        "layers": [{name: getattr(layer, name) for name in LAYER_FIELDS} for layer in inspection.layers],
         "temporal_score": None if inspection.temporal is None else inspection.temporal.tolist(),
         "gate_mean_by_step": None if inspection.gate is None else inspection.gate.mean((1, 2)).tolist(),
         "likeliest_by_step": inspection.scores.argmax(1).tolist(),

@@ -10,6 +10,7 @@ import timm.data
 import torch
 from torch import Tensor, nn
 
+from ...inference.early_exit import mean_logits
 from ...inference.record import forward_hooks, gate_scores, membrane_of, neuron_layers
 from ...layers.learned import learned_values
 from ...layers.neuron_layer import NeuronLayer
@@ -194,7 +195,6 @@ def inspect_network(
         raise ValueError("expected at least one image, got none: give a picture")
     if not bool(logits.isfinite().all()):
         raise ValueError("expected finite logits, got NaN or infinity: look for it in the weights and the picture")
-    count = torch.arange(1, recorder.num_steps + 1)[:, None]
     kept = recorder.first
     gate = None
     if "temporal" in kept:
@@ -207,7 +207,7 @@ def inspect_network(
         num_steps=recorder.num_steps,
         images=images,
         picture=_picture(first, config),
-        scores=(logits.cumsum(0) / count).softmax(1),
+        scores=mean_logits(logits[None])[0].softmax(1),
         layers=tuple(sums.result(images, recorder.num_steps) for sums in recorder.sums.values()),
         temporal=kept.get("temporal"),
         spatial=kept["spatial"].mean(1) if "spatial" in kept else None,

@@ -33,7 +33,7 @@ from gac_kernels.convolution.hopper import launch as hopper
 from ...inference.integer import IntegerBlock, SpikeConv
 from ...inference.quantize import quantize
 from ...inference.record import forward_hooks
-from .shared import compile_in_processes, say, start_from_defaults, update, use
+from .shared import compile_in_processes, report, say, start_from_defaults, use
 
 DTYPES = {"int8": torch.int8, "bfloat16": torch.bfloat16, "float16": torch.float16}
 OPS = {"int8": "spike_conv_hopper", "bfloat16": "conv_lif_hopper", "float16": "conv_lif_hopper"}
@@ -215,12 +215,12 @@ class Call:
         return 2 * 9 * self.shape.channels * self.shape.out_channels * pixels
 
 
-def compile_share(layers: list[Layer], num_steps: int, dtype: str, share: int, jobs: int) -> None:
+def compile_share(options: ConvolutionSearch, layers: list[Layer], share: int) -> None:
     """Compile every ``jobs``-th candidate of every layer, from number ``share``."""
     work = [(layer, config) for layer in layers for config in candidates()]
-    for layer, config in work[share::jobs]:
-        call = Call(layer, COMPILE_BATCH, num_steps, DTYPES[dtype])
-        use(OPS[dtype], config)
+    for layer, config in work[share :: options.jobs]:
+        call = Call(layer, COMPILE_BATCH, options.num_steps, DTYPES[options.dtype])
+        use(OPS[options.dtype], config)
         if call.fits(config):
             call()
     torch.cuda.synchronize()
@@ -272,20 +272,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     layers = layers_of(options.model, options.image_size)
     start_from_defaults()
     if options.share is not None:
-        compile_share(
-            layers=layers,
-            num_steps=options.num_steps,
-            dtype=options.dtype,
-            share=options.share,
-            jobs=options.jobs,
-        )
+        compile_share(options, layers, options.share)
         return
     compile_in_processes("timm_gac.bench.tune.convolutions", options.jobs)
     torch.backends.cudnn.benchmark = True
     found = {OPS[options.dtype]: search_all(options, layers)}
-    say(json.dumps(found, indent=2, sort_keys=True))
-    if options.update:
-        say(f"written to {update(found)}")
+    report(found, options.update)
 
 
 if __name__ == "__main__":

@@ -45,6 +45,7 @@ KINDS = ("", "_residual", "_normed")
 TILES = ((256, 1), (512, 2), (512, 4), (1024, 4), (2048, 4), (2048, 8))  # elements and warps
 SHARED_TILES = ((256, 1, 4, 3), (256, 1, 8, 2), (512, 2, 2, 3), (512, 2, 4, 3), (1024, 4, 3, 1), (1024, 4, 2, 1))
 STATISTICS = ((512, 1, 16, 4), (1024, 1, 8, 3), (1024, 2, 8, 3), (4096, 8, 4, 1))  # also programs, stages
+SHAPES: dict[str, tuple[tuple[int, ...], ...]] = {"batch_stats": STATISTICS, "norm_lif_bwd_reduce": SHARED_TILES}
 REPLAYS = 6
 Config = dict[str, int]
 
@@ -73,12 +74,7 @@ class NetworkSearch:
 def candidates(family: str) -> Iterator[Config]:
     """Launch parameters to try for all variants of an op."""
     names = ("TILE", "num_warps", "PER_SM", "STAGES")
-    shapes: tuple[tuple[int, ...], ...] = TILES
-    if family == "batch_stats":
-        shapes = STATISTICS
-    elif family == "norm_lif_bwd_reduce":
-        shapes = SHARED_TILES
-    for shape in shapes:
+    for shape in SHAPES.get(family, TILES):
         yield dict(zip(names, shape, strict=False))
 
 

@@ -22,7 +22,7 @@ from triton.testing import do_bench_cudagraph
 from gac_kernels import CIFAR, IMAGENET, tuning
 
 from ...runtime.dtypes import DTYPES
-from .shared import compile_in_processes, say, start_from_defaults, update, use
+from .shared import compile_in_processes, report, say, start_from_defaults, use
 
 NEURON_STEPS = 2**27
 WARPS = (1, 2, 4, 8)
@@ -150,9 +150,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         compile_in_processes("timm_gac.bench.tune.neuron", options.jobs)
     found = search_all(options)
     if options.share is None:
-        say(json.dumps(found, indent=2, sort_keys=True))
-        if options.update:
-            say(f"written to {update(found)}")
+        report(found, options.update)
 
 
 if __name__ == "__main__":

@@ -53,6 +53,13 @@ def compile_in_processes(module: str, jobs: int) -> None:
         raise SystemExit("expected all candidates to compile, got the error above")
 
 
+def report(found: Mapping[str, Mapping[str, Mapping[str, int]]], write: bool) -> None:
+    """Print results, and add them to this GPU's file where asked for."""
+    say(json.dumps(found, indent=2, sort_keys=True))
+    if write:
+        say(f"written to {update(found)}")
+
+
 def update(found: Mapping[str, Mapping[str, Mapping[str, int]]]) -> Path:
     """Add results to this GPU's file, in which those of other kernels and shapes stay.
 

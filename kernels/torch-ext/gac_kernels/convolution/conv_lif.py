@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..backend import resolve_backend
-from ..checks import check_conv_lif, check_flags, check_spec, check_tensors
+from ..checks import check_conv_lif, check_flags, check_spec, check_tensors, conv3x3_shape
 from ..common.layout import packed
 from ..common.shortcut import convolve_shortcut
 from ..derivatives import refuse_forward_mode, register_no_derivatives
@@ -30,7 +30,7 @@ _lib.define(
 
 def _outputs(x: Tensor, weight: Tensor, stride: int, keep_membrane: bool) -> tuple[Tensor, Tensor]:
     """Unwritten spikes and, where asked for, membrane."""
-    size = (x.shape[0], weight.shape[0], *((n - 1) // stride + 1 for n in x.shape[2:]))
+    size = conv3x3_shape(x, weight, stride)
     out = torch.empty(size, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
     return out, torch.empty_like(out) if keep_membrane else x.new_empty(0)
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..backend import requested_backend, resolve_backend
+from ..checks import conv3x3_shape
 from ..common.triton import INTERPRETED
 from ..tuning import shape_config
 from . import onednn
@@ -43,8 +44,8 @@ class Shape(NamedTuple):
     @classmethod
     def of(cls, spikes: Tensor, weight: Tensor, stride: int, residual: bool, shortcut: bool) -> Shape:
         """The shape of a call."""
-        height, width = ((n - 1) // stride + 1 for n in spikes.shape[2:])
-        return cls(spikes.shape[1], len(weight), height, width, stride, residual, shortcut)
+        _, out_channels, height, width = conv3x3_shape(spikes, weight, stride)
+        return cls(spikes.shape[1], out_channels, height, width, stride, residual, shortcut)
 
     def keys(self) -> tuple[str, ...]:
         """Its names in the launch parameters' JSON files, from the general to the particular."""

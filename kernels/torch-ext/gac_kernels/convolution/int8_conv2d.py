@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..checks import check_current, check_int8_conv2d
+from ..checks import check_current, check_int8_conv2d, conv3x3_shape
 from ..derivatives import register_derivatives
 from ..reference.int8_conv2d import gradient_scale, int8_weight_reference, to_e4m3
 from ..spikes.bits import STEPS_PER_BYTE, unpacked
@@ -25,8 +25,9 @@ _lib.define(
 
 
 def _output(spikes: Tensor, weight: Tensor, stride: int) -> Tensor:
-    size = (spikes.shape[0], weight.shape[0], *((n - 1) // stride + 1 for n in spikes.shape[2:]))
-    return spikes.new_empty(size).contiguous(memory_format=torch._prims_common.suggest_memory_format(spikes))
+    return spikes.new_empty(conv3x3_shape(spikes, weight, stride)).contiguous(
+        memory_format=torch._prims_common.suggest_memory_format(spikes)
+    )
 
 
 @torch.library.impl(_lib, "int8_conv2d", "CompositeExplicitAutograd")

@@ -11,7 +11,7 @@ import logging
 import torch
 from torch import Tensor
 
-from ..checks import check_flags, check_spec, check_spike_conv, check_tensors
+from ..checks import check_flags, check_spec, check_spike_conv, check_tensors, conv3x3_shape
 from ..common.layout import on_device, packed
 from ..common.shortcut import convolve_shortcut
 from ..common.triton import cdiv, next_power_of_2
@@ -142,7 +142,7 @@ def _outputs(
     spikes: Tensor, weight: Tensor, residual: Tensor | None, stride: int, keep_membrane: bool
 ) -> tuple[Tensor, Tensor]:
     """Unwritten spikes and, where asked for, membrane."""
-    size = (spikes.shape[0], weight.shape[0], *((n - 1) // stride + 1 for n in spikes.shape[2:]))
+    size = conv3x3_shape(spikes, weight, stride)
     dtype = torch.float32 if residual is None or residual.dtype == torch.int8 else residual.dtype
     out = torch.empty(size, dtype=torch.int8, device=spikes.device, memory_format=torch.channels_last)
     membrane = torch.empty_like(out, dtype=dtype) if keep_membrane else spikes.new_empty(0, dtype=dtype)

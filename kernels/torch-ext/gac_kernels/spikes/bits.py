@@ -52,7 +52,8 @@ def _unpack_kernel(bits_ptr, x_ptr, frame, T: tl.constexpr, BLOCK: tl.constexpr)
                 tl.store(x_ptr + i + (first + k) * frame, spike.to(x_ptr.dtype.element_ty), mask=inside)
 
 
-def _launch(kernel, source: Tensor, target: Tensor, num_steps: int, frame: int) -> None:
+def _launch(kernel, source: Tensor, target: Tensor, num_steps: int) -> None:
+    frame = max(source.numel(), target.numel()) // num_steps  # of the spikes, which are more than their bits
     config = launch_config("unpack_spikes", num_steps, 2, source.device)
     with on_device(source):
         kernel[(cdiv(frame, config["BLOCK"]),)](source, target, frame, T=num_steps, **config)
@@ -87,21 +88,19 @@ def _frames(bits: Tensor, num_steps: int) -> Tensor:
     return bits.unflatten(0, (-(-num_steps // STEPS_PER_BYTE), -1))
 
 
+def _empty_spikes(bits: Tensor, num_steps: int, dtype: torch.dtype) -> Tensor:
+    """Unwritten spikes (T*B, C, H, W) of dense bits, in their memory format."""
+    count = num_steps * (bits.shape[0] // -(-num_steps // STEPS_PER_BYTE))
+    # A frame keeps its strides; only the number of frames is another.
+    return torch.empty_strided((count, *bits.shape[1:]), bits.stride(), dtype=dtype, device=bits.device)
+
+
 def unpacked(bits: Tensor, num_steps: int, dtype: torch.dtype) -> Tensor:
     """Spikes (T*B, C, H, W) of their bits, in the bits' memory format."""
-    groups = -(-num_steps // STEPS_PER_BYTE)
-    batch = bits.shape[0] // groups
-    # A frame keeps its strides; only the number of frames is another.
-    spikes = torch.empty_strided((num_steps * batch, *bits.shape[1:]), bits.stride(), dtype=dtype, device=bits.device)
+    spikes = _empty_spikes(bits, num_steps, dtype)
     if spikes.numel():
         if resolve_backend(bits.device, dtype) == "triton":
-            _launch(
-                kernel=_unpack_kernel,
-                source=bits,
-                target=spikes,
-                num_steps=num_steps,
-                frame=spikes.numel() // num_steps,
-            )
+            _launch(_unpack_kernel, bits, spikes, num_steps)
         else:
             _unpack_eager(bits, spikes, num_steps)
     return spikes
@@ -126,13 +125,7 @@ def _pack_spikes(spikes, num_steps):
     bits = empty_bits(spikes, num_steps)
     if spikes.numel():
         if resolve_backend(spikes.device, spikes.dtype) == "triton":
-            _launch(
-                kernel=_pack_kernel,
-                source=spikes,
-                target=bits,
-                num_steps=num_steps,
-                frame=spikes.numel() // num_steps,
-            )
+            _launch(_pack_kernel, spikes, bits, num_steps)
         else:
             pack_eager(spikes, bits, num_steps)
     return bits
@@ -150,9 +143,7 @@ def _unpack_spikes(bits, num_steps, dtype):
 
 @torch.library.register_fake("gac_kernels::unpack_spikes", lib=_lib)
 def _unpack_spikes_fake(bits, num_steps, dtype):
-    bits = dense(bits)
-    count = num_steps * (bits.shape[0] // -(-num_steps // STEPS_PER_BYTE))
-    return torch.empty_strided((count, *bits.shape[1:]), bits.stride(), dtype=dtype, device=bits.device)
+    return _empty_spikes(dense(bits), num_steps, dtype)
 
 
 def _convolve(spikes, bits, weight, num_steps, stride, padding, dilation, groups):
@@ -164,20 +155,20 @@ torch.library.register_fake("gac_kernels::packed_conv2d", _convolve, lib=_lib)
 
 
 @torch.library.impl(_lib, "packed_conv2d_backward", "CompositeExplicitAutograd")
-def _packed_conv2d_backward(grad, bits, weight, num_steps, stride, padding, dilation, groups, need_input, need_weight):
+def _packed_conv2d_backward(grad, bits, weight, num_steps, *geometry_and_needs: Any):
+    *_, need_weight = geometry_and_needs
     # The gradient at the input asks for the spikes' shape and layout alone.
-    spikes = (unpacked if need_weight else _unpack_spikes_fake)(dense(bits), num_steps, grad.dtype)
-    gx, gw, _ = torch.ops.aten.convolution_backward(
-        grad, spikes, weight, None, stride, padding, dilation, False, [0, 0], groups, [need_input, need_weight, False]
-    )
-    return gx if need_input else grad.new_empty(0), gw if need_weight else grad.new_empty(0)
+    spikes = (unpacked if need_weight else _empty_spikes)(dense(bits), num_steps, grad.dtype)
+    return _gradients(grad, spikes, weight, *geometry_and_needs)
 
 
 @torch.library.register_fake("gac_kernels::packed_conv2d_backward", lib=_lib)
-def _packed_conv2d_backward_fake(
-    grad, bits, weight, num_steps, stride, padding, dilation, groups, need_input, need_weight
-):
-    spikes = _unpack_spikes_fake(bits, num_steps, grad.dtype)
+def _packed_conv2d_backward_fake(grad, bits, weight, num_steps, *geometry_and_needs: Any):
+    return _gradients(grad, _empty_spikes(dense(bits), num_steps, grad.dtype), weight, *geometry_and_needs)
+
+
+def _gradients(grad, spikes, weight, stride, padding, dilation, groups, need_input, need_weight):
+    """The gradients at spikes and weight, empty where they are not needed."""
     gx, gw, _ = torch.ops.aten.convolution_backward(
         grad, spikes, weight, None, stride, padding, dilation, False, [0, 0], groups, [need_input, need_weight, False]
     )
