@@ -17,8 +17,8 @@ DEFAULTS: dict[str, dict[str, int]] = {
     "lif_fwd": {"BLOCK": 1024, "num_warps": 4},
     "lif_bwd": {"BLOCK": 512, "num_warps": 4},
     "lif_bwd_mask": {"BLOCK": 1024, "num_warps": 4},
-    "lif_learned_fwd": {"TILE": 2048, "BLOCK_C": 128, "num_warps": 4, "REVERSE": 0},
-    "lif_learned_bwd": {"TILE": 1024, "BLOCK_C": 128, "num_warps": 4, "PER_SM": 4, "STAGES": 1, "REVERSE": 0},
+    "lif_learned_fwd": {"TILE": 1024, "BLOCK_C": 128, "num_warps": 4, "REVERSE": 0},
+    "lif_learned_bwd": {"TILE": 512, "BLOCK_C": 128, "num_warps": 4, "PER_SM": 6, "STAGES": 1, "REVERSE": 0},
     "gac_fwd": {"BLOCK": 1024, "num_warps": 4},
     "gac_bwd": {"BLOCK": 128, "num_warps": 1, "TILES": 4},
     "gac_fire_fwd": {"BLOCK": 1024, "num_warps": 4},
@@ -39,6 +39,7 @@ DEFAULTS |= {
     "batch_stats": {"TILE": 4096, "BLOCK_C": 128, "num_warps": 8, "PER_SM": 4, "STAGES": 1, "REVERSE": 1},
     "norm_lif_fwd_eval": {"TILE": 4096, "BLOCK_C": 128, "num_warps": 8, "REVERSE": 1},
 }
+DEFAULTS |= {f"lif_learned_bwd:{_steps}": {"PER_SM": 3} for _steps in range(5, 9)}  # twice the registers
 # A sum with a shortcut, whose membrane is kept, and with a shortcut that has a norm of its own, take more registers.
 for _kind, _per_sm in {"": 4, "_residual": 3, "_normed": 3}.items():
     _reduce = {"TILE": 1024, "BLOCK_C": 128, "num_warps": 4, "PER_SM": _per_sm, "STAGES": 1, "REVERSE": 1}

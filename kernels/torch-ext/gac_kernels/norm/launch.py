@@ -93,6 +93,8 @@ def backward_triton(
     config = launch_config(f"norm_lif_bwd_reduce{kind}", min(num_steps, CHUNK), size, x.device)
     if chunks > 1:  # its loops over steps are not unrolled, and only unrolled ones can be overlapped
         config = config | {"STAGES": 1}
+    if values is not None:  # two more sums: as many programs fit onto a multiprocessor with tiles of half the size
+        config = config | {"TILE": config["TILE"] // 2}
     tiles = channel_tiles(x, num_steps, config)
     channels, programs = tiles.channels, tiles.grid[0]
     partial = torch.empty((programs, partial_count, channels), dtype=torch.float32, device=x.device)
