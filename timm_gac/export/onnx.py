@@ -40,7 +40,7 @@ def write_onnx(
     """Write a network as an ONNX file, and compare what ONNX Runtime computes of it.
 
     The input is ``images``, the output ``logits``. 8-bit weights stay 8 bits in the file. ONNX Runtime adds them up as
-    float32, which holds all their sums: the same as its ConvInteger's, five times as fast on a CPU. In float64, in which
+    float32, which holds all their sums: those of its ConvInteger, five times as fast on a CPU. In float64, in which
     ONNX Runtime has no convolutions, they are matrix products.
 
     Args:
