@@ -108,7 +108,7 @@ def test_the_command_says_what_was_left_out(
     assert main(arguments) == 0
     said = capsys.readouterr().out
     assert "other train: 5 images, 1 left out" in said and "tiny train: 6 images\n" in said
-    assert "3 classes at 16x16" in said
+    assert "3 classes at 16x16" in said and "the test images of each folder: " in said
     assert main(arguments) == 2
     assert "use --overwrite" in capsys.readouterr().err
     assert main([*arguments, "--overwrite", "--similarity", "1"]) == 0

@@ -157,3 +157,5 @@ def _write_folders(folders: list[Path], out: Path, config: DataConfig, console: 
         f"{plain(out.with_suffix('.json'))}",
         markup=False,
     )
+    if len(folders) > 1:
+        console.print(f"the test images of each folder: {plain(out.with_suffix('.FOLDER.npz'))}", markup=False)
