@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..reference import state_dtype, surrogate_derivative
 from ..spec import SURROGATES, LIFSpec
+from . import blocks
 
 # Neurons whose membranes and spikes stay in a core's cache from step to step.
 _CACHED = 2**17
@@ -52,10 +53,13 @@ def lif_forward(
     width: float,
     soft_reset: bool,
 ) -> None:
-    """Write spikes and, where they have elements, the last membrane and the bit mask.
+    """Write spikes and, where they have elements, the last membrane and the bit mask; ``spikes`` may be x itself.
 
     Decay and threshold may be tensors that broadcast over a frame; with them there is no mask.
     """
+    if not isinstance(threshold, Tensor) and not isinstance(decay, Tensor):
+        blocks.lif_forward(x, state, spikes, last, mask, threshold, decay, width, soft_reset)
+        return
     rows = x.shape[1] if x.dim() > 1 else 1
     block = rows
     if x.device.type == "cpu" and x.dim() > 1 and not mask.numel():
@@ -122,10 +126,27 @@ def lif_backward(
     soft_reset: bool,
     grad_values: Tensor | None = None,
 ) -> None:
-    """Write the gradients at x and, where it has elements, at the initial state.
+    """Write the gradients at x and, where it has elements, at the initial state; ``grad_x`` may be x itself.
 
     Where decay and threshold are tensors that broadcast over a frame, their gradients go into ``grad_values`` (2, N).
     """
+    if not isinstance(threshold, Tensor) and not isinstance(decay, Tensor):
+        blocks.lif_backward(
+            grad=grad,
+            grad_last=grad_last,
+            x=x,
+            state=state,
+            mask=mask,
+            grad_x=grad_x,
+            grad_state=grad_state,
+            threshold=threshold,
+            decay=decay,
+            surrogate=surrogate,
+            width=width,
+            detach_reset=detach_reset,
+            soft_reset=soft_reset,
+        )
+        return
     dtype = state_dtype(grad.dtype)
     num_steps = grad.shape[0]
     steps = []  # (surrogate derivative, fired, u, unused where bits stand for it) of each step

@@ -16,10 +16,12 @@ from torch import Tensor
 from ..backend import resolve_backend
 from ..checks import check_current, check_finite, check_running, check_tensors
 from ..common.layout import on_device, packed
-from ..common.tiles import FINISH, channel_tiles, dense, sum_partials, tile_offsets
+from ..common.tiles import FINISH, channel_tiles, dense, is_channels_last, sum_partials, tile_offsets
 from ..common.triton import cdiv, tl, triton
 from ..reference import state_dtype
 from ..tuning import launch_config
+
+_ROWS = 1024  # values of a channel that are added up in float32
 
 
 @triton.jit
@@ -132,6 +134,25 @@ def _stats_triton(
             running.copy_(updated)
 
 
+def _stats_in_parts(x: Tensor, mean: Tensor, var: Tensor) -> None:
+    """Statistics of a few rows at a time, brought together in float64.
+
+    PyTorch's own for batch norm on a CPU is 4 to 20 times as fast as `torch.var_mean`, but adds channels-last values up
+    in float32 one after the other: of 4 million around 1,000 it finds a mean that is off by 20.
+    """
+    if is_channels_last(x):
+        parts = x.permute(0, 2, 3, 1).flatten(0, 2)[..., None, None].split(_ROWS)
+    else:
+        parts = x.split(max(1, _ROWS // (x.shape[2] * x.shape[3])))
+    found = [torch.batch_norm_update_stats(part.to(mean.dtype), None, None, 0.0) for part in parts]
+    counts = torch.tensor([len(part) for part in parts], dtype=torch.float64)
+    weights = counts / counts.sum()
+    means, variances = (torch.stack(values).double() for values in zip(*found, strict=True))
+    overall = weights @ means
+    mean.copy_(overall)
+    var.copy_(weights @ (variances + (means - overall).square()))
+
+
 def _stats_eager(
     x: Tensor,
     mean: Tensor,
@@ -142,9 +163,12 @@ def _stats_eager(
     num_batches: Tensor | None,
 ) -> None:
     count = x.numel() // x.shape[1]
-    batch_var, batch_mean = torch.var_mean(x.to(mean.dtype), (0, 2, 3), correction=0)
-    mean.copy_(batch_mean)
-    var.copy_(batch_var)
+    if x.device.type == "cpu":
+        _stats_in_parts(x, mean, var)
+    else:
+        batch_var, batch_mean = torch.var_mean(x.to(mean.dtype), (0, 2, 3), correction=0)
+        mean.copy_(batch_mean)
+        var.copy_(batch_var)
     if running_mean is not None and running_var is not None:
         # Statistics that are not finite leave the running ones as they are.
         finite = (mean + var).abs() < math.inf

@@ -22,18 +22,31 @@ def resolve_group(name: Any) -> dist.ProcessGroup:
     return dist.distributed_c10d._resolve_process_group(name)  # the registry that functional collectives use too
 
 
-def _normed(x: Tensor, norm: Norm, eps: float) -> Tensor:
-    """Batch norm of x with given statistics, or x + bias without them, in the state's dtype; a new tensor."""
+def _normed(x: Tensor, norm: Norm, eps: float, out: Tensor | None = None) -> Tensor:
+    """Batch norm of x with given statistics, or x + bias without them, in the state's dtype, in ``out`` or new."""
     dtype = state_dtype(x.dtype)
     weight, bias, mean, var = (None if v is None else v.to(dtype) for v in norm)
+    out = torch.empty_like(x, dtype=dtype) if out is None else out
     if mean is None:
-        return x.to(dtype, copy=True) if bias is None else x.to(dtype) + bias[:, None, None]
-    return F.batch_norm(x.to(dtype), mean, var, weight, bias, False, 0.0, eps)
+        return out.copy_(x) if bias is None else torch.add(x, bias[:, None, None], out=out)
+    if x.device.type == "cpu":
+        nothing = x.new_empty(0, dtype=dtype)
+        torch.native_batch_norm(x.to(dtype), weight, bias, mean, var, False, 0.0, eps, out=(out, nothing, nothing))
+        return out
+    return out.copy_(F.batch_norm(x.to(dtype), mean, var, weight, bias, False, 0.0, eps))
 
 
-def _current(x: Tensor, residual: Tensor | None, norm: Norm, res_norm: Norm, eps: float, res_eps: float) -> Tensor:
-    """Input current of the neuron in the state's dtype, (T*B, C, H, W)."""
-    current = _normed(x, norm, eps)
+def _current(
+    x: Tensor,
+    residual: Tensor | None,
+    norm: Norm,
+    res_norm: Norm,
+    eps: float,
+    res_eps: float,
+    out: Tensor | None = None,
+) -> Tensor:
+    """Input current of the neuron in the state's dtype, (T*B, C, H, W), in ``out`` or new."""
+    current = _normed(x, norm, eps, out)
     if residual is None:
         return current
     if res_norm[2] is not None:
@@ -70,9 +83,13 @@ def forward(
 ) -> None:
     """Write spikes and, where they have elements, the neuron's input current and the spikes' bits."""
     threshold, decay, _, width, _, soft_reset = _learned(neuron, values, x)
-    current = _current(x, residual, norm, res_norm, eps, res_eps)
+    # Fresh memory costs a CPU as much as the computation: where a tensor is free, the current goes there.
+    free = membrane if membrane.numel() else spikes
+    out = free if free.dtype == state_dtype(x.dtype) else None
+    current = _current(x, residual, norm, res_norm, eps, res_eps, out)
     if membrane.numel():
-        membrane.copy_(current)
+        if current is not membrane:
+            membrane.copy_(current)
         current = membrane  # the neuron sees what is stored
     nothing = x.new_empty(0)
     lif_forward(
@@ -120,9 +137,10 @@ def backward(
     """
     threshold, decay, surrogate, width, detach_reset, soft_reset = _learned(neuron, values, x)
     dtype = state_dtype(x.dtype)
-    current = _current(x, residual, norm, res_norm, eps, res_eps) if membrane is None else membrane.to(dtype)
+    out = ga if ga.numel() and ga.dtype == dtype else torch.empty_like(gx, dtype=dtype)
+    current = _current(x, residual, norm, res_norm, eps, res_eps, out) if membrane is None else membrane.to(dtype)
     at_spikes = torch.zeros_like(current) if gs is None else gs.to(dtype)
-    at_current, nothing = torch.empty_like(current), x.new_empty(0)
+    at_current, nothing = out, x.new_empty(0)  # the gradient takes the place of the current
     lif_backward(
         grad=_steps(at_spikes, num_steps),
         grad_last=None,
@@ -166,7 +184,7 @@ def backward(
             gb=grb,
             group="",
         )
-    if ga.numel():
+    if ga.numel() and ga is not at_current:
         ga.copy_(at_current)
 
 
@@ -188,6 +206,23 @@ def _at_input(
         if bias is not None:
             gb.copy_(grad.sum((0, 2, 3)))
         return grad
+    if grad.device.type == "cpu" and total is None and not group:
+        of_norm = [None if v is None else v.to(dtype) for v in (weight, mean, var)]
+        scaled = weight is not None
+        at_x, at_weight, at_bias = torch.ops.aten.native_batch_norm_backward(
+            grad,
+            x.to(dtype),
+            *of_norm,
+            mean.to(dtype),
+            torch.rsqrt(var.to(dtype) + eps),
+            batch_stats,
+            eps,
+            [True, scaled, scaled],
+        )
+        if scaled:
+            gw.copy_(at_weight)
+            gb.copy_(at_bias)
+        return at_x
     rstd = torch.rsqrt(var.to(dtype) + eps)
     centred = x.to(dtype) - mean.to(dtype)[:, None, None]
     sums = torch.stack((grad.sum((0, 2, 3)), (grad * centred).sum((0, 2, 3))))
