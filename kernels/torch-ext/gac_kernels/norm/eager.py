@@ -25,7 +25,7 @@ def resolve_group(name: Any) -> dist.ProcessGroup:
 def _normed(x: Tensor, norm: Norm, eps: float, out: Tensor | None = None) -> Tensor:
     """Batch norm of x with given statistics, or x + bias without them, in the state's dtype, in ``out`` or new."""
     dtype = state_dtype(x.dtype)
-    weight, bias, mean, var = (None if v is None else v.to(dtype) for v in norm)
+    weight, bias, mean, var = (None if v is None else v.to(dtype).contiguous() for v in norm)
     out = torch.empty_like(x, dtype=dtype) if out is None else out
     if mean is None:
         return out.copy_(x) if bias is None else torch.add(x, bias[:, None, None], out=out)
@@ -207,14 +207,14 @@ def _at_input(
             gb.copy_(grad.sum((0, 2, 3)))
         return grad
     if grad.device.type == "cpu" and total is None and not group:
-        of_norm = [None if v is None else v.to(dtype) for v in (weight, mean, var)]
+        of_norm = [None if v is None else v.to(dtype).contiguous() for v in (weight, mean, var)]  # read as if packed
         scaled = weight is not None
         at_x, at_weight, at_bias = torch.ops.aten.native_batch_norm_backward(
             grad,
             x.to(dtype),
             *of_norm,
-            mean.to(dtype),
-            torch.rsqrt(var.to(dtype) + eps),
+            of_norm[1],
+            torch.rsqrt(var.to(dtype) + eps).contiguous(),
             batch_stats,
             eps,
             [True, scaled, scaled],
