@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..backend import resolve_backend
 from ..checks import check_conv_lif, check_flags, check_spec, check_tensors, conv3x3_shape
+from ..common.fake import register_fake
 from ..common.layout import packed
 from ..common.shortcut import convolve_shortcut
 from ..derivatives import refuse_forward_mode, register_no_derivatives
@@ -141,7 +142,7 @@ def _forward(x, weight, bias, residual, num_steps, stride, threshold, decay, sof
 register_no_derivatives(_lib, "conv_lif")
 
 
-@torch.library.register_fake("gac_kernels::conv_lif", lib=_lib)
+@register_fake("gac_kernels::conv_lif", lib=_lib)
 def _conv_lif_fake(
     x, weight, bias, residual, num_steps, stride, threshold, decay, soft_reset, keep_membrane, shortcut=None
 ):

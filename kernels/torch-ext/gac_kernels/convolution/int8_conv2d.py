@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..checks import check_current, check_int8_conv2d, conv3x3_shape
+from ..common.fake import register_fake
 from ..derivatives import register_derivatives
 from ..reference.int8_conv2d import gradient_scale, int8_weight_reference, to_e4m3
 from ..spikes.bits import STEPS_PER_BYTE, unpacked
@@ -42,7 +43,7 @@ def _int8_conv2d(spikes, weight, stride, bits=None, num_steps=1):
     return out
 
 
-@torch.library.register_fake("gac_kernels::int8_conv2d", lib=_lib)
+@register_fake("gac_kernels::int8_conv2d", lib=_lib)
 def _int8_conv2d_fake(spikes, weight, stride, bits=None, num_steps=1):
     return _output(spikes, weight, stride)
 
@@ -77,7 +78,7 @@ def _int8_conv2d_backward(grad, kept, weight, stride, num_steps, packed, need_in
     return at_spikes, at_weight
 
 
-@torch.library.register_fake("gac_kernels::int8_conv2d_backward", lib=_lib)
+@register_fake("gac_kernels::int8_conv2d_backward", lib=_lib)
 def _int8_conv2d_backward_fake(grad, kept, weight, stride, num_steps, packed, need_input, need_weight):
     spikes = kept
     if packed:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..checks import check_flags, check_spec, check_spike_conv, check_tensors, conv3x3_shape
+from ..common.fake import register_fake
 from ..common.layout import on_device, packed
 from ..common.shortcut import convolve_shortcut
 from ..common.triton import cdiv, next_power_of_2
@@ -219,7 +220,7 @@ def _spike_conv(
 register_no_derivatives(_lib, "spike_conv")
 
 
-@torch.library.register_fake("gac_kernels::spike_conv", lib=_lib)
+@register_fake("gac_kernels::spike_conv", lib=_lib)
 def _spike_conv_fake(
     spikes,
     weight,

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..backend import resolve_backend
 from ..checks import check_current, check_gate, check_spec
+from ..common.fake import register_fake
 from ..common.layout import as_layout, on_device
 from ..common.triton import cdiv
 from ..derivatives import differentiable_gradients, register_derivatives, spec_of
@@ -246,19 +247,19 @@ def backward_outputs(x: Tensor, temporal: Tensor) -> tuple[Tensor, Tensor, Tenso
     return like, torch.empty_like(like), torch.empty_like(temporal, memory_format=torch.contiguous_format)
 
 
-@torch.library.register_fake("gac_kernels::gated_lif", lib=_lib)
+@register_fake("gac_kernels::gated_lif", lib=_lib)
 def _gated_lif_fake(x, spatial, temporal, threshold, decay, surrogate, width, detach_reset, soft_reset, values=None):
     check_current("x", x, min_dims=4, max_dims=5)
     check_gate(x, spatial, temporal)
     return frames_like(x, temporal.shape[1], x.shape[-4])
 
 
-@torch.library.register_fake("gac_kernels::gated_lif_backward", lib=_lib)
+@register_fake("gac_kernels::gated_lif_backward", lib=_lib)
 def _gated_lif_backward_fake(grad, x, spatial, temporal, threshold, decay, surrogate, width, detach_reset, soft_reset):
     return backward_outputs(x, temporal)
 
 
-@torch.library.register_fake("gac_kernels::gated_lif_backward_learned", lib=_lib)
+@register_fake("gac_kernels::gated_lif_backward_learned", lib=_lib)
 def _gated_lif_backward_learned_fake(grad, x, spatial, temporal, *args: Any):
     return *backward_outputs(x, temporal), torch.empty_like(args[-1], memory_format=torch.contiguous_format)
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..backend import resolve_backend
 from ..checks import check_current, check_gate, check_spec
+from ..common.fake import register_fake
 from ..common.layout import as_layout, on_device
 from ..common.messages import shown
 from ..derivatives import differentiable_gradients, register_derivatives, spec_of
@@ -212,7 +213,7 @@ def _gac_fire_backward(
     return torch.ops.gac_kernels.gated_lif_backward(grad, stem, spatial, temporal, *spec)
 
 
-@torch.library.register_fake("gac_kernels::gac_fire", lib=_lib)
+@register_fake("gac_kernels::gac_fire", lib=_lib)
 def _gac_fire_fake(
     stem, spatial, temporal, integer, threshold, decay, surrogate, width, detach_reset, soft_reset, values=None
 ):
@@ -222,7 +223,7 @@ def _gac_fire_fake(
     return gated, torch.empty_like(gated, dtype=torch.int8 if integer else None)
 
 
-@torch.library.register_fake("gac_kernels::gac_fire_backward", lib=_lib)
+@register_fake("gac_kernels::gac_fire_backward", lib=_lib)
 def _gac_fire_backward_fake(
     grad_gated,
     grad_spikes,
@@ -240,7 +241,7 @@ def _gac_fire_backward_fake(
     return backward_outputs(stem, temporal)
 
 
-@torch.library.register_fake("gac_kernels::gac_fire_backward_learned", lib=_lib)
+@register_fake("gac_kernels::gac_fire_backward_learned", lib=_lib)
 def _gac_fire_backward_learned_fake(grad_gated, grad_spikes, stem, spatial, temporal, *args: Any):
     return *backward_outputs(stem, temporal), torch.empty_like(args[-1], memory_format=torch.contiguous_format)
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..backend import resolve_backend
 from ..checks import check_current, check_flags
+from ..common.fake import register_fake
 from ..common.layout import as_layout, on_device
 from ..common.messages import shown
 from ..common.tiles import dense, is_channels_last
@@ -149,12 +150,12 @@ def _pad_frames_backward(grad, y, before, after, rectify):
     return gx
 
 
-@torch.library.register_fake("gac_kernels::pad_frames", lib=_lib)
+@register_fake("gac_kernels::pad_frames", lib=_lib)
 def _pad_frames_fake(x, before, after, rectify):
     return _padded(dense(x), before, after)
 
 
-@torch.library.register_fake("gac_kernels::pad_frames_backward", lib=_lib)
+@register_fake("gac_kernels::pad_frames_backward", lib=_lib)
 def _pad_frames_backward_fake(grad, y, before, after, rectify):
     return _cropped(dense(y), before, after)
 

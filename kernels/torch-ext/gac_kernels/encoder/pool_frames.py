@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..backend import resolve_backend
 from ..checks import check_current, check_tensor
+from ..common.fake import register_fake
 from ..common.layout import on_device
 from ..common.tiles import dense
 from ..common.triton import cdiv, tl, triton
@@ -176,12 +177,12 @@ def _pool_frames_backward(grad_mean, grad_maximum, x, maximum, ties):
     return gx
 
 
-@torch.library.register_fake("gac_kernels::pool_frames", lib=_lib)
+@register_fake("gac_kernels::pool_frames", lib=_lib)
 def _pool_frames_fake(x):
     return _results(x)
 
 
-@torch.library.register_fake("gac_kernels::pool_frames_backward", lib=_lib)
+@register_fake("gac_kernels::pool_frames_backward", lib=_lib)
 def _pool_frames_backward_fake(grad_mean, grad_maximum, x, maximum, ties):
     return torch.empty_like(dense(x))
 

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ..backend import resolve_backend
 from ..checks import check_current, check_spec, check_steps
+from ..common.fake import register_fake
 from ..common.tiles import dense
 from ..derivatives import refuse_forward_mode, register_no_derivatives
 from ..spec import CIFAR, LIFSpec
@@ -39,7 +40,7 @@ def _integer_lif(x, num_steps, threshold, decay, soft_reset):
 register_no_derivatives(_lib, "integer_lif")
 
 
-@torch.library.register_fake("gac_kernels::integer_lif", lib=_lib)
+@register_fake("gac_kernels::integer_lif", lib=_lib)
 def _integer_lif_fake(x, num_steps, threshold, decay, soft_reset):
     return torch.empty_like(dense(x), dtype=torch.int8)
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..backend import resolve_backend
 from ..checks import check_current, check_flags, check_spec, check_state, check_tensor
+from ..common.fake import register_fake
 from ..common.layout import as_layout, on_device, time_stride
 from ..common.triton import cdiv
 from ..derivatives import differentiable_gradients, register_derivatives, spec_of
@@ -211,7 +212,7 @@ def _lif_backward_learned(grad, grad_last, x, state, values, surrogate, width, d
     return grad_x, grad_state, grad_values
 
 
-@torch.library.register_fake("gac_kernels::lif", lib=_lib)
+@register_fake("gac_kernels::lif", lib=_lib)
 def _lif_fake(
     x, state, threshold, decay, surrogate, width, detach_reset, soft_reset, keep_mask, return_state, values=None
 ):
@@ -220,7 +221,7 @@ def _lif_fake(
     return _outputs(x, keep_mask, return_state, values)
 
 
-@torch.library.register_fake("gac_kernels::lif_backward_learned", lib=_lib)
+@register_fake("gac_kernels::lif_backward_learned", lib=_lib)
 def _lif_backward_learned_fake(grad, grad_last, x, state, values, surrogate, width, detach_reset, soft_reset):
     grad_x = torch.empty_like(learned.walkable(x, values.shape[1] > 1))
     frame = torch.empty_like(grad_x[0], dtype=state_dtype(grad.dtype))
@@ -228,7 +229,7 @@ def _lif_backward_learned_fake(grad, grad_last, x, state, values, surrogate, wid
     return grad_x, torch.empty_like(frame) if state is not None else frame.new_empty(0), grad_values
 
 
-@torch.library.register_fake("gac_kernels::lif_backward", lib=_lib)
+@register_fake("gac_kernels::lif_backward", lib=_lib)
 def _lif_backward_fake(
     grad, grad_last, x, state, mask, strides, threshold, decay, surrogate, width, detach_reset, soft_reset
 ):

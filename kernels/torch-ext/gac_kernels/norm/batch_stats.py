@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..backend import resolve_backend
 from ..checks import check_current, check_finite, check_running, check_tensors
+from ..common.fake import register_fake
 from ..common.layout import on_device, packed
 from ..common.tiles import FINISH, channel_tiles, dense, is_channels_last, sum_partials, tile_offsets
 from ..common.triton import cdiv, tl, triton
@@ -230,7 +231,7 @@ def _batch_stats_of_samples(*_: Any):
     )
 
 
-@torch.library.register_fake("gac_kernels::batch_stats", lib=_lib)
+@register_fake("gac_kernels::batch_stats", lib=_lib)
 def _batch_stats_fake(x, running_mean, running_var, momentum, num_batches=None):
     return _empty_stats(x)
 

@@ -22,6 +22,7 @@ from ..checks import (
     check_tensor,
     check_tensors,
 )
+from ..common.fake import register_fake
 from ..common.layout import as_layout
 from ..common.messages import shown
 from ..common.tiles import dense
@@ -224,7 +225,7 @@ def _norm_lif_backward(
     return gx, ga if need_residual else ga.new_empty(0), gw, gb, grw, grb
 
 
-@torch.library.register_fake("gac_kernels::norm_lif", lib=_lib)
+@register_fake("gac_kernels::norm_lif", lib=_lib)
 def _norm_lif_fake(
     x,
     residual,
@@ -255,7 +256,7 @@ def _norm_lif_fake(
     return _outputs(x, num_steps, keep_membrane, pack)
 
 
-@torch.library.register_fake("gac_kernels::norm_lif_backward", lib=_lib)
+@register_fake("gac_kernels::norm_lif_backward", lib=_lib)
 def _norm_lif_backward_fake(
     grad_spikes,
     grad_membrane,
@@ -293,7 +294,7 @@ def _norm_lif_backward_fake(
     )
 
 
-@torch.library.register_fake("gac_kernels::norm_lif_backward_learned", lib=_lib)
+@register_fake("gac_kernels::norm_lif_backward_learned", lib=_lib)
 def _norm_lif_backward_learned_fake(*args: Any):
     *rest, values = args
     return *_norm_lif_backward_fake(*rest), torch.empty_like(values, memory_format=torch.contiguous_format)

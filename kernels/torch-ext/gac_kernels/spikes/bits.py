@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..backend import resolve_backend
 from ..checks import DTYPES, check_bits, check_current, check_integer, check_steps, check_tensor
+from ..common.fake import register_fake
 from ..common.layout import on_device
 from ..common.messages import shown
 from ..common.tiles import dense
@@ -131,7 +132,7 @@ def _pack_spikes(spikes, num_steps):
     return bits
 
 
-@torch.library.register_fake("gac_kernels::pack_spikes", lib=_lib)
+@register_fake("gac_kernels::pack_spikes", lib=_lib)
 def _pack_spikes_fake(spikes, num_steps):
     return empty_bits(dense(spikes), num_steps)
 
@@ -141,7 +142,7 @@ def _unpack_spikes(bits, num_steps, dtype):
     return unpacked(dense(bits), num_steps, dtype)
 
 
-@torch.library.register_fake("gac_kernels::unpack_spikes", lib=_lib)
+@register_fake("gac_kernels::unpack_spikes", lib=_lib)
 def _unpack_spikes_fake(bits, num_steps, dtype):
     return _empty_spikes(dense(bits), num_steps, dtype)
 
@@ -151,7 +152,7 @@ def _convolve(spikes, bits, weight, num_steps, stride, padding, dilation, groups
 
 
 torch.library.impl(_lib, "packed_conv2d", "CompositeExplicitAutograd")(_convolve)
-torch.library.register_fake("gac_kernels::packed_conv2d", _convolve, lib=_lib)
+register_fake("gac_kernels::packed_conv2d", lib=_lib)(_convolve)
 
 
 @torch.library.impl(_lib, "packed_conv2d_backward", "CompositeExplicitAutograd")
@@ -162,7 +163,7 @@ def _packed_conv2d_backward(grad, bits, weight, num_steps, *geometry_and_needs: 
     return _gradients(grad, spikes, weight, *geometry_and_needs)
 
 
-@torch.library.register_fake("gac_kernels::packed_conv2d_backward", lib=_lib)
+@register_fake("gac_kernels::packed_conv2d_backward", lib=_lib)
 def _packed_conv2d_backward_fake(grad, bits, weight, num_steps, *geometry_and_needs: Any):
     return _gradients(grad, _empty_spikes(dense(bits), num_steps, grad.dtype), weight, *geometry_and_needs)
 

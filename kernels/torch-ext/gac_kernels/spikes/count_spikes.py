@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..backend import resolve_backend
 from ..checks import DTYPES, check_steps, check_tensor
+from ..common.fake import register_fake
 from ..common.layout import on_device
 from ..common.triton import cdiv, tl, triton
 from ..tuning import launch_config
@@ -91,7 +92,7 @@ def _count_spikes(x, num_steps, total, real):
         run(x, num_steps, total, real)
 
 
-@torch.library.register_fake("gac_kernels::count_spikes", lib=_lib)
+@register_fake("gac_kernels::count_spikes", lib=_lib)
 def _count_spikes_fake(x, num_steps, total, real):
     _check(x, num_steps, total, real)
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..backend import resolve_backend
 from ..checks import DTYPES, check_steps, check_tensor
+from ..common.fake import register_fake
 from ..common.layout import as_layout, on_device
 from ..common.messages import shown
 from ..common.tiles import dense, is_channels_last
@@ -98,7 +99,7 @@ def _firing_rate(x, num_steps, dtype=None):
     return rate
 
 
-@torch.library.register_fake("gac_kernels::firing_rate", lib=_lib)
+@register_fake("gac_kernels::firing_rate", lib=_lib)
 def _firing_rate_fake(x, num_steps, dtype=None):
     _check(x, num_steps, dtype)
     if dtype is None:
@@ -125,7 +126,7 @@ def _firing_rate_backward(grad, num_steps, dtype, channels_last):
     return gx
 
 
-@torch.library.register_fake("gac_kernels::firing_rate_backward", lib=_lib)
+@register_fake("gac_kernels::firing_rate_backward", lib=_lib)
 def _firing_rate_backward_fake(grad, num_steps, dtype, channels_last):
     layout = torch.channels_last if channels_last else torch.contiguous_format
     size = (num_steps * grad.shape[0], *grad.shape[1:])
