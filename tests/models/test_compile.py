@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import timm
 import torch
-from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import timm_gac  # noqa: F401  registers the models
 from gac_kernels.common.fake import make_known
 
 
-def _train(step: nn.Module, images: torch.Tensor) -> torch.Tensor:
+def _train(step: Callable[..., torch.Tensor], images: torch.Tensor) -> torch.Tensor:
     with torch.autocast(images.device.type, torch.bfloat16):
         loss = step(images).float().square().mean()
     loss.backward()

@@ -12,7 +12,7 @@ from torch.torch_version import TorchVersion
 
 # Before 2.14 Inductor writes the arguments of an operator that it does not know into a log message that nobody asked
 # for. The text of a network's later values repeats that of all before them, so that compiling does not end.
-_LOGS_ARGUMENTS = TorchVersion(torch.__version__) < (2, 14)
+_LOGS_ARGUMENTS = TorchVersion(torch.__version__) < "2.14"
 
 
 def register_fake(name: str, *, lib: torch.library.Library) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
