@@ -340,13 +340,12 @@ def test_what_is_not_finite_in_an_image_shows(value: float, change: Callable[[nn
 
 
 @pytest.mark.parametrize("train", [True, False])
-def test_a_loss_shows_what_poisons_statistics(train: bool) -> None:
+def test_a_broken_image_shows_and_poisons_nothing(train: bool) -> None:
     model, x = tiny().train(train), images()
     x[0, 0, 2, 3] = float("nan")
     assert model(x)[0].isnan().all() and model.forward_features(x)[0].isnan().all()
-    poisoned = model.bn1.running_mean.isnan().any() or model.bn1.running_var.isnan().any()
-    assert bool(poisoned) == train
-    assert bool(model.eval()(images()).isnan().any()) == train  # clean images show it too
+    assert all(value.isfinite().all() for value in model.state_dict().values())
+    assert model.eval()(images()).isfinite().all()
     half = tiny().to(torch.float16)
     assert half(torch.full((1, 3, 8, 8), 6e4, dtype=torch.float16)).isfinite().all()  # large is no infinity
 

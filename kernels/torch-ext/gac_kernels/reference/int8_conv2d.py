@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn import grad as grad_of
 
 # Largest integer of a weight, and largest number of float8 e4m3, which has no infinity.
 LEVELS = 127
@@ -96,7 +97,6 @@ def int8_conv2d_gradients_reference(
     h = grad.float() * scale[:, None, None]
     s = gradient_scale(h)
     g = to_e4m3(h * s).double()
-    shape = (list(spikes.shape), list(weight.shape))
-    at_spikes = torch.nn.grad.conv2d_input(shape[0], to_e4m3(integers.float()).double(), g, stride, 1) / s.double()
-    at_weight = torch.nn.grad.conv2d_weight(spikes.double(), shape[1], g, stride, 1)
+    at_spikes = grad_of.conv2d_input(spikes.shape, to_e4m3(integers.float()).double(), g, stride, 1) / s.double()
+    at_weight = grad_of.conv2d_weight(spikes.double(), weight.shape, g, stride, 1)
     return at_spikes, at_weight / (s.double() * scale.double()[:, None, None, None])
