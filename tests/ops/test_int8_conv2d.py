@@ -7,6 +7,7 @@ import torch
 
 from gac_kernels import int8_conv2d, int8_conv2d_reference, int8_weight, pack_spikes
 from gac_kernels.reference import int8_conv2d_gradients_reference
+from gac_kernels.reference.int8_conv2d import gradient_scale
 
 T = 4
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -33,7 +34,10 @@ def test_is_the_definition(dtype, stride, layout, device):
         assert (actual - wanted).norm() <= (rounding + 1e-6) * wanted.norm()
     assert found[0].dtype == dtype and found[1].dtype == torch.float32
 
-    packed = int8_conv2d(spikes, weight, stride, bits=pack_spikes(spikes, T), num_steps=T)
+    bits = pack_spikes(spikes, T)
+    if stride == 2:  # in memory with gaps
+        bits = torch.stack((bits, 255 - bits), -1)[..., 0]
+    packed = int8_conv2d(spikes, weight, stride, bits=bits, num_steps=T)
     again = torch.autograd.grad(packed, (spikes, weight), grad)
     assert torch.equal(packed, out) and all(map(torch.equal, again, found))
 
@@ -97,6 +101,22 @@ def test_wrong_arguments(change, message):
     given = {"spikes": spikes, "weight": weight, "stride": 1, "num_steps": T} | change
     with pytest.raises(ValueError, match=message):
         int8_conv2d(**given)
+
+
+def test_autocast_rounds_no_sum(device):
+    spikes = (torch.rand(2, 64, 6, 7, device=device) < 0.5).float()
+    weight = torch.randn(6, 64, 3, 3, device=device)
+    with torch.autocast(spikes.device.type, torch.bfloat16):
+        out = int8_conv2d(spikes, weight)
+    assert torch.equal(out, int8_conv2d_reference(spikes, weight))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_the_gradients_scale_is_a_power_of_two(dtype, device):
+    largest = torch.tensor([448.0, 448.1, 447.9, 3e-5, 1.0, 2.0**-112, 2.0**112], dtype=dtype, device=device)
+    scales = torch.stack([gradient_scale(x) for x in largest])
+    assert scales.dtype == dtype and (torch.frexp(scales).mantissa == 0.5).all()
+    assert ((scales * largest <= 448) & (2 * scales * largest > 448)).all()
 
 
 def test_op_registration(device):

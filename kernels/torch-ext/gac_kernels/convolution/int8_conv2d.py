@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..checks import check_current, check_int8_conv2d, conv3x3_shape
 from ..common.fake import register_fake
+from ..common.tiles import dense
 from ..derivatives import register_derivatives
 from ..reference.int8_conv2d import gradient_scale, int8_weight_reference, to_e4m3
 from ..spikes.bits import STEPS_PER_BYTE, unpacked
@@ -38,7 +39,8 @@ def _int8_conv2d(spikes, weight, stride, bits=None, num_steps=1):
         integers, scale = int8_weight_reference(weight)
         wide = torch.promote_types(spikes.dtype, torch.float32)
         # Integers up to 127 fit into TF32 and their sums into float32; round removes a Winograd algorithm's error.
-        sums = F.conv2d(spikes.to(wide), integers.to(wide), None, stride, 1).round_()
+        with torch.autocast(spikes.device.type, enabled=False):  # which would round the sums to 16 bits
+            sums = F.conv2d(spikes.to(wide), integers.to(wide), None, stride, 1).round_()
         out.copy_(sums.mul_(scale.to(wide)[:, None, None]))
     return out
 
@@ -50,7 +52,7 @@ def _int8_conv2d_fake(spikes, weight, stride, bits=None, num_steps=1):
 
 @torch.library.impl(_lib, "int8_conv2d_backward", "CompositeExplicitAutograd")
 def _int8_conv2d_backward(grad, kept, weight, stride, num_steps, packed, need_input, need_weight):
-    spikes = unpacked(kept, num_steps, grad.dtype) if packed else kept
+    spikes = unpacked(dense(kept), num_steps, grad.dtype) if packed else kept
     at_spikes, at_weight = _gradients(grad, spikes, weight, need_input, need_weight)
     if not grad.numel():
         return at_spikes.zero_(), at_weight.zero_()
@@ -82,6 +84,7 @@ def _int8_conv2d_backward(grad, kept, weight, stride, num_steps, packed, need_in
 def _int8_conv2d_backward_fake(grad, kept, weight, stride, num_steps, packed, need_input, need_weight):
     spikes = kept
     if packed:
+        kept = dense(kept)
         batch = kept.shape[0] // -(-num_steps // STEPS_PER_BYTE)
         spikes = torch.empty_strided(
             (num_steps * batch, *kept.shape[1:]), kept.stride(), dtype=grad.dtype, device=grad.device

@@ -50,7 +50,8 @@ def gradient_scale(x: Tensor) -> Tensor:
     largest = x.abs().amax() if x.numel() else x.new_zeros(())
     mantissa, exponent = torch.frexp(largest)  # in [0.5, 1), and 448 = 0.875 * 2**9
     power = (torch.where(mantissa <= 0.875, 9, 8) - exponent).clamp(-120, 120)
-    scale = torch.ldexp(torch.ones_like(largest), power)
+    # By its exponent's bits: not every device's pow, which ldexp calls, gives powers of two exactly.
+    scale = ((power.to(torch.int32) + 127) << 23).view(torch.float32).to(largest.dtype)
     return torch.where(largest.isfinite(), torch.where(largest > 0, scale, 1.0), torch.nan)
 
 
