@@ -62,7 +62,7 @@ def lif_forward(
         return
     rows = x.shape[1] if x.dim() > 1 else 1
     block = rows
-    if x.device.type == "cpu" and x.dim() > 1 and not mask.numel():
+    if x.device.type == "cpu" and x.dim() > 1:
         block = max(1, _CACHED // x[0, 0].numel())
     for first in range(0, rows, block):
         part = (slice(None), slice(first, first + block)) if block < rows else (slice(None),)
@@ -71,10 +71,8 @@ def lif_forward(
             state=None if state is None else state[part[1:]],
             spikes=spikes[part],
             last=last[part[1:]] if last.numel() else last,
-            mask=mask,
             threshold=threshold,
             decay=decay,
-            width=width,
             soft_reset=soft_reset,
         )
 
@@ -84,28 +82,20 @@ def _lif_forward(
     state: Tensor | None,
     spikes: Tensor,
     last: Tensor,
-    mask: Tensor,
     threshold: float | Tensor,
     decay: float | Tensor,
-    width: float,
     soft_reset: bool,
 ) -> None:
     v = torch.empty_like(x[0], dtype=state_dtype(x.dtype)).copy_(x[0] if state is None else state)
     scratch = torch.empty_like(v)
-    bits = torch.zeros_like(v, dtype=torch.int64) if mask.numel() else None
     for t, current in enumerate(x):
         u = v if t == 0 and state is None else v.mul_(decay).add_(current)
         # A CPU makes bools of them four times as slowly.
         fired = torch.gt(u, threshold, out=spikes[t] if spikes.dtype == u.dtype else scratch)
         if fired is scratch:
             spikes[t] = fired
-        if bits is not None:
-            near = (u - threshold).abs() < width
-            bits |= (fired.long() + 2 * near.long()) << (2 * t)
         if t + 1 < len(x) or last.numel():
             v = reset(u, fired, threshold, soft_reset, scratch)
-    if bits is not None:
-        mask.copy_(in_memory_order(bits))
     if last.numel():
         last.copy_(v)
 
@@ -128,7 +118,8 @@ def lif_backward(
 ) -> None:
     """Write the gradients at x and, where it has elements, at the initial state; ``grad_x`` may be x itself.
 
-    Where decay and threshold are tensors that broadcast over a frame, their gradients go into ``grad_values`` (2, N).
+    Where decay and threshold are tensors that broadcast over a frame, their gradients go into ``grad_values`` (2, N);
+    there is no mask then.
     """
     if not isinstance(threshold, Tensor) and not isinstance(decay, Tensor):
         blocks.lif_backward(
@@ -149,20 +140,13 @@ def lif_backward(
         return
     dtype = state_dtype(grad.dtype)
     num_steps = grad.shape[0]
-    steps = []  # (surrogate derivative, fired, u, unused where bits stand for it) of each step
-    if mask.numel():
-        bits = torch.empty_like(grad[0], dtype=torch.int64)
-        in_memory_order(bits).copy_(mask)
-        for t in range(num_steps):
-            code = bits >> (2 * t)
-            steps.append(((code & 2).to(dtype) / (4.0 * width), (code & 1).bool(), code))
-    else:
-        v = torch.zeros_like(x[0], dtype=dtype) if state is None else state
-        for current in x:
-            u = decay * v + current
-            fired = u > threshold
-            steps.append((surrogate_derivative(u - threshold, SURROGATES[surrogate], width), fired, u))
-            v = u - threshold * fired.to(u.dtype) if soft_reset else u.masked_fill(fired, 0.0)
+    steps = []  # (surrogate derivative, fired, u) of each step
+    v = torch.zeros_like(x[0], dtype=dtype) if state is None else state
+    for current in x:
+        u = decay * v + current
+        fired = u > threshold
+        steps.append((surrogate_derivative(u - threshold, SURROGATES[surrogate], width), fired, u))
+        v = u - threshold * fired.to(u.dtype) if soft_reset else u.masked_fill(fired, 0.0)
     gv = torch.zeros_like(grad[0], dtype=dtype) if grad_last is None else grad_last
     at_values = None if grad_values is None else [torch.zeros_like(gv) for _ in grad_values]
     for t in reversed(range(num_steps)):
