@@ -201,6 +201,16 @@ def test_integer_lif(backend, dtype, shape, layout, device, poisoned) -> None:
     assert torch.equal(op(x, shape[0], IMAGENET), spikes)
 
 
+def test_a_reference_compiles_to_one_graph_with_its_gradient(device) -> None:
+    torch._dynamo.reset()
+    x = torch.randn(3, 4, device=device, requires_grad=True)
+    op = gac_kernels.lif_reference
+    values = [compiled(x) for compiled in (op, torch.compile(op, backend="aot_eager", fullgraph=True))]
+    torch._dynamo.reset()
+    assert torch.equal(*values)
+    assert torch.equal(*[torch.autograd.grad(spikes.sum(), x)[0] for spikes in values])
+
+
 @pytest.mark.parametrize(("residual", "shortcut_stride"), [(False, 0), (True, 0), (True, 1), (True, 2)])
 def test_conv_lif(dtype, residual, shortcut_stride, layout, device, poisoned) -> None:
     """Of a 16-bit current that is rounded on the way, a spike in a hundred may differ."""

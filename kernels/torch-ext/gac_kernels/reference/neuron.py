@@ -36,7 +36,7 @@ def smooth_step(d: Tensor, surrogate: str, width: float) -> Tensor:
 
 
 class _Step(torch.autograd.Function):
-    """Heaviside step, strict, with a surrogate derivative: of any order, in both modes and under `torch.func`."""
+    """Heaviside step, strict, with a surrogate derivative of any order, also under `torch.func`."""
 
     generate_vmap_rule = True
 
@@ -48,12 +48,20 @@ class _Step(torch.autograd.Function):
     def setup_context(ctx, inputs: tuple[Tensor, str, float], output: Tensor) -> None:
         d, ctx.surrogate, ctx.width = inputs
         ctx.save_for_backward(d)
-        ctx.save_for_forward(d)
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
         (d,) = ctx.saved_tensors
         return grad * surrogate_derivative(d, ctx.surrogate, ctx.width), None, None
+
+
+class _StepBothModes(_Step):
+    """`_Step` with forward mode, for which `torch.compile` refuses a function."""
+
+    @staticmethod
+    def setup_context(ctx, inputs: tuple[Tensor, str, float], output: Tensor) -> None:
+        _Step.setup_context(ctx, inputs, output)
+        ctx.save_for_forward(inputs[0])
 
     @staticmethod
     def jvp(ctx, tangent: Tensor, *_: None) -> Tensor:
@@ -106,11 +114,12 @@ def lif_reference(
     v = torch.zeros_like(x[0], dtype=state_dtype(x.dtype)) if state is None else state.to(state_dtype(x.dtype))
     kept = of_channels(spec.decay if decay is None else decay, v)
     level = of_channels(spec.threshold if threshold is None else threshold, v)
+    step = _Step if torch.compiler.is_compiling() else _StepBothModes
     spikes = []
     for current in x:
         u = kept * v + current.to(v.dtype)
         d = u - level
-        s = smooth_step(d, spec.surrogate, spec.width) if smooth else _Step.apply(d, spec.surrogate, spec.width)
+        s = smooth_step(d, spec.surrogate, spec.width) if smooth else step.apply(d, spec.surrogate, spec.width)
         r = s.detach() if spec.detach_reset else s
         v = u - level * r if spec.soft_reset else (1.0 - r) * u
         spikes.append(s.to(x.dtype))
