@@ -106,6 +106,17 @@ def test_weights_with_and_without_load_into_each_other(neuron: str, caplog: pyte
     of_channels = timm.create_model("test_gac_msresnet", num_classes=10, neuron="plif_channel")
     of_channels.load_state_dict(learning.state_dict())
     assert torch.equal(of_channels.eval()(images()), learning(images()))
+    of_channels.load_state_dict(learning.state_dict(), assign=True)
+    for parameter in of_channels.parameters():
+        parameter.data.add_(1.0)  # an optimiser can write each of them
+
+
+def test_gradients_keep_the_dtype_of_what_is_learned() -> None:
+    layer = LIF(learnable="layer")
+    layer(torch.randn(3, 2, 4)).sum().backward()
+    parameters = list(layer.half().parameters())
+    assert [p.dtype for p in parameters] == [p.grad.dtype for p in parameters if p.grad is not None]
+    assert parameters[0].dtype == torch.float32
 
 
 @pytest.mark.parametrize("neuron", KINDS)

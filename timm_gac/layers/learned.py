@@ -105,13 +105,15 @@ class LearnedValues(nn.Module):
             changed = self._parameters[name]
             if changed is not None and changed.dtype.itemsize < 4:
                 changed.data = value.to(changed.device)
+                if changed.grad is not None:
+                    changed.grad = changed.grad.to(value.dtype)
         return self
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         for name, parameter in self._parameters.items():
             given = state_dict.get(prefix + name)
             if isinstance(given, Tensor) and parameter is not None and given.shape == (1,):
-                state_dict[prefix + name] = given.expand(parameter.shape)  # of a layer, into one a channel
+                state_dict[prefix + name] = given.repeat(len(parameter))  # of a layer, into one a channel
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def extra_repr(self) -> str:

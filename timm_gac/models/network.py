@@ -76,6 +76,7 @@ class SpikingResNet(TimmNetwork):
     """
 
     inference_only = False  # set where batch norms are folded away
+    int8_convs = False  # see set_int8_convs
     num_steps = fixed_num_steps()
     spec: Any = SetOnce("create the network with this spec; its neurons have specs of their own")
     # Set by name in the constructor.
@@ -206,7 +207,6 @@ class SpikingResNet(TimmNetwork):
         self.head_hidden_size = width * self.global_pool.feat_mult()
         if scaled_init:
             self.init_weights()
-        self.int8_convs = False
         if int8_convs:
             self.set_int8_convs()
 
