@@ -253,3 +253,15 @@ def test_functions_refuse_files_that_are_there_and_other_dtypes(tmp_path: Path, 
     model.pretrained_cfg = {}
     with pytest.raises(ValueError, match="give images"):
         write_program(model, tmp_path / "b")
+
+
+def test_a_network_is_as_before_and_in_its_own_channels(tmp_path: Path) -> None:
+    model = timm.create_model("test_gac_msresnet", num_classes=7, num_steps=2, in_chans=1).eval()
+    assert write_program(model, tmp_path / "a.pt2").largest_difference == 0  # noise of one channel
+    norm = copy.deepcopy(model).layer1[0].bn1.norm  # a copy fails where tracing left fake tensors in it
+    assert type(norm.running_mean) is Tensor
+    assert model.layer1[0].bn1.norm.weight is model.layer1[0].bn1.weight
+    model.set_int8_convs()
+    with pytest.raises(ValueError, match=r"fold a copy with timm_gac\.fuse_for_inference"):
+        write_program(model, tmp_path / "b.pt2")
+    assert write_program(fuse_for_inference(model), tmp_path / "b.pt2").largest_difference == 0

@@ -205,7 +205,7 @@ def uneven(**values: list[float]) -> nir.LIF:
         (chain(lif(v_leak=0.1)), "expected v_leak = 0 in 'lif', got 0.1"),
         (chain(lif(tau=5e-5)), r"expected a time constant of at least dt = 0.0001 in 'lif', got 5e-05: give the dt"),
         (chain(lif(r=-2.0)), "expected a resistance above 0 in 'lif', got an input factor of -1"),
-        (chain(lif(v_threshold=0.0)), "expected a finite threshold > 0, got 0.0"),
+        (chain(lif(v_threshold=0.0)), "got 'lif': expected a finite threshold > 0, got 0.0"),
         (chain(cuba(tau_syn=1e-3)), "expected tau_syn = dt = 0.0001 in 'cubalif'"),
         (chain(nir.LI(tau=np.ones(4), r=np.ones(4), v_leak=np.zeros(4))), "got 'li' of kind LI: it does not run here"),
         (chain(nir.Delay(delay=np.ones(4))), "expected nodes out of Affine, AvgPool2d, .*, got 'delay' of kind Delay"),
@@ -220,6 +220,18 @@ def uneven(**values: list[float]) -> nir.LIF:
 def test_what_does_not_run_is_refused_by_name(graph: nir.NIRNode, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         read_nir(graph)
+
+
+def test_sums_of_two_shapes_are_refused_and_dtypes_made_one() -> None:
+    wide = nir.Affine(array(4, 4).astype(np.float32), np.zeros(4))  # a bias in float64, as other writers leave it
+    network = read_nir(graph_of("in>wide in>narrow wide>out", **{"in": IN}, wide=wide, narrow=nir.Linear(array(1, 4))))
+    assert network(torch.zeros(2, 3, 4)).dtype == torch.float32
+    edges = "in>wide in>narrow wide>out narrow>out"
+    network = read_nir(graph_of(edges, **{"in": IN}, wide=wide, narrow=nir.Linear(array(1, 4))))
+    with pytest.raises(ValueError, match=r"one shape from all edges into 'out', got \((1|4),\) and \((1|4),\)"):
+        network(torch.zeros(2, 3, 4))
+    with pytest.raises(ValueError, match="expected dt > 0, got 'soon'"):
+        read_nir(graph_of("in>wide wide>out", **{"in": IN}, wide=wide), dt="soon")  # type: ignore[arg-type]
 
 
 def test_files_that_are_none(tmp_path: Path) -> None:

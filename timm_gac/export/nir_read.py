@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
@@ -49,10 +50,16 @@ class NIRNetwork(nn.Module):
                 self._plan.insert(0, (name, self._add(name, graph, dt), sources[name], last))
 
     def _add(self, name: str, graph: Any, dt: float) -> str:
-        child = name.replace(".", "_")
+        child = name.replace(".", "_") or "_"
         while hasattr(self, child):
             child += "_"
-        self.add_module(child, _layer(name, graph, dt))
+        try:
+            layer = _layer(name, graph, dt)
+        except ValueError as error:  # of a spec or a layer, which know no names
+            if repr(name) in str(error):
+                raise
+            raise ValueError(f"expected a node that runs here, got {name!r}: {error}") from error
+        self.add_module(child, layer)
         return child
 
     def forward(self, x: Tensor) -> Tensor:
@@ -66,6 +73,9 @@ class NIRNetwork(nn.Module):
             layer = getattr(self, child)
             total = values[sources[0]]
             for source in sources[1:]:
+                if values[source].shape != total.shape:
+                    shapes = f"{tuple(total.shape[1:])} and {tuple(values[source].shape[1:])}"
+                    raise ValueError(f"expected one shape from all edges into {name!r}, got {shapes}: mend the graph")
                 total = total + values[source]
             for source in last:
                 del values[source]
@@ -90,7 +100,7 @@ def read_nir(source: str | Path | Any, dt: float | None = None) -> NIRNetwork:
             1e-4 seconds as in snnTorch and SpikingJelly; of frameworks that count time in steps, such as sinabs, 1.0.
 
     Returns:
-        The network, with weights that can be trained.
+        The network, with weights that can be trained: in float64 if all of the file's are, else in float32.
 
     Raises:
         ValueError: The file is no NIR, or has a node that does not run here, a cycle, or neurons that differ within a
@@ -106,11 +116,17 @@ def read_nir(source: str | Path | Any, dt: float | None = None) -> NIRNetwork:
     graph = source if isinstance(source, nir.NIRNode) else _read(Path(source))
     if not isinstance(graph, nir.NIRGraph):
         raise ValueError(f"expected a graph, got a {type(graph).__name__}: wrap it with nir.NIRGraph.from_list")
-    if dt is None:
-        dt = float(graph.metadata.get("dt", DT))
-    if not dt > 0.0:
+    dt = graph.metadata.get("dt", DT) if dt is None else dt
+    try:
+        step = float(dt)
+    except (TypeError, ValueError):
+        step = math.nan
+    if not 0.0 < step < math.inf:
         raise ValueError(f"expected dt > 0, got {dt!r}: give the length of a time step, such as {DT}")
-    return NIRNetwork(graph, dt)
+    network = NIRNetwork(graph, step)
+    if any(parameter.dtype != torch.float64 for parameter in network.parameters()):
+        network.float()
+    return network
 
 
 def _read(path: Path) -> Any:

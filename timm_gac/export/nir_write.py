@@ -27,7 +27,7 @@ from ..runtime.files import write_bytes
 from ..runtime.modes import eval_mode
 from .nir_check import NIRReport, compare
 from .nir_neuron import DT, neuron_node
-from .report import check_new
+from .report import check_new, with_channels
 
 
 @torch.no_grad()
@@ -148,8 +148,8 @@ def _check(name: str, module: nn.Module, forwards: Forwards) -> None:
 def _input_size(model: Any, given: tuple[int, int, int] | None, images: Tensor | None) -> tuple[int, int, int]:
     size: Any = given
     if size is None:
-        cfg = getattr(model, "pretrained_cfg", {})
-        size = cfg.get("input_size") if images is None else tuple(images.shape[-3:])
+        size = getattr(model, "pretrained_cfg", {}).get("input_size") if images is None else tuple(images.shape[-3:])
+        size = with_channels(model, size) if images is None and size else size
     if size is None or len(size) != 3 or size[0] != model.in_chans or min(size) < 1:
         raise ValueError(f"expected input_size as ({model.in_chans}, H, W), got {size}: give that of the images")
     if images is not None and tuple(images.shape[-3:]) != tuple(size):

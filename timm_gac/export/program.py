@@ -56,6 +56,12 @@ def export_program(
     """
     if batch_size is not None and batch_size < 1:
         raise ValueError(f"expected batch_size >= 1, got {batch_size}: give None for any")
+    if plain and getattr(model, "int8_convs", False) and not getattr(model, "inference_only", False):
+        raise ValueError(
+            "expected a network with int8_convs folded or quantised, got one that trains in 8 bits: fold a copy with "
+            "timm_gac.fuse_for_inference, whose answers are the same up to rounding, or call timm_gac.quantize (on the "
+            "command line leave out --no-fold)"
+        )
     shapes = ({0: Dim("batch", min=1)},) if batch_size is None else None
     with eval_mode(model):
         network = PerStep(model).eval() if per_step else model

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -65,12 +65,17 @@ def example_images(model: Any, images: Tensor | None, frames: bool) -> Tensor:
         size = (getattr(model, "pretrained_cfg", None) or {}).get("input_size")
         if size is None:
             raise ValueError("expected a network with a pretrained_cfg, got one without an input size: give images")
-        shape = (_NOISE, *((model.num_steps,) if frames else ()), *size)
+        shape = (_NOISE, *((model.num_steps,) if frames else ()), *with_channels(model, size))
         images = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     if not len(images):
         raise ValueError("expected at least 1 image, got none: give some, or None for noise")
     weight = next(model.parameters())
     return images.to(weight.device, weight.dtype)
+
+
+def with_channels(model: Any, size: Sequence[int]) -> tuple[int, ...]:
+    """An input size ``(C, H, W)`` with the network's channels: ``create_model(in_chans=1)`` leaves the cfg's at 3."""
+    return (getattr(model, "in_chans", size[0]), *size[1:])
 
 
 def cycled(images: Tensor, count: int) -> Tensor:
@@ -114,5 +119,7 @@ def description(model: Any, label_names: tuple[str, ...]) -> dict[str, Any]:
 
     cfg = getattr(model, "pretrained_cfg", None) or {}
     known = {name: cfg[name] for name in ("architecture", "input_size", "mean", "std") if cfg.get(name) is not None}
+    if "input_size" in known:
+        known["input_size"] = with_channels(model, known["input_size"])
     labels = {"label_names": list(label_names)} if label_names else {}
     return {"producer": f"timm_gac {__version__}", "num_steps": model.num_steps, **known, **labels}

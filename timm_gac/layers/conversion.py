@@ -171,7 +171,8 @@ def _surrogate(found: Any, table: dict[str, tuple[str, str, float]], name: str) 
         raise _refuse(f"a surrogate out of {', '.join(table)}", name, "others have no counterpart")
     own, parameter, product = table[name]
     value = getattr(found, parameter)
-    return own, product / float(value.detach() if isinstance(value, Tensor) else value)
+    number = float(value.detach() if isinstance(value, Tensor) else value)
+    return own, product / number if number else math.inf  # which a LIFSpec refuses
 
 
 def _next(value: float, towards: float) -> float:

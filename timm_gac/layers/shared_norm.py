@@ -23,19 +23,35 @@ _SIZES = ("num_features", "affine", "track_running_stats")  # they describe the 
 _OWN = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set", "_shared")
 
 
-class _SharedTensors(nn.Module):
-    """Tensors of another module under the names of a batch norm: ``_shared`` holds its parameters and its buffers."""
+class _Tensors:
+    """Parameters and buffers of a module, the dictionaries themselves.
 
-    _shared: tuple[dict[str, Any], dict[str, Any]]
+    `torch.export` puts copies in the place of tuples and dictionaries that it finds in a module, with fake tensors in
+    them; in an object of this class it does not look.
+    """
+
+    def __init__(self, parameters: dict[str, Any], buffers: dict[str, Any]) -> None:
+        self.parameters = parameters
+        self.buffers = buffers
+
+    def of(self, name: str) -> dict[str, Any]:
+        """The dictionary that a tensor of this name is in."""
+        return self.buffers if name in _BUFFERS else self.parameters
+
+
+class _SharedTensors(nn.Module):
+    """Tensors of another module under the names of a batch norm."""
+
+    _shared: _Tensors
 
     def __getattr__(self, name: str) -> Any:
         if name in _PARAMETERS or name in _BUFFERS:
-            return self.__dict__["_shared"][name in _BUFFERS].get(name)
+            return self.__dict__["_shared"].of(name).get(name)
         return super().__getattr__(name)
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in _PARAMETERS or name in _BUFFERS:
-            self.__dict__["_shared"][name in _BUFFERS][name] = value
+            self.__dict__["_shared"].of(name)[name] = value
         else:
             super().__setattr__(name, value)
 
@@ -44,7 +60,7 @@ class _SharedTensors(nn.Module):
 
         `named_parameters` and ``recurse=False`` give none: walks over all modules count them where they belong.
         """
-        return iter([tensor for tensor in self._shared[0].values() if tensor is not None] if recurse else [])
+        return iter([tensor for tensor in self._shared.parameters.values() if tensor is not None] if recurse else [])
 
     def _load_from_state_dict(self, *args: Any) -> None:
         nn.Module._load_from_state_dict(self, *args)  # a batch norm's would add its own counter of batches
@@ -87,7 +103,7 @@ def share_norm(
     Raises:
         ValueError: The norm splits its batch into parts.
     """
-    if isinstance(norm, _SharedTensors) and norm._shared[0] is parameters:
+    if isinstance(norm, _SharedTensors) and norm._shared.parameters is parameters:
         return norm
     if isinstance(norm, SplitBatchNorm2d):
         raise ValueError(
@@ -112,7 +128,7 @@ def share_norm(
     state = {name: value for name, value in vars(norm).items() if name not in _OWN}
     fixed = (*_SIZES, "momentum") if frozen or thawed else _SIZES
     vars(shared).update(state | {name: kept[name] for name in fixed if name in kept})
-    vars(shared)["_shared"] = (parameters, buffers)
+    vars(shared)["_shared"] = _Tensors(parameters, buffers)
     if frozen or thawed:
         shared.requires_grad_(thawed)
     return shared
