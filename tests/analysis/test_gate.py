@@ -60,6 +60,16 @@ def test_a_network_is_left_as_it_was(network: nn.Module) -> None:
     assert not network.training and all(parameter.grad is None for parameter in network.parameters())
 
 
+def test_an_open_gate_and_a_learned_neuron_behind_it() -> None:
+    model = timm.create_model("test_gac_msresnet", num_classes=5, gate="open", neuron="plif").eval()
+    model.lif.learned.set_values(torch.tensor([0.25]), torch.tensor([2.0]))
+    images = torch.randn(4, 3, 12, 12)
+    found = gate_statistics(model, [images])
+    assert found.mean == 1 and found.firing_level == pytest.approx(2 / (1 + 1 / 4 + 1 / 16 + 1 / 64))
+    rows = try_gates(model, [(images, torch.arange(4))], found.mean)
+    assert [row.agree for row in rows if row.gate.startswith(("its mean", "1 "))] == [1, 1]
+
+
 def test_direct_coding_is_refused() -> None:
     model = timm.create_model("msresnet18_cifar", device="meta")
     with pytest.raises(ValueError, match="expected a network with gated attention coding, got DirectCoding"):

@@ -22,6 +22,7 @@ from gac_kernels import LIFSpec
 
 from ..inference.record import record_spikes
 from ..layers.encoder import ConstantScore, GatedAttentionCoding
+from ..layers.learned import learned_values
 from .evaluate import evaluate
 
 QUANTILES = (0.0, 0.001, 0.01, 0.5, 0.99, 0.999, 1.0)
@@ -41,7 +42,7 @@ class GateStatistics:
         shares: Share of its variance that the mean over all other axes explains: over images, steps, channels, pixels.
         temporal: Mean of the temporal score m[t] at each step.
         spatial_std: Standard deviation of the spatial-channel score n.
-        firing_level: See `firing_level`.
+        firing_level: See `firing_level`; of neurons that learned, with the means of their decays and thresholds.
         above_level: Share of gate values above it.
     """
 
@@ -110,7 +111,10 @@ def gate_statistics(model: Any, batches: Iterable[Tensor]) -> GateStatistics:
         ValueError: The network has no gate, or there are no images.
     """
     encoder = _gated(model)
-    level = firing_level(encoder.spec, encoder.num_steps)
+    behind: dict[str, Any] = {
+        name: float(value.mean()) for name, value in learned_values(getattr(model, "lif", None)).items()
+    }
+    level = firing_level(dataclasses.replace(encoder.spec, **behind), encoder.num_steps)
     sums = {name: list[Tensor]() for name in AXES}
     moments = torch.zeros(3, dtype=torch.float64)  # mean, mean square, share above the level
     temporal, spatial, drawn, images = list[Tensor](), torch.zeros(2, dtype=torch.float64), list[Tensor](), 0
@@ -180,7 +184,8 @@ def replaced_gates(mean: float) -> dict[str, Callable[[GatedAttentionCoding], tu
     """
 
     def constant(value: float) -> Callable[[GatedAttentionCoding], tuple[nn.Module, nn.Module]]:
-        return lambda encoder: (ConstantScore(1.0), ConstantScore(math.log(value / (1 - value))))
+        score = math.log(value / (1.0 - value)) if value < 1.0 else 1e4  # whose sigmoid is 1
+        return lambda encoder: (ConstantScore(1.0), ConstantScore(score))
 
     return {
         "as trained": lambda encoder: (encoder.temporal, encoder.spatial),
@@ -188,7 +193,7 @@ def replaced_gates(mean: float) -> dict[str, Callable[[GatedAttentionCoding], tu
         "pixels alike": lambda encoder: (encoder.temporal, _Averaged(encoder.spatial, (2, 3))),
         f"its mean, {mean:.3f}": constant(mean),
         "0.5": constant(0.5),
-        "1 (plain spikes)": lambda encoder: (ConstantScore(1.0), ConstantScore(1e4)),
+        "1 (plain spikes)": constant(1.0),
     }
 
 
