@@ -106,7 +106,7 @@ def read_nir(source: str | Path | Any, dt: float | None = None) -> NIRNetwork:
         ValueError: The file is no NIR, or has a node that does not run here, a cycle, or neurons that differ within a
             layer; the message names the node.
 
-    Example:
+    Examples:
         >>> import timm_gac.export
         >>> network = timm_gac.export.read_nir("network.nir")  # doctest: +SKIP
         >>> outputs = network(currents)  # (T, B, ...)  # doctest: +SKIP

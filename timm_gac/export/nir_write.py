@@ -44,7 +44,7 @@ def graph_input(model: Any, x: Tensor) -> Tensor:
     Returns:
         ``(T, B, C', H', W')``.
 
-    Example:
+    Examples:
         >>> import timm, timm_gac.export, torch
         >>> model = timm.create_model("test_gac_msresnet").eval()
         >>> timm_gac.export.graph_input(model, torch.zeros(2, 3, 32, 32)).shape
@@ -85,7 +85,7 @@ def write_nir(
     Raises:
         ValueError: The network has something that NIR cannot hold, or the file is there already.
 
-    Example:
+    Examples:
         >>> import timm, timm_gac.export
         >>> model = timm.create_model("test_gac_msresnet").eval()
         >>> report = timm_gac.export.write_nir(model, "test.nir")  # doctest: +SKIP

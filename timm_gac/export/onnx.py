@@ -61,7 +61,7 @@ def write_onnx(
         ValueError: The file is there, the network cannot be written, or it has another dtype.
         ModuleNotFoundError: ``pip install "timm-gac[export]"`` was not run.
 
-    Example:
+    Examples:
         >>> import timm, timm_gac.export
         >>> model = timm.create_model("test_gac_msresnet").eval()
         >>> report = timm_gac.export.write_onnx(model, "test.onnx")  # doctest: +SKIP

@@ -127,7 +127,7 @@ def write_program(
     Raises:
         ValueError: The file is there, or the network cannot be written.
 
-    Example:
+    Examples:
         >>> import timm, timm_gac.export
         >>> model = timm.create_model("test_gac_msresnet").eval()
         >>> report = timm_gac.export.write_program(model, "test.pt2")  # doctest: +SKIP
