@@ -177,4 +177,5 @@ def _surrogate(found: Any, table: dict[str, tuple[str, str, float]], name: str) 
 
 def _next(value: float, towards: float) -> float:
     """The float32 number next to ``value``."""
-    return torch.nextafter(torch.tensor(value), torch.tensor(towards)).item()
+    options: dict[str, Any] = dict(dtype=torch.float32, device="cpu")  # whatever the defaults are
+    return torch.nextafter(torch.tensor(value, **options), torch.tensor(towards, **options)).item()
