@@ -183,6 +183,17 @@ def test_batch_stats_are_those_of_batch_norm(backend, shape, dtype, memory_forma
     assert torch.equal(batches, norm.num_batches_tracked)
 
 
+def test_running_statistics_beyond_their_dtype_are_not_taken(backend, device):
+    x = torch.randn(8, 3, 4, 4, device=device)
+    x[:, 1] *= 1e3  # whose variance float16 does not hold
+    x[0, 2] = torch.nan
+    before = torch.full((3,), 4e4, dtype=torch.float16, device=device)  # nor the sum of two of these
+    running = before.clone(), before.clone()
+    batch_stats(x, *running, momentum=0.5)
+    for values in running:
+        assert values.ne(before).tolist() == [True, False, False]
+
+
 def test_strided_inputs_are_brought_into_line(backend, device):
     x = torch.randn(4, 5, 8, 6, device=device)[..., ::2, 1:4]
     residual = torch.randn(4, 1, 4, 1, device=device).expand(4, 5, 4, 3)

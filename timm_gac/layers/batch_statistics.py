@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -11,6 +10,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+
+from gac_kernels.norm.batch_stats import blend_running
 
 
 def uses_batch(norm: nn.Module) -> bool:
@@ -36,22 +37,19 @@ def batch_statistics(norm: Any, x: Tensor, buffers: dict[str, Any]) -> tuple[Ten
 def update_running(buffers: dict[str, Any], mean: Tensor, unbiased_var: Tensor, momentum: float | None) -> None:
     """Bring running statistics up to date, without a host synchronisation where they are cumulative.
 
-    Those of a channel whose new ones are not finite stay as they are.
+    Those of a channel of which one would not be finite stay as they are.
     """
     running_mean, running_var, count = (
         buffers[name] for name in ("running_mean", "running_var", "num_batches_tracked")
     )
     if running_mean is None or running_var is None:
         return
-    if momentum is not None:
-        weight = torch.full_like(mean, momentum)
-    elif count is not None:
-        weight = (1.0 / count.to(mean.dtype)).expand_as(mean)
-    else:
-        return
-    finite = (mean + unbiased_var).abs() < math.inf
-    for running, new in ((running_mean, mean), (running_var, unbiased_var)):
-        running.lerp_(torch.where(finite, new.to(running.dtype), running), weight.to(running.dtype))
+    weight = momentum
+    if weight is None:
+        if count is None:
+            return
+        weight = 1.0 / count.to(mean.dtype)
+    blend_running((running_mean, running_var), (mean, unbiased_var), weight)
 
 
 def call_norm(norm: nn.Module, x: Tensor) -> Tensor:
@@ -66,7 +64,7 @@ def call_norm(norm: nn.Module, x: Tensor) -> Tensor:
     before = [value.clone() for value in running]
     out: Tensor = norm(x)
     with torch.no_grad():
-        finite = (running[0] + running[1]).abs() < math.inf
+        finite = running[0].isfinite() & running[1].isfinite()
         for value, old in zip(running, before, strict=True):
             value.data.copy_(torch.where(finite, value, old))  # the norm keeps it for backward, which does not read it
     return out

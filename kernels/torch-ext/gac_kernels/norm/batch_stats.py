@@ -87,15 +87,16 @@ def _finish_stats_kernel(
     tl.store(mean_ptr + channel, mean, mask=inside)
     tl.store(var_ptr + channel, var, mask=inside)
     if UPDATE:
-        # Statistics that are not finite leave the running ones as they are. A difference is 0 unless one is so.
-        finite = (mean - mean == 0.0) & (var - var == 0.0)
         weight = tl.cast(momentum, tl.float32)
         before = tl.load(running_mean_ptr + channel, mask=inside, other=0.0).to(tl.float32)
-        after = before + weight * (mean - before)
-        tl.store(running_mean_ptr + channel, after.to(running_mean_ptr.dtype.element_ty), mask=inside & finite)
+        running_mean = (before + weight * (mean - before)).to(running_mean_ptr.dtype.element_ty)
         before = tl.load(running_var_ptr + channel, mask=inside, other=0.0).to(tl.float32)
-        after = before + weight * (var * (values / (values - 1.0)) - before)
-        tl.store(running_var_ptr + channel, after.to(running_var_ptr.dtype.element_ty), mask=inside & finite)
+        running_var = before + weight * (var * (values / (values - 1.0)) - before)
+        running_var = running_var.to(running_var_ptr.dtype.element_ty)
+        # Where one would not be finite in its dtype, both stay as they are. A difference is 0 unless one is so.
+        finite = (running_mean - running_mean == 0.0) & (running_var - running_var == 0.0)
+        tl.store(running_mean_ptr + channel, running_mean, mask=inside & finite)
+        tl.store(running_var_ptr + channel, running_var, mask=inside & finite)
 
 
 def _stats_triton(
@@ -154,6 +155,26 @@ def _stats_in_parts(x: Tensor, mean: Tensor, var: Tensor) -> None:
     var.copy_(weights @ (variances + (means - overall).square()))
 
 
+def blend_running(running: tuple[Tensor, Tensor], new: tuple[Tensor, Tensor], weight: float | Tensor) -> None:
+    """Take a batch's mean and unbiased variance into the running ones, (C,) each, in place.
+
+    Where one of a channel's would not be finite in its dtype, both stay as they are. Nothing waits for the host.
+
+    Args:
+        running: Running mean and variance, any floating dtype.
+        new: Those of the batch, float32 or float64.
+        weight: Of the batch, a number or of each channel.
+    """
+    after = []
+    for old, value in zip(running, new, strict=True):
+        wide = torch.promote_types(old.dtype, value.dtype)
+        share = weight.to(wide) if isinstance(weight, Tensor) else weight
+        after.append(torch.lerp(old.to(wide), value.to(wide), share).to(old.dtype))
+    finite = after[0].isfinite() & after[1].isfinite()
+    for old, value in zip(running, after, strict=True):
+        old.copy_(torch.where(finite, value, old))
+
+
 def _stats_eager(
     x: Tensor,
     mean: Tensor,
@@ -171,10 +192,7 @@ def _stats_eager(
         mean.copy_(batch_mean)
         var.copy_(batch_var)
     if running_mean is not None and running_var is not None:
-        # Statistics that are not finite leave the running ones as they are.
-        finite = (mean + var).abs() < math.inf
-        for running, new in ((running_mean, mean), (running_var, var * (count / (count - 1)))):
-            running.lerp_(torch.where(finite, new.to(running.dtype), running), momentum)
+        blend_running((running_mean, running_var), (mean, var * (count / (count - 1))), momentum)
     if num_batches is not None:
         num_batches.add_(1)
 
@@ -257,7 +275,7 @@ def batch_stats(
         momentum: Weight of this batch in the running statistics.
         num_batches: One int64 value, counted up by 1 where given.
 
-    Running statistics of a channel whose mean or variance is not finite stay as they are.
+    Running statistics of a channel of which one would not be finite stay as they are.
 
     Returns:
         Mean (C,) and variance (C,), float32 (float64 for float64).
