@@ -123,7 +123,7 @@ def _write_shards(name: str, folder: Path, out: Path, console: Console) -> None:
 
     from ..data.arrays import save_arrays
     from ..data.labels import known_label_names
-    from ..data.pictures import join_names, plain
+    from ..data.pictures import join_names
     from ..data.shards import TRAIN_PER_CLASS, read_shards
 
     found = read_shards(folder, TRAIN_PER_CLASS[name])

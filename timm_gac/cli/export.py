@@ -102,10 +102,10 @@ def run_export(model: str, out: Path, config: ExportConfig, console: Any = None)
     suffix = _check(out, config)
     import torch
 
-    from ..data.pictures import plain
     from ..export.report import example_images
     from ..hub import open_network
     from ..runtime.device import resolve_device
+    from ..runtime.terminal import plain
 
     device = resolve_device(config.device) if suffix == ".pt2" else "cpu"
     opened = open_network(model, config.num_steps, config.seed, device)
