@@ -13,7 +13,7 @@ import timm
 import torch
 from torch import Tensor
 
-from timm_gac.hub import convert_checkpoint, infer_model, read_checkpoint
+from timm_gac.hub import convert_checkpoint, infer_model, read_checkpoint, save_model_folder
 from timm_gac.models.published import NETWORKS, PublishedNet
 
 
@@ -211,3 +211,8 @@ def test_names_tell_the_model(base: str) -> None:
     for name in (base, f"gac_{base}"):
         with torch.device("meta"):
             assert infer_model(PublishedNet(name).state_dict()) == name
+
+
+def test_all_who_may_read_the_config_may_read_the_weights(tmp_path: Path) -> None:
+    folder = save_model_folder(timm.create_model("test_gac_msresnet"), tmp_path / "model")
+    assert (folder / "model.safetensors").stat().st_mode == (folder / "config.json").stat().st_mode

@@ -88,6 +88,8 @@ def save_model_folder(
         scheme = getattr(model, "quantization", None)
         write_config(config_file, config | ({"quantization": scheme} if scheme else {}))
         check_config(json.loads(config_file.read_bytes()))
+        # safetensors makes files that their owner alone can read.
+        Path(scratch, WEIGHTS).chmod(config_file.stat().st_mode)
         out.mkdir(exist_ok=True)
         for name in (WEIGHTS, CONFIG):
             Path(scratch, name).replace(out / name)
