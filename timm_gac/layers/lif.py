@@ -77,7 +77,7 @@ class LIF(nn.Module):
         Raises:
             ValueError: Something of it does not map; the message names it.
         """
-        return cls._converted(conversion.from_spikingjelly(node))
+        return cls._converted(conversion.from_spikingjelly(node), node)
 
     @classmethod
     def from_snntorch(cls, cell: nn.Module) -> LIF:
@@ -88,7 +88,7 @@ class LIF(nn.Module):
         Raises:
             ValueError: Something of it does not map; the message names it.
         """
-        return cls._converted(conversion.from_snntorch(cell))
+        return cls._converted(conversion.from_snntorch(cell), cell)
 
     def to_spikingjelly(self) -> Any:
         """SpikingJelly's ``LIFNode`` (``IFNode`` for a decay of 1) in multi-step mode, with the same spikes.
@@ -109,9 +109,11 @@ class LIF(nn.Module):
         return conversion.to_spikingjelly(spec)
 
     @classmethod
-    def _converted(cls, neuron: conversion.Converted) -> LIF:
+    def _converted(cls, neuron: conversion.Converted, source: nn.Module) -> LIF:
         spec, learns_decay, learns_threshold = neuron
-        layer = cls(spec, learnable="layer" if learns_decay or learns_threshold else None)
+        learnable = "layer" if learns_decay or learns_threshold else None
+        devices = [parameter.device for parameter in source.parameters()]  # there are some where it learns
+        layer = cls(spec, learnable=learnable, device=devices[0] if devices else None)
         if layer.learned is not None:
             layer.learned.decay_logit.requires_grad_(learns_decay)
             layer.learned.threshold_raw.requires_grad_(learns_threshold)
