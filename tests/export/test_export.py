@@ -253,6 +253,14 @@ def test_functions_refuse_files_that_are_there_and_other_dtypes(tmp_path: Path, 
     model.pretrained_cfg = {}
     with pytest.raises(ValueError, match="give images"):
         write_program(model, tmp_path / "b")
+    for write in (write_onnx, write_program, timm_gac.export.write_nir):
+        with pytest.raises(ValueError, match="at least 1 image"):
+            write(network(), tmp_path / "b", images=images(0))
+        with pytest.raises(ValueError, match=r"expected images \(B, 3, H, W\) .* got \(2, 1, 16, 16\)"):
+            write(network(), tmp_path / "b", images=images(2)[:, :1])
+        with pytest.raises(ValueError, match="expected a spiking network of this package, got Linear"):
+            write(nn.Linear(3, 3), tmp_path / "b")
+    assert not (tmp_path / "b").exists()
 
 
 def test_a_network_is_as_before_and_in_its_own_channels(tmp_path: Path) -> None:

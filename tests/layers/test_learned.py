@@ -165,7 +165,7 @@ def test_integers(name: str, sizes: dict, tmp_path, caplog: pytest.LogCaptureFix
         back = dequantize(quantised)
         assert back.layer1[0].bn2.lif.learned.decay.item() == quantised.layer1[0].conv2.spec.decay
     if not sizes:
-        with pytest.raises(ValueError, match="one learned decay and threshold a layer, got one a channel as lif"):
+        with pytest.raises(ValueError, match="one learned decay and threshold a layer, got one a channel in lif"):
             timm_gac.quantize(network("plif_channel"))
 
 

@@ -41,7 +41,7 @@ def gain(
     Example: timm-gac gain gac0.npz gac1.npz gac2.npz --against direct0.npz direct1.npz direct2.npz
 
     Args:
-        files: Of `timm-gac eval --answers`, one a run.
+        files: Files that `timm-gac eval --answers` wrote, one a run.
         config: With what, and how.
     """
     import numpy as np
@@ -76,10 +76,12 @@ def read_answers(file: Path) -> tuple[Any, Any]:
     Raises:
         ValueError: It is no such file.
     """
+    import zipfile
+
     import numpy as np
 
     try:
         with np.load(file, allow_pickle=False) as content:
             return content["labels"], content["answers"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as error:
         raise ValueError(f"expected a file of `timm-gac eval --answers`, got {str(file)!r}: {error}") from error

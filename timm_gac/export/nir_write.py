@@ -27,7 +27,7 @@ from ..runtime.files import write_bytes
 from ..runtime.modes import eval_mode
 from .nir_check import NIRReport, compare
 from .nir_neuron import DT, neuron_node
-from .report import check_new, with_channels
+from .report import check_images, check_new, with_channels
 
 
 @torch.no_grad()
@@ -95,6 +95,8 @@ def write_nir(
     path = Path(path)
     check_new(path, overwrite)
     folded = _folded(model)
+    if images is not None:
+        check_images(folded, images)
     size = _input_size(folded, input_size, images)
     graph = _graph(folded, size, label_names)
     content = io.BytesIO()

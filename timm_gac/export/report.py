@@ -59,18 +59,36 @@ def example_images(model: Any, images: Tensor | None, frames: bool) -> Tensor:
         frames: Whether noise is to be event frames.
 
     Raises:
-        ValueError: There are no images, and the network does not say their size.
+        ValueError: It is no network of this package, the images have other channels, or there are none and the network
+            does not say their size.
     """
+    if not hasattr(model, "num_steps"):
+        raise ValueError(f"expected a spiking network of this package, got {type(model).__name__}: see timm-gac models")
     if images is None:
         size = (getattr(model, "pretrained_cfg", None) or {}).get("input_size")
         if size is None:
             raise ValueError("expected a network with a pretrained_cfg, got one without an input size: give images")
         shape = (_NOISE, *((model.num_steps,) if frames else ()), *with_channels(model, size))
         images = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-    if not len(images):
-        raise ValueError("expected at least 1 image, got none: give some, or None for noise")
+    check_images(model, images)
     weight = next(model.parameters())
     return images.to(weight.device, weight.dtype)
+
+
+def check_images(model: Any, images: Tensor) -> None:
+    """Refuse images that a network does not take, or none.
+
+    Raises:
+        ValueError: There are none, or they have another number of axes or channels.
+    """
+    if not len(images):
+        raise ValueError("expected at least 1 image, got none: give some, or None for noise")
+    channels = getattr(model, "in_chans", None)
+    if images.ndim not in (4, 5) or channels not in (None, images.shape[-3]):
+        raise ValueError(
+            f"expected images (B, {channels}, H, W) or frames (B, T, {channels}, H, W), got {tuple(images.shape)}: "
+            "give those that the network takes"
+        )
 
 
 def with_channels(model: Any, size: Sequence[int]) -> tuple[int, ...]:

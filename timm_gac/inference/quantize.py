@@ -140,7 +140,7 @@ def _check_parts(model: SpikingResNet) -> None:
             learned = getattr(neuron, "learned", None)
             if learned is not None and learned.decay_logit.numel() != 1:
                 raise ValueError(
-                    f"expected one learned decay and threshold a layer, got one a channel as {neuron_name}: integer "
+                    f"expected one learned decay and threshold a layer, got one a channel in {neuron_name}: integer "
                     "kernels have one, train with neuron='plif' or fold with fuse_for_inference"
                 )
             if type(neuron) is not LIF or neuron.spec != model.spec:
