@@ -47,6 +47,9 @@ def test_runs_that_are_not_paired_are_refused(tmp_path: Path, capsys: pytest.Cap
     assert main(["gain", files["a"], "--against", files["b"]]) == 2
     assert "the same images in every file" in capsys.readouterr().err
     assert main(["gain", files["a"], "--against", files["a"], files["c"]]) == 2
+    (tmp_path / "half.npz").write_bytes((tmp_path / "a.npz").read_bytes()[:100])
+    assert main(["gain", files["a"], "--against", str(tmp_path / "half.npz")]) == 2
+    assert "expected a file of `timm-gac eval --answers`, got" in capsys.readouterr().err
     assert main(["gain", files["a"], "--against", files["c"], "--draws", "100"]) == 0
     shown = capsys.readouterr().out
     assert "mean 100.00%" in shown and "gain     +100.00%" in shown

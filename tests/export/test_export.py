@@ -215,9 +215,10 @@ def other_network(*_: object) -> bytes:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["a.tflite"], "expected OUT to end in .nir, .onnx, .pt2"),
+        (["a.tflite"], "expected OUT to end in .nir or .onnx or .pt2"),
         (["a.onnx", "--compiled"], "expected no --compiled for a .onnx file"),
         (["a.nir", "--batch-size", "2"], "expected no --batch-size for a .nir file"),
+        (["a.nir", "--device", "cuda"], "expected no --device for a .nir file, got 'cuda'"),
         (["a.onnx", "--opset", "9"], "expected an opset from 20 to 23"),
         (["a.pt2", "--data", "digits", "--frames"], "expected --frames without --data"),
     ],

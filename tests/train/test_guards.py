@@ -298,6 +298,13 @@ def test_weights_for_other_channels_are_adapted(recipe, tmp_path, stored, given)
     assert network(torch.zeros(1, given, 16, 16)).isfinite().all()
 
 
+def test_gate_and_neuron_of_initial_weights_stay_and_are_named(recipe, tmp_path, caplog):
+    save_model_folder(timm.create_model("test_gac_msresnet", num_classes=2, gate="spatial", neuron="plif"), tmp_path)
+    network = create_network(replace(recipe, init=f"local-dir:{tmp_path}"), 2, 3)
+    assert network.encoder.learned is not None
+    assert "Kept gate 'spatial'" in caplog.text and "Kept neuron 'plif'" in caplog.text
+
+
 def test_a_recipe_is_shown(capsys):
     assert main(["cifar100_fast", "--epochs", "100", "--show"]) == 0
     said = capsys.readouterr().out.splitlines()

@@ -132,11 +132,15 @@ def _check(out: Path, config: ExportConfig) -> str:
     """The file's suffix, after all checks that need no network."""
     suffix = out.suffix.lower()
     if suffix not in PACKAGES:
-        raise ValueError(f"expected OUT to end in {', '.join(PACKAGES)}, got {str(out)!r}: the suffix says the format")
+        raise ValueError(
+            f"expected OUT to end in {' or '.join(PACKAGES)}, got {str(out)!r}: the suffix says the format"
+        )
     for name in OTHERS[suffix]:
         if getattr(config, name) not in (None, False):
             option = "--" + name.replace("_", "-")
-            raise ValueError(f"expected no {option} for a {suffix} file, got it: see timm-gac export --help")
+            raise ValueError(f"expected no {option} for a {suffix} file, got it: leave it out")
+    if suffix != ".pt2" and config.device not in ("auto", "cpu"):
+        raise ValueError(f"expected no --device for a {suffix} file, got {config.device!r}: it is written on the CPU")
     check_new_files(out.parent, [out.name], config.overwrite, "OUT")
     check_packages(*PACKAGES[suffix])
     return suffix

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 import weakref
 from collections.abc import Iterator
@@ -21,6 +22,8 @@ from ..data.arrays import split_arrays
 from ..data.dataset import read_class_names
 from ..runtime.collectives import share_tensors
 from .recipes import Recipe
+
+_logger = logging.getLogger(__name__)
 
 MIXED_PRECISION = {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}
 EVAL_BATCH = 512
@@ -158,6 +161,11 @@ def create_network(recipe: Recipe, num_classes: int, in_chans: int) -> Any:
     except (RuntimeError, TypeError) as error:
         name = recipe.init or recipe.model
         raise ValueError(f"expected a model of this package, got {name!r} ({error}): see `timm-gac models`") from error
+    if recipe.init is not None and hasattr(network, "model_args"):
+        args = network.model_args()
+        for name in ("gate", "neuron"):
+            if args[name] != getattr(recipe, name):
+                _logger.warning("Kept %s %r, with which the initial weights were trained", name, args[name])
     if recipe.pack_spikes:
         if not hasattr(network, "set_spike_packing"):
             raise ValueError(f"expected a model that packs spikes, got {recipe.model!r}: give --no-pack-spikes")
