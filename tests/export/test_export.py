@@ -248,6 +248,8 @@ def test_functions_refuse_files_that_are_there_and_other_dtypes(tmp_path: Path, 
         with pytest.raises(ValueError, match=r"expected a new file, got .*overwrite=True"):
             write(network(), path)
     assert path.read_text() == "mine"
+    with pytest.raises(ValueError, match="expected a file, got the folder"):
+        write_program(network(), tmp_path, overwrite=True)
     with pytest.raises(ValueError, match=r"float32 or float64, got torch.float16"):
         write_onnx(network().half(), tmp_path / "b")
     model = network()

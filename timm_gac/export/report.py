@@ -44,8 +44,10 @@ def check_new(path: Path, overwrite: bool) -> None:
     """Refuse to replace a file unasked.
 
     Raises:
-        ValueError: The file is there and ``overwrite`` is not set.
+        ValueError: The file is there and ``overwrite`` is not set, or it is a folder.
     """
+    if path.is_dir():
+        raise ValueError(f"expected a file, got the folder {str(path)!r}: name a file in it")
     if path.exists() and not overwrite:
         raise ValueError(f"expected a new file, got {str(path)!r}, which is there: choose another, or overwrite=True")
 
