@@ -38,6 +38,7 @@ USER_EXTRAS = ("train", "demo", "bench", "spikingjelly", "export")
 # Declared for the user without an import in this package, and why.
 UNIMPORTED = {
     "tensorboard": "accelerate logs to it",
+    "onnx": "torch.onnx imports it",
     "onnxscript": "torch.onnx imports it",
     "loguru": "spikingjelly imports it without declaring it",
     "scienceplots": "spikingjelly imports it without declaring it",
