@@ -30,6 +30,7 @@ if TYPE_CHECKING or not _waits:
     from .layers.lif import LIF
     from .layers.neuron import BatchNormLIF
     from .layers.weight_decay import parameter_groups
+    from .runtime.graphed import graphed, ungraphed
     from .runtime.graphs import GraphedStep
 
 if not TYPE_CHECKING:
@@ -54,7 +55,9 @@ __all__ = [
     "LIFSpec",
     "__version__",
     "fuse_for_inference",
+    "graphed",
     "parameter_groups",
     "quantize",
+    "ungraphed",
     "use_backend",
 ]

@@ -37,6 +37,11 @@ def overlap_weight_gradients() -> Iterator[None]:
         _OVERLAP.reset(token)
 
 
+def overlap_requested() -> bool:
+    """Whether this runs within `overlap_weight_gradients`."""
+    return _OVERLAP.get()
+
+
 class PendingGradients:
     """Weight gradients of one forward pass, each on its way on the second stream.
 
