@@ -49,10 +49,12 @@ def launch(request, monkeypatch, filled):
     monkeypatch.setattr(tuning, "_device_configs", lambda _: {})
     monkeypatch.setitem(tuning.DEFAULTS, "spike_conv_hopper", request.param)
     if "APART" in request.param:  # as with a Triton that refuses what the other launches do
-        compiled = hopper_conv._failure
-        monkeypatch.setattr(hopper_conv, "_failure", lambda device, plan: plan.shared or compiled(device, plan))
+        refused = (torch.device("cuda", torch.cuda.current_device()), hopper_conv.PAIR_SHARED)
+        monkeypatch.setitem(hopper_conv._refusals, refused, "for this test")
     tuning.shape_config.cache_clear()
+    refusals = dict(hopper_conv._refusals)
     yield request.param
+    assert hopper_conv._refusals == refusals
     tuning.shape_config.cache_clear()
 
 
@@ -279,17 +281,57 @@ def test_says_why_it_stays_away():
     assert isinstance(reason, str) and ("compute capability 9.0" in reason or "Gluon" in reason)
 
 
-def test_a_compiler_that_refuses_is_logged_once(monkeypatch, caplog, device):
-    def refuse(**_):
-        raise RuntimeError("no such layout\nand more")
+def call_of(device):
+    """A call as `run` takes it, on tensors that no kernel touches."""
+    spikes = torch.zeros(2, 32, 8, 8, dtype=torch.int8, device=device)
+    return dict(
+        spikes=spikes,
+        weight=spikes,
+        scale=None,
+        bias=spikes,
+        residual=None,
+        shortcut=None,
+        num_steps=1,
+        stride=1,
+        threshold=1.0,
+        decay=0.5,
+        soft_reset=False,
+        shift=0.0,
+        out=spikes,
+        membrane=spikes[:0],
+        config={"COPIES": 2, "STEPS": 1},
+    )
 
-    monkeypatch.setattr(hopper_conv, "launch", refuse)
-    hopper_conv._failure.cache_clear()
+
+@pytest.mark.parametrize(
+    "works", [hopper_conv.PAIR_SHARED, hopper_conv.PAIR, hopper_conv.RING, ""], ids=lambda kernel: kernel or "nothing"
+)
+def test_a_kernel_that_a_compiler_refuses_is_asked_once(works, monkeypatch, caplog, device):
+    """Each time the next kernel takes the call, and the last reason is what is told."""
+    order = [hopper_conv.PAIR_SHARED, hopper_conv.PAIR, hopper_conv.RING]
+    ring = Plan(tile=(8, 1, 8), block_n=32, block_k=32, ring=3, steps=1)
+    pair = ring._replace(copies=2)
+    plans = dict(zip(order, (pair._replace(shared=True), pair, ring), strict=True))
+    asked = []
+
+    def plan(spikes, **_):
+        left = [kernel for kernel in order if (spikes.device, kernel) not in hopper_conv._refusals]
+        return plans[left[0]] if left else hopper_conv._refusals[spikes.device, hopper_conv.RING]
+
+    def launch(plan, **_):
+        asked.append(hopper_conv.kernel_of(plan))
+        if asked[-1] != works:
+            raise RuntimeError("no such layout\nand more")
+
+    monkeypatch.setattr(hopper_conv, "_refusals", {})
+    monkeypatch.setattr(hopper_conv, "plan_call", plan)
+    monkeypatch.setattr(hopper_conv, "launch", launch)
     with caplog.at_level(logging.WARNING, "gac_kernels"):
-        reasons = {hopper_conv._failure(device, hopper_conv.PROBES[0]) for _ in range(2)}
-    hopper_conv._failure.cache_clear()
-    assert reasons == {"its kernel does not compile with this Triton (RuntimeError: no such layout)"}
-    assert len(caplog.records) == 1
+        reasons = {hopper_conv.run(**call_of(device)) for _ in range(2)}
+    tried = order[: order.index(works) + 1] if works else order
+    assert asked == tried + [works] * bool(works)
+    assert reasons == {"" if works else "its kernel does not compile with this Triton (RuntimeError: no such layout)"}
+    assert len(caplog.records) == len(tried) - bool(works)
 
 
 @pytest.mark.skipif(bool(GLUON_ERROR), reason="this Triton has no Gluon")

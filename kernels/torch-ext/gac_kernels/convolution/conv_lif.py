@@ -8,6 +8,8 @@ other, would leave the GPU idle.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -107,32 +109,26 @@ def _forward(x, weight, bias, residual, num_steps, stride, threshold, decay, sof
         frames = (len(x) // num_steps, shape.out_channels, shape.height, shape.width)
         if config["ONE_PASS"] and one_pass_fills(*frames, num_steps, hopper.multiprocessors(x.device)):
             out, membrane = _outputs(x, weight, stride, keep_membrane)
-            plan = hopper.plan_call(
+            arguments: dict[str, Any] = dict(
                 spikes=x,
-                out=out,
-                residual=residual,
-                shortcut=shortcut,
-                membrane=membrane,
+                weight=weight,
+                scale=None,
+                bias=bias,
                 num_steps=num_steps,
                 stride=stride,
+                threshold=threshold,
+                decay=decay,
+                soft_reset=soft_reset,
+                shift=0.0,
+                out=out,
+                membrane=membrane,
                 config=config,
             )
-            if shortcut is not None and not isinstance(plan, hopper.Plan):
+            refusal = hopper.run(**arguments, residual=residual, shortcut=shortcut)
+            if refusal and shortcut is not None:
                 residual, shortcut = convolve_shortcut(residual, shortcut, size), None
-                plan = hopper.plan_call(
-                    spikes=x,
-                    out=out,
-                    residual=residual,
-                    shortcut=None,
-                    membrane=membrane,
-                    num_steps=num_steps,
-                    stride=stride,
-                    config=config,
-                )
-            if isinstance(plan, hopper.Plan):
-                hopper.launch(
-                    plan, x, weight, None, bias, residual, shortcut, num_steps, stride, *neuron, 0.0, out, membrane
-                )
+                refusal = hopper.run(**arguments, residual=residual, shortcut=None)
+            if not refusal:
                 return out, membrane
     if shortcut is not None:
         residual = convolve_shortcut(residual, shortcut, size)

@@ -7,6 +7,7 @@ a tile of pixels by output channels at all time steps: the membrane potential ne
 from __future__ import annotations
 
 import logging
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -45,48 +46,28 @@ def _forward_triton(
 ) -> None:
     shape = Shape.of(spikes, weight, stride, residual is not None, shortcut is not None)
     config = spike_conv_config("spike_conv_hopper", shape, spikes.device)
-    plan = hopper.plan_call(
+    arguments: dict[str, Any] = dict(
         spikes=spikes,
-        out=out,
-        residual=residual,
-        shortcut=shortcut,
-        membrane=membrane,
+        weight=weight,
+        scale=scale,
+        bias=bias,
         num_steps=num_steps,
         stride=stride,
+        threshold=threshold,
+        decay=decay,
+        soft_reset=soft_reset,
+        shift=shift,
+        out=out,
+        membrane=membrane,
         config=config,
     )
-    if residual is not None and shortcut is not None and not isinstance(plan, hopper.Plan):
-        residual, shortcut = convolve_shortcut(residual, shortcut, tuple(out.shape[2:])), None
-        plan = hopper.plan_call(
-            spikes=spikes,
-            out=out,
-            residual=residual,
-            shortcut=None,
-            membrane=membrane,
-            num_steps=num_steps,
-            stride=stride,
-            config=config,
-        )
-    if isinstance(plan, hopper.Plan):
-        hopper.launch(
-            plan=plan,
-            spikes=spikes,
-            weight=weight,
-            scale=scale,
-            bias=bias,
-            residual=residual,
-            shortcut=shortcut,
-            num_steps=num_steps,
-            stride=stride,
-            threshold=threshold,
-            decay=decay,
-            soft_reset=soft_reset,
-            shift=shift,
-            out=out,
-            membrane=membrane,
-        )
+    refusal = hopper.run(**arguments, residual=residual, shortcut=shortcut)
+    if refusal and residual is not None and shortcut is not None:
+        residual = convolve_shortcut(residual, shortcut, tuple(out.shape[2:]))
+        refusal = hopper.run(**arguments, residual=residual, shortcut=None)
+    if not refusal:
         return
-    _logger.debug("spike_conv of %s runs in plain Triton: %s", shape, plan)
+    _logger.debug("spike_conv of %s runs in plain Triton: %s", shape, refusal)
     channels, height, width = spikes.shape[1:]
     out_channels, out_height, out_width = out.shape[1:]
     config = dict(spike_conv_config("spike_conv", shape, spikes.device))

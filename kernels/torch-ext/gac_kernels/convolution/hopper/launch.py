@@ -10,7 +10,6 @@ version of Triton does not compile them, that is logged and the other implementa
 
 from __future__ import annotations
 
-import functools
 import logging
 from typing import Any
 
@@ -68,8 +67,6 @@ def plan_call(
         or torch.cuda.get_device_capability(spikes.device) != _CAPABILITY
     ):
         return "it is written for compute capability 9.0"
-    if failure := _failure(spikes.device, _ONE_TILE):
-        return failure
     if channels % 32 or out_channels % 32:
         return f"{channels} to {out_channels} channels are not multiples of 32"
     if stride == 2 and (height % 2 or width % 2):
@@ -93,14 +90,16 @@ def plan_call(
     )
     processors = multiprocessors(spikes.device)
     plan = None
-    if config["COPIES"] and not _failure(spikes.device, _TWO_TILES):
-        plan = _fitting(call, config, shared=not _failure(spikes.device, _SHARED))
+    if config["COPIES"] and (spikes.device, PAIR) not in _refusals:
+        plan = _fitting(call, config, shared=(spikes.device, PAIR_SHARED) not in _refusals)
     fills = plan is not None and 2 * plan.programs(*call.frames) > processors
     if shortcut is not None:
         if plan is None or not fills:
             return "only the kernel with two tiles per program takes a shortcut"
         return _refused_shortcut(residual, shortcut, call, plan) or plan
-    return plan if plan is not None and fills else ring_plan(call, processors)
+    if plan is not None and fills:
+        return plan
+    return _refusals.get((spikes.device, RING)) or ring_plan(call, processors)
 
 
 def _fitting(call: Call, config: dict[str, int], shared: bool) -> Plan | None:
@@ -125,60 +124,82 @@ def _refused_shortcut(residual: Tensor | None, shortcut: Tensor, call: Call, pla
     return ""
 
 
-# Small calls on which each kernel is tried before it is used.
-_ONE_TILE, _TWO_TILES = (
-    Plan(
-        tile=(8, 1, 8),
-        block_n=32,
-        block_k=32,
-        ring=2,
-        steps=1,
-    ),
-    Plan(
-        tile=(8, 1, 8),
-        block_n=32,
-        block_k=32,
-        ring=3,
-        steps=1,
-        copies=2,
-    ),
-)
-_SHARED = _TWO_TILES._replace(shared=True)
-PROBES = (_ONE_TILE, _TWO_TILES, _SHARED)
+def run(
+    spikes: Tensor,
+    weight: Tensor,
+    scale: Tensor | None,
+    bias: Tensor,
+    residual: Tensor | None,
+    shortcut: Tensor | None,
+    num_steps: int,
+    stride: int,
+    threshold: float,
+    decay: float,
+    soft_reset: bool,
+    shift: float,
+    out: Tensor,
+    membrane: Tensor,
+    config: dict[str, int],
+) -> str:
+    """Launch the kernel that takes a call, if one does; arguments as of `launch` and `plan_call`.
 
+    A kernel that this version of Triton refuses is not asked again: the next one takes the call.
 
-@functools.cache
-def _failure(device: torch.device, plan: Plan) -> str:
-    """Why this version of Triton does not compile a kernel, empty where it does; tried on one small call."""
-    layout = torch.channels_last
-    spikes = torch.zeros((1, 32, 8, 8), dtype=torch.int8, device=device).contiguous(memory_format=layout)
-    weight = torch.zeros((32, 32, 3, 3), dtype=torch.int8, device=device).contiguous(memory_format=layout)
-    zeros = torch.zeros(32, device=device)
-    try:
-        out = torch.empty_like(spikes)
-        launch(
-            plan=plan,
+    Returns:
+        Why no kernel takes the call; empty where one was launched.
+    """
+    while True:
+        plan = plan_call(
             spikes=spikes,
-            weight=weight,
-            scale=zeros,
-            bias=zeros,
-            residual=None,
-            shortcut=None,
-            num_steps=1,
-            stride=1,
-            threshold=1.0,
-            decay=0.5,
-            soft_reset=False,
-            shift=0.0,
             out=out,
-            membrane=zeros[:0],
+            residual=residual,
+            shortcut=shortcut,
+            membrane=membrane,
+            num_steps=num_steps,
+            stride=stride,
+            config=config,
         )
-    except Exception as error:  # whatever the compiler raises: there is another way to compute the same
-        first = str(error).partition("\n")[0]
-        reason = f"its kernel does not compile with this Triton ({type(error).__name__}: {first})"
-        _logger.warning("spiking convolutions run slower on this GPU than they could: %s", reason)
-        return reason
-    return ""
+        if isinstance(plan, str):
+            return plan
+        try:
+            launch(
+                plan=plan,
+                spikes=spikes,
+                weight=weight,
+                scale=scale,
+                bias=bias,
+                residual=residual,
+                shortcut=shortcut,
+                num_steps=num_steps,
+                stride=stride,
+                threshold=threshold,
+                decay=decay,
+                soft_reset=soft_reset,
+                shift=shift,
+                out=out,
+                membrane=membrane,
+            )
+        except Exception as error:  # whatever the compiler raises: there is another way to compute the same
+            _note_refusal(spikes.device, kernel_of(plan), error)
+        else:
+            return ""
+
+
+RING, PAIR, PAIR_SHARED = "ring", "pair", "pair with rows shared"
+# Of a GPU and a kernel: why it is not used, from the first call for which it did not compile.
+_refusals: dict[tuple[torch.device, str], str] = {}
+
+
+def kernel_of(plan: Plan) -> str:
+    """Which kernel a plan runs: ``ring``, ``pair`` or ``pair with rows shared``."""
+    return (PAIR_SHARED if plan.shared else PAIR) if plan.copies else RING
+
+
+def _note_refusal(device: torch.device, kernel: str, error: Exception) -> None:
+    first = str(error).partition("\n")[0]
+    reason = f"its kernel does not compile with this Triton ({type(error).__name__}: {first})"
+    _refusals[device, kernel] = reason
+    _logger.warning("spiking convolutions run slower on this GPU than they could (%s): %s", kernel, reason)
 
 
 def _descriptor(tensor: Tensor, shape: list[int], strides: list[int], block: list[int]) -> Any:

@@ -16,6 +16,66 @@ from .pair_copy import first_pixel
 
 
 @gluon.jit
+def _multiply_row(
+    first,
+    second,
+    pixels,
+    weights,
+    pixels_ready,
+    pixels_free,
+    weights_ready,
+    weights_free,
+    j,
+    copy,
+    tap,
+    GROUP: gl.constexpr,
+    STRIDE: gl.constexpr,
+    STEPS: gl.constexpr,
+    BM: gl.constexpr,
+    BH: gl.constexpr,
+    BK: gl.constexpr,
+    LINES: gl.constexpr,
+    PIXELS: gl.constexpr,
+    SHARED: gl.constexpr,
+    COPIES: gl.constexpr,
+    RING: gl.constexpr,
+    RESIDENT: gl.constexpr,
+):
+    """Three taps of the window: their products added to the sums; sums, copies and taps that were used."""
+    OPERAND: gl.constexpr = weights.dtype
+    for kh in gl.static_range(3):
+        slot = GROUP * COPIES + copy % COPIES
+        if not SHARED or kh == 0:
+            mbarrier.wait(pixels_ready.index(slot), (copy // COPIES) & 1)
+        weight = tap % RING
+        mbarrier.wait(weights_ready.index(weight), 0 if RESIDENT else (tap // RING) & 1)
+        right = weights.index(weight).permute((1, 0))
+        # Rows lie in order, with stride 2 the odd ones before the even ones.
+        line = slot * STEPS * LINES
+        if SHARED:
+            line += kh if STRIDE == 1 else BH + 1 if kh == 1 else kh // 2
+        left = pixels.index(line)._reinterpret(OPERAND, [BM, BK], PIXELS)
+        first = warpgroup_mma(left, right, first, is_async=True)
+        if STEPS == 2:
+            left = pixels.index(line + LINES)._reinterpret(OPERAND, [BM, BK], PIXELS)
+            second = warpgroup_mma(left, right, second, is_async=True)
+        # What the tap before read may be overwritten once its products are done; none before the first.
+        if STEPS == 2:
+            first, second = warpgroup_mma_wait(2, deps=(first, second))
+        else:
+            first = warpgroup_mma_wait(1, deps=(first,))
+        another = (j > 0) | (kh > 0)
+        if not RESIDENT:
+            mbarrier.arrive(weights_free.index((tap + RING - 1) % RING), pred=another)
+        if not SHARED or kh == 0:
+            mbarrier.arrive(pixels_free.index(GROUP * COPIES + (copy + COPIES - 1) % COPIES), pred=another)
+        tap += 1
+        if not SHARED or kh == 2:
+            copy += 1
+    return first, second, copy, tap
+
+
+@gluon.jit
 def consume(
     GROUP: gl.constexpr,
     pixels,
@@ -76,38 +136,33 @@ def consume(
         v = gl.zeros([BM, BN], gl.float32, SUMS)
         for group in range(GROUPS):
             first = gl.zeros([BM, BN], SUM, SUMS)
-            if STEPS == 2:
-                second = gl.zeros([BM, BN], SUM, SUMS)
+            second = gl.zeros([BM, BN], SUM, SUMS)  # with two steps
             for j in range(3 * CHUNKS):
-                for kh in gl.static_range(3):
-                    slot = GROUP * COPIES + copy % COPIES
-                    if not SHARED or kh == 0:
-                        mbarrier.wait(pixels_ready.index(slot), (copy // COPIES) & 1)
-                    weight = tap % RING
-                    mbarrier.wait(weights_ready.index(weight), 0 if RESIDENT else (tap // RING) & 1)
-                    right = weights.index(weight).permute((1, 0))
-                    # Rows lie in order, with stride 2 the odd ones before the even ones.
-                    line = slot * STEPS * LINES
-                    if SHARED:
-                        line += kh if STRIDE == 1 else BH + 1 if kh == 1 else kh // 2
-                    left = pixels.index(line)._reinterpret(OPERAND, [BM, BK], PIXELS)
-                    first = warpgroup_mma(left, right, first, is_async=True)
-                    if STEPS == 2:
-                        left = pixels.index(line + LINES)._reinterpret(OPERAND, [BM, BK], PIXELS)
-                        second = warpgroup_mma(left, right, second, is_async=True)
-                    # What the tap before read may be overwritten once its products are done; none before the first.
-                    if STEPS == 2:
-                        first, second = warpgroup_mma_wait(2, deps=(first, second))
-                    else:
-                        first = warpgroup_mma_wait(1, deps=(first,))
-                    another = (j > 0) | (kh > 0)
-                    if not RESIDENT:
-                        mbarrier.arrive(weights_free.index((tap + RING - 1) % RING), pred=another)
-                    if not SHARED or kh == 0:
-                        mbarrier.arrive(pixels_free.index(GROUP * COPIES + (copy + COPIES - 1) % COPIES), pred=another)
-                    tap += 1
-                    if not SHARED or kh == 2:
-                        copy += 1
+                first, second, copy, tap = _multiply_row(
+                    first,
+                    second,
+                    pixels,
+                    weights,
+                    pixels_ready,
+                    pixels_free,
+                    weights_ready,
+                    weights_free,
+                    j,
+                    copy,
+                    tap,
+                    GROUP,
+                    STRIDE,
+                    STEPS,
+                    BM,
+                    BH,
+                    BK,
+                    LINES,
+                    PIXELS,
+                    SHARED,
+                    COPIES,
+                    RING,
+                    RESIDENT,
+                )
                 if RESIDUAL:  # noqa: SIM102 (known when compiling, the other when running)
                     if j == 0:  # by now the stores of the group before have left the buffers
                         tma.store_wait(0)
