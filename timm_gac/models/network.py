@@ -28,6 +28,7 @@ from ..layers.encoder import DirectCoding, GatedAttentionCoding
 from ..layers.learned import NEURONS, fit_learned_values
 from ..layers.lif import LIF
 from ..layers.neuron import BatchNormLIF
+from ..runtime.first_call import compiled_first
 from ..runtime.weight_gradients import overlap_enabled, with_cast_weights
 from .arguments import block_class, check_model_args, lif_spec
 from .blocks import STAGES, MSBlock, SpikingBlock, Stage
@@ -365,6 +366,9 @@ class SpikingResNet(TimmNetwork):
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Firing rates of the last stage, ``(B, C', H', W')`` in [0, 1]."""
+        return compiled_first(self, self._features, x)
+
+    def _features(self, x: Tensor) -> Tensor:
         return not_finite_marked(self._rate(self._forward_spikes(x)), x, self.bn1)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
@@ -387,6 +391,9 @@ class SpikingResNet(TimmNetwork):
 
         The classifier is linear, so with average pooling and no dropout their mean over time equals `forward`.
         """
+        return compiled_first(self, self._steps, x)
+
+    def _steps(self, x: Tensor) -> Tensor:
         logits = self._logits(self._forward_spikes(x))
         logits = logits.unflatten(0, [self.num_steps, logits.shape[0] // self.num_steps]).transpose(0, 1)
         return not_finite_marked(logits, x, self.bn1)

@@ -2,6 +2,7 @@
 
 from . import layers as layers
 from .backend import requested_backend, resolve_backend, use_backend
+from .common.ahead import compile_ahead
 from .convolution.conv_lif import conv_lif
 from .convolution.int8_conv2d import int8_conv2d, int8_weight
 from .convolution.spike_conv import spike_conv
@@ -44,6 +45,7 @@ __all__ = [
     "ResidualNorm",
     "batch_stats",
     "batch_stats_reference",
+    "compile_ahead",
     "conv_lif",
     "conv_lif_reference",
     "count_spikes",
