@@ -211,13 +211,13 @@ def differ(mine: Tensor, theirs: Tensor, dtype: torch.dtype, summed: float = 0.0
     """What is wrong with a result, empty if nothing is.
 
     A gradient that is a sum over ``summed`` elements, each rounded to 16 bits, may cancel to almost nothing. Its error
-    is then that of its terms, taken as 1/4 each, and not a share of what is left of them.
+    is then that of its terms, taken as 1/2 each, and not a share of what is left of them.
     """
     if mine.shape != theirs.shape:
         return f"shape {tuple(mine.shape)} instead of {tuple(theirs.shape)}"
     tolerance = max(TOLERANCES[d] for d in (dtype, mine.dtype) if d in TOLERANCES) if dtype in TOLERANCES else 1e-5
     a, b = mine.double(), theirs.double()
-    least = max(0.05, 0.25 * summed**0.5 if dtype.itemsize == 2 else 0.0) * b.numel() ** 0.5
+    least = max(0.05, 0.5 * summed**0.5 if dtype.itemsize == 2 else 0.0) * b.numel() ** 0.5
     error = (a - b).norm().item() / max(b.norm().item(), least) if a.numel() else 0.0
     return "" if error <= 2 * tolerance else f"relative error {error:.1e} in {mine.dtype}"
 
