@@ -26,6 +26,13 @@ SPECS = {
 }
 
 
+@pytest.fixture(autouse=True)
+def _on_the_device(device):
+    """Tensors are made where the kernels run: on a GPU where there is one."""
+    with device:
+        yield
+
+
 def vector(start: float) -> Tensor:
     return torch.tensor([start, start + 0.4])
 
