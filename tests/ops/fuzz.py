@@ -197,6 +197,16 @@ def double(value: Any) -> Any:
     return value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
 
 
+def placed(value: Any, device: str) -> Any:
+    """``value`` with its tensors on a device, in memory that is strided or expanded as it was."""
+    if isinstance(value, ResidualNorm):
+        return ResidualNorm(*(placed(field, device) for field in value))
+    if not isinstance(value, Tensor) or value.device.type == device:
+        return value
+    memory = torch.empty(0, dtype=value.dtype).set_(value.untyped_storage()).to(device)
+    return memory.as_strided(value.shape, value.stride(), value.storage_offset())
+
+
 def copied(value: Any) -> Any:
     """A copy with the same strides of each tensor that the op writes into."""
     return value.clone() if isinstance(value, Tensor) else value
@@ -226,6 +236,9 @@ def good(op: str, seed: int, triton: bool = False) -> str:
     """Make one good call, forward and, where the op has one, backward; what is wrong with it, empty if nothing is."""
     maker = Maker(seed, triton)
     args, keywords = maker.make(op)
+    if triton and torch.cuda.is_available():
+        args = [placed(value, "cuda") for value in args]
+        keywords = {name: placed(value, "cuda") for name, value in keywords.items()}
     function, reference = (getattr(gac_kernels, name) for name in (op, f"{op}_reference"))
     in_place = [copied(value) for value in args] if op in ("batch_stats", "count_spikes") else args
     # Where a current or gate is rounded on the way, the reference has to round it too.
@@ -252,7 +265,7 @@ def good(op: str, seed: int, triton: bool = False) -> str:
     pairs = [(a, b) for a, b in zip(mine, theirs, strict=True) if a.requires_grad]
     if not pairs or not leaves or op == "int8_conv2d":  # whose gradients are rounded: its tests have their reference
         return ""
-    towards = [torch.randint(-8, 9, a.shape, generator=maker.generator).to(a.dtype) / 8 for a, _ in pairs]
+    towards = [torch.randint(-8, 9, a.shape, generator=maker.generator).to(a) / 8 for a, _ in pairs]
     actual = torch.autograd.grad([a for a, _ in pairs], leaves, towards, allow_unused=True)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -95,7 +95,8 @@ def plan_call(
     fills = plan is not None and 2 * plan.programs(*call.frames) > processors
     if shortcut is not None:
         if plan is None or not fills:
-            return "only the kernel with two tiles per program takes a shortcut"
+            reason = "only the kernel with two tiles per program takes a shortcut"
+            return reason if plan is None else f"{reason}, and this call would not fill the GPU with it"
         return _refused_shortcut(residual, shortcut, call, plan) or plan
     if plan is not None and fills:
         return plan
