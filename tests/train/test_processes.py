@@ -83,7 +83,9 @@ def command(where, processes, *given):
 
 def environment(where):
     # TensorFloat-32 rounds so coarsely that runs with other batches would part at once.
-    of_device = {"ACCELERATE_USE_CPU": "true"} if where == "cpu" else {"NVIDIA_TF32_OVERRIDE": "0"}
+    # On CPUs accelerate's barriers still name a GPU for each process, which one GPU is too few for: none is visible.
+    on_cpu = {"ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": ""}
+    of_device = on_cpu if where == "cpu" else {"NVIDIA_TF32_OVERRIDE": "0"}
     return os.environ | of_device | {"OMP_NUM_THREADS": "1"}
 
 
