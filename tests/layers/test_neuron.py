@@ -11,6 +11,7 @@ from timm.layers import convert_sync_batchnorm
 from torch import Tensor, nn
 
 from gac_kernels import CIFAR, IMAGENET, LIFSpec, lif_reference
+from timm_gac.layers.batch_statistics import batch_statistics, counter_beside
 from timm_gac.layers.neuron import LIF, BatchNormLIF, MembraneBatchNormLIF
 
 SPECS = pytest.mark.parametrize("spec", [CIFAR, IMAGENET], ids=["cifar", "imagenet"])
@@ -100,6 +101,21 @@ def test_options_of_batch_norm(kwargs: dict) -> None:
         x = current(T * B, C, H, W, seed=int(train)).float()
         torch.testing.assert_close(module(x)[0], plain(x), rtol=1e-5, atol=1e-6)
     assert module.state_dict().keys() == plain.state_dict().keys()
+
+
+@pytest.mark.parametrize("momentum", [0.1, None])
+def test_a_counter_on_another_device_counts(momentum: float | None) -> None:
+    other = "cuda" if torch.cuda.is_available() else "meta"  # as timm's unfreeze leaves it: on a GPU it is on the CPU
+    norms = [nn.BatchNorm2d(C, momentum=momentum) for _ in range(2)]
+    counter = norms[0].num_batches_tracked = norms[0].num_batches_tracked.to(other)
+    x = current(T * B, C, H, W).float()
+    if momentum is None and other == "meta":  # whose values are not known
+        assert counter_beside(x, counter) is None and counter_beside(x, None) is None
+        return
+    found = [batch_statistics(norm, x, norm._buffers) for norm in norms]
+    torch.testing.assert_close(found[0], found[1], rtol=0, atol=0)
+    assert torch.equal(norms[0].running_mean, norms[1].running_mean) and norms[1].num_batches_tracked == 1
+    assert counter is norms[0].num_batches_tracked and (other == "meta" or counter == 1)
 
 
 def test_drop_path_drops_a_sample_at_all_steps() -> None:

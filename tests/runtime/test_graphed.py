@@ -7,6 +7,7 @@ decides, keeps and restores is tested without one.
 from __future__ import annotations
 
 import copy
+import gc
 import logging
 import pickle
 import subprocess
@@ -25,6 +26,8 @@ from torch import Tensor, nn
 import timm_gac
 from graph_stand_in import StandIn
 from timm_gac.runtime import graphed as graphed_module
+from timm_gac.runtime.capture import captured
+from timm_gac.runtime.fingerprint import Fingerprint
 from timm_gac.runtime.graph_pair import CudaGraphs
 from timm_gac.runtime.graphed import Graphs, graphed, ungraphed
 
@@ -425,6 +428,56 @@ def test_a_tensor_that_learns_beside_the_parameters_is_not_lost(caplog: pytest.L
     assert torch.equal(model.scale[0].grad, 4 * model.fc(torch.ones(3, device=DEVICE)))  # type: ignore[arg-type]
 
 
+def test_a_buffer_that_is_written_on_another_device_counts(caplog: pytest.LogCaptureFixture) -> None:
+    class Counts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(3, 2, device=DEVICE)
+            self.register_buffer("calls", torch.zeros((), device="cpu" if CUDA else "meta"))
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.calls.add_(1)
+            return self.fc(x)
+
+    model = graphed(Counts())
+    with caplog.at_level(logging.INFO):
+        for _ in range(4):
+            model(torch.ones(1, 3, device=DEVICE)).sum().backward()
+    assert count(model) == 0 and "it writes its buffer calls on" in caplog.text
+    assert not CUDA or model.calls == 4
+
+
+def test_the_fingerprint_sees_every_change() -> None:
+    model = network()
+    before = Fingerprint(model)
+    block = model.layer1[0]
+    changes: dict[str, Callable[[], Any]] = {
+        "mode": lambda: block.bn1.eval(),
+        "number": lambda: setattr(block.bn1.norm, "eps", 0.5),
+        "new attribute": lambda: setattr(model.layer2, "other", None),
+        "learns": lambda: block.conv1.weight.requires_grad_(False),
+        "memory": lambda: setattr(block.conv1.weight, "data", block.conv1.weight.detach().clone()),
+        "parameter": lambda: setattr(model.fc, "bias", nn.Parameter(torch.zeros(10, device=DEVICE))),
+        "buffer": lambda: setattr(block.bn1.norm, "running_mean", torch.zeros(1, device=DEVICE)),
+        "child": lambda: setattr(model, "fc", nn.Identity()),
+        "hook": lambda: block.conv2.register_forward_hook(lambda *_: None),
+    }
+    for name, change in changes.items():
+        assert before.holds(), name
+        change()
+        assert not before.holds(), name
+        after = Fingerprint(model)
+        assert after != before and (after.reason is None) == (name != "hook"), name
+        before = after
+    assert not before.holds()  # it has a reason
+    first, second = Fingerprint(network()), Fingerprint(network())
+    assert first.holds() and first != second
+    model = network()
+    first = Fingerprint(model)
+    model.layer1[0].bn1.norm.eps = float(str(model.layer1[0].bn1.norm.eps))  # another object of the same value
+    assert not first.holds() and Fingerprint(model) == first and hash(Fingerprint(model)) == hash(first)
+
+
 def test_tuples_and_outputs_without_gradients() -> None:
     class Pair(nn.Module):
         def __init__(self) -> None:
@@ -481,7 +534,7 @@ def test_the_number_of_graphs_is_bounded(caplog: pytest.LogCaptureFixture, monke
     caplog.clear()
     for size in range(2, 80):
         graphs = vars(model)["_graphed"]
-        graphs._find(model, type(model).forward, (torch.zeros(size, device=DEVICE),), (size,), [])
+        graphs._find(model, type(model).forward, (torch.zeros(size, device=DEVICE),), (size,))
     assert len(graphs._seen) == graphed_module._REMEMBERED
 
 
@@ -570,6 +623,48 @@ def test_a_failing_step_leaves_cuda_as_it_was(caplog: pytest.LogCaptureFixture) 
         model(torch.ones(2, 3, device="cuda")).sum().backward()
     assert count(model) == 0 and "capturing failed" in caplog.text and torch.cuda.current_stream() == stream
     assert issubclass(Graphs.backend, CudaGraphs) and F.dropout(torch.ones(100, device="cuda")).sum() > 0
+
+
+@cuda_only
+def test_a_failed_capture_leaves_random_numbers_and_memory_in_order() -> None:
+    stream, device = torch.cuda.Stream(), torch.device("cuda")
+    sampled = torch.zeros(64, device=device)
+    graph, _ = captured(sampled.uniform_, device, stream)
+    for fail in (lambda: sampled.sum().item(), lambda: 1 / 0):
+        for pool in (None, torch.cuda.graph_pool_handle()):
+            torch.manual_seed(3)
+            graph.replay()
+            expected = [sampled.clone(), torch.rand(64, device=device)]
+            graph.replay()
+            expected.append(sampled.clone())
+            torch.manual_seed(3)
+            graph.replay()
+            got = [sampled.clone()]
+            with pytest.raises((RuntimeError, ZeroDivisionError)):
+                captured(
+                    lambda fail=fail: (torch.empty(1 << 22, device=device).uniform_(), fail()), device, stream, pool
+                )
+            got.append(torch.rand(64, device=device))
+            graph.replay()
+            got.append(sampled.clone())
+            assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+            again, value = captured(lambda: F.dropout(torch.ones(64, device=device)), device, stream)
+            again.replay()
+            assert value.sum() > 0
+            del again, value
+    gc.collect()
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_reserved()
+    blocks = []
+    for _ in range(3):  # freed on another stream: given back only while no capture is underway
+        block = torch.empty(1 << 24, dtype=torch.uint8, device=device)
+        block.record_stream(stream)
+        blocks.append(block)
+    del block, blocks
+    torch.cuda.synchronize()
+    torch.empty(1 << 20, device=device)
+    torch.cuda.empty_cache()
+    assert torch.cuda.memory_reserved() <= before
 
 
 @pytest.mark.parametrize("where", ["cpu", pytest.param("gpus", marks=two_gpus)])

@@ -118,7 +118,7 @@ class Recorder:
                 recorder.events.append("reset")
 
         @contextlib.contextmanager
-        def graph(graph: object, stream: object):
+        def graph(graph: object, **where: object):
             recorder.events.append("begin capture")
             yield
             recorder.events.append("end capture")
@@ -126,6 +126,7 @@ class Recorder:
         for name, value in {"Stream": Stream, "CUDAGraph": CUDAGraph, "graph": graph}.items():
             monkeypatch.setattr(torch.cuda, name, value)
         monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: Stream())
+        monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 1))
         monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
         monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
         monkeypatch.setattr(torch.cuda, "set_stream", lambda stream: None)

@@ -24,7 +24,8 @@ def batch_statistics(norm: Any, x: Tensor, buffers: dict[str, Any]) -> tuple[Ten
     if not (norm.training and norm.track_running_stats):
         mean, var = torch.ops.gac_kernels.batch_stats(x, None, None, 0.0, None)
         return mean, var
-    running, counter = (buffers["running_mean"], buffers["running_var"]), buffers["num_batches_tracked"]
+    running = (buffers["running_mean"], buffers["running_var"])
+    counter = counter_beside(x, buffers["num_batches_tracked"])
     if norm.momentum is not None:
         mean, var = torch.ops.gac_kernels.batch_stats(x, *running, norm.momentum, counter)
         return mean, var
@@ -32,6 +33,17 @@ def batch_statistics(norm: Any, x: Tensor, buffers: dict[str, Any]) -> tuple[Ten
     count = x.numel() // x.shape[1]
     update_running(buffers, mean, var * (count / (count - 1.0)), None)
     return mean, var
+
+
+def counter_beside(x: Tensor, counter: Tensor | None) -> Tensor | None:
+    """A batch norm's counter for the kernel to count; one on another device is counted here, and None is returned.
+
+    `timm.utils.unfreeze` leaves the counters of a network on a GPU on the CPU.
+    """
+    if counter is None or counter.device == x.device:
+        return counter
+    counter.add_(1)
+    return None
 
 
 def update_running(buffers: dict[str, Any], mean: Tensor, unbiased_var: Tensor, momentum: float | None) -> None:
@@ -48,7 +60,7 @@ def update_running(buffers: dict[str, Any], mean: Tensor, unbiased_var: Tensor, 
     if weight is None:
         if count is None:
             return
-        weight = 1.0 / count.to(mean.dtype)
+        weight = 1.0 / count.to(mean)
     blend_running((running_mean, running_var), (mean, unbiased_var), weight)
 
 

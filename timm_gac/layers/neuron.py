@@ -13,7 +13,15 @@ from torch.nn.modules.batchnorm import _NormBase
 from gac_kernels import CIFAR, LIFSpec, pack_spikes
 
 from ..runtime.collectives import combine_statistics
-from .batch_statistics import batch_statistics, call_norm, is_synchronised, process_group, update_running, uses_batch
+from .batch_statistics import (
+    batch_statistics,
+    call_norm,
+    counter_beside,
+    is_synchronised,
+    process_group,
+    update_running,
+    uses_batch,
+)
 from .checks import check_num_steps, fixed_num_steps, log_called, may_skip
 from .learned import LearnedValues
 from .lif import LIF
@@ -216,7 +224,7 @@ class BatchNormLIF(_NormBase):
 
     def _synchronised_statistics(self, x: Tensor) -> _Statistics:
         """Statistics over all processes of the group, on any backend and device."""
-        counter = self.num_batches_tracked if self.track_running_stats else None
+        counter = counter_beside(x, self.num_batches_tracked) if self.track_running_stats else None
         mean, var = torch.ops.gac_kernels.batch_stats(x, None, None, 0.0, counter)
         mean, var, total = self._combine(mean, var, x.numel() // self.num_features)
         group = process_group(self.norm)

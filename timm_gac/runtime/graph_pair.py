@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .capture import captured
 from .weight_gradients import overlap_weight_gradients
 
 Forward = Callable[..., Any]  # a module's forward, which takes the module first
@@ -58,18 +59,11 @@ class CudaGraphs:
 
         Other threads go on: a loader that pins memory in its own would end a capture in CUDA's global mode.
         """
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.device(self.device):
-            current = torch.cuda.current_stream()
-            try:
-                with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
-                    result = compute()
-            except BaseException:
-                self._pool = torch.cuda.graph_pool_handle()
-                raise
-            finally:
-                torch.cuda.set_stream(current)  # older PyTorch leaves the stream of a failed capture current
-        return graph, result
+        try:
+            return captured(compute, self.device, self._stream, self._pool, "thread_local")
+        except BaseException:
+            self._pool = torch.cuda.graph_pool_handle()
+            raise
 
     @contextmanager
     def keeping_random_numbers(self) -> Iterator[None]:
@@ -117,8 +111,8 @@ class GraphPair:
         warmup: Passes before the capture.
 
     Raises:
-        NotGraphableError: The module returns something else than tensors, nothing of it can be differentiated, or it
-            learns tensors that are not its parameters.
+        NotGraphableError: The module returns something else than tensors, nothing of it can be differentiated, it
+            learns tensors that are not its parameters, or it writes buffers on another device.
     """
 
     def __init__(self, module: nn.Module, forward: Forward, inputs: Sequence[Tensor], cuda: Any, warmup: int) -> None:
@@ -132,6 +126,8 @@ class GraphPair:
         self._aliases = list(aliases.values())  # keep the memory
         self.parameters = [p for p in originals if p.requires_grad]
         leaves = [x for x in [*self._inputs, *self._aliases] if x.requires_grad]
+        device = inputs[0].device
+        elsewhere = {name: buffer for name, buffer in module.named_buffers() if buffer.device != device}
 
         def run() -> list[Tensor]:
             with _parameters_replaced(module, aliases), _own_autocast_cache(), overlap_weight_gradients():
@@ -148,7 +144,9 @@ class GraphPair:
         with _buffers_kept(module), cuda.keeping_random_numbers():
             with cuda.warming_up():
                 for _ in range(warmup):
+                    written = {name: buffer._version for name, buffer in elsewhere.items()}
                     outputs = run()
+                    _check_unwritten(elsewhere, written)
                     _check_leaves(outputs, leaves)
                     differentiate(outputs, seeds_of(outputs))
                     del outputs
@@ -257,6 +255,13 @@ def _check_leaves(outputs: list[Tensor], leaves: list[Tensor]) -> None:
                 stack.append(following)
 
 
+def _check_unwritten(buffers: dict[str, Tensor], versions: dict[str, int]) -> None:
+    """Refuse a pass that writes buffers on another device: a graph would not."""
+    for name, buffer in buffers.items():
+        if buffer._version != versions[name]:
+            raise NotGraphableError(f"it writes its buffer {name} on {buffer.device}, away from its input")
+
+
 @contextmanager
 def _parameters_replaced(module: nn.Module, replacement: dict[nn.Parameter, nn.Parameter]) -> Iterator[None]:
     """Other parameters in the place of a module's, for one forward pass."""
@@ -292,8 +297,5 @@ def _buffers_kept(module: nn.Module) -> Iterator[None]:
     try:
         yield
     finally:
-        for (
-            buffer,
-            value,
-        ) in before:  # by way of data: a graph of autograd's may hold the buffer, with these very values
+        for buffer, value in before:  # by way of data: autograd may hold the buffer, with these very values
             buffer.data.copy_(value)

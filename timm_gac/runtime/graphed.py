@@ -20,15 +20,13 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from gac_kernels.backend import requested_backend
 
+from .fingerprint import STATE, Fingerprint
 from .graph_pair import CudaGraphs, Forward, GraphPair, NotGraphableError, Ticket
 from .weight_gradients import overlap_requested
 
 _LOGGER = logging.getLogger(__name__)
 _Module = TypeVar("_Module", bound=nn.Module)
 
-_STATE = "_graphed"  # attribute of a graphed module; its class is Graphs
-_OURS = (_STATE, "forward", "_original_forward", "_replicate_for_data_parallel")
-_PLAIN = frozenset((bool, int, float, str, type(None), torch.dtype))
 _WRAPPERS = (nn.parallel.DistributedDataParallel, nn.DataParallel)
 _REMEMBERED = 64  # kinds of call that were seen once
 _UNUSED_AFTER = 100  # calls after which a graph that was not replayed makes room for another
@@ -90,7 +88,7 @@ def graphed(model: _Module, *, warmup: int = 2, max_graphs: int = 4) -> _Module:
     if not torch.cuda.is_available():
         _LOGGER.info("%s stays as it is: CUDA graphs need a CUDA device, and there is none", type(model).__name__)
         return model
-    vars(model)[_STATE] = Graphs(warmup, max_graphs)
+    vars(model)[STATE] = Graphs(warmup, max_graphs)
     if replaced is None or not _is_graphed(replaced):
         vars(model)["forward"] = MethodType(_graphed_forward(own), model)
         vars(model)["_replicate_for_data_parallel"] = MethodType(_replicate_for_data_parallel, model)
@@ -100,7 +98,7 @@ def graphed(model: _Module, *, warmup: int = 2, max_graphs: int = 4) -> _Module:
 def ungraphed(model: _Module) -> _Module:
     """Undo `graphed` and free the graphs' memory; a model that is not graphed stays as it is."""
     inner: nn.Module = model.module if isinstance(model, _WRAPPERS) else model
-    graphs = vars(inner).pop(_STATE, None)
+    graphs = vars(inner).pop(STATE, None)
     if isinstance(graphs, Graphs):
         graphs.release()
     replaced = vars(inner).get("forward")
@@ -122,7 +120,7 @@ def _graphed_forward(own: Forward) -> Forward:
     """The forward that a graphed module has in the place of its class's."""
 
     def forward(module: nn.Module, *inputs: Any, **named: Any) -> Any:
-        graphs = None if torch.compiler.is_compiling() else vars(module).get(_STATE)
+        graphs = None if torch.compiler.is_compiling() else vars(module).get(STATE)
         if graphs is None:
             return own(module, *inputs, **named)
         return graphs.run(module, own, inputs, named)
@@ -136,7 +134,7 @@ def _graphed_forward(own: Forward) -> Forward:
 def _replicate_for_data_parallel(module: nn.Module) -> nn.Module:
     """A replica of `nn.DataParallel` runs its own class's forward, eagerly: ours belongs to the module it came from."""
     replica: nn.Module = type(module)._replicate_for_data_parallel(module)
-    for name in ("forward", _STATE, "_replicate_for_data_parallel"):
+    for name in ("forward", STATE, "_replicate_for_data_parallel"):
         vars(replica).pop(name, None)
     return replica
 
@@ -151,6 +149,7 @@ class Graphs:
         self._cuda: Any = None
         self._pairs: dict[tuple[Any, ...], _Kept] = {}
         self._seen: OrderedDict[int, bool] = OrderedDict()  # kinds of call, and whether one cannot be captured
+        self._fingerprint: Fingerprint | None = None  # of the module at the last call
         self._pending: weakref.ref[Ticket] | None = None
         self._logged: set[str] = set()
         self._calls = 0
@@ -172,13 +171,13 @@ class Graphs:
             self._cuda.synchronize()
         self._pairs.clear()
         self._seen.clear()
-        self._cuda = None
+        self._fingerprint = self._cuda = None
 
     def run(self, module: nn.Module, own: Forward, inputs: tuple[Any, ...], named: dict[str, Any]) -> Any:
         """A forward pass of the module, from a graph or eagerly."""
         if not module.training or not torch.is_grad_enabled() or self._in_other_hands(inputs):
             return own(module, *inputs, **named)
-        reason, key, kept = self._why_eager(module, inputs, named)
+        reason, key = self._why_eager(module, inputs, named)
         if reason is None:
             before = None if self._pending is None else self._pending()
             if before is not None and not before.used:
@@ -186,7 +185,7 @@ class Graphs:
         if reason is not None:
             self._log(module, reason)
             return own(module, *inputs, **named)
-        found = self._find(module, own, inputs, key, kept)
+        found = self._find(module, own, inputs, key)
         if found is None:
             return own(module, *inputs, **named)
         ticket = Ticket(found.versions())
@@ -207,9 +206,11 @@ class Graphs:
 
     def _why_eager(
         self, module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]
-    ) -> tuple[str | None, tuple[Any, ...], list[Any]]:
-        """Why a call cannot come from a graph (None if it can), its kind, and objects whose identity is in that."""
-        reason, values, kept = _look_at(module)
+    ) -> tuple[str | None, tuple[Any, ...]]:
+        """Why a call cannot come from a graph (None if it can), and its kind."""
+        if self._fingerprint is None or not self._fingerprint.holds():
+            self._fingerprint = Fingerprint(module)
+        reason = self._fingerprint.reason
         if named or not inputs:
             reason = f"it was called with {', '.join(named) or 'nothing'} by name, not with tensors by position"
         elif any(type(x) not in (Tensor, nn.Parameter) for x in inputs):
@@ -221,7 +222,7 @@ class Graphs:
         elif torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
             reason = "hooks on saved tensors (checkpointing, offloading) see each activation"
         if reason is not None:
-            return reason, (), []
+            return reason, ()
         device = inputs[0].device
         cudnn = torch.backends.cudnn
         key = (
@@ -231,13 +232,11 @@ class Graphs:
             (cudnn.enabled, cudnn.benchmark, cudnn.deterministic, torch.are_deterministic_algorithms_enabled()),
             torch.get_float32_matmul_precision(),
             requested_backend(),
-            *values,
+            self._fingerprint,
         )
-        return None, key, kept
+        return None, key
 
-    def _find(
-        self, module: nn.Module, own: Forward, inputs: tuple[Any, ...], key: tuple[Any, ...], kept: list[Any]
-    ) -> GraphPair | None:
+    def _find(self, module: nn.Module, own: Forward, inputs: tuple[Any, ...], key: tuple[Any, ...]) -> GraphPair | None:
         """The graphs of a kind of call, captured now if it is the second of its kind."""
         self._calls += 1
         there = self._pairs.get(key)
@@ -258,7 +257,7 @@ class Graphs:
             self._seen[kind] = True
             return None
         self._forget([other for other, one in self._pairs.items() if one.pair.addresses != pair.addresses])
-        self._pairs[key] = _Kept(pair, kept, self._calls)
+        self._pairs[key] = _Kept(pair, self._calls)
         shapes = ", ".join(str(tuple(x.shape)) for x in inputs)
         _LOGGER.info("%s replays CUDA graphs for inputs of shape %s", type(module).__name__, shapes)
         return pair
@@ -303,58 +302,7 @@ class Graphs:
 
 
 class _Kept:
-    """A pair of graphs, objects whose identity is in its key, and the number of the last call that used it."""
+    """A pair of graphs and the number of the last call that used it."""
 
-    def __init__(self, pair: GraphPair, kept: list[Any], last_call: int) -> None:
-        self.pair, self.kept, self.last_call = pair, kept, last_call
-
-
-def _look_at(root: nn.Module) -> tuple[str | None, list[Any], list[Any]]:
-    """Why a module cannot be captured (None if it can), all that its forward may depend on, and objects named by id.
-
-    That is every attribute of every module: numbers and strings by value, other objects by identity, parameters and
-    buffers by address. About 0.3 ms for 150 modules.
-    """
-    values: list[Any] = []
-    kept: list[Any] = []
-    seen: set[int] = set()
-    stack = [root]
-    synchronised = torch.distributed.is_available() and torch.distributed.is_initialized()
-    while stack:
-        module = stack.pop()
-        if id(module) in seen:
-            continue
-        seen.add(id(module))
-        own = module.__dict__
-        if module is not root:
-            if own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"]:
-                return f"{_name_of(root, module)} has hooks", [], []
-            if own["_backward_pre_hooks"]:
-                return f"{_name_of(root, module)} has hooks", [], []
-            if "forward" in own:
-                return f"the forward of {_name_of(root, module)} was replaced", [], []
-        if own.get("grad_checkpointing"):
-            return "gradient checkpointing recomputes activations", [], []
-        if synchronised and isinstance(module, nn.SyncBatchNorm):
-            return "synchronised batch norms talk to other processes", [], []
-        values.append(module.__class__)
-        for name, value in own.items():
-            if value.__class__ in _PLAIN:
-                values.append(value)
-            elif module is not root or name not in _OURS:
-                values.append(id(value))
-                kept.append(value)
-        for parameter in own["_parameters"].values():
-            if parameter is not None:
-                if parameter.__class__ is not nn.Parameter:
-                    return f"parameters of {_name_of(root, module)} are no ordinary ones", [], []
-                values += (parameter.data_ptr(), parameter.dtype, parameter.requires_grad)
-        for buffer in own["_buffers"].values():
-            if buffer is not None:
-                values += (buffer.data_ptr(), buffer.dtype)
-        stack.extend(child for child in own["_modules"].values() if child is not None)
-    return None, values, kept
-
-
-def _name_of(root: nn.Module, module: nn.Module) -> str:
-    return next((name for name, inner in root.named_modules() if inner is module), type(module).__name__)
+    def __init__(self, pair: GraphPair, last_call: int) -> None:
+        self.pair, self.last_call = pair, last_call

@@ -8,6 +8,7 @@ from typing import Generic, TypeVar
 import torch
 from torch import Tensor
 
+from .capture import captured
 from .weight_gradients import overlap_weight_gradients
 
 T = TypeVar("T")
@@ -141,16 +142,9 @@ class GraphedStep(Generic[T]):
                 "weights would be frozen into the graph; move the `with` block into the step"
             )
         self._inputs = [tensor.clone() for tensor in tensors]
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.device(tensors[0].device):
-            current = torch.cuda.current_stream()
-            try:
-                with torch.cuda.graph(graph, stream=self._stream):
-                    self._result = self._run_step(self._inputs)
-            finally:
-                torch.cuda.set_stream(current)  # older PyTorch leaves the stream of a failed capture current
-        self._graph = graph
-        return graph
+        assert self._stream is not None
+        self._graph, self._result = captured(lambda: self._run_step(self._inputs), tensors[0].device, self._stream)
+        return self._graph
 
 
 def _describe(signature: list[tuple[torch.Size, torch.dtype, torch.device]]) -> str:
