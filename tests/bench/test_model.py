@@ -25,7 +25,7 @@ from timm_gac.bench import networks as bench_networks
 from timm_gac.bench import session as bench_session
 from timm_gac.bench import steps as bench_steps
 from timm_gac.bench.baselines import LoopNeuron, TimeMajorNet
-from timm_gac.bench.harness import time_limit
+from timm_gac.bench.harness import measure_saved_bytes, time_limit
 from timm_gac.bench.model import COLUMNS, ModelBenchConfig
 from timm_gac.bench.networks import NETWORKS, ConvolutionsOnly, Unavailable
 from timm_gac.bench.profile import KINDS, kind_of
@@ -95,8 +95,8 @@ def test_packed_and_fused_follow_the_model(monkeypatch: pytest.MonkeyPatch) -> N
     [
         ("gac_msresnet18_cifar", 8, ("timm_gac", "published", "spikingjelly")),
         ("msresnet18", 32, ("timm_gac", "published")),
-        ("gac_spiking_resnet18", 32, ("timm_gac", "spikingjelly")),
-        ("test_gac_msresnet", 8, ("timm_gac", "spikingjelly")),
+        ("gac_spiking_resnet18", 32, ("timm_gac", "spikingjelly", "spikingjelly_memopt")),
+        ("test_gac_msresnet", 8, ("timm_gac", "spikingjelly", "spikingjelly_memopt")),
     ],
 )
 def test_baselines_compute_the_same(name: str, size: int, networks: tuple[str, ...]) -> None:
@@ -105,10 +105,40 @@ def test_baselines_compute_the_same(name: str, size: int, networks: tuple[str, .
     logits = reference.double().eval()(images.double())
     assert logits.std(0).mean() > 1e-3  # the network is alive: images differ
     for network in networks:
-        if network == "spikingjelly" and importlib.util.find_spec("spikingjelly") is None:
+        if network.startswith("spikingjelly") and importlib.util.find_spec("spikingjelly") is None:
             continue
         built = NETWORKS[network](model, name, "train").double().eval()
         assert (built(images.double()) - logits).norm() <= 1e-9 * logits.norm(), network
+
+
+def test_memory_optimiser_saves_memory_and_nothing_else() -> None:
+    pytest.importorskip("spikingjelly")
+    model, images = prepared("test_gac_msresnet", 16)
+    networks = {n: NETWORKS[n](model, "test_gac_msresnet", "train") for n in ("spikingjelly", "spikingjelly_memopt")}
+    saved, gradients = {}, {}
+    for name, network in networks.items():
+        saved[name] = measure_saved_bytes(lambda network=network: network.train()(images))
+        network.zero_grad()
+        network(images).square().sum().backward()
+        gradients[name] = {
+            key.removesuffix("weight").replace("_checkpoint_wrapped_module.", ""): parameter.grad
+            for key, parameter in network.named_parameters()
+            if key.endswith("weight")
+        }
+    assert saved["spikingjelly_memopt"] < 0.5 * saved["spikingjelly"]
+    plain, optimized = gradients.values()
+    assert plain.keys() == optimized.keys() and all(grad.abs().sum() > 0 for grad in plain.values())
+    for key, grad in plain.items():
+        torch.testing.assert_close(optimized[key], grad, rtol=1e-4, atol=1e-6)
+    statistics = [
+        {key.replace("_checkpoint_wrapped_module.", ""): value for key, value in network.named_buffers()}
+        for network in networks.values()
+    ]
+    assert statistics[0].keys() == statistics[1].keys()
+    for key, value in statistics[0].items():
+        torch.testing.assert_close(statistics[1][key], value)  # not counted twice by the second forward pass
+    rows, _ = bench_model.bench_model(replace(TINY, providers=("spikingjelly_memopt",)))
+    assert [row["status"] for row in rows] == ["ok", "skipped"] and "training" in rows[1]["note"]
 
 
 def test_gate_passes_training_in_every_precision_of_a_cpu() -> None:
@@ -226,15 +256,17 @@ def test_training_steps_train_in_every_precision() -> None:
 
 
 def test_compiled_providers_are_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
-    compiled: list[str] = []
+    compiled: list[tuple[str, object]] = []
 
     def compile_nothing(network: nn.Module, **options: object) -> nn.Module:
-        compiled.append(type(network).__name__)
+        compiled.append((type(network).__name__, options["options"]))
         return network
 
     monkeypatch.setattr(torch, "compile", compile_nothing)
-    bench_model.bench_model(replace(TINY, modes=("infer",), providers=("timm_gac", "timm_gac+compile", "loop+compile")))
-    assert compiled == ["SpikingResNet", "TimeMajorNet"]
+    providers = ("timm_gac", "timm_gac+compile", "loop+compile", "loop+compile_no_layout")
+    bench_model.bench_model(replace(TINY, modes=("infer",), providers=providers))
+    loops = [("TimeMajorNet", None), ("TimeMajorNet", {"layout_optimization": False})]
+    assert compiled == [("SpikingResNet", None), *loops]
 
 
 def test_files_append_with_provenance_and_refuse_another_kind(tmp_path: Path) -> None:
@@ -323,6 +355,8 @@ def test_defaults_put_compilers_last_and_fit_the_device() -> None:
     for case, missing in ((train, "timm_gac_fused"), (infer, "timm_gac_packed")):
         providers = config.providers_of(case)
         assert "timm_gac+graph" in providers and "spikingjelly+compile+graph" in providers
+        assert "spikingjelly+compile_no_layout" in providers
+        assert ("spikingjelly_memopt" in providers) == (case is train)
         assert not any(provider.startswith(missing) for provider in providers)
         compiling = ["compile" in provider for provider in providers]
         assert compiling == sorted(compiling)

@@ -16,6 +16,7 @@ _NAMES = {
     "ann": "ANN, T passes",
     "convolutions": "the convolutions alone",
     "spikingjelly": "SpikingJelly",
+    "spikingjelly_memopt": "SpikingJelly, memopt",
     "loop": "loop over time",
     "published": "published algorithm",
 }
@@ -108,7 +109,8 @@ def throughput_chart(
 def _shown(provider: str, providers: Iterable[str]) -> str:
     """What a chart calls a provider; where some ran as a CUDA graph, it says which did not."""
     name, *ways = provider.split("+")
-    shown = _NAMES.get(name, name) + (", torch.compile" if "compile" in ways else "")
+    compilers = {"compile": ", torch.compile", "compile_no_layout": ", torch.compile without layouts"}
+    shown = _NAMES.get(name, name) + "".join(compilers.get(way, "") for way in ways)
     graphs = any(other.endswith("+graph") for other in providers)
     return f"{shown} (no graph)" if graphs and "graph" not in ways else shown
 
@@ -117,7 +119,7 @@ def _draw_speeds(axis: Any, panel: dict[str, float]) -> None:
     """Draw images a second by provider, the fastest on top."""
     fastest = max(panel.values())
     for position, (provider, speed) in enumerate(sorted(panel.items(), key=lambda item: -item[1])):
-        axis.barh(position, speed, height=0.8, color=_colour(provider))
+        axis.barh(position, speed, height=0.8, color=network_colour(provider.split("+")[0]))
         text = f"{speed:,.4g}" if speed < 100 else f"{speed:,.0f}"
         axis.text(speed + 0.01 * fastest, position, text, va="center", fontsize=7)
     order = sorted(panel, key=lambda provider: -panel[provider])
@@ -136,7 +138,12 @@ def _draw_curves(axis: Any, curves: Curves) -> None:
     for provider, points in curves.items():
         ordered = sorted(points.items())
         style = {"linestyle": "--" if "+graph" in provider else "-", "marker": "o", "markersize": 3}
-        axis.plot(*zip(*ordered, strict=True), color=_colour(provider), label=_shown(provider, curves), **style)
+        axis.plot(
+            *zip(*ordered, strict=True),
+            color=network_colour(provider.split("+")[0]),
+            label=_shown(provider, curves),
+            **style,
+        )
     axis.set_xticks(sorted({steps for points in curves.values() for steps in points}))
     axis.set_ylim(bottom=0)
     axis.set_xlabel("time steps T", fontsize=8)
@@ -145,9 +152,10 @@ def _draw_curves(axis: Any, curves: Curves) -> None:
     hide_frame(axis)
 
 
-def _colour(provider: str) -> str:
-    """Colour of a provider: this package green, lower bounds grey and blue, baselines warm."""
+def network_colour(network: str) -> str:
+    """Colour of a network: this package's green, lower bounds grey and blue, baselines warm."""
     colours = {"timm_gac": "#0b6e4f", "timm_gac_packed": "#4fa37f", "timm_gac_fused": "#17324d"}
     colours |= {"timm_gac_int8": "#6a4c93", "ann": "#5b7db1"}
-    colours |= {"convolutions": "#9aa5b1", "spikingjelly": "#e0a458", "published": "#7a5230"}
-    return colours.get(provider.split("+")[0], "#b04a5a")
+    colours |= {"convolutions": "#9aa5b1", "published": "#7a5230"}
+    colours |= {"spikingjelly": "#e0a458", "spikingjelly_memopt": "#c98a2b"}
+    return colours.get(network, "#b04a5a")

@@ -24,6 +24,7 @@ from ..models.network import SpikingResNet
 from ..models.published import NETWORKS as PUBLISHED
 from ..models.published import PublishedNet
 from .baselines import LoopNeuron, SpikingJellyNeuron, TimeMajorNet, is_gated, like
+from .memopt import memory_optimized
 
 
 class Unavailable(ValueError):  # noqa: N818 (not an error: the row's note has the reason)
@@ -124,9 +125,20 @@ def _loop(model: SpikingResNet, name: str, mode: str) -> nn.Module:
 
 
 def _spikingjelly(model: SpikingResNet, name: str, mode: str) -> nn.Module:
+    _require_spikingjelly()
+    return TimeMajorNet(model, SpikingJellyNeuron(model.spec))
+
+
+def _spikingjelly_memopt(model: SpikingResNet, name: str, mode: str) -> nn.Module:
+    _require_spikingjelly()
+    if mode != "train":
+        raise Unavailable("memopt saves memory in the backward pass: only for training")
+    return memory_optimized(model)
+
+
+def _require_spikingjelly() -> None:
     if importlib.util.find_spec("spikingjelly") is None:
         raise Unavailable("spikingjelly is not installed: pip install spikingjelly")
-    return TimeMajorNet(model, SpikingJellyNeuron(model.spec))
 
 
 def _published(model: SpikingResNet, name: str, mode: str) -> nn.Module:
@@ -162,9 +174,14 @@ NETWORKS: dict[str, Callable[[SpikingResNet, str, str], nn.Module]] = {
     "convolutions": lambda model, name, mode: ConvolutionsOnly(model),
     "ann": _ann,
     "spikingjelly": _spikingjelly,
+    "spikingjelly_memopt": _spikingjelly_memopt,
     "published": _published,
     "loop": _loop,
 }
+
+# What a launch that compiles adds to torch.compile's options. Inductor gives convolutions the layout it expects to be
+# fastest; without that, the network's own stays.
+COMPILERS: dict[str, dict[str, Any] | None] = {"compile": None, "compile_no_layout": {"layout_optimization": False}}
 
 # How each is launched by default; the loop, slowest eagerly, is the baseline of the compiler.
 LAUNCHES = {
@@ -174,7 +191,11 @@ LAUNCHES = {
     "timm_gac_int8": ("", "+graph"),
     "convolutions": ("", "+graph"),
     "ann": ("", "+graph"),
-    "spikingjelly": ("", "+graph", "+compile", "+compile+graph"),
+    "spikingjelly": (
+        *("", "+graph", "+compile", "+compile+graph"),
+        *("+compile_no_layout", "+compile_no_layout+graph"),
+    ),
+    "spikingjelly_memopt": ("",),
     "published": ("", "+graph"),
     "loop": ("+compile", "+compile+graph"),
 }

@@ -21,14 +21,14 @@ def _values(config: object, name: str) -> tuple[Any, ...]:
     return value if isinstance(value, tuple) else (value,)
 
 
-def _check_choices(config: object, **choices: Iterable[str]) -> None:
+def check_choices(config: object, **choices: Iterable[str]) -> None:
     """Refuse values that are not among the choices of their field."""
     for name, allowed in choices.items():
         if unknown := set(_values(config, name)) - set(allowed):
             raise ValueError(f"expected {name} out of {list(allowed)}, got {sorted(unknown)}: choose among these")
 
 
-def _check_positive(config: object, *names: str) -> None:
+def check_positive(config: object, *names: str) -> None:
     """Refuse numbers below 1 in these fields."""
     for name in names:
         if min(_values(config, name)) < 1:
@@ -40,6 +40,17 @@ def on_cuda(device: str) -> bool:
     from ..runtime.device import device_type
 
     return device_type(device) == "cuda"
+
+
+def own_image_size(model: str) -> int:
+    """Side of the images of a registered model or of a model folder."""
+    import timm
+
+    from ..hub import read_config
+
+    if Path(model).is_dir():
+        return int(read_config(Path(model))["pretrained_cfg"]["input_size"][-1])
+    return int(timm.get_pretrained_cfg_value(model, "input_size")[-1])
 
 
 @dataclass(frozen=True)
@@ -85,7 +96,7 @@ class KernelBenchConfig:
     def __post_init__(self) -> None:
         from .ops import CHECKED, MEMORY_FORMATS, OPS, SPECS
 
-        _check_choices(self, ops=OPS, dtypes=CHECKED, memory_formats=MEMORY_FORMATS, specs=SPECS)
+        check_choices(self, ops=OPS, dtypes=CHECKED, memory_formats=MEMORY_FORMATS, specs=SPECS)
 
     def cases(self) -> list[tuple[str, bench_ops.Case]]:
         """Pairs of provider and case in the order they run: own ops first, then the slower baselines."""
@@ -105,11 +116,13 @@ class ModelBenchConfig:
     """Options of `bench_model`: every provider runs on every combination of mode, precision and number of steps.
 
     A provider is a network and how it is launched, such as ``timm_gac``, ``timm_gac+graph`` (the whole step as one CUDA
-    graph), ``loop+compile`` (torch.compile) or ``spikingjelly+compile+graph``. Networks: ``timm_gac``;
+    graph), ``loop+compile`` (torch.compile), ``spikingjelly+compile+graph`` or ``spikingjelly+compile_no_layout``
+    (Inductor's layout_optimization=False). Networks: ``timm_gac``;
     ``timm_gac_packed`` (packed spikes, training); ``timm_gac_fused`` (batch norm folded, inference); ``timm_gac_int8``
     (quantised, inference; float parts in the precision); ``convolutions``, the convolutions alone as a lower bound of
     time; ``ann``, timm's ResNet of the same shape on T batches; ``spikingjelly`` and ``loop``, the time-major network
-    with SpikingJelly's functional LIF or a plain loop; ``published``, the published algorithm step by step.
+    with SpikingJelly's functional LIF or a plain loop; ``spikingjelly_memopt``, with SpikingJelly's memory optimiser
+    too (training); ``published``, the published algorithm step by step.
 
     Args:
         model: A registered model of this package, or a model folder, quantised or not.
@@ -151,21 +164,22 @@ class ModelBenchConfig:
         import timm
 
         from ..runtime.dtypes import AUTOCAST
-        from .networks import NETWORKS
+        from .networks import COMPILERS, NETWORKS
         from .steps import MODES
 
-        _check_choices(self, modes=MODES, precisions=AUTOCAST)
+        check_choices(self, modes=MODES, precisions=AUTOCAST)
         for provider in self.providers:
             network, *launch = provider.split("+")
-            if network not in NETWORKS or launch not in ([], ["compile"], ["graph"], ["compile", "graph"]):
+            launches = [[], ["graph"], *([way, *graph] for way in COMPILERS for graph in ([], ["graph"]))]
+            if network not in NETWORKS or launch not in launches:
                 raise ValueError(
                     f"expected a provider such as 'timm_gac+graph', got {provider!r}: give one of {list(NETWORKS)}, "
-                    "alone or followed by +compile, +graph or +compile+graph"
+                    "alone or followed by +compile, +compile_no_layout, +graph or +compile+graph"
                 )
         for name in ("modes", "precisions", "num_steps"):
             if not getattr(self, name):
                 raise ValueError(f"expected at least one of {name}, got none: leave the option out for its default")
-        _check_positive(self, "train_batch", "infer_batch", "steps", "num_steps")
+        check_positive(self, "train_batch", "infer_batch", "steps", "num_steps")
         if self.model not in timm.list_models(module="spiking_resnet") and not Path(self.model).is_dir():
             raise ValueError(
                 f"expected a model of this package, got {self.model!r}: `timm-gac models` lists them, or name a folder"
@@ -182,7 +196,7 @@ class ModelBenchConfig:
         """The combinations in the order they run."""
         from .session import Case
 
-        size = self.image_size or self._own_image_size()
+        size = self.image_size or own_image_size(self.model)
         batch = {"train": self.train_batch, "infer": self.infer_batch}
         axes = itertools.product(self.modes, self.precisions, self.num_steps)
         return [
@@ -197,22 +211,14 @@ class ModelBenchConfig:
             for mode, precision, num_steps in axes
         ]
 
-    def _own_image_size(self) -> int:
-        import timm
-
-        from ..hub import read_config
-
-        if Path(self.model).is_dir():
-            return int(read_config(Path(self.model))["pretrained_cfg"]["input_size"][-1])
-        return int(timm.get_pretrained_cfg_value(self.model, "input_size")[-1])
-
     def providers_of(self, case: bench_session.Case) -> list[str]:
         """The providers of a case in the order they run; by default those that compile last."""
         from .networks import LAUNCHES
 
         if self.providers:
             return list(self.providers)
-        skip = ("timm_gac_fused", "timm_gac_int8") if case.mode == "train" else ("timm_gac_packed",)
+        training, inference = ("timm_gac_packed", "spikingjelly_memopt"), ("timm_gac_fused", "timm_gac_int8")
+        skip = inference if case.mode == "train" else training
         kept = {network: launches for network, launches in LAUNCHES.items() if network not in skip}
         found = [network + launch for network, launches in kept.items() for launch in launches]
         found = [name for name in found if "graph" not in name or on_cuda(self.device)]
@@ -259,9 +265,9 @@ class ScalingConfig:
 
         from .processes import PROVIDERS
 
-        _check_choices(self, providers=PROVIDERS, batch_norms=BATCH_NORMS, device=("auto", "cuda", "cpu"))
-        _check_choices(self, precision=("float32", "tf32", "bfloat16"))
-        _check_positive(self, "batch", "num_steps", "steps")
+        check_choices(self, providers=PROVIDERS, batch_norms=BATCH_NORMS, device=("auto", "cuda", "cpu"))
+        check_choices(self, precision=("float32", "tf32", "bfloat16"))
+        check_positive(self, "batch", "num_steps", "steps")
         if self.model not in timm.list_models(module="spiking_resnet"):
             raise ValueError(f"expected a model of this package, got {self.model!r}: `timm-gac models` lists them")
         if self.size < 2 or (self.on_cuda and self.size > torch.cuda.device_count()):

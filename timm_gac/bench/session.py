@@ -19,7 +19,7 @@ from . import check as bench_check
 from . import steps as bench_steps
 from .baselines import LoopNeuron, TimeMajorNet
 from .harness import Row
-from .networks import NETWORKS, Unavailable
+from .networks import COMPILERS, NETWORKS, Unavailable
 from .profile import profile_step
 
 CHECK_BATCH = 4
@@ -112,8 +112,8 @@ class Session:
             return bench_check.check_integer(built, images, self.case.precision)
         reference = TimeMajorNet(self.model, LoopNeuron(self.model.spec)).to(self.device)
         reference = reference.to(memory_format=torch.channels_last)  # so that both sides call the same convolutions
-        # SpikingJelly has no float64 kernels and is compared part by part only.
-        failure = "" if network == "spikingjelly" else bench_check.check_logits(built, reference, images)
+        # SpikingJelly has no float64 kernels and is compared part by part only, with its memory optimiser or without.
+        failure = "" if network.startswith("spikingjelly") else bench_check.check_logits(built, reference, images)
         if network in ("published", "timm_gac_fused"):  # they have other modules
             return failure
         for precision in dict.fromkeys(("float32", self.case.precision)):
@@ -122,7 +122,8 @@ class Session:
 
     def measure(self, provider: str) -> Row:
         """Check and time a provider; return these fields of its row."""
-        network, case, device = provider.split("+")[0], self.case, self.device
+        network, *ways = provider.split("+")
+        case, device = self.case, self.device
         if "graph" in provider and device.type != "cuda":
             raise Unavailable("CUDA graphs need a CUDA device")
         failure = self.check(network)
@@ -137,7 +138,14 @@ class Session:
         inputs = self.inputs(built, copies)
         layout = "channels_last" if bench_steps.is_channels_last(built) else "contiguous"
         with bench_steps.precision_settings(case.precision):
-            step = bench_steps.make_step(built, case.mode, case.precision, device, compiled="compile" in provider)
+            step = bench_steps.make_step(
+                built,
+                case.mode,
+                case.precision,
+                device,
+                compiled="compile" in provider,
+                compile_options=next((COMPILERS[way] for way in ways if way in COMPILERS), None),
+            )
             measured = bench_steps.measure_step(step, inputs, device, graph="graph" in provider, steps=self.steps)
         note = f"T passes: a batch of {copies}*{case.batch}" if copies > 1 else ""
         if device.type == "cuda" and left > 0.05:

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -54,15 +55,18 @@ def make_step(
     device: torch.device,
     *,
     compiled: bool,
+    compile_options: dict[str, Any] | None = None,
     after_backward: Callable[[], None] | None = None,
 ) -> Step:
     """A step as a function of its inputs.
 
     A training step is forward, cross entropy, backward, ``after_backward()``, and fused SGD with momentum (float16 with
-    a gradient scaler); it returns the loss. An inference step returns the logits.
+    a gradient scaler); it returns the loss. An inference step returns the logits. ``compile_options`` are Inductor's.
     """
     network.train(mode == "train")
-    forward: Callable[[Tensor], Tensor] = torch.compile(network, dynamic=False) if compiled else network
+    forward: Callable[[Tensor], Tensor] = network
+    if compiled:
+        forward = torch.compile(network, dynamic=False, options=compile_options)
     if mode == "infer":
 
         def infer(images: Tensor) -> Tensor:
