@@ -40,7 +40,7 @@ COMMANDS = (
         "export",
         "push",
     ),
-    *("verify", "bench", "bench kernels", "bench model", "bench scaling", "bench curves"),
+    *("verify", "bench", "bench kernels", "bench model", "bench loops", "bench scaling", "bench curves"),
 )
 HEAVY = {"torch", "timm", "accelerate", "matplotlib", "triton", "sklearn"}
 
@@ -125,6 +125,7 @@ def test_any_other_program_imports_everything_at_once(tmp_path: Path) -> None:
         (["train"], ["RECIPE", "--epochs", "--no-flip", "--out", "--resume"]),
         (["eval"], ["MODEL", "--data", "--data-dir", "--split", "--images", "--device"]),
         (["predict"], ["IMAGE", "--model", "--exit", "--device"]),
+        (["bench", "loops"], ["--only", "--timm-train", "--seconds"]),
         (["bench", "scaling"], ["--processes", "--check"]),
         (["bench", "curves"], ["--seeds", "--data"]),
         (["quantize"], ["MODEL", "OUT_FOLDER", "--clip", "--overwrite"]),
@@ -200,6 +201,7 @@ def test_models_takes_a_pattern(capsys: pytest.CaptureFixture[str]) -> None:
         ["gain", "no_such_file.npz", "--against", "no_such_file.npz"],
         ["bench", "kernels", "--ops", "no_such_op"],
         ["bench", "model", "--providers", "no_such_network"],
+        ["bench", "loops", "--only", "no_such_loop"],
         ["bench", "curves", "--seeds", "1"],
         ["train", "cifar100", "--epochs", "0"],
         ["export", "no_such_model", "a.pt2"],

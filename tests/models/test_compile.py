@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 
 import pytest
@@ -11,6 +12,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 import timm_gac  # noqa: F401  registers the models
 from gac_kernels.common.fake import make_known
+from timm_gac.bench.loops.ours import Settings, short_epochs
 
 
 def _train(step: Callable[..., torch.Tensor], images: torch.Tensor) -> torch.Tensor:
@@ -45,6 +47,53 @@ def test_inductor_is_told_to_call_operators_as_they_are() -> None:
     make_known("gac_kernels::norm_lif")
     assert torch.ops.gac_kernels.norm_lif.default in lowering.lowerings
     assert lowering.maybe_layout_constraints(torch.ops.gac_kernels.norm_lif.default) is not None
+
+
+@pytest.mark.timeout(600)  # on a GPU Inductor compiles three graphs
+@pytest.mark.parametrize("spike_packing", [False, True])
+def test_three_epochs_compile_training_once_and_its_smaller_last_batch_once(
+    device: torch.device, spike_packing: bool
+) -> None:
+    torch._dynamo.reset()
+    network = timm.create_model("test_gac_msresnet").to(device, memory_format=torch.channels_last)
+    network.set_spike_packing(spike_packing)
+    images = torch.randn(8, *network.pretrained_cfg["input_size"], device=device)
+    labels = torch.randint(network.num_classes, (8,), device=device)
+    compiled = torch.compile(network, backend="inductor" if device.type == "cuda" else "eager")
+    row = short_epochs(compiled, images, labels, Settings(device, "bfloat16", 8), 3)
+    torch._dynamo.reset()
+    # Training, evaluation, and training with the smaller batch.
+    assert (row["graphs"], row["graph_breaks"]) == (3, 0)
+    assert (row["recompiles"], row["late_recompiles"]) == (1, 0)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="compiles for a GPU")
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
+def test_a_compiled_step_trains_as_an_eager_one_on_a_gpu(device: torch.device, mode: str) -> None:
+    torch._dynamo.reset()
+    eager = timm.create_model("test_gac_msresnet", num_classes=10).to(device, memory_format=torch.channels_last)
+    network = copy.deepcopy(eager)
+    images = torch.randn(8, *eager.pretrained_cfg["input_size"], device=device)
+    images = images.contiguous(memory_format=torch.channels_last)
+    labels = torch.randint(10, (8,), device=device)
+    losses = []
+    for step in (eager, torch.compile(network, mode=mode, fullgraph=True)):
+        optimizer = torch.optim.SGD(step.parameters(), lr=0.02, momentum=0.9)
+        found = []
+        for _ in range(12):
+            with torch.autocast("cuda", torch.bfloat16):
+                loss = torch.nn.functional.cross_entropy(step(images).float(), labels)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            found.append(loss.item())
+        losses.append(found)
+    torch._dynamo.reset()
+    expected, got = (torch.tensor(found) for found in losses)
+    # Rounding flips spikes from the first step on, so the curves only stay near each other; both learn the batch.
+    torch.testing.assert_close(got[0], expected[0], rtol=0.1, atol=0.1)
+    assert expected[-1] < 0.7 * expected[0] and got[-1] < 0.7 * got[0]
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="compiles for a GPU")

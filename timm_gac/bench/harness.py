@@ -177,6 +177,13 @@ def show_table(table: Table) -> None:
     console.print(table)
 
 
+def first_error(error: BaseException) -> str:
+    """First line of the first error: a failed graph capture raises a second one when it ends."""
+    while error.__context__ is not None and not error.__suppress_context__:
+        error = error.__context__
+    return f"{type(error).__name__}: {error}".splitlines()[0][:200]
+
+
 @contextmanager
 def exit_on_sigterm() -> Iterator[None]:
     """Turn SIGTERM, which ``timeout`` sends, into SystemExit within the block, so that results can be written."""

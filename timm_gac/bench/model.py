@@ -22,7 +22,7 @@ from ..runtime.files import check_csv
 from ..runtime.provenance import PROVENANCE, provenance
 from . import steps as bench_steps
 from .charts import Curves, Groups, throughput_chart
-from .harness import Row, append_rows, exit_on_sigterm, rows_table, show_table, time_limit
+from .harness import Row, append_rows, exit_on_sigterm, first_error, rows_table, show_table, time_limit
 from .networks import Unavailable
 from .options import ModelBenchConfig
 from .profile import append_json, read_json
@@ -137,18 +137,11 @@ def _bench_provider(session: Session, provider: str, limit_s: float) -> Row:
         row |= {"status": "out of time", "note": str(error)}
     except Exception as error:  # a baseline that cannot run becomes a row; the run goes on
         _logger.debug("%s", provider, exc_info=True)
-        row |= {"status": "error", "note": _reason(error)}
+        row |= {"status": "error", "note": first_error(error)}
     speed = f"{row['images_per_s']:.1f} img/s" if row["status"] == "ok" else f"{row['status']}: {row['note']}"
     labels = (session.case.mode, session.case.precision, session.case.num_steps, provider)
     _logger.info("%4.0f s  %s %s T=%d %s: %s", time.perf_counter() - started, *labels, speed)
     return row
-
-
-def _reason(error: BaseException) -> str:
-    """First line of the first error: a failed graph capture raises a second one when it ends."""
-    while error.__context__ is not None and not error.__suppress_context__:
-        error = error.__context__
-    return f"{type(error).__name__}: {error}".splitlines()[0][:200]
 
 
 def _finish(row: Row, rows: list[Row]) -> Row:

@@ -41,6 +41,7 @@ COMMANDS = {
     "verify": "hub:verify",
     "bench kernels": "bench:kernels",
     "bench model": "bench:model",
+    "bench loops": "bench:loops",
     "bench scaling": "bench:scaling",
     "bench curves": "bench:curves",
 }
@@ -151,5 +152,5 @@ def _all_commands() -> SubcommandApp:
         listed.__doc__ = (_command(name).__doc__ or "").partition("\n")[0]
         group, _, subcommand = name.rpartition(" ")
         (benchmarks if group else app).command(name=subcommand)(listed)
-    app.command(benchmarks, name="bench", help="Time kernels, networks and several GPUs; compare loss curves.")
+    app.command(benchmarks, name="bench", help="Time kernels, networks, loops; compare loss curves.")
     return app
