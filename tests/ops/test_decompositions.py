@@ -11,6 +11,7 @@ from gac_kernels.decompositions import decomposition_table, registered_decomposi
 
 T, B, C, H = 3, 2, 5, 6
 SPECS = {"cifar": CIFAR, "soft": LIFSpec(threshold=0.5, decay=0.25, reset="soft")}
+OTHERS = {name: LIFSpec(threshold=0.5, reset="soft", neuron=name) for name in ("ternary", "adaptive")}
 FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 
 
@@ -28,13 +29,13 @@ def arguments(name: str, spec: LIFSpec, layout: torch.memory_format) -> list[tup
     wide, side = frames(layout, channels=2), torch.randn(C, 2, 1, 1)
     static, varying = (stem, stem.cos()), [y.unflatten(0, (T, B)) for y in (x, x.cos())]
     rows = torch.randn(T, 7)
-    op, forward = spec.op_arguments, spec.forward_arguments
+    op, forward = spec.op_arguments, spec.forward_arguments if spec.is_lif else ()  # of a LIF alone
     norm = (*vectors, None, 1e-5, T, *op, False)
     values = torch.rand(4, C) * 0.8 + 0.1  # decays and thresholds of two neurons
     return {
         "lif": [
             (x.unflatten(0, (T, B)), None, *op, False, False),
-            (rows, rows[0], *op, False, True),
+            (rows, rows[0] if spec.neuron != "adaptive" else rows[:2], *op, False, True),
             (x.unflatten(0, (T, B)), None, *op, False, True, values[:2]),
         ],
         "integer_lif": [(x, T, *forward)],
@@ -68,19 +69,32 @@ def arguments(name: str, spec: LIFSpec, layout: torch.memory_format) -> list[tup
     }[name]
 
 
-@pytest.mark.parametrize("layout", FORMATS)
-@pytest.mark.parametrize("spec", SPECS)
-@pytest.mark.parametrize("op", decomposition_table(), ids=lambda op: op._schema.name.removeprefix("gac_kernels::"))
-def test_a_decomposition_is_its_operator(op, spec: str, layout: str) -> None:
+def check(op, spec: LIFSpec, layout: str, learned: bool = True) -> None:
     decomposition = decomposition_table()[op]
     with use_backend("eager"):
-        for given in arguments(decomposition.__name__, SPECS[spec], FORMATS[layout]):
+        for given in arguments(decomposition.__name__, spec, FORMATS[layout]):
+            if not learned and isinstance(given[-1], Tensor) and given[-1].dim() == 2 and given[-1].shape[1] == C:
+                continue  # values (2, C) or (4, C)
             expected, found = op(*given), decomposition(*given)
             assert isinstance(found, tuple) == isinstance(expected, tuple)
             pairs = zip(*((y if isinstance(y, tuple) else (y,)) for y in (expected, found)), strict=True)
             for number, (want, got) in enumerate(pairs):
                 torch.testing.assert_close(got, want, rtol=0, atol=0, msg=lambda text, n=number: f"output {n}: {text}")
                 assert got.stride() == want.stride(), number
+
+
+@pytest.mark.parametrize("layout", FORMATS)
+@pytest.mark.parametrize("spec", SPECS)
+@pytest.mark.parametrize("op", decomposition_table(), ids=lambda op: op._schema.name.removeprefix("gac_kernels::"))
+def test_a_decomposition_is_its_operator(op, spec: str, layout: str) -> None:
+    check(op, SPECS[spec], layout)
+
+
+@pytest.mark.parametrize("layout", FORMATS)
+@pytest.mark.parametrize("spec", OTHERS)
+@pytest.mark.parametrize("name", ["lif", "norm_lif", "gated_lif", "gac_fire"])
+def test_registered_neurons(name: str, spec: str, layout: str) -> None:
+    check(getattr(torch.ops.gac_kernels, name).default, OTHERS[spec], layout, learned=False)
 
 
 def test_what_a_backward_pass_wants_stays_an_operator() -> None:

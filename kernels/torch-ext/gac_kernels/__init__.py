@@ -3,6 +3,7 @@
 from . import layers as layers
 from .backend import requested_backend, resolve_backend, use_backend
 from .common.ahead import compile_ahead
+from .common.neuron_step import surrogate_grad
 from .convolution.conv_lif import conv_lif
 from .convolution.int8_conv2d import int8_conv2d, int8_weight
 from .convolution.spike_conv import spike_conv
@@ -12,6 +13,7 @@ from .encoder.pad_frames import pad_frames
 from .encoder.pool_frames import pool_frames
 from .neuron.integer_lif import integer_lif
 from .neuron.lif import lif
+from .neuron.models import ADAPTIVE, INTEGER, TERNARY
 from .norm.batch_stats import batch_stats
 from .norm.norm_lif import norm_lif
 from .reference import (
@@ -33,16 +35,23 @@ from .reference import (
     spike_conv_reference,
     unpack_spikes_reference,
 )
+from .registry import Neuron, Step, Surrogate, register_neuron, register_surrogate
 from .spec import CIFAR, IMAGENET, LIFSpec, ResidualNorm
 from .spikes.bits import pack_spikes, packed_conv2d, unpack_spikes
 from .spikes.count_spikes import count_spikes
 from .spikes.firing_rate import firing_rate
 
 __all__ = [
+    "ADAPTIVE",
     "CIFAR",
     "IMAGENET",
+    "INTEGER",
+    "TERNARY",
     "LIFSpec",
+    "Neuron",
     "ResidualNorm",
+    "Step",
+    "Surrogate",
     "batch_stats",
     "batch_stats_reference",
     "compile_ahead",
@@ -75,10 +84,13 @@ __all__ = [
     "pad_frames_reference",
     "pool_frames",
     "pool_frames_reference",
+    "register_neuron",
+    "register_surrogate",
     "requested_backend",
     "resolve_backend",
     "spike_conv",
     "spike_conv_reference",
+    "surrogate_grad",
     "unpack_spikes",
     "unpack_spikes_reference",
     "use_backend",

@@ -85,14 +85,15 @@ def check_current(name: str, x: Tensor, min_dims: int, max_dims: int | None = No
         raise ValueError(f"expected {name} with at least one time step, got shape {tuple(x.shape)}: give T >= 1 steps")
 
 
-def check_state(state: Tensor | None, x: Tensor) -> None:
-    """Raise unless ``state`` is None or a membrane that fits ``x``."""
+def check_state(state: Tensor | None, x: Tensor, states: int = 1) -> None:
+    """Raise unless ``state`` is None or a membrane that fits ``x``; of several states, all of them."""
     if state is None:
         return
     check_tensor("state", state)
-    if state.shape != x.shape[1:]:
+    expected = (*([states] if states > 1 else []), *x.shape[1:])
+    if state.shape != expected:
         raise ValueError(
-            f"expected state of shape {tuple(x.shape[1:])} (x without its time axis), got {tuple(state.shape)}: "
+            f"expected state of shape {expected} (x without its time axis), got {tuple(state.shape)}: "
             "hand over the state that an earlier call returned for the same batch"
         )
     if state.dtype != state_dtype(x.dtype):

@@ -17,8 +17,10 @@ from torch import Tensor
 
 from .common.shortcut import shortcut_stride
 from .common.tiles import dense, is_channels_last
-from .reference import of_channels, state_dtype
+from .derivatives import spec_of
+from .reference import of_channels, run_steps, state_dtype
 from .reference.convolution import grid_shift
+from .registry import neuron_by
 
 Number = float | Tensor
 
@@ -31,8 +33,25 @@ def _learned(threshold: float, decay: float, values: Tensor | None, frame: Tenso
     return thresholds, decays
 
 
-def _fire(currents: Sequence[Tensor], v: Tensor | None, threshold: Number, decay: Number, soft_reset: bool) -> Any:
-    """The spikes of each step, bool, and the membrane after the last reset; currents and ``v`` in the state's dtype."""
+def _fire(
+    currents: Sequence[Tensor],
+    v: Tensor | None,
+    threshold: Number,
+    decay: Number,
+    soft_reset: bool,
+    surrogate: int = 0,
+) -> Any:
+    """The spikes of each step, bool, and the membrane after the last reset; currents and ``v`` in the state's dtype.
+
+    Of a registered neuron spikes in the state's dtype and, where there are several, all states.
+    """
+    neuron = neuron_by(surrogate)
+    if neuron is not None:
+        assert not isinstance(threshold, Tensor) and not isinstance(decay, Tensor)  # nothing of it is learned
+        spec = spec_of(threshold, decay, surrogate, 1.0, False, soft_reset)
+        start = v if v is None or neuron.states > 1 else v[None]
+        emitted, after = run_steps(torch.stack(list(currents)), start, spec, gradient=False)
+        return emitted, torch.stack(after) if neuron.states > 1 else after[0]
     spikes = []
     for current in currents:
         u = current if v is None else v * decay + current
@@ -48,11 +67,17 @@ def _steps(x: Tensor, num_steps: int) -> list[Tensor]:
 
 
 def _fire_folded(
-    current: Tensor, num_steps: int, threshold: Number, decay: Number, soft_reset: bool, dtype: torch.dtype
+    current: Tensor,
+    num_steps: int,
+    threshold: Number,
+    decay: Number,
+    soft_reset: bool,
+    dtype: torch.dtype,
+    surrogate: int = 0,
 ) -> Tensor:
     """The spikes of a time-folded current, (T*B, ...) in ``dtype``."""
     wide = current.to(state_dtype(current.dtype))
-    spikes, _ = _fire(_steps(wide, num_steps), None, threshold, decay, soft_reset)
+    spikes, _ = _fire(_steps(wide, num_steps), None, threshold, decay, soft_reset, surrogate)
     return torch.cat(spikes).to(dtype)
 
 
@@ -74,7 +99,7 @@ def lif(
         return NotImplemented
     wide = x.to(state_dtype(x.dtype))
     numbers = _learned(threshold, decay, values, x[0])
-    spikes, v = _fire(list(wide.unbind()), state, *numbers, soft_reset)
+    spikes, v = _fire(list(wide.unbind()), state, *numbers, soft_reset, surrogate)
     nothing = x.new_empty(0, dtype=torch.float32)
     fired = torch.cat(spikes).view(x.shape) if x.dim() > 1 else torch.stack(spikes)
     return fired.to(x.dtype), v if return_state else nothing, nothing.to(torch.uint8)
@@ -133,7 +158,8 @@ def norm_lif(
     nothing = x.new_empty(0)
     membrane = current.to(x.dtype) if keep_membrane else nothing
     numbers = _learned(threshold, decay, values, x)
-    spikes = _fire_folded(membrane if keep_membrane else current, num_steps, *numbers, soft_reset, x.dtype)
+    seen = membrane if keep_membrane else current
+    spikes = _fire_folded(seen, num_steps, *numbers, soft_reset, x.dtype, surrogate)
     return spikes, membrane, nothing.to(torch.uint8)
 
 
@@ -141,12 +167,20 @@ def _in_format_of(x: Tensor, other: Tensor) -> Tensor:
     return other.contiguous(memory_format=torch.channels_last if is_channels_last(x) else torch.contiguous_format)
 
 
-def _gated(x: Tensor, spatial: Tensor, temporal: Tensor, threshold: Number, decay: Number, soft_reset: bool) -> Any:
+def _gated(
+    x: Tensor,
+    spatial: Tensor,
+    temporal: Tensor,
+    threshold: Number,
+    decay: Number,
+    soft_reset: bool,
+    surrogate: int,
+) -> Any:
     """The gated spikes of each step, (B, C, H, W) each in x's dtype."""
     dtype, num_steps = state_dtype(x.dtype), temporal.shape[1]
     wide, scores = x.to(dtype), spatial.to(dtype)
     currents = [wide] * num_steps if x.dim() == 4 else list(wide.unbind())
-    fired, _ = _fire(currents, None, threshold, decay, soft_reset)
+    fired, _ = _fire(currents, None, threshold, decay, soft_reset, surrogate)
     gated = []
     for t, spikes in enumerate(fired):
         gate = torch.sigmoid(temporal[:, t, None, None, None].to(dtype) * (scores if x.dim() == 4 else scores[t]))
@@ -173,7 +207,7 @@ def gated_lif(
 ) -> Tensor:
     """`gac_kernels.gac_encode` and `gac_kernels.gated_lif`."""
     numbers = _learned(threshold, decay, values, x if x.dim() == 4 else x[0])
-    return _frames(_gated(x, spatial, temporal, *numbers, soft_reset))
+    return _frames(_gated(x, spatial, temporal, *numbers, soft_reset, surrogate))
 
 
 def gac_fire(
@@ -192,9 +226,9 @@ def gac_fire(
     """`gac_kernels.gac_fire`."""
     frame, pairs = stem if stem.dim() == 4 else stem[0], (None, None) if values is None else values.split(2)
     first, second = (_learned(threshold, decay, pair, frame) for pair in pairs)
-    gated = _gated(stem, spatial, temporal, *first, soft_reset)
+    gated = _gated(stem, spatial, temporal, *first, soft_reset, surrogate)
     currents = [step.to(state_dtype(step.dtype)) for step in gated]
-    fired, _ = _fire(currents, None, *second, soft_reset)
+    fired, _ = _fire(currents, None, *second, soft_reset, surrogate)
     spikes = _frames(fired).to(torch.int8 if integer else stem.dtype)
     return _frames(gated), spikes
 

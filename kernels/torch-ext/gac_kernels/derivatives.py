@@ -15,7 +15,8 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from .backend import forced_backend, use_backend
-from .spec import RESETS, SURROGATES, LIFSpec
+from .registry import names_of
+from .spec import RESETS, LIFSpec
 
 Outputs = Any  # a tensor or a tuple of tensors
 Gradients = tuple["Tensor | None", ...]
@@ -129,4 +130,5 @@ def spec_of(
     threshold: float, decay: float, surrogate: int, width: float, detach_reset: bool, soft_reset: bool
 ) -> LIFSpec:
     """The spec of which these are `LIFSpec.op_arguments`."""
-    return LIFSpec(threshold, decay, SURROGATES[surrogate], width, detach_reset, RESETS[soft_reset])
+    neuron, name = names_of(surrogate)
+    return LIFSpec(threshold, decay, name, width, detach_reset, RESETS[soft_reset], neuron)

@@ -9,9 +9,11 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from .common.messages import shown
+from .registry import BUILT_IN as SURROGATES
+from .registry import LIF, neuron_names, neuron_of, number_of, surrogate_names
 
-SURROGATES = ("triangle", "rectangle", "atan", "sigmoid")
 RESETS = ("hard", "soft")
+__all__ = ["CIFAR", "IMAGENET", "RESETS", "SURROGATES", "LIFSpec", "ResidualNorm"]
 
 
 def _number(name: str, value: Any) -> float:
@@ -62,10 +64,12 @@ class LIFSpec:
     Args:
         threshold: Membrane potential above which (strictly) the neuron fires.
         decay: Fraction of the membrane potential that survives one step, in [0, 1].
-        surrogate: One of ``triangle``, ``rectangle``, ``atan``, ``sigmoid``.
+        surrogate: One of ``triangle``, ``rectangle``, ``atan``, ``sigmoid``, or one of `register_surrogate`.
         width: Width of the surrogate, in units of membrane potential.
         detach_reset: Treat the spike in the reset as a constant in the backward pass.
         reset: ``hard`` resets to 0, ``soft`` subtracts the threshold.
+        neuron: ``lif``, which is the above; ``ternary``, ``integer`` or ``adaptive``, see `gac_kernels.neuron.models`;
+            or one of `register_neuron`. The other fields are what it makes of them.
 
     Raises:
         ValueError: A field is out of range, or a tensor that learns or holds more than one number; the message names
@@ -80,6 +84,7 @@ class LIFSpec:
     width: float = 1.0
     detach_reset: bool = False
     reset: str = "hard"
+    neuron: str = LIF
 
     def __post_init__(self) -> None:
         for name in ("threshold", "decay", "width"):
@@ -89,19 +94,67 @@ class LIFSpec:
             raise ValueError(f"expected a finite threshold > 0, got {self.threshold!r}: give one such as 1.0")
         if not 0.0 <= self.decay <= 1.0:
             raise ValueError(f"expected a decay in [0, 1], got {self.decay!r}: give one such as 0.5")
-        if not isinstance(self.surrogate, str) or self.surrogate not in SURROGATES:
+        if not isinstance(self.surrogate, str) or self.surrogate not in surrogate_names():
             raise ValueError(
-                f"expected a surrogate out of {SURROGATES}, got {shown(self.surrogate)}: choose one of these"
+                f"expected a surrogate out of {surrogate_names()}, got {shown(self.surrogate)}: choose one of these, "
+                "or import the module that registers it"
             )
         if not (math.isfinite(self.width) and self.width > 0):
             raise ValueError(f"expected a finite surrogate width > 0, got {self.width!r}: give one such as 1.0")
         if not isinstance(self.reset, str) or self.reset not in RESETS:
             raise ValueError(f"expected a reset out of {RESETS}, got {shown(self.reset)}: choose one of these")
+        if not isinstance(self.neuron, str) or self.neuron not in neuron_names():
+            raise ValueError(
+                f"expected a neuron out of {neuron_names()}, got {shown(self.neuron)}: choose one of these, or import "
+                "the module that registers it"
+            )
 
     @property
     def surrogate_id(self) -> int:
-        """Index of the surrogate in ``SURROGATES``: the form in which kernels take it."""
-        return SURROGATES.index(self.surrogate)
+        """Number of surrogate and neuron, the form in which operators take them: see `gac_kernels.registry`."""
+        return number_of(self.neuron, self.surrogate)
+
+    @property
+    def is_lif(self) -> bool:
+        """Whether it is the leaky integrate-and-fire neuron, which all operators have."""
+        return self.neuron == LIF
+
+    @property
+    def spikes(self) -> str:
+        """What its spikes are: ``binary``, ``ternary`` or ``levels``, see `gac_kernels.registry.Neuron`."""
+        neuron = neuron_of(self.neuron)
+        return "binary" if neuron is None else neuron.spikes
+
+    def refuse_others(self, what: str) -> None:
+        """Raise unless it is the leaky integrate-and-fire neuron.
+
+        Args:
+            what: What is for that neuron alone, such as ``8-bit inference``.
+
+        Raises:
+            ValueError: It is another neuron; the message names both.
+        """
+        if not self.is_lif:
+            raise ValueError(
+                f"expected neuron 'lif' for {what}, got {self.neuron!r}: it has none, leave it out or use neuron='lif'"
+            )
+
+    def refuse_spikes(self, what: str, *kinds: str) -> None:
+        """Raise where spikes are of one of these kinds.
+
+        Args:
+            what: What does not take such spikes, such as ``packed bits``.
+            kinds: See `spikes`.
+
+        Raises:
+            ValueError: They are; the message names neuron and what.
+        """
+        if self.spikes in kinds:
+            values = {"ternary": "-1, 0 and 1", "levels": "of several levels"}.get(self.spikes, "0 and 1")
+            raise ValueError(
+                f"expected other spikes for {what}, got those of neuron {self.neuron!r}, {values}: it has none, leave "
+                "it out or use neuron='lif'"
+            )
 
     @property
     def soft_reset(self) -> bool:
@@ -112,13 +165,18 @@ class LIFSpec:
     def op_arguments(self) -> tuple[float, float, int, float, bool, bool]:
         """The spec as operators with a backward pass take it, in their order.
 
-        Threshold, decay, index of the surrogate, its width, whether the reset is detached and whether it is soft.
+        Threshold, decay, number of surrogate and neuron, width, whether the reset is detached and whether it is soft.
         """
         return self.threshold, self.decay, self.surrogate_id, self.width, self.detach_reset, self.soft_reset
 
     @property
     def forward_arguments(self) -> tuple[float, float, bool]:
-        """The spec as operators for inference take it: threshold, decay and whether the reset is soft."""
+        """The spec as operators for inference take it: threshold, decay and whether the reset is soft.
+
+        Raises:
+            ValueError: It is another neuron than ``lif``.
+        """
+        self.refuse_others("a convolution or integers with a neuron in one operator")
         return self.threshold, self.decay, self.soft_reset
 
 

@@ -1,7 +1,10 @@
 """One neuron step, forward and backward, shared by every Triton kernel that contains the neuron.
 
-The formulas and their source stand in `LIFSpec`. Ids of the surrogates index ``spec.SURROGATES``. A threshold is a
-constant, or a tensor that broadcasts over the membrane where it is learned.
+The formulas and their source stand in `LIFSpec`. A surrogate is an index in ``spec.SURROGATES``, or a function of one's
+own. A threshold is a constant, or a tensor that broadcasts over the membrane where it is learned.
+
+Kernels hold a neuron's states as a tuple of blocks. STEP is None for the leaky integrate-and-fire neuron, whose only
+state is the membrane, and else the step of a registered `Neuron`, STEP_GRAD its derivative.
 """
 
 from __future__ import annotations
@@ -37,10 +40,116 @@ def surrogate_grad(d, SURROGATE: tl.constexpr, WIDTH: tl.constexpr):
     elif SURROGATE == 2:  # atan
         z = d * (3.141592653589793 / WIDTH)
         g = (1.0 / WIDTH) / (1.0 + z * z)
-    else:  # sigmoid
+    elif SURROGATE == 3:  # sigmoid
         p = tl.sigmoid(d * (4.0 / WIDTH))
         g = (4.0 / WIDTH) * p * (1.0 - p)
+    else:
+        g = SURROGATE(d, WIDTH)
     return g
+
+
+@triton.jit
+def resting(v, STATES: tl.constexpr):
+    """The states before the first step, zeros like v."""
+    state = ()
+    for _ in tl.static_range(STATES):
+        state += (v,)
+    return state
+
+
+@triton.jit
+def state_where(inside, new, old, STATES: tl.constexpr):
+    """The new states inside, else the old ones."""
+    state = ()
+    for k in tl.static_range(STATES):
+        state += (tl.where(inside, new[k], old[k]),)
+    return state
+
+
+@triton.jit
+def load_state(ptr, inside, frame, STATES: tl.constexpr):
+    """States from memory [STATES, frame]; ptr is where the first one lies, and inside None where all are there."""
+    state = ()
+    for k in tl.static_range(STATES):
+        if inside is None:
+            state += (tl.load(ptr + k * tl.cast(frame, tl.int64)),)
+        else:
+            state += (tl.load(ptr + k * tl.cast(frame, tl.int64), mask=inside, other=0.0),)
+    return state
+
+
+@triton.jit
+def store_state(ptr, state, inside, frame, STATES: tl.constexpr):
+    """States into memory [STATES, frame]."""
+    for k in tl.static_range(STATES):
+        tl.store(ptr + k * tl.cast(frame, tl.int64), state[k], mask=inside)
+
+
+@triton.jit
+def fire(x, state, THRESHOLD, DECAY, SOFT: tl.constexpr, STEP: tl.constexpr, CONSTANTS: tl.constexpr):
+    """Spikes of a step, float32, and what `settle` makes the states after it of: of a LIF the membrane before reset.
+
+    In two parts, so that a LIF resets behind its stores: the same instructions in another order.
+    """
+    if STEP is None:
+        u = DECAY * state[0] + x.to(tl.float32)
+        s = tl.where(u > THRESHOLD, 1.0, 0.0)
+        pending = (u,)
+    else:
+        s, pending = STEP(x.to(tl.float32), state, THRESHOLD, DECAY, SOFT, CONSTANTS)
+    return s, pending
+
+
+@triton.jit
+def settle(pending, THRESHOLD, SOFT: tl.constexpr, STEP: tl.constexpr):
+    """The states after a step from what `fire` left."""
+    after = pending
+    if STEP is None:
+        after = (reset(pending[0], THRESHOLD, SOFT),)
+    return after
+
+
+@triton.jit
+def kept_of(x, state, pending, STEP: tl.constexpr):
+    """What `retreat` needs of a step: of a LIF its membrane before the reset, else its input and the states before."""
+    kept = pending
+    if STEP is not None:
+        kept = (x.to(tl.float32), state)
+    return kept
+
+
+@triton.jit
+def retreat(
+    kept,
+    gs,
+    gstate,
+    THRESHOLD,
+    DECAY,
+    SURROGATE: tl.constexpr,
+    WIDTH: tl.constexpr,
+    DETACH: tl.constexpr,
+    SOFT: tl.constexpr,
+    STEP_GRAD: tl.constexpr,
+    CONSTANTS: tl.constexpr,
+):
+    """Gradient at a step's input from those at its spikes and at the states after it; `settle_grad` has the rest."""
+    if STEP_GRAD is None:
+        gx = membrane_grad(kept[0], gs, gstate[0], THRESHOLD, SURROGATE, WIDTH, DETACH, SOFT)
+        pending = (gx,)
+    else:
+        gx, pending = STEP_GRAD(
+            kept[0], kept[1], gs, gstate, THRESHOLD, DECAY, SURROGATE, WIDTH, DETACH, SOFT, CONSTANTS
+        )
+    return gx, pending
+
+
+@triton.jit
+def settle_grad(pending, DECAY, STEP_GRAD: tl.constexpr):
+    """Gradients at the states before a step from what `retreat` left."""
+    before = pending
+    if STEP_GRAD is None:
+        before = (DECAY * pending[0],)
+    return before
 
 
 @triton.jit
@@ -98,6 +207,69 @@ def membrane_grad_by(
     else:
         dv = keep if DETACH else keep - u * sg
     return gs * sg + gv * dv
+
+
+@triton.jit
+def gated(s, pending, gate, THRESHOLD, STEP: tl.constexpr):
+    """Spikes times a gate, from what `fire` gives."""
+    y = s * gate
+    if STEP is None:
+        y = tl.where(pending[0] > THRESHOLD, gate, 0.0)
+    return y
+
+
+@triton.jit
+def keep_of(s, pending, THRESHOLD, STEP: tl.constexpr):
+    """Of a LIF the factor that resets its membrane, 0 where it fired and else 1; of a registered neuron its spikes."""
+    keep = s
+    if STEP is None:
+        keep = tl.where(pending[0] > THRESHOLD, 0.0, 1.0)
+    return keep
+
+
+@triton.jit
+def settle_by(pending, keep, THRESHOLD, SOFT: tl.constexpr, STEP: tl.constexpr):
+    """`settle` by products with what `keep_of` gives."""
+    after = pending
+    if STEP is None:
+        after = (reset_by(pending[0], keep, THRESHOLD, SOFT),)
+    return after
+
+
+@triton.jit
+def times_spikes(g, keep, STEP: tl.constexpr):
+    """A value times the spikes, from what `keep_of` gives."""
+    if STEP is None:
+        g -= g * keep
+    else:
+        g *= keep
+    return g
+
+
+@triton.jit
+def retreat_by(
+    kept,
+    keep,
+    gs,
+    gstate,
+    THRESHOLD,
+    DECAY,
+    SURROGATE: tl.constexpr,
+    WIDTH: tl.constexpr,
+    DETACH: tl.constexpr,
+    SOFT: tl.constexpr,
+    STEP_GRAD: tl.constexpr,
+    CONSTANTS: tl.constexpr,
+):
+    """`retreat` where `keep_of` the step is known already."""
+    if STEP_GRAD is None:
+        gx = membrane_grad_by(kept[0], keep, gs, gstate[0], THRESHOLD, SURROGATE, WIDTH, DETACH, SOFT)
+        pending = (gx,)
+    else:
+        gx, pending = STEP_GRAD(
+            kept[0], kept[1], gs, gstate, THRESHOLD, DECAY, SURROGATE, WIDTH, DETACH, SOFT, CONSTANTS
+        )
+    return gx, pending
 
 
 @triton.jit

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
+from ..derivatives import spec_of
+from ..neuron import stepwise
 from ..neuron.eager import at_threshold, fire, reset, sum_over_frame
 from ..reference import of_channels, state_dtype, surrogate_derivative
-from ..spec import SURROGATES
+from ..registry import names_of, neuron_by, states_by
+from ..spec import LIFSpec
 
 
 def gated_lif_forward(
@@ -19,9 +24,15 @@ def gated_lif_forward(
     decay: float | Tensor,
     soft_reset: bool,
     values: Tensor | None = None,
+    surrogate: int = 0,
 ) -> None:
     """Write the gated spikes of a static (4-D) or varying (5-D) current."""
     dtype = state_dtype(x.dtype)
+    if neuron_by(surrogate) is not None:
+        spec = _spec(threshold, decay, surrogate, 1.0, False, soft_reset)
+        for t, s in enumerate(_spikes(x, len(y), spec)):
+            y[t] = _gate(spatial if x.dim() == 4 else spatial[t], temporal[:, t], dtype).mul_(s)
+        return
     if values is not None:
         decay, threshold = (of_channels(value, y[0]) for value in values)
     v = torch.zeros_like(y[0], dtype=dtype)
@@ -29,9 +40,66 @@ def gated_lif_forward(
         current, scores = (x, spatial) if x.dim() == 4 else (x[t], spatial[t])
         u = v.mul_(decay).add_(current)
         fired = fire(u, threshold)
-        gate = torch.sigmoid(temporal[:, t, None, None, None].to(dtype) * scores.to(dtype))
-        y[t] = gate.mul_(fired)
+        y[t] = _gate(scores, temporal[:, t], dtype).mul_(fired)
         v = reset(u, fired, threshold, soft_reset, fired)
+
+
+def _gate(scores: Tensor, temporal: Tensor, dtype: torch.dtype) -> Tensor:
+    """The gate of a step from its scores (B, C, H, W) and (B,)."""
+    return torch.sigmoid(temporal[:, None, None, None].to(dtype) * scores.to(dtype))
+
+
+def _spec(threshold: float | Tensor, decay: float | Tensor, *rest: Any) -> LIFSpec:
+    """The spec of a registered neuron, whose threshold and decay are numbers."""
+    assert not isinstance(threshold, Tensor) and not isinstance(decay, Tensor)
+    return spec_of(threshold, decay, *rest)
+
+
+def _currents(x: Tensor, num_steps: int) -> Tensor:
+    """A static (4-D) or varying (5-D) current as one of each step, contiguous, in the membrane's dtype."""
+    frames = x.expand(num_steps, *x.shape) if x.dim() == 4 else x
+    return frames.to(state_dtype(x.dtype), memory_format=torch.contiguous_format).contiguous()
+
+
+def _spikes(x: Tensor, num_steps: int, spec: LIFSpec) -> Tensor:
+    """Spikes (T, B, C, H, W) of a registered neuron, in the membrane's dtype."""
+    current = _currents(x, num_steps)
+    spikes = torch.empty_like(current)
+    stepwise.forward(current, None, spikes, current.new_empty(0), spec, states_by(spec.surrogate_id))
+    return spikes
+
+
+def _registered_backward(
+    grad: Tensor,
+    x: Tensor,
+    spatial: Tensor,
+    temporal: Tensor,
+    grad_x: Tensor,
+    grad_spatial: Tensor,
+    grad_temporal: Tensor,
+    spec: LIFSpec,
+) -> None:
+    """`gated_lif_backward` of a registered neuron."""
+    dtype, static, num_steps = state_dtype(x.dtype), x.dim() == 4, len(grad)
+    spikes = _spikes(x, num_steps, spec)
+    through, sum_n = torch.empty_like(spikes), torch.zeros_like(spikes[0])
+    for t in range(num_steps):
+        scores = (spatial if static else spatial[t]).to(dtype)
+        gate = _gate(scores, temporal[:, t], dtype)
+        torch.mul(grad[t].to(dtype), gate, out=through[t])
+        gz = through[t] * (1.0 - gate) * spikes[t]
+        grad_temporal[:, t] = (gz * scores).sum((1, 2, 3))
+        gz.mul_(temporal[:, t, None, None, None].to(dtype))
+        if static:
+            sum_n += gz
+        else:
+            grad_spatial[t] = gz
+    nothing = through.new_empty(0)
+    current = _currents(x, num_steps)
+    stepwise.backward(through, None, current, None, through, nothing, spec, states_by(spec.surrogate_id))
+    grad_x.copy_(through.sum(0) if static else through)
+    if static:
+        grad_spatial.copy_(sum_n)
 
 
 def gated_lif_backward(
@@ -53,6 +121,10 @@ def gated_lif_backward(
 ) -> None:
     """Write the gradients at the current, the spatial and the temporal scores; with values (2, N) those at them too."""
     dtype, static = state_dtype(x.dtype), x.dim() == 4
+    if neuron_by(surrogate) is not None:
+        spec = _spec(threshold, decay, surrogate, width, detach_reset, soft_reset)
+        _registered_backward(grad, x, spatial, temporal, grad_x, grad_spatial, grad_temporal, spec)
+        return
     if values is not None:
         decay, threshold = (of_channels(value, grad[0]) for value in values)
     membranes, decayed = [], []
@@ -70,7 +142,7 @@ def gated_lif_backward(
         u, scores = membranes[t], (spatial if static else spatial[t]).to(dtype)
         m, gy, fired = temporal[:, t, None, None, None].to(dtype), grad[t].to(dtype), u > threshold
         gate = torch.sigmoid(m * scores)
-        slope = surrogate_derivative(u - threshold, SURROGATES[surrogate], width)
+        slope = surrogate_derivative(u - threshold, names_of(surrogate)[1], width)
         gz = (gy * gate * (1.0 - gate)).masked_fill(~fired, 0.0)
         kept = torch.ones_like(u) if soft_reset else (~fired).to(dtype)
         through_spike = 0.0 if detach_reset else slope * (threshold if soft_reset else u)

@@ -17,11 +17,12 @@ from torch import Tensor
 from ..backend import resolve_backend
 from ..checks import check_current, check_gate, check_spec
 from ..common.fake import register_fake
-from ..common.layout import as_layout, on_device
+from ..common.layout import as_layout
 from ..common.triton import cdiv
 from ..derivatives import differentiable_gradients, register_derivatives, spec_of
-from ..neuron.values import check_values, named_values, stack_values
+from ..neuron.values import check_learnable, check_values, named_values, stack_values
 from ..reference import gac_encode_reference, gated_lif_reference
+from ..registry import kernel_constants, launching
 from ..spec import CIFAR, LIFSpec
 from ..tuning import launch_config
 from . import eager
@@ -80,9 +81,10 @@ def _forward_triton(
     decay: float,
     soft_reset: bool,
     values: Tensor | None = None,
+    surrogate: int = 0,
 ) -> None:
     sizes, config, programs = geometry(x, y, "gac_fwd")
-    with on_device(x):
+    with launching(x, surrogate):
         gated_fwd_kernel[(programs,)](
             x,
             spatial,
@@ -96,6 +98,7 @@ def _forward_triton(
             THRESHOLD=threshold,
             DECAY=decay,
             SOFT=soft_reset,
+            **kernel_constants(surrogate, backward=False),
             **config,
         )
 
@@ -123,8 +126,9 @@ def _backward_triton(
     chunks = cdiv(num_steps, CHUNK)
     # One partial sum a program and step, added up by torch in a fixed order: no atomics, so the same bits every time.
     partial = torch.empty((batch, programs // batch, num_steps), dtype=torch.float32, device=x.device)
-    scratch = partial.new_empty(programs * chunks * config["BLOCK"] if chunks > 1 else 0)
-    with on_device(x):
+    constants = kernel_constants(surrogate, backward=True)
+    scratch = partial.new_empty(programs * chunks * config["BLOCK"] * constants["STATES"] if chunks > 1 else 0)
+    with launching(x, surrogate):
         gated_bwd_kernel[(programs,)](
             grad,
             x,
@@ -143,10 +147,10 @@ def _backward_triton(
             STATIC=x.dim() == 4,
             THRESHOLD=threshold,
             DECAY=decay,
-            SURROGATE=surrogate,
             WIDTH=width,
             DETACH=detach_reset,
             SOFT=soft_reset,
+            **constants,
             **config,
         )
     grad_temporal.copy_(partial.sum(1))
@@ -173,6 +177,7 @@ _lib.define(
 def _gated_lif(x, spatial, temporal, threshold, decay, surrogate, width, detach_reset, soft_reset, values=None):
     if values is not None:
         check_values(values)
+        check_learnable(surrogate)
         values = values.contiguous()
     y = _gated_lif_fake(
         x=x,
@@ -189,7 +194,7 @@ def _gated_lif(x, spatial, temporal, threshold, decay, surrogate, width, detach_
         like = frames_like(x, *x.shape[:-3])
         run = _forward_triton if resolve_backend(x.device, x.dtype) == "triton" else eager.gated_lif_forward
         sources = as_layout(x, like), as_layout(spatial, like), temporal.contiguous()
-        run(*sources, y, threshold, decay, soft_reset, values)
+        run(*sources, y, threshold, decay, soft_reset, values, surrogate)
     return y
 
 

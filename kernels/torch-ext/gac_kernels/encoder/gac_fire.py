@@ -16,14 +16,15 @@ from torch import Tensor
 from ..backend import resolve_backend
 from ..checks import check_current, check_gate, check_spec
 from ..common.fake import register_fake
-from ..common.layout import as_layout, on_device
+from ..common.layout import as_layout
 from ..common.messages import shown
 from ..derivatives import differentiable_gradients, register_derivatives, spec_of
 from ..neuron import learned
 from ..neuron.eager import lif_forward
 from ..neuron.lif import launch_forward
-from ..neuron.values import check_values, named_values, stack_values
+from ..neuron.values import check_learnable, check_values, named_values, stack_values
 from ..reference import gac_fire_reference, state_dtype
+from ..registry import kernel_constants, launching
 from ..spec import CIFAR, LIFSpec
 from .gac import CHUNK, backward_outputs, frames_like, geometry, places_like, sum_places, value_arguments
 from .gac_fire_kernels import fire_bwd_kernel, fire_fwd_kernel
@@ -39,9 +40,10 @@ def _forward_triton(
     decay: float,
     soft_reset: bool,
     values: Tensor | None = None,
+    surrogate: int = 0,
 ) -> None:
     sizes, config, programs = geometry(stem, gated, "gac_fire_fwd")
-    with on_device(stem):
+    with launching(stem, surrogate):
         fire_fwd_kernel[(programs,)](
             stem,
             spatial,
@@ -56,6 +58,7 @@ def _forward_triton(
             THRESHOLD=threshold,
             DECAY=decay,
             SOFT=soft_reset,
+            **kernel_constants(surrogate, backward=False),
             **config,
         )
 
@@ -83,7 +86,7 @@ def _backward_triton(
     places = places_like(values, stem, batch)
     # One partial sum a program and step, added up by torch in a fixed order: no atomics, so the same bits every time.
     partial = torch.empty((batch, programs // batch, num_steps), dtype=torch.float32, device=stem.device)
-    with on_device(stem):
+    with launching(stem, surrogate):
         fire_bwd_kernel[(programs,)](
             grad_gated,
             grad_spikes,
@@ -101,11 +104,11 @@ def _backward_triton(
             STATIC=stem.dim() == 4,
             THRESHOLD=threshold,
             DECAY=decay,
-            SURROGATE=surrogate,
             WIDTH=width,
             DETACH=detach_reset,
             SOFT=soft_reset,
             HAS_GY=grad_gated is not None,
+            **kernel_constants(surrogate, backward=True),
             **config,
         )
     grad_temporal.copy_(partial.sum(1))
@@ -139,6 +142,7 @@ def _gac_fire(
 ):
     if values is not None:
         check_values(values)
+        check_learnable(surrogate)
         values = values.contiguous()
     spec = (threshold, decay, surrogate, width, detach_reset, soft_reset)
     if _in_one_pass(stem, temporal.shape[1]):
@@ -146,7 +150,7 @@ def _gac_fire(
         if gated.numel():
             like = frames_like(stem, *stem.shape[:-3])
             sources = as_layout(stem, like), as_layout(spatial, like), temporal.contiguous()
-            _forward_triton(*sources, gated, spikes, threshold, decay, soft_reset, values)
+            _forward_triton(*sources, gated, spikes, threshold, decay, soft_reset, values, surrogate)
         return gated, spikes
     first, second = (None, None) if values is None else values.split(2)
     gated = torch.ops.gac_kernels.gated_lif(stem, spatial, temporal, *spec, first)
@@ -159,7 +163,7 @@ def _gac_fire(
     elif gated.numel():
         nothing = gated.new_empty(0, dtype=torch.float32)
         run = launch_forward if resolve_backend(stem.device, stem.dtype) == "triton" else lif_forward
-        run(gated, None, spikes, nothing, nothing, threshold, decay, width, soft_reset)
+        run(gated, None, spikes, nothing, nothing, threshold, decay, width, soft_reset, surrogate)
     return gated, spikes
 
 

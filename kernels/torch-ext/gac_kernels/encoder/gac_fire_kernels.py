@@ -5,7 +5,20 @@ Values of channels as in `gated_lif_kernels`: decays and thresholds of the first
 
 from __future__ import annotations
 
-from ..common.neuron_step import learned_values, membrane_grad_by, reset, reset_by, threshold_grad
+from ..common.neuron_step import (
+    fire,
+    gated,
+    keep_of,
+    kept_of,
+    learned_values,
+    resting,
+    retreat_by,
+    settle,
+    settle_by,
+    settle_grad,
+    threshold_grad,
+    times_spikes,
+)
 from ..common.triton import tl, triton
 from .gated_lif_kernels import gate_of
 
@@ -31,6 +44,9 @@ def fire_fwd_kernel(
     THRESHOLD: tl.constexpr,
     DECAY: tl.constexpr,
     SOFT: tl.constexpr,
+    STEP: tl.constexpr,
+    STATES: tl.constexpr,
+    CONSTANTS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Gated spikes y and spikes s of the second neuron; a program takes BLOCK places of one sample at all steps."""
@@ -54,24 +70,21 @@ def fire_fwd_kernel(
     if STATIC:
         x = tl.load(x_ptr + at_x, mask=inside, other=0.0).to(tl.float32)
         n = tl.load(n_ptr + at_x, mask=inside, other=0.0).to(tl.float32)
-    v = tl.zeros((BLOCK,), tl.float32)
-    w = tl.zeros((BLOCK,), tl.float32)  # membrane of the second neuron
+    state = resting(tl.zeros((BLOCK,), tl.float32), STATES)
+    second = resting(tl.zeros((BLOCK,), tl.float32), STATES)  # states of the second neuron
     for t in range(T):
         if not STATIC:
             x = tl.load(x_ptr + at_x + t * x_step, mask=inside, other=0.0).to(tl.float32)
             n = tl.load(n_ptr + at_x + t * x_step, mask=inside, other=0.0).to(tl.float32)
-        u = decay * v + x
+        s, pending = fire(x, state, threshold, decay, SOFT, STEP, CONSTANTS)
         m = tl.load(m_ptr + sample * T + t).to(tl.float32)
-        y = tl.where(u > threshold, gate_of(m, n), 0.0).to(y_ptr.dtype.element_ty)
+        y = gated(s, pending, gate_of(m, n), threshold, STEP).to(y_ptr.dtype.element_ty)
         tl.store(y_ptr + at_y + t * y_step, y, mask=inside)
-        v = reset(u, threshold, SOFT)
-        z = second_decay * w + y.to(
-            tl.float32
-        )  # of what was stored, so that spikes are those of the two ops to the bit
-        tl.store(
-            s_ptr + at_y + t * y_step, tl.where(z > second_threshold, 1.0, 0.0).to(s_ptr.dtype.element_ty), mask=inside
-        )
-        w = reset(z, second_threshold, SOFT)
+        state = settle(pending, threshold, SOFT, STEP)
+        # Of what was stored, so that spikes are those of the two ops to the bit.
+        s, pending = fire(y, second, second_threshold, second_decay, SOFT, STEP, CONSTANTS)
+        tl.store(s_ptr + at_y + t * y_step, s.to(s_ptr.dtype.element_ty), mask=inside)
+        second = settle(pending, second_threshold, SOFT, STEP)
 
 
 @triton.jit
@@ -103,6 +116,10 @@ def fire_bwd_kernel(
     DETACH: tl.constexpr,
     SOFT: tl.constexpr,
     HAS_GY: tl.constexpr,
+    STEP: tl.constexpr,
+    STEP_GRAD: tl.constexpr,
+    STATES: tl.constexpr,
+    CONSTANTS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Gradients at x, at the scores n and, for each place, at its values; a program's share of that at m a step."""
@@ -147,48 +164,82 @@ def fire_bwd_kernel(
         else:
             xs += (tl.load(x_ptr + at_x + t * x_step, mask=inside, other=0.0).to(tl.float32),)
             ns += (tl.load(n_ptr + at_x + t * x_step, mask=inside, other=0.0).to(tl.float32),)
-    v = tl.zeros((BLOCK,), tl.float32)
-    w = tl.zeros((BLOCK,), tl.float32)
-    us = ()  # membranes of the first neuron
-    zs = ()  # and of the second
+    state = resting(tl.zeros((BLOCK,), tl.float32), STATES)
+    second = resting(tl.zeros((BLOCK,), tl.float32), STATES)
+    steps = ()  # of the first neuron
+    second_steps = ()  # and of the second
+    spikes = ()
+    second_spikes = ()
     gates = ()
     vs = ()  # membranes of the first neuron before each step
     ws = ()  # and of the second
     for t in tl.static_range(T):
         if values_ptr is not None:
-            vs += (v,)
-            ws += (w,)
-        u = decay * v + xs[t]
+            vs += (state[0],)
+            ws += (second[0],)
+        s, pending = fire(xs[t], state, threshold, decay, SOFT, STEP, CONSTANTS)
         g = gate_of(tl.load(m_ptr + sample * T + t).to(tl.float32), ns[t])
-        z = second_decay * w + tl.where(u > threshold, g, 0.0).to(gs_ptr.dtype.element_ty).to(tl.float32)
-        us += (u,)
-        zs += (z,)
+        y = gated(s, pending, g, threshold, STEP).to(gs_ptr.dtype.element_ty)
+        z, second_pending = fire(y, second, second_threshold, second_decay, SOFT, STEP, CONSTANTS)
+        steps += (kept_of(xs[t], state, pending, STEP),)
+        second_steps += (kept_of(y, second, second_pending, STEP),)
+        spikes += (s,)
+        second_spikes += (z,)
         gates += (g,)
-        v = reset_by(u, tl.where(u > threshold, 0.0, 1.0), threshold, SOFT)
-        w = reset_by(z, tl.where(z > second_threshold, 0.0, 1.0), second_threshold, SOFT)
-    gv = tl.zeros((BLOCK,), tl.float32)
-    gw = tl.zeros((BLOCK,), tl.float32)
+        state = settle_by(pending, keep_of(s, pending, threshold, STEP), threshold, SOFT, STEP)
+        keep = keep_of(z, second_pending, second_threshold, STEP)
+        second = settle_by(second_pending, keep, second_threshold, SOFT, STEP)
+    gstate = resting(tl.zeros((BLOCK,), tl.float32), STATES)
+    gsecond = resting(tl.zeros((BLOCK,), tl.float32), STATES)
     for t in tl.static_range(T - 1, -1, -1):
-        keep_z = tl.where(zs[t] > second_threshold, 0.0, 1.0)
+        keep_z = keep_of(second_spikes[t], second_steps[t], second_threshold, STEP)
         at_z = gss[t].to(tl.float32)
-        gy = membrane_grad_by(zs[t], keep_z, at_z, gw, second_threshold, SURROGATE, WIDTH, DETACH, SOFT)
+        gy, pending = retreat_by(
+            second_steps[t],
+            keep_z,
+            at_z,
+            gsecond,
+            second_threshold,
+            second_decay,
+            SURROGATE,
+            WIDTH,
+            DETACH,
+            SOFT,
+            STEP_GRAD,
+            CONSTANTS,
+        )
         if values_ptr is not None:
+            z = second_steps[t][0]
             g_second_decay += gy * ws[t]
             g_second_threshold += threshold_grad(
-                zs[t], keep_z, at_z, gw, second_threshold, SURROGATE, WIDTH, DETACH, SOFT
+                z, keep_z, at_z, gsecond[0], second_threshold, SURROGATE, WIDTH, DETACH, SOFT
             )
-        gw = second_decay * gy
+        gsecond = settle_grad(pending, second_decay, STEP_GRAD)
         if HAS_GY:
             gy += gys[t].to(tl.float32)
-        keep = tl.where(us[t] > threshold, 0.0, 1.0)
+        keep = keep_of(spikes[t], steps[t], threshold, STEP)
         through = gy * gates[t]  # at the first neuron's spike
         score = through - through * gates[t]  # at the score m * n, where the neuron fired
-        score -= score * keep
-        gu = membrane_grad_by(us[t], keep, through, gv, threshold, SURROGATE, WIDTH, DETACH, SOFT)
+        score = times_spikes(score, keep, STEP)
+        gu, pending = retreat_by(
+            steps[t],
+            keep,
+            through,
+            gstate,
+            threshold,
+            decay,
+            SURROGATE,
+            WIDTH,
+            DETACH,
+            SOFT,
+            STEP_GRAD,
+            CONSTANTS,
+        )
         if values_ptr is not None:
+            u = steps[t][0]
             g_decay += gu * vs[t]
-            g_threshold += threshold_grad(us[t], keep, through, gv, threshold, SURROGATE, WIDTH, DETACH, SOFT)
-        gv = decay * gu
+            g_threshold += threshold_grad(u, keep, through, gstate[0], threshold, SURROGATE, WIDTH, DETACH, SOFT)
+        gstate = settle_grad(pending, decay, STEP_GRAD)
         tl.store(gm_ptr + pid * T + t, tl.sum(score * ns[t], 0))
         m = tl.load(m_ptr + sample * T + t).to(tl.float32)  # again: kept, it would take 40 registers more at T = 8
         if STATIC:

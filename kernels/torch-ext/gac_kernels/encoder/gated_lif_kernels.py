@@ -2,12 +2,30 @@
 
 Where ``values_ptr`` is no None, decay and threshold are tensors, one of each a channel, in the place of the constants;
 the channel of place i of a sample's memory is ``i // c_stride % C``. Their gradients are summed over time here and
-leave once a place, so that sums over places have a fixed order.
+leave once a place, so that sums over places have a fixed order. Where STEP is no None, it is the step of a registered
+neuron, and there are no such values.
 """
 
 from __future__ import annotations
 
-from ..common.neuron_step import learned_values, membrane_grad_by, reset, reset_by, threshold_grad, within
+from ..common.neuron_step import (
+    fire,
+    gated,
+    keep_of,
+    kept_of,
+    learned_values,
+    load_state,
+    resting,
+    retreat_by,
+    settle,
+    settle_by,
+    settle_grad,
+    state_where,
+    store_state,
+    threshold_grad,
+    times_spikes,
+    within,
+)
 from ..common.triton import tl, triton
 
 
@@ -42,6 +60,9 @@ def gated_fwd_kernel(
     THRESHOLD: tl.constexpr,
     DECAY: tl.constexpr,
     SOFT: tl.constexpr,
+    STEP: tl.constexpr,
+    STATES: tl.constexpr,
+    CONSTANTS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Gated spikes y; a program takes BLOCK places of one sample at all steps."""
@@ -60,16 +81,16 @@ def gated_fwd_kernel(
     if STATIC:
         x = tl.load(x_ptr, mask=inside, other=0.0).to(tl.float32)
         n = tl.load(n_ptr, mask=inside, other=0.0).to(tl.float32)
-    v = tl.zeros((BLOCK,), tl.float32)
+    state = resting(tl.zeros((BLOCK,), tl.float32), STATES)
     for t in range(T):
         if not STATIC:
             x = tl.load(x_ptr + tl.cast(t, tl.int64) * x_step, mask=inside, other=0.0).to(tl.float32)
             n = tl.load(n_ptr + tl.cast(t, tl.int64) * x_step, mask=inside, other=0.0).to(tl.float32)
-        u = decay * v + x
+        s, pending = fire(x, state, threshold, decay, SOFT, STEP, CONSTANTS)
         m = tl.load(m_ptr + sample * T + t).to(tl.float32)
-        y = tl.where(u > threshold, gate_of(m, n), 0.0)
+        y = gated(s, pending, gate_of(m, n), threshold, STEP)
         tl.store(y_ptr + tl.cast(t, tl.int64) * y_step, y.to(y_ptr.dtype.element_ty), mask=inside)
-        v = reset(u, threshold, SOFT)
+        state = settle(pending, threshold, SOFT, STEP)
 
 
 @triton.jit
@@ -101,6 +122,10 @@ def gated_bwd_kernel(
     WIDTH: tl.constexpr,
     DETACH: tl.constexpr,
     SOFT: tl.constexpr,
+    STEP: tl.constexpr,
+    STEP_GRAD: tl.constexpr,
+    STATES: tl.constexpr,
+    CONSTANTS: tl.constexpr,
     BLOCK: tl.constexpr,
     TILES: tl.constexpr,
 ):
@@ -128,19 +153,20 @@ def gated_bwd_kernel(
             n = tl.load(n_ptr + at_x, mask=inside, other=0.0).to(tl.float32)
             gx = tl.zeros((BLOCK,), tl.float32)
             gn = tl.zeros((BLOCK,), tl.float32)
-        scratch = (pid * TILES + tile) * (CHUNKS * BLOCK) + tl.arange(0, BLOCK)
-        if CHUNKS > 1:  # first sweep: the membrane at the start of each chunk, [pid, tile, chunk, BLOCK]
-            v = tl.zeros((BLOCK,), tl.float32)
+        scratch = (pid * TILES + tile) * (CHUNKS * STATES * BLOCK) + tl.arange(0, BLOCK)
+        if CHUNKS > 1:  # first sweep: the states at the start of each chunk, [pid, tile, chunk, STATES, BLOCK]
+            state = resting(tl.zeros((BLOCK,), tl.float32), STATES)
             for chunk in range(CHUNKS):
-                tl.store(scratch_ptr + scratch + chunk * BLOCK, v)
+                store_state(scratch_ptr + scratch + chunk * (STATES * BLOCK), state, None, BLOCK, STATES)
                 for k in tl.static_range(STEPS):
                     t = tl.cast(chunk * STEPS + k, tl.int64)
                     if not STATIC:
                         here = within(inside, t, T, STEPS)
                         x = tl.load(x_ptr + at_x + t * x_step, mask=here, other=0.0).to(tl.float32)
-                    v = reset(decay * v + x, threshold, SOFT)
+                    _s, pending = fire(x, state, threshold, decay, SOFT, STEP, CONSTANTS)
+                    state = settle(pending, threshold, SOFT, STEP)
             tl.debug_barrier()
-        gv = tl.zeros((BLOCK,), tl.float32)
+        gstate = resting(tl.zeros((BLOCK,), tl.float32), STATES)
         for back in range(CHUNKS):
             first = tl.cast((CHUNKS - 1 - back) * STEPS, tl.int64)
             gys = ()
@@ -155,20 +181,20 @@ def gated_bwd_kernel(
                 else:
                     xs += (tl.load(x_ptr + at_x + (first + k) * x_step, mask=here, other=0.0).to(tl.float32),)
                     ns += (tl.load(n_ptr + at_x + (first + k) * x_step, mask=here, other=0.0).to(tl.float32),)
-            v = tl.zeros((BLOCK,), tl.float32)
+            state = resting(tl.zeros((BLOCK,), tl.float32), STATES)
             if CHUNKS > 1:
-                v = tl.load(scratch_ptr + scratch + (CHUNKS - 1 - back) * BLOCK)
-            us = ()
+                state = load_state(scratch_ptr + scratch + (CHUNKS - 1 - back) * (STATES * BLOCK), None, BLOCK, STATES)
+            steps = ()
             vs = ()  # membranes before each step
             keeps = ()
             for k in tl.static_range(STEPS):
                 if values_ptr is not None:
-                    vs += (v,)
-                u = decay * v + xs[k]
-                keep = tl.where(u > threshold, 0.0, 1.0)
-                us += (u,)
+                    vs += (state[0],)
+                s, pending = fire(xs[k], state, threshold, decay, SOFT, STEP, CONSTANTS)
+                keep = keep_of(s, pending, threshold, STEP)
+                steps += (kept_of(xs[k], state, pending, STEP),)
                 keeps += (keep,)
-                v = reset_by(u, keep, threshold, SOFT)
+                state = settle_by(pending, keep, threshold, SOFT, STEP)
             sums = ()
             for k in tl.static_range(STEPS - 1, -1, -1):
                 t = first + k
@@ -177,13 +203,27 @@ def gated_bwd_kernel(
                 gate = gate_of(m, ns[k])
                 gs = gys[k].to(tl.float32) * gate
                 gz = gs - gs * gate  # at the score m * n, where the neuron fired
-                gz -= gz * keeps[k]
-                gu = membrane_grad_by(us[k], keeps[k], gs, gv, threshold, SURROGATE, WIDTH, DETACH, SOFT)
+                gz = times_spikes(gz, keeps[k], STEP)
+                gu, pending = retreat_by(
+                    steps[k],
+                    keeps[k],
+                    gs,
+                    gstate,
+                    threshold,
+                    decay,
+                    SURROGATE,
+                    WIDTH,
+                    DETACH,
+                    SOFT,
+                    STEP_GRAD,
+                    CONSTANTS,
+                )
                 if T % STEPS != 0:
                     gu = tl.where(here, gu, 0.0)
                 if values_ptr is not None:
                     g_decay += gu * vs[k]
-                    gh = threshold_grad(us[k], keeps[k], gs, gv, threshold, SURROGATE, WIDTH, DETACH, SOFT)
+                    u = steps[k][0]
+                    gh = threshold_grad(u, keeps[k], gs, gstate[0], threshold, SURROGATE, WIDTH, DETACH, SOFT)
                     g_threshold += tl.where(here, gh, 0.0)
                 if CHUNKS > 1:
                     tl.store(gm_ptr + pid * T + t, tl.sum(gz * ns[k], 0), mask=t < T)
@@ -195,10 +235,11 @@ def gated_bwd_kernel(
                 else:
                     tl.store(gn_ptr + at_x + t * x_step, (gz * m).to(gn_ptr.dtype.element_ty), mask=here)
                     tl.store(gx_ptr + at_x + t * x_step, gu.to(gx_ptr.dtype.element_ty), mask=here)
+                before = settle_grad(pending, decay, STEP_GRAD)
                 if T % STEPS != 0:
-                    gv = tl.where(here, decay * gu, gv)
+                    gstate = state_where(here, before, gstate, STATES)
                 else:
-                    gv = decay * gu
+                    gstate = before
             if CHUNKS == 1:
                 gms = sums
         if values_ptr is not None:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..common.layout import as_layout, time_stride
 from ..derivatives import spec_of
-from ..reference import state_dtype
+from ..reference import state_dtype, surrogate_derivative
 from ..spec import LIFSpec
 
 # Neurons whose membranes, spikes and gradients stay in a core's cache from step to step: of 2^13 to 2^20 the fastest.
@@ -32,7 +32,7 @@ def _where_kept(value: Tensor, negated: Tensor, below: float, out: Tensor) -> Te
     return torch.ops.aten.threshold_backward.grad_input(value, negated, below, grad_input=out)
 
 
-class _Blocks:
+class Blocks:
     """Blocks of the neurons of a dense (T, ...) tensor: on a CPU such as stay in its cache, elsewhere all at once.
 
     Args:
@@ -91,7 +91,7 @@ def lif_forward(
 ) -> None:
     """Write spikes and, where they have elements, the last membrane and the bit mask; ``spikes`` may be x itself."""
     x = as_layout(x, spikes)
-    blocks = _Blocks(spikes, state_dtype(x.dtype))
+    blocks = Blocks(spikes, state_dtype(x.dtype))
     room = blocks.rooms(3)
     for block in blocks:
         _forward_block(
@@ -168,7 +168,7 @@ def lif_backward(
     """Write the gradients at x and, where it has elements, at the initial state; ``grad_x`` may be x itself."""
     grad = as_layout(grad, grad_x)
     spec = spec_of(threshold, decay, surrogate, width, detach_reset, soft_reset)
-    blocks = _Blocks(grad_x, state_dtype(grad.dtype))
+    blocks = Blocks(grad_x, state_dtype(grad.dtype))
     masked = mask.numel() > 0
     x = x if masked else as_layout(x, grad_x)
     room, membranes = blocks.rooms(3), blocks.rooms(0 if masked else len(grad))
@@ -253,13 +253,15 @@ def _recompute(x: Tensor, state: Tensor | None, membranes: Tensor, scratch: Tens
 
 
 def _slope(d: Tensor, spec: LIFSpec) -> Tensor:
-    """`surrogate_derivative`, an even function of d, in the memory of d."""
+    """`surrogate_derivative` at the negated distance -d, in the memory of d; those built in are even functions."""
     if spec.surrogate == "triangle":
         return d.abs_().neg_().add_(spec.width).clamp_(min=0.0).mul_(1.0 / spec.width**2)
     if spec.surrogate == "rectangle":
         return torch.lt(d.abs_(), spec.width, out=d).mul_(1.0 / (2.0 * spec.width))
     if spec.surrogate == "atan":
         return d.mul_(math.pi / spec.width).square_().add_(1.0).mul_(spec.width).reciprocal_()
+    if spec.surrogate != "sigmoid":
+        return d.copy_(surrogate_derivative(d.neg_(), spec.surrogate, spec.width))
     p = d.mul_(4.0 / spec.width).sigmoid_()
     return p.addcmul_(p, p, value=-1.0).mul_(4.0 / spec.width)
 

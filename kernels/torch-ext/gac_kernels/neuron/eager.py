@@ -9,9 +9,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..derivatives import spec_of
 from ..reference import state_dtype, surrogate_derivative
-from ..spec import SURROGATES, LIFSpec
-from . import blocks
+from ..registry import names_of, neuron_by
+from ..spec import LIFSpec
+from . import blocks, stepwise
 
 # Neurons whose membranes and spikes stay in a core's cache from step to step.
 _CACHED = 2**17
@@ -52,11 +54,19 @@ def lif_forward(
     decay: float | Tensor,
     width: float,
     soft_reset: bool,
+    surrogate: int = 0,
 ) -> None:
     """Write spikes and, where they have elements, the last membrane and the bit mask; ``spikes`` may be x itself.
 
-    Decay and threshold may be tensors that broadcast over a frame; with them there is no mask.
+    Decay and threshold may be tensors that broadcast over a frame; with them there is no mask. The number of the
+    surrogate tells the neuron, too.
     """
+    neuron = neuron_by(surrogate)
+    if neuron is not None:
+        assert not isinstance(threshold, Tensor) and not isinstance(decay, Tensor)
+        spec = spec_of(threshold, decay, surrogate, width, False, soft_reset)
+        stepwise.forward(x, state, spikes, last, spec, neuron.states)
+        return
     if not isinstance(threshold, Tensor) and not isinstance(decay, Tensor):
         blocks.lif_forward(x, state, spikes, last, mask, threshold, decay, width, soft_reset)
         return
@@ -121,6 +131,12 @@ def lif_backward(
     Where decay and threshold are tensors that broadcast over a frame, their gradients go into ``grad_values`` (2, N);
     there is no mask then.
     """
+    neuron = neuron_by(surrogate)
+    if neuron is not None:
+        assert not isinstance(threshold, Tensor) and not isinstance(decay, Tensor)
+        spec = spec_of(threshold, decay, surrogate, width, detach_reset, soft_reset)
+        stepwise.backward(grad, grad_last, x, state, grad_x, grad_state, spec, neuron.states)
+        return
     if not isinstance(threshold, Tensor) and not isinstance(decay, Tensor):
         blocks.lif_backward(
             grad=grad,
@@ -145,7 +161,7 @@ def lif_backward(
     for current in x:
         u = decay * v + current
         fired = u > threshold
-        steps.append((surrogate_derivative(u - threshold, SURROGATES[surrogate], width), fired, u))
+        steps.append((surrogate_derivative(u - threshold, names_of(surrogate)[1], width), fired, u))
         v = u - threshold * fired.to(u.dtype) if soft_reset else u.masked_fill(fired, 0.0)
     gv = torch.zeros_like(grad[0], dtype=dtype) if grad_last is None else grad_last
     at_values = None if grad_values is None else [torch.zeros_like(gv) for _ in grad_values]

@@ -15,15 +15,17 @@ from torch import Tensor
 from ..backend import resolve_backend
 from ..checks import check_current, check_flags, check_spec, check_state, check_tensor
 from ..common.fake import register_fake
-from ..common.layout import as_layout, on_device, time_stride
+from ..common.layout import as_layout, time_stride
 from ..common.triton import cdiv
 from ..derivatives import differentiable_gradients, register_derivatives, spec_of
 from ..reference import lif_reference, state_dtype
+from ..registry import kernel_constants, launching, states_by
 from ..spec import CIFAR, SURROGATES, LIFSpec
 from ..tuning import launch_config
 from . import eager, learned
 from .lif_kernels import lif_bwd_kernel, lif_bwd_mask_kernel, lif_fwd_kernel
-from .values import check_values, named_values, stack_values
+from .stepwise import state_memory
+from .values import check_learnable, check_values, named_values, stack_values
 
 CHUNK = 8  # steps held in registers at once; longer sequences keep one membrane a chunk in float32 scratch memory
 
@@ -35,17 +37,17 @@ def mask_dtype(num_steps: int) -> torch.dtype:
 
 
 def can_keep_mask(num_steps: int, surrogate: int, detach_reset: bool, soft_reset: bool) -> bool:
-    """Whether two bits a step (fired, inside the window) are all that the backward pass needs."""
-    return SURROGATES[surrogate] == "rectangle" and (detach_reset or soft_reset) and num_steps <= 32
+    """Whether two bits a step (fired, inside the window) are all that the backward pass of a LIF needs."""
+    return surrogate == SURROGATES.index("rectangle") and (detach_reset or soft_reset) and num_steps <= 32
 
 
-def _launch(kernel, x: Tensor, args: tuple, op: str, **constants: float | bool) -> None:
+def _launch(kernel, x: Tensor, args: tuple, op: str, surrogate: int, **constants: Any) -> None:
     """Run a kernel over all neurons of the dense sequence ``x``."""
     num_steps, inner = x.shape[0], time_stride(x)
     neurons = x.numel() // num_steps
     config = launch_config(op, num_steps, x.element_size(), x.device)
     block = config["BLOCK"]
-    with on_device(x):
+    with launching(x, surrogate):
         kernel[(cdiv(neurons, block),)](
             *args,
             neurons,
@@ -68,13 +70,15 @@ def launch_forward(
     decay: float,
     width: float,
     soft_reset: bool,
+    surrogate: int = 0,
 ) -> None:
-    """Write spikes, in their own dtype, and, where they have elements, the last membrane and the bit mask."""
+    """Write spikes, in their own dtype, and, where they have elements, the last states and the bit mask."""
     _launch(
         lif_fwd_kernel,
         x,
         (x, state, spikes, last, mask),
         "lif_fwd",
+        surrogate,
         THRESHOLD=threshold,
         DECAY=decay,
         WIDTH=width,
@@ -82,6 +86,7 @@ def launch_forward(
         HAS_STATE=state is not None,
         KEEP_MASK=mask.numel() > 0,
         RETURN_STATE=last.numel() > 0,
+        **kernel_constants(surrogate, backward=False),
     )
 
 
@@ -110,13 +115,21 @@ def _backward_triton(
         HAS_GV=grad_last is not None,
     )
     if mask.numel():
-        _launch(lif_bwd_mask_kernel, grad_x, (grad, grad_last, mask, grad_x, grad_state), "lif_bwd_mask", **shared)
+        _launch(
+            lif_bwd_mask_kernel,
+            grad_x,
+            (grad, grad_last, mask, grad_x, grad_state),
+            "lif_bwd_mask",
+            surrogate,
+            **shared,
+        )
         return
     num_steps = x.shape[0]
-    chunks = cdiv(num_steps, CHUNK)
-    scratch = x.new_empty(chunks * (x.numel() // num_steps) if chunks > 1 else 0, dtype=torch.float32)
+    chunks, frame = cdiv(num_steps, CHUNK), x.numel() // num_steps
+    constants = kernel_constants(surrogate, backward=True)
+    scratch = x.new_empty(chunks * frame * constants["STATES"] if chunks > 1 else 0, dtype=torch.float32)
     args = (grad, grad_last, x, state, grad_x, grad_state, scratch)
-    _launch(lif_bwd_kernel, grad_x, args, "lif_bwd", SURROGATE=surrogate, **shared)
+    _launch(lif_bwd_kernel, grad_x, args, "lif_bwd", surrogate, **shared, **constants)
 
 
 _lib = torch.library.Library("gac_kernels", "FRAGMENT")
@@ -135,32 +148,45 @@ _lib.define(
 
 
 def _outputs(
-    x: Tensor, keep_mask: bool, return_state: bool, values: Tensor | None = None
+    x: Tensor, keep_mask: bool, return_state: bool, values: Tensor | None, surrogate: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Unwritten spikes, last membrane and bit mask; what was not asked for has no elements."""
+    """Unwritten spikes, last states and bit mask; what was not asked for has no elements."""
     spikes = torch.empty_like(x if values is None else learned.walkable(x, values.shape[1] > 1))
     frame = x.new_empty(0, dtype=torch.float32)
     if return_state:
-        frame = torch.empty_like(spikes[0], dtype=state_dtype(x.dtype))
+        frame = _states_like(spikes[0], state_dtype(x.dtype), surrogate)
     kept = x.numel() // x.shape[0] if keep_mask else 0
     return spikes, frame, x.new_empty(kept, dtype=mask_dtype(x.shape[0]) if keep_mask else torch.uint8)
+
+
+def _states_like(frame: Tensor, dtype: torch.dtype, surrogate: int) -> Tensor:
+    """Unwritten states of neurons that integrate a frame (...), of several states (states, ...)."""
+    return state_memory(torch.empty_like(frame, dtype=dtype), states_by(surrogate))
+
+
+def _as_states(state: Tensor | None, frame: Tensor, surrogate: int) -> Tensor | None:
+    """States in the memory layout in which kernels read them; ``frame`` is a dense (...) of the layout of a step."""
+    if state is None:
+        return None
+    return as_layout(state, _states_like(frame, state.dtype, surrogate))
 
 
 @torch.library.impl(_lib, "lif", "CompositeExplicitAutograd")
 def _lif(x, state, threshold, decay, surrogate, width, detach_reset, soft_reset, keep_mask, return_state, values=None):
     check_current("x", x, min_dims=1)
-    check_state(state, x)
+    check_state(state, x, states_by(surrogate))
     keep_mask = values is None and keep_mask and can_keep_mask(x.shape[0], surrogate, detach_reset, soft_reset)
-    spikes, last, mask = _outputs(x, keep_mask, return_state, values)
+    spikes, last, mask = _outputs(x, keep_mask, return_state, values, surrogate)
     if values is not None:
         check_values(values)
+        check_learnable(surrogate)
     if x.numel() and values is not None:
         learned.run_forward(x, state, values, spikes, last, width, soft_reset)
     elif x.numel():
         source = as_layout(x, spikes)
-        start = None if state is None else as_layout(state, torch.empty_like(spikes[0], dtype=state.dtype))
+        start = _as_states(state, spikes[0], surrogate)
         run = launch_forward if resolve_backend(x.device, x.dtype) == "triton" else eager.lif_forward
-        run(source, start, spikes, last, mask, threshold, decay, width, soft_reset)
+        run(source, start, spikes, last, mask, threshold, decay, width, soft_reset, surrogate)
     elif return_state and state is not None:
         last.copy_(state)
     return spikes, last, mask
@@ -170,13 +196,13 @@ def _lif(x, state, threshold, decay, surrogate, width, detach_reset, soft_reset,
 def _lif_backward(
     grad, grad_last, x, state, mask, strides, threshold, decay, surrogate, width, detach_reset, soft_reset
 ):
-    grad_x = torch.empty_strided(grad.shape, strides, dtype=grad.dtype, device=grad.device)
-    frame = torch.empty_like(grad_x[0], dtype=state_dtype(grad.dtype))
-    grad_state = torch.empty_like(frame) if state is not None else frame.new_empty(0)
+    grad_x, grad_state = _lif_backward_fake(
+        grad, grad_last, x, state, mask, strides, threshold, decay, surrogate, width, detach_reset, soft_reset
+    )
     if grad.numel():
         grad = as_layout(grad, grad_x)
         source = x if mask.numel() else as_layout(x, grad_x)
-        start, end = (None if v is None else as_layout(v, frame) for v in (state, grad_last))
+        start, end = (_as_states(v, grad_x[0], surrogate) for v in (state, grad_last))
         run = _backward_triton if resolve_backend(grad.device, grad.dtype) == "triton" else eager.lif_backward
         run(
             grad,
@@ -218,7 +244,7 @@ def _lif_fake(
 ):
     check_current("x", x, min_dims=1)
     keep_mask = values is None and keep_mask and can_keep_mask(x.shape[0], surrogate, detach_reset, soft_reset)
-    return _outputs(x, keep_mask, return_state, values)
+    return _outputs(x, keep_mask, return_state, values, surrogate)
 
 
 @register_fake("gac_kernels::lif_backward_learned", lib=_lib)
@@ -234,8 +260,10 @@ def _lif_backward_fake(
     grad, grad_last, x, state, mask, strides, threshold, decay, surrogate, width, detach_reset, soft_reset
 ):
     grad_x = torch.empty_strided(grad.shape, strides, dtype=grad.dtype, device=grad.device)
-    frame = torch.empty_like(grad_x[0], dtype=state_dtype(grad.dtype))
-    return grad_x, torch.empty_like(frame) if state is not None else frame.new_empty(0)
+    dtype = state_dtype(grad.dtype)
+    if state is None:
+        return grad_x, grad_x.new_empty(0, dtype=dtype)
+    return grad_x, _states_like(grad_x[0], dtype, surrogate)
 
 
 def _setup_context(ctx, inputs, output) -> None:
@@ -315,7 +343,8 @@ def lif(
     Args:
         x: (T, ...), input current; float32, float16, bfloat16 or float64; any dense memory format without a copy.
         spec: Dynamics and surrogate gradient.
-        state: (...), membrane potential after the reset of the step before the first; zeros if None.
+        state: (...), membrane potential after the reset of the step before the first; zeros if None. Of a registered
+            neuron with several states (states, ...).
         return_state: Return the last membrane potential as well.
         decay: In the place of the spec's, with a gradient: one element, or (C,) for x (T, B, C, ...), any floating
             dtype, values between 0 and 1. Memory other than contiguous or channels-last is then copied first.
@@ -323,12 +352,12 @@ def lif(
 
     Returns:
         Spikes (T, ...), 0 or 1, in x's dtype and memory format; with ``return_state`` also the membrane potential after
-        the last reset, (...) in float32.
+        the last reset, (...) in float32, or all states of a neuron with several, (states, ...).
 
     Raises:
         ValueError: x has no time axis, no step or no floating dtype; state has another shape, dtype or device; decay or
-            threshold has another length, dtype or device or, on a CPU, a value out of range; or the backend that was
-            forced cannot run here.
+            threshold has another length, dtype or device, a value out of range on a CPU, or the spec another neuron
+            than ``lif`` with them; or the backend that was forced cannot run here.
 
     Source: Qiu et al., AAAI 2024 (arXiv 2308.06582).
     """
@@ -338,7 +367,7 @@ def lif(
     if state is not None:
         check_tensor("state", state)
         state = state.to(state_dtype(x.dtype)) if state.is_floating_point() else state
-        check_state(state, x)
+        check_state(state, x, states_by(spec.surrogate_id))
     keep_mask = torch.is_grad_enabled() and x.requires_grad
     args: tuple[Any, ...] = (x, state, *spec.op_arguments, keep_mask, return_state)
     values = stack_values(x, x.shape[2] if x.dim() > 2 else None, spec, decay, threshold)

@@ -2,7 +2,18 @@
 
 from __future__ import annotations
 
-from ..common.neuron_step import membrane_grad, reset, within
+from ..common.neuron_step import (
+    fire,
+    kept_of,
+    load_state,
+    resting,
+    retreat,
+    settle,
+    settle_grad,
+    state_where,
+    store_state,
+    within,
+)
 from ..common.triton import tl, triton
 
 
@@ -37,15 +48,18 @@ def lif_fwd_kernel(
     HAS_STATE: tl.constexpr,
     KEEP_MASK: tl.constexpr,
     RETURN_STATE: tl.constexpr,
+    STEP: tl.constexpr,
+    STATES: tl.constexpr,
+    CONSTANTS: tl.constexpr,
     TIME_OUTER: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Spikes and, where asked for, two bits a step and the last membrane, of BLOCK neurons at all steps."""
+    """Spikes and, where asked for, two bits a step (of a LIF) and the last states, of BLOCK neurons at all steps."""
     inner = tl.cast(inner, tl.int64)
     neuron, sequence, inside = _offsets(M, inner, T, BLOCK, TIME_OUTER)
-    v = tl.zeros((BLOCK,), tl.float32)
+    state = resting(tl.zeros((BLOCK,), tl.float32), STATES)
     if HAS_STATE:
-        v = tl.load(v0_ptr + neuron, mask=inside, other=0.0)
+        state = load_state(v0_ptr + neuron, inside, M, STATES)
     if KEEP_MASK:
         bits = tl.zeros((BLOCK,), tl.int64 if T > 16 else tl.int32)
     for first in range(0, T, STEPS):
@@ -55,19 +69,18 @@ def lif_fwd_kernel(
             xs += (tl.load(x_ptr + sequence + (first + k) * inner, mask=here, other=0.0),)
         for k in tl.static_range(STEPS):
             t = first + k
-            u = DECAY * v + xs[k].to(tl.float32)
-            fired = u > THRESHOLD
             here = within(inside, t, T, STEPS)
-            tl.store(s_ptr + sequence + t * inner, tl.where(fired, 1.0, 0.0).to(s_ptr.dtype.element_ty), mask=here)
+            s, pending = fire(xs[k], state, THRESHOLD, DECAY, SOFT, STEP, CONSTANTS)
+            tl.store(s_ptr + sequence + t * inner, s.to(s_ptr.dtype.element_ty), mask=here)
             if KEEP_MASK:
-                near = tl.abs(u - THRESHOLD) < WIDTH
-                code = fired.to(tl.int32) + 2 * near.to(tl.int32)
+                near = tl.abs(pending[0] - THRESHOLD) < WIDTH
+                code = (pending[0] > THRESHOLD).to(tl.int32) + 2 * near.to(tl.int32)
                 bits = (bits | (code.to(bits.dtype) << (2 * t))).to(bits.dtype)
-            v = tl.where(within(inside, t, T, STEPS), reset(u, THRESHOLD, SOFT), v)
+            state = state_where(here, settle(pending, THRESHOLD, SOFT, STEP), state, STATES)
     if KEEP_MASK:
         tl.store(mask_ptr + neuron, bits.to(mask_ptr.dtype.element_ty), mask=inside)
     if RETURN_STATE:
-        tl.store(v_last_ptr + neuron, v, mask=inside)
+        store_state(v_last_ptr + neuron, state, inside, M, STATES)
 
 
 @triton.jit
@@ -91,28 +104,33 @@ def lif_bwd_kernel(
     SOFT: tl.constexpr,
     HAS_STATE: tl.constexpr,
     HAS_GV: tl.constexpr,
+    STEP: tl.constexpr,
+    STEP_GRAD: tl.constexpr,
+    STATES: tl.constexpr,
+    CONSTANTS: tl.constexpr,
     TIME_OUTER: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Gradients at x and at the initial membrane; membranes are recomputed from x."""
+    """Gradients at x and at the initial states; states are recomputed from x."""
     inner = tl.cast(inner, tl.int64)
     neuron, sequence, inside = _offsets(M, inner, T, BLOCK, TIME_OUTER)
     CHUNKS: tl.constexpr = (T + STEPS - 1) // STEPS
-    v0 = tl.zeros((BLOCK,), tl.float32)
+    start = resting(tl.zeros((BLOCK,), tl.float32), STATES)
     if HAS_STATE:
-        v0 = tl.load(v0_ptr + neuron, mask=inside, other=0.0)
-    if CHUNKS > 1:  # first sweep: the membrane at the start of each chunk
-        v = v0
+        start = load_state(v0_ptr + neuron, inside, M, STATES)
+    if CHUNKS > 1:  # first sweep: the states at the start of each chunk
+        state = start
         for chunk in range(CHUNKS):
-            tl.store(scratch_ptr + tl.cast(chunk, tl.int64) * M + neuron, v, mask=inside)
+            store_state(scratch_ptr + tl.cast(chunk, tl.int64) * STATES * M + neuron, state, inside, M, STATES)
             for k in tl.static_range(STEPS):
                 t = chunk * STEPS + k
                 x = tl.load(x_ptr + sequence + t * inner, mask=within(inside, t, T, STEPS), other=0.0).to(tl.float32)
-                v = reset(DECAY * v + x, THRESHOLD, SOFT)
+                _s, pending = fire(x, state, THRESHOLD, DECAY, SOFT, STEP, CONSTANTS)
+                state = settle(pending, THRESHOLD, SOFT, STEP)
         tl.debug_barrier()
-    gv = tl.zeros((BLOCK,), tl.float32)
+    gstate = resting(tl.zeros((BLOCK,), tl.float32), STATES)
     if HAS_GV:
-        gv = tl.load(gv_ptr + neuron, mask=inside, other=0.0)
+        gstate = load_state(gv_ptr + neuron, inside, M, STATES)
     for back in range(CHUNKS):
         chunk = CHUNKS - 1 - back
         first = chunk * STEPS
@@ -122,21 +140,34 @@ def lif_bwd_kernel(
             here = within(inside, first + k, T, STEPS)
             xs += (tl.load(x_ptr + sequence + (first + k) * inner, mask=here, other=0.0),)
             gs += (tl.load(gs_ptr + sequence + (first + k) * inner, mask=here, other=0.0),)
-        v = v0
+        state = start
         if CHUNKS > 1:
-            v = tl.load(scratch_ptr + tl.cast(chunk, tl.int64) * M + neuron, mask=inside, other=0.0)
-        us = ()
+            state = load_state(scratch_ptr + tl.cast(chunk, tl.int64) * STATES * M + neuron, inside, M, STATES)
+        steps = ()
         for k in tl.static_range(STEPS):
-            u = DECAY * v + xs[k].to(tl.float32)
-            us += (u,)
-            v = reset(u, THRESHOLD, SOFT)
+            _s, pending = fire(xs[k], state, THRESHOLD, DECAY, SOFT, STEP, CONSTANTS)
+            steps += (kept_of(xs[k], state, pending, STEP),)
+            state = settle(pending, THRESHOLD, SOFT, STEP)
         for k in tl.static_range(STEPS - 1, -1, -1):
             t = first + k
-            gu = membrane_grad(us[k], gs[k].to(tl.float32), gv, THRESHOLD, SURROGATE, WIDTH, DETACH, SOFT)
-            tl.store(gx_ptr + sequence + t * inner, gu.to(gx_ptr.dtype.element_ty), mask=within(inside, t, T, STEPS))
-            gv = tl.where(within(inside, t, T, STEPS), DECAY * gu, gv)
+            here = within(inside, t, T, STEPS)
+            gx, pending = retreat(
+                steps[k],
+                gs[k].to(tl.float32),
+                gstate,
+                THRESHOLD,
+                DECAY,
+                SURROGATE,
+                WIDTH,
+                DETACH,
+                SOFT,
+                STEP_GRAD,
+                CONSTANTS,
+            )
+            tl.store(gx_ptr + sequence + t * inner, gx.to(gx_ptr.dtype.element_ty), mask=here)
+            gstate = state_where(here, settle_grad(pending, DECAY, STEP_GRAD), gstate, STATES)
     if HAS_STATE:
-        tl.store(gv0_ptr + neuron, gv, mask=inside)
+        store_state(gv0_ptr + neuron, gstate, inside, M, STATES)
 
 
 @triton.jit

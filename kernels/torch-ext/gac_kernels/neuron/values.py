@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..checks import DTYPES, check_tensor
 from ..reference import state_dtype
+from ..registry import neuron_by
 from ..spec import LIFSpec
 
 
@@ -37,10 +38,12 @@ def stack_values(
         expand: One value a channel also where one element is given.
 
     Raises:
-        ValueError: One is no floating tensor on x's device with one element or one a channel.
+        ValueError: One is no floating tensor on x's device with one element or one a channel, or the spec's neuron is
+            not ``lif``.
     """
     if decay is None and threshold is None:
         return None
+    spec.refuse_others("learned decay and threshold")
     dtype, rows = state_dtype(x.dtype), []
     for name, value, fixed in zip(names, (decay, threshold), (spec.decay, spec.threshold), strict=True):
         if value is not None:
@@ -96,6 +99,22 @@ def check_values(values: Tensor, length: int | None = None) -> None:
         raise ValueError(
             f"expected finite thresholds > 0, got {_outside(thresholds, torch.inf):g}: learn the logarithm or, as "
             "timm_gac.LIF does, the softplus of one"
+        )
+
+
+def check_learnable(surrogate: int) -> None:
+    """Raise unless the neuron of a surrogate's number can have values: ``lif`` alone."""
+    neuron = neuron_by(surrogate)
+    if neuron is not None:
+        raise ValueError(f"expected neuron 'lif' for learned values, got {neuron.name!r}: leave the values out")
+
+
+def check_binary(surrogate: int) -> None:
+    """Raise unless the neuron of a surrogate's number has spikes that a bit holds."""
+    neuron = neuron_by(surrogate)
+    if neuron is not None and neuron.spikes != "binary":
+        raise ValueError(
+            f"expected spikes 0 or 1 for packed bits, got those of neuron {neuron.name!r}: it has none, leave them out"
         )
 
 

@@ -82,7 +82,7 @@ def forward(
     values: Tensor | None = None,
 ) -> None:
     """Write spikes and, where they have elements, the neuron's input current and the spikes' bits."""
-    threshold, decay, _, width, _, soft_reset = _learned(neuron, values, x)
+    threshold, decay, surrogate, width, _, soft_reset = _learned(neuron, values, x)
     # Fresh memory costs a CPU as much as the computation: where a tensor is free, the current goes there.
     free = membrane if membrane.numel() else spikes
     out = free if free.dtype == state_dtype(x.dtype) else None
@@ -102,6 +102,7 @@ def forward(
         decay=decay,
         width=width,
         soft_reset=soft_reset,
+        surrogate=surrogate,
     )
     if bits.numel():
         pack_eager(spikes, bits, num_steps)

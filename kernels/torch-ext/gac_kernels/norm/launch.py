@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 
-from ..common.layout import on_device, packed
+from ..common.layout import packed
 from ..common.tiles import FINISH, channel_tiles
 from ..common.triton import cdiv
 from ..neuron.lif import CHUNK
+from ..registry import kernel_constants, launching
 from ..tuning import launch_config
 from . import eager
 from .norm_lif_kernels import apply_kernel, finish_kernel, forward_kernel, reduce_kernel
@@ -23,8 +26,8 @@ def forward_triton(
         op += "_normed" if res_norm[2] is not None else "_residual"
     tiles = channel_tiles(x, num_steps, launch_config(op, num_steps, x.element_size(), x.device))
     norm, res_norm = packed(norm), packed(res_norm)
-    threshold, decay, _, _, _, soft_reset = neuron
-    with on_device(x):
+    threshold, decay, surrogate, _, _, soft_reset = neuron
+    with launching(x, surrogate):
         forward_kernel[tiles.grid](
             x,
             residual,
@@ -49,13 +52,14 @@ def forward_triton(
             NORMED=res_norm[2] is not None,
             KEEP=membrane.numel() > 0,
             PACK=bits.numel() > 0,
+            **kernel_constants(surrogate, backward=False),
             **tiles.meta,
         )
 
 
-def _constants(neuron: tuple) -> dict[str, float | bool]:
+def _constants(neuron: tuple) -> dict[str, Any]:
     names = ("THRESHOLD", "DECAY", "SURROGATE", "WIDTH", "DETACH", "SOFT")
-    return dict(zip(names, neuron, strict=True))
+    return dict(zip(names, neuron, strict=True)) | kernel_constants(neuron[2], backward=True)
 
 
 def backward_triton(
@@ -99,10 +103,11 @@ def backward_triton(
     channels, programs = tiles.channels, tiles.grid[0]
     partial = torch.empty((programs, partial_count, channels), dtype=torch.float32, device=x.device)
     sums = torch.empty((sum_count, channels), dtype=torch.float32, device=x.device)
-    scratch = torch.empty(chunks * frame if chunks > 1 else 0, dtype=torch.float32, device=x.device)
     written = ga.numel() > 0
     shared = dict(EPS=eps, R_EPS=res_eps, NORMED=normed, T=num_steps, **_constants(neuron))
-    with on_device(x):
+    states = chunks * frame * shared["STATES"] if chunks > 1 else 0
+    scratch = torch.empty(states, dtype=torch.float32, device=x.device)
+    with launching(x, neuron[2]):
         reduce_kernel[tiles.grid](
             gs,
             gy,

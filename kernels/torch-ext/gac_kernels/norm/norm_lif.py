@@ -80,7 +80,8 @@ def norm_lif(
 
     Raises:
         ValueError: A tensor has the wrong shape, dtype or device or, on a CPU, a decay or threshold is out of range; a
-            statistic requires a gradient; or T does not divide the first axis.
+            statistic requires a gradient; T does not divide the first axis; or the spec's neuron has no learned decay
+            and threshold, or spikes that no bit holds.
     """
     check_spec(spec)
     check_tensor("x", x)

@@ -12,11 +12,25 @@ With REVERSE a kernel walks its tiles from the last to the first. A kernel that 
 finds in the L2 cache what was written last, so the two are to walk in opposite directions.
 
 Where ``values_ptr`` is no None, decay and threshold are tensors, one of each a channel, in the place of the constants.
+Where STEP is no None, it is the step of a registered neuron, and there are no such values.
 """
 
 from __future__ import annotations
 
-from ..common.neuron_step import learned_values, membrane_grad, reset, threshold_grad, within
+from ..common.neuron_step import (
+    fire,
+    kept_of,
+    learned_values,
+    load_state,
+    resting,
+    retreat,
+    settle,
+    settle_grad,
+    state_where,
+    store_state,
+    threshold_grad,
+    within,
+)
 from ..common.tiles import norm_affine, sum_partials, tile_offsets
 from ..common.triton import tl, triton
 
@@ -52,6 +66,9 @@ def forward_kernel(
     NORMED: tl.constexpr,
     KEEP: tl.constexpr,
     PACK: tl.constexpr,
+    STEP: tl.constexpr,
+    STATES: tl.constexpr,
+    CONSTANTS: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
     REVERSE: tl.constexpr,
     BLOCK_R: tl.constexpr,
@@ -72,7 +89,7 @@ def forward_kernel(
     else:
         decay: tl.constexpr = DECAY
         threshold: tl.constexpr = THRESHOLD
-    v = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
+    state = resting(tl.zeros((BLOCK_R, BLOCK_C), tl.float32), STATES)
     for first in range(0, T, STEPS):
         xs = ()  # loads first: a store between them would keep the compiler from overlapping them
         rs = ()
@@ -94,12 +111,15 @@ def forward_kernel(
                 stored = a.to(y_ptr.dtype.element_ty)
                 tl.store(y_ptr + at + t * frame, stored, mask=here)
                 a = stored.to(tl.float32)
-            u = decay * v + a
-            fired = tl.where(u > threshold, 1.0, 0.0)
-            tl.store(s_ptr + at + t * frame, fired.to(s_ptr.dtype.element_ty), mask=here)
+            s, pending = fire(a, state, threshold, decay, SOFT, STEP, CONSTANTS)
+            tl.store(s_ptr + at + t * frame, s.to(s_ptr.dtype.element_ty), mask=here)
             if PACK:
-                bits |= tl.where(here & (u > threshold), 1 << k, 0)
-            v = tl.where(here, reset(u, threshold, SOFT), v)
+                if STEP is None:
+                    fired = pending[0] > threshold
+                else:
+                    fired = s > 0.5
+                bits |= tl.where(here & fired, 1 << k, 0)
+            state = state_where(here, settle(pending, threshold, SOFT, STEP), state, STATES)
         if PACK:  # a byte holds a chunk of up to eight steps
             tl.store(bits_ptr + at + (first // STEPS) * frame, bits.to(tl.uint8), mask=inside)
 
@@ -159,6 +179,10 @@ def reduce_kernel(
     HAS_GY: tl.constexpr,
     WRITE: tl.constexpr,
     SUMS: tl.constexpr,
+    STEP: tl.constexpr,
+    STEP_GRAD: tl.constexpr,
+    STATES: tl.constexpr,
+    CONSTANTS: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
     REVERSE: tl.constexpr,
     STAGES: tl.constexpr,
@@ -193,10 +217,10 @@ def reduce_kernel(
     for nth in tl.range(tl.program_id(0), tiles, tl.num_programs(0), num_stages=STAGES):
         tile = tiles - 1 - nth if REVERSE else nth
         at, inside = tile_offsets(tile, channel, rows, C, S, CHANNELS_LAST, BLOCK_R)
-        if CHUNKS > 1:  # first sweep: the membrane at the start of each chunk
-            v = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
+        if CHUNKS > 1:  # first sweep: the states at the start of each chunk
+            state = resting(tl.zeros((BLOCK_R, BLOCK_C), tl.float32), STATES)
             for chunk in range(CHUNKS):
-                tl.store(scratch_ptr + at + chunk * frame, v, mask=inside)
+                store_state(scratch_ptr + at + chunk * STATES * frame, state, inside, frame, STATES)
                 for k in tl.static_range(STEPS):
                     t = chunk * STEPS + k
                     here = within(inside, t, T, STEPS)
@@ -205,9 +229,10 @@ def reduce_kernel(
                     if RESIDUAL or KEEP:
                         source = tl.load(source_ptr + at + t * frame, mask=here, other=0.0)
                     a = _current(x, source, scale, shift, r_scale, RESIDUAL, NORMED, KEEP)
-                    v = reset(decay * v + a, threshold, SOFT)
+                    _s, pending = fire(a, state, threshold, decay, SOFT, STEP, CONSTANTS)
+                    state = settle(pending, threshold, SOFT, STEP)
             tl.debug_barrier()
-        gv = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
+        gstate = resting(tl.zeros((BLOCK_R, BLOCK_C), tl.float32), STATES)
         for back in range(CHUNKS):
             first = (CHUNKS - 1 - back) * STEPS
             xs = ()
@@ -231,30 +256,44 @@ def reduce_kernel(
                     rs += (sources[k],)
                 if HAS_GY:
                     gy += (tl.load(gy_ptr + to, mask=here, other=0.0),)
-            v = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
+            state = resting(tl.zeros((BLOCK_R, BLOCK_C), tl.float32), STATES)
             if CHUNKS > 1:
-                v = tl.load(scratch_ptr + at + (CHUNKS - 1 - back) * frame, mask=inside, other=0.0)
-            us = ()
+                state = load_state(scratch_ptr + at + (CHUNKS - 1 - back) * STATES * frame, inside, frame, STATES)
+            steps = ()
             vs = ()  # membranes before each step
             for k in tl.static_range(STEPS):
                 if values_ptr is not None:
-                    vs += (v,)
-                u = decay * v + _current(xs[k], sources[k], scale, shift, r_scale, RESIDUAL, NORMED, KEEP)
-                us += (u,)
-                v = reset(u, threshold, SOFT)
+                    vs += (state[0],)
+                a = _current(xs[k], sources[k], scale, shift, r_scale, RESIDUAL, NORMED, KEEP)
+                _s, pending = fire(a, state, threshold, decay, SOFT, STEP, CONSTANTS)
+                steps += (kept_of(a, state, pending, STEP),)
+                state = settle(pending, threshold, SOFT, STEP)
             for k in tl.static_range(STEPS - 1, -1, -1):
                 t = first + k
                 here = within(inside, t, T, STEPS)
                 at_spike = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
                 if HAS_GS:
                     at_spike = gs[k].to(tl.float32)
-                gu = membrane_grad(us[k], at_spike, gv, threshold, SURROGATE, WIDTH, DETACH, SOFT)
+                gu, pending = retreat(
+                    steps[k],
+                    at_spike,
+                    gstate,
+                    threshold,
+                    decay,
+                    SURROGATE,
+                    WIDTH,
+                    DETACH,
+                    SOFT,
+                    STEP_GRAD,
+                    CONSTANTS,
+                )
                 if values_ptr is not None:
-                    keep = tl.where(us[k] > threshold, 0.0, 1.0)
+                    u = steps[k][0]
+                    keep = tl.where(u > threshold, 0.0, 1.0)
                     sum_decay += tl.where(here, gu * vs[k], 0.0)
-                    gh = threshold_grad(us[k], keep, at_spike, gv, threshold, SURROGATE, WIDTH, DETACH, SOFT)
+                    gh = threshold_grad(u, keep, at_spike, gstate[0], threshold, SURROGATE, WIDTH, DETACH, SOFT)
                     sum_threshold += tl.where(here, gh, 0.0)
-                gv = tl.where(here, decay * gu, gv)
+                gstate = state_where(here, settle_grad(pending, decay, STEP_GRAD), gstate, STATES)
                 if HAS_GY:
                     gu += gy[k].to(tl.float32)
                 if WRITE:
@@ -363,6 +402,10 @@ def apply_kernel(
     BATCH: tl.constexpr,
     HAS_TOTAL: tl.constexpr,
     RECOMPUTE: tl.constexpr,
+    STEP: tl.constexpr,
+    STEP_GRAD: tl.constexpr,
+    STATES: tl.constexpr,
+    CONSTANTS: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
     REVERSE: tl.constexpr,
     BLOCK_R: tl.constexpr,
@@ -391,16 +434,29 @@ def apply_kernel(
         for t in tl.static_range(T):
             xs += (tl.load(x_ptr + at + t * frame, mask=here, other=0.0),)
             gs += (tl.load(g_ptr + at + t * frame, mask=here, other=0.0),)
-        v = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
-        us = ()
+        state = resting(tl.zeros((BLOCK_R, BLOCK_C), tl.float32), STATES)
+        steps = ()
         for t in tl.static_range(T):
-            u = decay * v + (xs[t].to(tl.float32) * scale + shift)
-            us += (u,)
-            v = reset(u, threshold, SOFT)
-        gv = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
+            a = xs[t].to(tl.float32) * scale + shift
+            _s, pending = fire(a, state, threshold, decay, SOFT, STEP, CONSTANTS)
+            steps += (kept_of(a, state, pending, STEP),)
+            state = settle(pending, threshold, SOFT, STEP)
+        gstate = resting(tl.zeros((BLOCK_R, BLOCK_C), tl.float32), STATES)
         for t in tl.static_range(T - 1, -1, -1):
-            gu = membrane_grad(us[t], gs[t].to(tl.float32), gv, threshold, SURROGATE, WIDTH, DETACH, SOFT)
-            gv = decay * gu
+            gu, pending = retreat(
+                steps[t],
+                gs[t].to(tl.float32),
+                gstate,
+                threshold,
+                decay,
+                SURROGATE,
+                WIDTH,
+                DETACH,
+                SOFT,
+                STEP_GRAD,
+                CONSTANTS,
+            )
+            gstate = settle_grad(pending, decay, STEP_GRAD)
             gx = scale * gu + k1 * xs[t].to(tl.float32) + k2
             tl.store(gx_ptr + at + t * frame, gx.to(gx_ptr.dtype.element_ty), mask=here)
     else:  # g is the gradient at the input current

@@ -14,7 +14,7 @@ from ..common.layout import as_layout
 from ..common.tiles import dense
 from ..derivatives import Gradients, register_derivatives
 from ..neuron.lif import CHUNK
-from ..neuron.values import check_values
+from ..neuron.values import check_binary, check_learnable, check_values
 from ..spikes.bits import empty_bits
 from . import eager
 from .derivatives import backward_again, definition
@@ -92,6 +92,9 @@ def _norm_lif(
     check_residual_norm(x, residual, weight, *res_norm, group)
     if values is not None:
         check_values(values, length=x.shape[1])
+        check_learnable(surrogate)
+    if pack:
+        check_binary(surrogate)
     spikes, membrane, bits = _outputs(x, num_steps, keep_membrane, pack)
     if x.numel():
         shortcut = None if residual is None else as_layout(residual, spikes)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..registry import State, Step, neuron_of, own_surrogate
 from ..spec import CIFAR, LIFSpec
 
 
@@ -19,6 +20,8 @@ def surrogate_derivative(d: Tensor, surrogate: str, width: float) -> Tensor:
         return (d.abs() < width).to(d.dtype) / (2.0 * width)
     if surrogate == "atan":
         return 1.0 / (width * (1.0 + (d * (math.pi / width)).square()))
+    if surrogate != "sigmoid":
+        return own_surrogate(surrogate).derivative(d, width)
     p = torch.sigmoid(d * (4.0 / width))
     return (4.0 / width) * p * (1.0 - p)
 
@@ -32,6 +35,13 @@ def smooth_step(d: Tensor, surrogate: str, width: float) -> Tensor:
         return 0.5 + d.clamp(-width, width) / (2.0 * width)
     if surrogate == "atan":
         return 0.5 + torch.atan(d * (math.pi / width)) / math.pi
+    if surrogate != "sigmoid":
+        integral = own_surrogate(surrogate).integral
+        if integral is None:
+            raise ValueError(
+                f"expected a surrogate with an integral for the smooth twin, got {surrogate!r}: register it with one"
+            )
+        return integral(d, width)
     return torch.sigmoid(d * (4.0 / width))
 
 
@@ -109,8 +119,17 @@ def lif_reference(
         threshold: Likewise.
 
     Returns:
-        Spikes (T, ...) in x's dtype, and with ``return_state`` the membrane (...) in float32 (float64 for float64).
+        Spikes (T, ...) in x's dtype, and with ``return_state`` the membrane (...) in float32 (float64 for float64). Of
+        a registered neuron with several states, state and what is returned of it are (states, ...).
     """
+    neuron = neuron_of(spec.neuron)
+    if neuron is not None:
+        if decay is not None or threshold is not None:
+            spec.refuse_others("learned decay and threshold")
+        start = state if state is None or neuron.states > 1 else state[None]
+        fired, after = run_steps(x, start, spec, smooth)
+        out = torch.stack(fired).to(x.dtype)
+        return (out, torch.stack(after) if neuron.states > 1 else after[0]) if return_state else out
     v = torch.zeros_like(x[0], dtype=state_dtype(x.dtype)) if state is None else state.to(state_dtype(x.dtype))
     kept = of_channels(spec.decay if decay is None else decay, v)
     level = of_channels(spec.threshold if threshold is None else threshold, v)
@@ -124,6 +143,45 @@ def lif_reference(
         v = u - level * r if spec.soft_reset else (1.0 - r) * u
         spikes.append(s.to(x.dtype))
     return (torch.stack(spikes), v) if return_state else torch.stack(spikes)
+
+
+def run_steps(
+    x: Tensor, state: Tensor | State | None, spec: LIFSpec, smooth: bool = False, gradient: bool = True
+) -> tuple[list[Tensor], tuple[Tensor, ...]]:
+    """A registered neuron over (T, ...), step by step.
+
+    Args:
+        x: (T, ...), input current.
+        state: Its states (...) before the first step; zeros if None.
+        spec: With the neuron's name.
+        smooth: See `lif_reference`.
+        gradient: The spikes need one.
+
+    Returns:
+        Spikes of each step and the last states, (...) each in the membrane's dtype.
+    """
+    neuron, dtype = neuron_of(spec.neuron), state_dtype(x.dtype)
+    assert neuron is not None
+    step = _Step if torch.compiler.is_compiling() else _StepBothModes
+
+    def spike(d: Tensor) -> Tensor:
+        if smooth:
+            return smooth_step(d, spec.surrogate, spec.width)
+        if not gradient:
+            return (d > 0).to(d.dtype)
+        return step.apply(d, spec.surrogate, spec.width)
+
+    def held(s: Tensor) -> Tensor:
+        return s.detach() if spec.detach_reset else s
+
+    zeros = torch.zeros_like(x[0], dtype=dtype)
+    states = (zeros,) * neuron.states if state is None else tuple(each.to(dtype) for each in state)
+    given = Step(spec.threshold, spec.decay, spec.soft_reset, neuron.constants, spike, held)
+    spikes = []
+    for current in x:
+        s, states = neuron.step(current.to(dtype), states, given)
+        spikes.append(s)
+    return spikes, tuple(states)
 
 
 def fire(
