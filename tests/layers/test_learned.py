@@ -170,7 +170,7 @@ def test_integers(name: str, sizes: dict, tmp_path, caplog: pytest.LogCaptureFix
 
 
 def test_the_trainer_asks_for_them_and_does_not_decay_them() -> None:
-    assert _CHOICES["neuron"] == tuple(NEURONS)
+    assert _CHOICES["neuron"] == (*NEURONS, "ternary", "integer", "adaptive")
     recipe = Recipe(model="test_gac_msresnet", neuron="plif", channels_last=False)
     model = create_network(recipe, 10, 3)
     learned = [p for m in model.modules() if isinstance(m, LearnedValues) for p in m.parameters()]

@@ -86,7 +86,11 @@ def firing_level(spec: LIFSpec, num_steps: int) -> float:
     Args:
         spec: The neuron.
         num_steps: T.
+
+    Raises:
+        ValueError: Its neuron is not ``lif``.
     """
+    spec.refuse_others("the least gate at which it fires")
     return float(spec.threshold) / sum(float(spec.decay) ** step for step in range(num_steps))
 
 

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gac_kernels import LIFSpec
+
 from ..inference.record import forward_hooks
 from ..layers.encoder import GatedAttentionCoding
 from .counter import LAYERS, Counter
@@ -34,7 +36,8 @@ class EnergyMeter:
         num_steps: Number of time steps T, where the network has no ``num_steps``.
 
     Raises:
-        ValueError: The network is compiled, has no layers to count, or T is not known.
+        ValueError: The network is compiled, has no layers to count or spikes of several levels, which no convention of
+            operations covers; or T is not known.
 
     Examples:
         >>> meter = EnergyMeter(model)  # doctest: +SKIP
@@ -56,6 +59,10 @@ class EnergyMeter:
             for name, module in model.named_modules()
             if isinstance(module, LAYERS)
         }
+        for module in model.modules():
+            spec = getattr(module, "spec", None)
+            if isinstance(spec, LIFSpec):
+                spec.refuse_spikes("an estimate of energy", "levels")
         if not self._counters:
             raise ValueError(f"expected a network with convolutions or linear layers, got {type(model).__name__}")
         self.images = 0

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from gac_kernels import LIFSpec
+from gac_kernels.spec import SURROGATES
 
 DT = 1e-4  # seconds; snnTorch reads no other, and it is the default of SpikingJelly
 NEURONS = ("CubaLIF", "IF", "LIF")
@@ -30,9 +31,16 @@ def neuron_node(name: str, spec: LIFSpec, shape: tuple[int, ...]) -> Any:
         shape: Of one sample, ``(C, H, W)``: NIR has each constant once a neuron.
 
     Raises:
-        ValueError: The reset is soft.
+        ValueError: The reset is soft, the neuron not ``lif`` or the surrogate one's own.
     """
     import nir
+
+    spec.refuse_others("a NIR file")
+    if spec.surrogate not in SURROGATES:
+        raise ValueError(
+            f"expected a surrogate out of {SURROGATES} for NIR, got {spec.surrogate!r} in {name}: readers would not "
+            "know it, export to ONNX or a .pt2 file"
+        )
 
     if spec.soft_reset:
         raise ValueError(

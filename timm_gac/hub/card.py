@@ -158,10 +158,11 @@ def _cell(value: Any) -> str:
 def _neuron(spec: LIFSpec, neuron: str) -> str:
     reset = "soft" if spec.soft_reset else "hard"
     detached = ", detached from the gradient" if spec.detach_reset else ""
-    learnable = NEURONS[neuron]
+    learnable = NEURONS.get(neuron)
     learned = f" at the start, both learned, one of each a {learnable}" if learnable else ""
+    kind = "LIF" if spec.is_lif else f"`{spec.neuron}`"
     return (
-        f"LIF, threshold {spec.threshold:g}, decay {spec.decay:g}{learned}, {reset} reset{detached}; "
+        f"{kind}, threshold {spec.threshold:g}, decay {spec.decay:g}{learned}, {reset} reset{detached}; "
         f"surrogate gradient: {spec.surrogate}, width {spec.width:g}"
     )
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from gac_kernels import lif
+from gac_kernels.registry import states_by
 
 from ..layers.learned import learned_values
 from ..layers.neuron_layer import NeuronLayer
@@ -153,7 +154,7 @@ class _SteppedNeuron:
 
     def __init__(self, layer: NeuronLayer) -> None:
         self.layer = layer
-        self.membrane: Tensor | None = None  # after the reset, [B, ...]
+        self.membrane: Tensor | None = None  # after the reset, [B, ...]; of several states [states, B, ...]
 
     def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
         layer = self.layer
@@ -174,7 +175,8 @@ class _SteppedNeuron:
     def keep(self, rows: Tensor) -> None:
         """Keep the membranes of these samples alone."""
         assert self.membrane is not None
-        self.membrane = self.membrane[rows]
+        several = states_by(self.layer.spec.surrogate_id) > 1
+        self.membrane = self.membrane[:, rows] if several else self.membrane[rows]
 
 
 def _stored_dtype(x: Tensor, residual: Tensor | None, current: Tensor) -> torch.dtype:

@@ -239,7 +239,8 @@ def _convolve_and_fire(
     if watched and on_gpu:
         log_called(conv, _CONV_FORWARDS)
         log_called(neuron, _NEURON_FORWARDS)
-    if not on_gpu or gradients or watched or not conv.in_one_op or neuron.learned is not None:
+    alone = neuron.learned is not None or not neuron.lif.spec.is_lif  # no operator has these and a convolution
+    if not on_gpu or gradients or watched or not conv.in_one_op or alone:
         current = conv(x)
         if residual is None:
             return neuron(current)

@@ -68,9 +68,9 @@ def quantize(model: nn.Module, clip: str = "mse") -> IntegerSpikingResNet:
 
     Raises:
         ValueError: The model is no spiking network of this package, is folded or quantised already, has a batch norm
-            without running statistics, a stride above 2, neurons of several specs or with one decay and threshold a
-            channel, or other modules in the place of its blocks, convolutions, norms or neurons; its weights are not
-            finite; or ``clip`` is unknown.
+            without running statistics, a stride above 2, another neuron than ``lif``, neurons of several specs or with
+            one decay and threshold a channel, or other modules in the place of its blocks, convolutions, norms or
+            neurons; its weights are not finite; or ``clip`` is unknown.
 
     Examples:
         >>> import timm, timm_gac
@@ -80,6 +80,7 @@ def quantize(model: nn.Module, clip: str = "mse") -> IntegerSpikingResNet:
         raise ValueError(f"expected clip out of {CLIPS}, got {clip!r}: choose one of these")
     check_foldable(model)
     assert isinstance(model, SpikingResNet)
+    model.spec.refuse_others("8-bit inference")
     _check_parts(model)
     check_finite(model, "to quantise")
     quantization = {"scheme": TRAINED_SCHEME} if model.int8_convs else {"scheme": SCHEME, "clip": clip}

@@ -169,7 +169,11 @@ def membrane_of(current: Tensor, spec: LIFSpec, scaled: bool = False, **learned:
         spec: Of the neurons.
         scaled: In units of the threshold.
         learned: Decay and threshold in the place of the spec's, see `learned_values`.
+
+    Raises:
+        ValueError: The spec's neuron is not ``lif``.
     """
+    spec.refuse_others("potentials against one threshold")
     decay, threshold = (
         of_channels(learned.get(name, getattr(spec, name)), current[0]) for name in ("decay", "threshold")
     )

@@ -103,6 +103,11 @@ def to_spikingjelly(spec: LIFSpec) -> Any:
         raise ImportError(f"expected SpikingJelly, got none ({error}): pip install 'timm-gac[spikingjelly]'") from error
     if spec.decay == 0.0:
         raise _refuse("a decay above 0", "0", "SpikingJelly's tau is above 1")
+    spec.refuse_others("a SpikingJelly LIFNode")
+    if all(row[0] != spec.surrogate for row in _SPIKINGJELLY.values()):
+        raise _refuse(
+            "a surrogate that SpikingJelly has", repr(spec.surrogate), "hand the node a surrogate_function of yours"
+        )
     name, (_, _, product) = next((n, row) for n, row in _SPIKINGJELLY.items() if row[0] == spec.surrogate)
     shared: dict[str, Any] = dict(
         v_threshold=_next(spec.threshold, math.inf),

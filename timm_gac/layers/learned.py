@@ -138,12 +138,14 @@ def make_learned(
         dtype: See `LearnedValues`.
 
     Raises:
-        ValueError: ``learnable`` is another, channels are missing, or the spec's decay is 0 or 1.
+        ValueError: ``learnable`` is another, channels are missing, or the spec's decay is 0 or 1 or its neuron not
+            ``lif``.
     """
     if learnable not in LEARNABLE:
         raise ValueError(f"expected learnable out of {LEARNABLE}, got {learnable!r}: choose one of these")
     if learnable is None:
         return None
+    spec.refuse_others("learned decay and threshold")
     if learnable == "channel" and (not isinstance(channels, int) or isinstance(channels, bool) or channels < 1):
         raise ValueError(
             f"expected channels as an integer >= 1 with learnable='channel', got {channels!r}: give their number, the "

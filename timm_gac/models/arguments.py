@@ -12,6 +12,7 @@ from typing import Any
 from torch import nn
 
 from gac_kernels import LIFSpec
+from gac_kernels.registry import neuron_names
 
 from ..layers.encoder import GATES
 from ..layers.learned import NEURONS
@@ -62,8 +63,9 @@ def check_model_args(args: Mapping[str, Any]) -> None:
         elif name in _SEQUENCES:
             _check_sequence(name, value)
         elif name in _CHOICES:
-            if not any(type(value) is type(choice) and value == choice for choice in _CHOICES[name]):
-                choices = " or ".join(repr(choice) for choice in _CHOICES[name])
+            allowed = (*_CHOICES[name], *neuron_names()[1:]) if name == "neuron" else _CHOICES[name]
+            if not any(type(value) is type(choice) and value == choice for choice in allowed):
+                choices = " or ".join(repr(choice) for choice in allowed)
                 raise ValueError(f"expected {name} {choices}, got {_short(value)}: choose one of these")
         elif name == "block":
             block_class(value)
@@ -126,6 +128,8 @@ def lif_spec(spec: Any) -> LIFSpec:
     if isinstance(spec, LIFSpec):
         return spec
     fields = {field.name: type(field.default) for field in dataclasses.fields(LIFSpec)}
+    if isinstance(spec, Mapping) and "neuron" not in spec:
+        del fields["neuron"]  # an argument of the network says it
     if not isinstance(spec, Mapping) or spec.keys() != fields.keys():
         raise ValueError(
             f"expected spec as a LIFSpec or its fields {', '.join(fields)}, got {_short(spec)}: give these"
@@ -136,6 +140,23 @@ def lif_spec(spec: Any) -> LIFSpec:
         if not fits or (kind is float and not math.isfinite(value)):
             raise ValueError(f"expected {name} of spec as {kind.__name__}, got {_short(value)}: correct it")
     return LIFSpec(**spec)
+
+
+def with_neuron(spec: LIFSpec, neuron: str) -> tuple[LIFSpec, str]:
+    """The spec of a network's neurons, and the name of these, from both as they were given.
+
+    Raises:
+        ValueError: They name two different neurons, or one that does not learn is to.
+    """
+    if neuron not in NEURONS:
+        if spec.neuron not in ("lif", neuron):
+            raise ValueError(
+                f"expected one neuron, got {neuron!r} and a spec with {spec.neuron!r}: leave one of the two out"
+            )
+        return dataclasses.replace(spec, neuron=neuron), neuron
+    if NEURONS[neuron] is not None:
+        spec.refuse_others("learned decay and threshold")
+    return spec, neuron if spec.is_lif else spec.neuron
 
 
 def _short(value: Any) -> str:

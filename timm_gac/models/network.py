@@ -30,7 +30,7 @@ from ..layers.lif import LIF
 from ..layers.neuron import BatchNormLIF
 from ..runtime.first_call import compiled_first
 from ..runtime.weight_gradients import overlap_enabled, with_cast_weights
-from .arguments import block_class, check_model_args, lif_spec
+from .arguments import block_class, check_model_args, lif_spec, with_neuron
 from .blocks import STAGES, MSBlock, SpikingBlock, Stage
 from .checkpoint import checkpoint_filter_fn as checkpoint_filter_fn  # timm expects it beside the model's class
 from .folding import FiringRate, fold_time, not_finite_marked, unfold_time
@@ -70,7 +70,8 @@ class SpikingResNet(TimmNetwork):
         gate: Which attention the gate of ``gac`` has, see `GatedAttentionCoding`.
         neuron: ``lif`` for the decay and threshold of ``spec``; ``plif`` to learn one of each a layer, beginning with
             these, ``plif_channel`` one of each a channel. Weights of one kind load into the others, with a line in the
-            log.
+            log. Or the name of another neuron (``neuron`` of `LIFSpec`): ``ternary``, ``integer``, ``adaptive``, or one
+            of your own.
 
     Raises:
         ValueError: An argument is out of range.
@@ -116,6 +117,8 @@ class SpikingResNet(TimmNetwork):
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
         block_type: Any = block_class(block)
         spec = lif_spec(spec)
+        check_model_args({"neuron": neuron})
+        spec, neuron = with_neuron(spec, neuron)
         kept = dict(  # what no other attribute holds, see `model_args`
             channels=channels,
             strides=strides,
@@ -166,7 +169,7 @@ class SpikingResNet(TimmNetwork):
         )
         self.bn1 = nn.BatchNorm2d(stem_width, **dd)
         gated = encoder == "gac"
-        learnable = NEURONS[neuron]
+        learnable = NEURONS.get(neuron)
         learning: dict[str, Any] = {"learnable": learnable} if learnable else {}  # a block of one's own may not take it
         self.encoder = (
             GatedAttentionCoding(stem_width, num_steps, spec, gate=gate, **dd, **learning)
@@ -241,7 +244,7 @@ class SpikingResNet(TimmNetwork):
         stages = [len(getattr(self, name)) for name in STAGES[: len(self._args["channels"])]]
         return self._args | dict(
             layers=stages,
-            spec=dataclasses.asdict(self.spec),
+            spec={name: value for name, value in dataclasses.asdict(self.spec).items() if name != "neuron"},
             num_steps=self.num_steps,
             num_classes=self.num_classes,
             in_chans=self.in_chans,
@@ -268,7 +271,12 @@ class SpikingResNet(TimmNetwork):
 
         Less memory in training for the same gradients, to the bit, and some time to unpack them; of no effect where
         gradients are disabled. In networks with plain blocks the identity shortcuts still keep spikes as they are.
+
+        Raises:
+            ValueError: Spikes of the network's neuron are not 0 or 1.
         """
+        if enable:
+            self.spec.refuse_spikes("packed bits", "ternary", "levels")
         blocks = [module for module in self.modules() if isinstance(module, (MSBlock, SpikingBlock))]
         for block in blocks:
             block.pack_hidden, block.pack_output = enable, enable and block is not blocks[-1]
@@ -281,8 +289,11 @@ class SpikingResNet(TimmNetwork):
         convolution, whose input is real, is left alone.
 
         Raises:
-            ValueError: The network is folded or quantised, or has another convolution in the place of one of these.
+            ValueError: The network is folded or quantised, has another convolution in the place of one of these, or
+                another neuron than ``lif``, for which there is no 8-bit inference.
         """
+        if enable:
+            self.spec.refuse_others("8-bit convolutions")
         if self.inference_only:
             raise ValueError("expected a network that trains, got one that is folded or quantised: create it anew")
         blocks = [module for module in self.modules() if isinstance(module, (MSBlock, SpikingBlock))]

@@ -11,7 +11,7 @@ from ..data import Augmentation
 PRECISIONS = ("float32", "bfloat16", "float16")
 _CHOICES: dict[str, tuple[str, ...]] = {
     "gate": ("full", "spatial", "temporal", "half", "open"),  # `layers.encoder.GATES`, which imports PyTorch
-    "neuron": ("lif", "plif", "plif_channel"),  # `layers.learned.NEURONS`, likewise
+    "neuron": ("lif", "plif", "plif_channel", "ternary", "integer", "adaptive"),  # and those registered, likewise
     "optimizer": ("sgd", "adamw"),
     "loss": ("mean", "tet"),
     "report": ("ema", "model"),
@@ -26,6 +26,13 @@ _AT_LEAST: dict[str, float] = {
 # Fields of the augmentation, and those that the last epochs do without.
 _WEAK = ("crop_padding", "crop_scale", "flip", "label_smoothing")
 _STRONG = ("trivial_augment", "random_erasing", "mixup", "cutmix", "mix_probability")
+
+
+def _is_registered(neuron: str) -> bool:
+    """Whether somebody registered a neuron of this name, whose module has imported PyTorch then."""
+    from gac_kernels.registry import neuron_names
+
+    return neuron in neuron_names()
 
 
 @dataclass(frozen=True)
@@ -94,7 +101,8 @@ class Recipe:
         eval_every: Epochs between evaluations on the test set, or the split set aside; the last one is reported.
         stored_dtype: Dtype of the weights in the final model folder.
         neuron: ``lif``: decay and threshold as published; ``plif``: they are learned, one of each a layer, or
-            ``plif_channel``, one of each a channel.
+            ``plif_channel``, one of each a channel; ``ternary``, ``integer`` or ``adaptive``: see `LIFSpec`; or one
+            of your own that is registered.
 
     Raises:
         ValueError: A field is out of range; the message names it.
@@ -153,7 +161,7 @@ class Recipe:
 
     def __post_init__(self) -> None:
         for name, choices in _CHOICES.items():
-            if getattr(self, name) not in choices:
+            if getattr(self, name) not in choices and not (name == "neuron" and _is_registered(self.neuron)):
                 raise ValueError(f"expected {name} out of {choices}, got {getattr(self, name)!r}: choose one of these")
         for name, least in _AT_LEAST.items():
             if not getattr(self, name) >= least:
