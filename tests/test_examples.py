@@ -56,3 +56,19 @@ def test_finetune(digits: Path, tmp_path: Path) -> None:
     assert json.loads((tmp_path / "tuned" / "config.json").read_text())["label_names"] == ["0", "1"]
     assert "test_gac_msresnet from random weights, classes 0, 1" in done.stdout
     assert not list((tmp_path / "tuned").glob("*.bin"))
+
+
+def test_own_neuron() -> None:
+    """It passes its checks in plain PyTorch, or on a GPU in Triton too, and learns; its page shows the same code."""
+    script = ROOT / "examples" / "own_neuron.py"
+    text = script.read_text(encoding="utf-8")
+    page = (ROOT / "docs" / "your_own_neuron.md").read_text(encoding="utf-8")
+    shown = re.findall(r"^```py\n(.*?)^```$", page, flags=re.MULTILINE | re.DOTALL)
+    assert len(shown) == 3 and all(block.rstrip() in text for block in shown[:2])
+    paths = [str(ROOT), str(ROOT / "kernels" / "torch-ext"), os.environ.get("PYTHONPATH", "")]
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    env["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
+    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=240, env=env)
+    assert done.returncode == 0, done.stderr[-2000:]
+    losses = [float(loss) for loss in re.findall(r"loss ([\d.]+)", done.stdout)]
+    assert "agree with their definitions" in done.stdout and losses[1] < 0.7 * losses[0], done.stdout
