@@ -231,6 +231,16 @@ def test_clock_times_what_a_loop_does_between_two_batches() -> None:
         Clock(CPU, 1.0).row(2)
 
 
+def test_what_graphs_could_not_do_is_in_the_note() -> None:
+    logger = logging.getLogger("timm_gac.runtime.graphed")
+    before = logger.level
+    with entries.reasons_for_eager() as found:
+        logger.info("Net runs eagerly here, not as CUDA graphs, as it has hooks")
+        logger.info("Net replays CUDA graphs for inputs of shape (4, 3, 8, 8)")
+    logger.warning("Net runs eagerly here, after the block")
+    assert found == ["Net runs eagerly here, not as CUDA graphs, as it has hooks"] and logger.level == before
+
+
 def test_entries_begin_with_the_graphed_step_and_end_with_compilers() -> None:
     config = LoopBenchConfig(device="cuda")
     names = config.entries()

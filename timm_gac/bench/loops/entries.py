@@ -5,18 +5,18 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from importlib import import_module
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from ...runtime.graphed import graphed
 from ...runtime.provenance import version_of
 from ..harness import Row
 from ..networks import Unavailable
 from ..session import Session
-from ..steps import precision_settings
+from ..steps import free_memory, precision_settings
 from .clock import Clock, ResidentBatches, reset_memory
 from .libraries import accelerate_loop, lightning_loop, trainer_loop
 from .ours import COMPILING, Settings, choose_algorithms, graphed_step, plain_loop, short_epochs
@@ -65,13 +65,15 @@ def resident_set(session: Session) -> tuple[Tensor, Tensor]:
     return images, torch.randint(session.model.num_classes, (len(images),), device=images.device)
 
 
-def measure_entry(session: Session, entry: str, seconds: float, epochs: int) -> Row:
-    """Check an entry's network, run its loop, and return these fields of its row."""
+def measure_entry(session: Session, entry: str, seconds: float, epochs: int, row: Row) -> None:
+    """Check an entry's network, run its loop, and add what is found to the row as it comes."""
     loop, name, way = split_entry(entry)
     run, optimizer, names = LOOPS[loop]
     if failure := session.check(name):
-        return {"status": "failed check", "note": failure}
+        row |= {"status": "failed check", "note": failure}
+        return
     case, device = session.case, session.device
+    left = free_memory(device) - session.images.nbytes / 2**30
     settings = Settings(device, case.precision, case.batch)
     images, labels = resident_set(session)
     with ExitStack() as stack:
@@ -80,29 +82,27 @@ def measure_entry(session: Session, entry: str, seconds: float, epochs: int) -> 
         choose_algorithms(network, images[: case.batch], labels[: case.batch], settings)
         reset_memory(device)
         notes = stack.enter_context(reasons_for_eager())
-        trained, row = network, Row(optimizer=optimizer)
+        trained, row["optimizer"] = network, optimizer
         if way == "graphed":
             trained = graphed_network(network, device)
         elif way:
             trained = torch.compile(network, **COMPILING[way])  # type: ignore[assignment]
             if loop == "plain":
                 stack.enter_context(empty_cache())
-                row |= short_epochs(trained, images[: case.batch], labels[: case.batch], settings, epochs)
+                short_epochs(trained, images[: case.batch], labels[: case.batch], settings, epochs, row)
         with training_is_checked(network):
             clock = Clock(device, seconds)
             run(trained, ResidentBatches(images, labels, case.batch, names).loader(clock), settings)
-            row |= clock.row(case.batch)
-    return row | {"status": "ok", "note": "; ".join(notes)}
+        row |= clock.row(case.batch) | {"status": "ok", "note": "; ".join(notes)}
+    if device.type == "cuda" and left > 0.05:
+        row["note"] += f" {left:.2f} GiB were held before"
 
 
 def graphed_network(network: nn.Module, device: torch.device) -> nn.Module:
     """`timm_gac.graphed` of a network."""
     if device.type != "cuda":
         raise Unavailable("CUDA graphs need a CUDA device")
-    package: Any = import_module("timm_gac")
-    network.train()
-    graphed: nn.Module = package.graphed(network)
-    return graphed
+    return graphed(network.train())
 
 
 @contextmanager
@@ -137,8 +137,11 @@ def reasons_for_eager() -> Iterator[list[str]]:
                 found.append(record.getMessage())
 
     logger, keeper = logging.getLogger("timm_gac.runtime.graphed"), Keeper(logging.INFO)
+    level = logger.level
     logger.addHandler(keeper)
+    logger.setLevel(logging.INFO)
     try:
         yield found
     finally:
+        logger.setLevel(level)
         logger.removeHandler(keeper)

@@ -23,9 +23,9 @@ ENTRIES = (
     *("trainer/timm_gac", "trainer/timm_gac+graphed", "trainer/spikingjelly"),
     *("lightning/timm_gac", "lightning/timm_gac+graphed", "lightning/spikingjelly"),
     *("loader/npz", "loader/folder"),
-    *("plain/timm_gac+compile", "plain/ann+compile", "plain/timm_gac+reduce_overhead"),
+    *("plain/timm_gac+compile", "plain/ann+compile"),
     *("plain/spikingjelly+compile", "plain/spikingjelly+compile_no_layout"),
-    *("accelerate/spikingjelly+compile", "timm/timm_gac+compile"),
+    *("accelerate/spikingjelly+compile", "timm/timm_gac+compile", "plain/timm_gac+reduce_overhead"),
 )
 
 

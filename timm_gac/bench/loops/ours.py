@@ -64,7 +64,9 @@ def choose_algorithms(network: nn.Module, images: Tensor, labels: Tensor, settin
     network.zero_grad(set_to_none=True)
 
 
-def short_epochs(network: nn.Module, images: Tensor, labels: Tensor, settings: Settings, epochs: int) -> Row:
+def short_epochs(
+    network: nn.Module, images: Tensor, labels: Tensor, settings: Settings, epochs: int, row: Row | None = None
+) -> Row:
     """Train a compiled network over short epochs with a smaller last batch, and evaluate after each.
 
     Args:
@@ -73,6 +75,7 @@ def short_epochs(network: nn.Module, images: Tensor, labels: Tensor, settings: S
         labels: Its labels ``(B,)``.
         settings: Of the loop.
         epochs: How many.
+        row: Filled as it comes, so that it has what is known where a compilation does not end; a new one where None.
 
     Returns:
         ``compile_s``, seconds of the first training step; ``epochs_s`` of all that follows, with the compilation of
@@ -80,13 +83,13 @@ def short_epochs(network: nn.Module, images: Tensor, labels: Tensor, settings: S
         graphs other than those of the first training step and the first evaluation; ``late_recompiles``, those after
         the first epoch.
     """
+    row = {} if row is None else row
     counters.clear()
     step = _step(network, settings)
     smaller = max(1, settings.batch * 5 // 8)
-    first = _timed(lambda: step(images, labels), settings.device)
-    expected, epoch_ends = _graphs(), list[int]()
-    begun = time.perf_counter()
-    for _ in range(epochs):
+    row["compile_s"] = _timed(lambda: step(images, labels), settings.device)
+    expected, begun = _graphs(), time.perf_counter()
+    for epoch in range(epochs):
         network.train()
         for _ in range(EPOCH):
             step(images, labels)
@@ -95,14 +98,14 @@ def short_epochs(network: nn.Module, images: Tensor, labels: Tensor, settings: S
         before = _graphs()
         with torch.no_grad(), autocast(settings.device, settings.precision):
             network(images)
-        if not epoch_ends:
+        if epoch == 0:
             expected += _graphs() - before
-        epoch_ends.append(_graphs())
-    synchronize(settings.device)
-    row: Row = {"compile_s": first, "epochs_s": time.perf_counter() - begun, "graphs": _graphs()}
-    row |= {"graph_breaks": sum(counters["graph_break"].values()), "recompiles": _graphs() - expected}
+            first_epoch = _graphs()
+        synchronize(settings.device)
+        row |= {"epochs_s": time.perf_counter() - begun, "graphs": _graphs(), "recompiles": _graphs() - expected}
+        row |= {"graph_breaks": sum(counters["graph_break"].values()), "late_recompiles": _graphs() - first_epoch}
     network.train()
-    return row | {"late_recompiles": epoch_ends[-1] - epoch_ends[0]}
+    return row
 
 
 def _graphs() -> int:
