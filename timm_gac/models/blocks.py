@@ -14,13 +14,16 @@ from timm.models import checkpoint
 from torch import Tensor, nn
 
 from gac_kernels import CIFAR, LIFSpec, pack_spikes
+from gac_kernels.eight_bit.norm import Spikes
 
+from ..layers import eight_bit
 from ..layers.batch_statistics import call_norm, keep_running_statistics
 from ..layers.checks import fixed_num_steps, log_called, may_skip
 from ..layers.convolution import Conv2d, SpikeConv2d, convolve
 from ..layers.neuron import BatchNormLIF, MembraneBatchNormLIF
 
 Activations = tuple[Tensor, Tensor, Tensor | None]  # membrane, spikes, and the spikes' bits where they are packed
+EightBitActivations = tuple[Tensor, Tensor, Spikes | None]  # membrane, the spikes' edge, and spikes of one byte
 STAGES = ("layer1", "layer2", "layer3", "layer4")  # names of a network's stages
 _NEURON_FORWARDS = (BatchNormLIF.forward, MembraneBatchNormLIF.forward)
 _SHORTCUT_FORWARDS = (nn.Sequential.forward,)
@@ -140,6 +143,31 @@ class MSBlock(_Block):
         hidden = self.bn1(self.conv1(spikes))
         membrane, spikes = self.bn2(self.conv2(hidden), self._shortcut(membrane))
         return membrane, spikes, None
+
+    def why_not_in_8_bits(self) -> str:
+        """Why `in_8_bits` cannot take this block; empty where it can."""
+        return (
+            eight_bit.takes_layer(self.conv1, self.bn1)
+            or eight_bit.takes_layer(self.conv2, self.bn2)
+            or eight_bit.takes_shortcut(self.downsample, self.bn2)
+        )
+
+    def in_8_bits(self, membrane: Tensor, edge: Tensor, spikes: Spikes, last: bool) -> EightBitActivations:
+        """The block in training with spikes of one byte, of which ``edge`` has the gradient.
+
+        Args:
+            membrane: ``(T*B, C, H, W)``.
+            edge: Of the spikes, see `conv_norm_fire`.
+            spikes: Those of the membrane.
+            last: Other layers than blocks follow: the spikes are the edge, and there are no others.
+        """
+        hidden_edge, _, hidden = eight_bit.layer(self.conv1, self.bn1, edge, spikes)
+        assert hidden is not None
+        shortcut, norm = membrane, None
+        if self.downsample is not None:
+            shortcut, norm = self.downsample[0](membrane), self.downsample[1]
+        edge, membrane, fired = eight_bit.layer(self.conv2, self.bn2, hidden_edge, hidden, shortcut, norm, last)
+        return membrane, edge, fired
 
 
 class SpikingBlock(_Block):

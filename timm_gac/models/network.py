@@ -20,7 +20,10 @@ from timm.models import create_model
 from torch import Tensor, nn
 
 from gac_kernels import IMAGENET, LIFSpec
+from gac_kernels.common.tiles import is_channels_last
+from gac_kernels.eight_bit.norm import Spikes, to_spikes
 
+from ..layers import eight_bit
 from ..layers.batch_statistics import call_norm
 from ..layers.checks import SetOnce, fixed_num_steps, log_called, may_skip
 from ..layers.convolution import Conv2d, SpikeConv2d, is_plain_3x3
@@ -369,11 +372,49 @@ class SpikingResNet(TimmNetwork):
         """Spikes of the last stage, from the encoder's output and the first neuron's spikes where they are computed."""
         if spikes is None:
             spikes = self.lif(membrane)
+        if self.int8_convs and self._takes_8_bits(membrane, spikes):
+            return self._run_in_8_bits(membrane, spikes)
         membrane, spikes, bits = self.layer1(membrane, spikes, None)
         membrane, spikes, bits = self.layer2(membrane, spikes, bits)
         membrane, spikes, bits = self.layer3(membrane, spikes, bits)
         membrane, spikes, bits = self.layer4(membrane, spikes, bits)
         return spikes
+
+    def _takes_8_bits(self, membrane: Tensor, spikes: Tensor) -> bool:
+        """Whether the blocks can train with spikes and gradients of one byte; what stands in the way is logged once."""
+        if not (self.training and torch.is_grad_enabled() and isinstance(spikes, Tensor)):
+            return False  # also under fx
+        if torch.compiler.is_compiling() or spikes.numel() < 2 * spikes.shape[1]:
+            return False
+        device, dtype = spikes.device.type, spikes.dtype
+        computing = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else dtype
+        reason = eight_bit.why_not(spikes.device, dtype, self.num_steps)
+        if not reason and not (dtype == membrane.dtype == computing):
+            reason = f"the encoder returns {membrane.dtype} and {dtype}, and convolutions compute in {computing}"
+        if not reason and not all(is_channels_last(x) for x in (membrane, spikes)):
+            reason = "the network is not in channels-last memory"
+        for block in self._blocks() if not reason else ():
+            if not isinstance(block, MSBlock) or type(block).forward is not MSBlock.forward:
+                reason = "blocks are no MSBlocks"
+            else:
+                reason = reason or block.why_not_in_8_bits()
+        if not reason and any(getattr(self, name).grad_checkpointing for name in STAGES):
+            reason = "blocks are recomputed in the backward pass"
+        if reason:
+            eight_bit.say(reason)
+        return not reason
+
+    def _blocks(self) -> list[Any]:
+        return [block for name in STAGES for block in getattr(self, name)]
+
+    def _run_in_8_bits(self, membrane: Tensor, spikes: Tensor) -> Tensor:
+        """What `_run_stages` computes, where `_takes_8_bits`."""
+        blocks, edge = self._blocks(), spikes
+        small: Spikes | None = to_spikes(spikes.detach(), self.num_steps)
+        for block in blocks:
+            assert small is not None
+            membrane, edge, small = block.in_8_bits(membrane, edge, small, block is blocks[-1])
+        return edge
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Firing rates of the last stage, ``(B, C', H', W')`` in [0, 1]."""

@@ -31,6 +31,11 @@ DEFAULTS: dict[str, dict[str, int]] = {
     "spike_conv": {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 128, "num_warps": 8, "num_stages": 3},
     "conv_lif_hopper": {"COPIES": 3, "STEPS": 1, "ONE_PASS": 0},
     "spike_conv_hopper": {"COPIES": 3, "STEPS": 1},
+    "eight_bit_forward": {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 128, "num_warps": 8, "num_stages": 3},
+    "eight_bit_input_gradient": {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 128, "num_warps": 8, "num_stages": 3},
+    "eight_bit_forward_hopper": {"COPIES": 3, "STEPS": 2},
+    "eight_bit_input_gradient_hopper": {"COPIES": 3, "STEPS": 1, "PROMOTE": 1},
+    "eight_bit_weight_gradient": {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 128, "num_warps": 8, "num_stages": 4},
 }
 # REVERSE: each kernel walks against the one before it, convolution > statistics > forward, convolution > reduce >
 # apply, since the L2 cache holds what was touched last. Without statistics in between, forward walks the other way.
@@ -38,6 +43,9 @@ DEFAULTS: dict[str, dict[str, int]] = {
 DEFAULTS |= {
     "batch_stats": {"TILE": 4096, "BLOCK_C": 128, "num_warps": 8, "PER_SM": 4, "STAGES": 1, "REVERSE": 1},
     "norm_lif_fwd_eval": {"TILE": 4096, "BLOCK_C": 128, "num_warps": 8, "REVERSE": 1},
+    "eight_bit_bytes": {"BLOCK_B": 32, "BLOCK_C": 128, "num_warps": 8},
+    "eight_bit_norm_fwd": {"BLOCK_B": 32, "BLOCK_C": 128, "num_warps": 8},
+    "eight_bit_norm_bwd_apply": {"BLOCK_B": 16, "BLOCK_C": 128, "num_warps": 8},
 }
 DEFAULTS |= {f"lif_learned_bwd:{_steps}": {"PER_SM": 3} for _steps in range(5, 9)}  # twice the registers
 # A sum with a shortcut, whose membrane is kept, and with a shortcut that has a norm of its own, take more registers.

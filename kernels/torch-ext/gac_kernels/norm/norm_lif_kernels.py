@@ -188,10 +188,12 @@ def reduce_kernel(
     STAGES: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
+    MAXES: tl.constexpr = False,
 ):
     """First backward pass: the sums of each channel and, with WRITE, the gradient ga.
 
-    There are SUMS = 2 sums, or 3 with NORMED; with values two more behind them, those of their gradients.
+    There are SUMS = 2 sums, or 3 with NORMED; with values two more behind them, those of their gradients. With MAXES,
+    and no values, the largest magnitudes of ga and of x - mean are in their place.
     """
     frame = tl.cast(frame, tl.int64)
     CHUNKS: tl.constexpr = (T + STEPS - 1) // STEPS
@@ -214,6 +216,9 @@ def reduce_kernel(
     if values_ptr is not None:
         sum_decay = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
         sum_threshold = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
+    if MAXES:
+        max_a = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
+        max_x = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
     for nth in tl.range(tl.program_id(0), tiles, tl.num_programs(0), num_stages=STAGES):
         tile = tiles - 1 - nth if REVERSE else nth
         at, inside = tile_offsets(tile, channel, rows, C, S, CHANNELS_LAST, BLOCK_R)
@@ -301,6 +306,9 @@ def reduce_kernel(
                 gu = tl.where(here, gu, 0.0)
                 sum_a += gu
                 sum_b += gu * (xs[k].to(tl.float32) - mean)
+                if MAXES:
+                    max_a = tl.maximum(max_a, tl.abs(gu))
+                    max_x = tl.maximum(max_x, tl.where(here, tl.abs(xs[k].to(tl.float32) - mean), 0.0))
                 if NORMED:
                     sum_c += gu * (rs[k].to(tl.float32) - r_mean)
     to = partial_ptr + tl.program_id(0) * SUMS * C + channel
@@ -311,6 +319,9 @@ def reduce_kernel(
     if values_ptr is not None:
         tl.store(to + (SUMS - 2) * C, tl.sum(sum_decay, 0), mask=channel < C)
         tl.store(to + (SUMS - 1) * C, tl.sum(sum_threshold, 0), mask=channel < C)
+    if MAXES:
+        tl.store(to + (SUMS - 2) * C, tl.max(max_a, 0), mask=channel < C)
+        tl.store(to + (SUMS - 1) * C, tl.max(max_x, 0), mask=channel < C)
 
 
 @triton.jit

@@ -1,0 +1,475 @@
+"""The Hopper kernel of convolutions with operands of one byte in training: currents or input gradients, no neuron.
+
+It divides its labour as `convolution.hopper.pair` does, whose copying warps these are: two warpgroups with a tile of 64
+output pixels by BN channels each, which share the weights, and three warps that copy for them.
+
+Float8 sums are cut to about 14 bits (see `conv_kernels`): with PROMOTE they are added up in float32 after the three
+taps of a column of the window, 3 * BK products.
+"""
+
+from __future__ import annotations
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from ..convolution.hopper.finish import barrier
+from ..convolution.hopper.pair_copy import copy_pixels, copy_weights, first_pixel
+
+
+@gluon.jit
+def _finish(
+    total,
+    scale_ptr,
+    divisor_ptr,
+    y_desc,
+    y_buffer,
+    means,
+    squares,
+    values,
+    exists,
+    count,
+    t,
+    b0,
+    h0,
+    w0,
+    n0,
+    STATS: gl.constexpr,
+    BM: gl.constexpr,
+    BN: gl.constexpr,
+    SUMS: gl.constexpr,
+):
+    """Store a tile of step t; merge its statistics with those of the tiles before, which had so many values."""
+    y = total.to(gl.float32)
+    if scale_ptr is not None:
+        channel = n0 + gl.arange(0, BN, layout=gl.SliceLayout(0, SUMS))
+        y = y * gl.expand_dims(gl.load(scale_ptr + channel), 0)
+    if divisor_ptr is not None:
+        y = y * (1.0 / gl.load(divisor_ptr))  # a power of two
+    stored = y.to(y_buffer.dtype)
+    tma.store_wait(0)
+    barrier()
+    Y: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BM, BN], y_buffer.dtype)
+    y_buffer._reinterpret(y_buffer.dtype, [BM, BN], Y).store(stored)
+    fence_async_shared()
+    barrier()
+    tma.async_copy_shared_to_global(y_desc, [h0, t, b0, w0, n0], y_buffer)
+    if STATS:
+        y = stored.to(gl.float32)
+        mean = gl.sum(gl.where(exists, y, 0.0), 0) / gl.maximum(count, 1.0)
+        d = gl.where(exists, y - gl.expand_dims(mean, 0), 0.0)
+        share = count / gl.maximum(values + count, 1.0)
+        before = means.load(gl.SliceLayout(0, SUMS))
+        delta = mean - before
+        square = squares.load(gl.SliceLayout(0, SUMS)) + gl.sum(d * d, 0) + delta * delta * (values * share)
+        barrier()
+        means.store(before + delta * share)
+        squares.store(square)
+
+
+@gluon.jit
+def _consume(
+    GROUP: gl.constexpr,
+    pixels,
+    weights,
+    y_desc,
+    y_buffers,
+    statistics,
+    pixels_ready,
+    pixels_free,
+    weights_ready,
+    weights_free,
+    scale_ptr,
+    divisor_ptr,
+    partial_ptr,
+    B,
+    OH,
+    OW,
+    tiles_h,
+    tiles_w,
+    tiles_n,
+    pairs,
+    T: gl.constexpr,
+    STRIDE: gl.constexpr,
+    CHUNKS: gl.constexpr,
+    STEPS: gl.constexpr,
+    STATS: gl.constexpr,
+    PROMOTE: gl.constexpr,
+    BH: gl.constexpr,
+    NB: gl.constexpr,
+    BW: gl.constexpr,
+    BN: gl.constexpr,
+    BK: gl.constexpr,
+    LINES: gl.constexpr,
+    SHARED: gl.constexpr,
+    COPIES: gl.constexpr,
+    RING: gl.constexpr,
+    RESIDENT: gl.constexpr,
+):
+    """Sums of every second tile."""
+    OPERAND: gl.constexpr = weights.dtype
+    SUM: gl.constexpr = gl.float32 if OPERAND.is_floating() else gl.int32
+    BM: gl.constexpr = BH * NB * BW
+    SUMS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BN, 32])
+    PIXELS: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BM, BK], OPERAND)
+    GROUPS: gl.constexpr = (T + STEPS - 1) // STEPS
+    means = statistics.index(2 * GROUP)
+    squares = statistics.index(2 * GROUP + 1)
+    copy = 0  # copies of pixels and taps that were used
+    tap = 0
+    values = 0.0  # of a channel so far
+    m = gl.arange(0, BM, layout=gl.SliceLayout(1, SUMS))
+    for pair in range(gl.program_id(0), pairs, gl.num_programs(0)):
+        n0 = pair % tiles_n * BN
+        h0, b0, w0 = first_pixel(pair // tiles_n * 2 + GROUP, tiles_h, tiles_w, BH, NB, BW)
+        inside = (h0 + m // (NB * BW) < OH) & (b0 + m // BW % NB < B) & (w0 + m % BW < OW)
+        exists = gl.expand_dims(inside, 1)
+        count = (
+            gl.maximum(gl.minimum(OH - h0, BH), 0)
+            * gl.maximum(gl.minimum(B - b0, NB), 0)
+            * gl.maximum(gl.minimum(OW - w0, BW), 0)
+        ).to(gl.float32)
+        for group in range(GROUPS):
+            first = gl.zeros([BM, BN], SUM, SUMS)
+            if STEPS == 2:
+                second = gl.zeros([BM, BN], SUM, SUMS)
+            for j in range(3 * CHUNKS):
+                if PROMOTE:
+                    part = gl.zeros([BM, BN], SUM, SUMS)
+                else:
+                    part = first
+                for kh in gl.static_range(3):
+                    slot = GROUP * COPIES + copy % COPIES
+                    if not SHARED or kh == 0:
+                        mbarrier.wait(pixels_ready.index(slot), (copy // COPIES) & 1)
+                    weight = tap % RING
+                    mbarrier.wait(weights_ready.index(weight), 0 if RESIDENT else (tap // RING) & 1)
+                    right = weights.index(weight).permute((1, 0))
+                    # Rows lie in order, with stride 2 the odd ones before the even ones.
+                    line = slot * STEPS * LINES
+                    if SHARED:
+                        line += kh if STRIDE == 1 else BH + 1 if kh == 1 else kh // 2
+                    left = pixels.index(line)._reinterpret(OPERAND, [BM, BK], PIXELS)
+                    part = warpgroup_mma(left, right, part, is_async=True)
+                    if STEPS == 2:
+                        left = pixels.index(line + LINES)._reinterpret(OPERAND, [BM, BK], PIXELS)
+                        second = warpgroup_mma(left, right, second, is_async=True)
+                    # What the tap before read may be overwritten once its products are done; none before the first.
+                    if STEPS == 2:
+                        part, second = warpgroup_mma_wait(2, deps=(part, second))
+                    else:
+                        part = warpgroup_mma_wait(1, deps=(part,))
+                    another = (j > 0) | (kh > 0)
+                    if not RESIDENT:
+                        mbarrier.arrive(weights_free.index((tap + RING - 1) % RING), pred=another)
+                    if not SHARED or kh == 0:
+                        mbarrier.arrive(pixels_free.index(GROUP * COPIES + (copy + COPIES - 1) % COPIES), pred=another)
+                    tap += 1
+                    if not SHARED or kh == 2:
+                        copy += 1
+                if PROMOTE:
+                    part = warpgroup_mma_wait(0, deps=(part,))
+                    first += part
+                else:
+                    first = part
+            if STEPS == 2:
+                first, second = warpgroup_mma_wait(0, deps=(first, second))
+            elif not PROMOTE:
+                first = warpgroup_mma_wait(0, deps=(first,))
+            if not RESIDENT:
+                mbarrier.arrive(weights_free.index((tap + RING - 1) % RING))
+            mbarrier.arrive(pixels_free.index(GROUP * COPIES + (copy + COPIES - 1) % COPIES))
+            # A tile beyond the last one has no values, and what it would store is clipped.
+            _finish(
+                first,
+                scale_ptr,
+                divisor_ptr,
+                y_desc,
+                y_buffers.index(GROUP * STEPS),
+                means,
+                squares,
+                values,
+                exists,
+                count,
+                group * STEPS,
+                b0,
+                h0,
+                w0,
+                n0,
+                STATS,
+                BM,
+                BN,
+                SUMS,
+            )
+            values += count
+            if STEPS == 2:
+                _finish(
+                    second,
+                    scale_ptr,
+                    divisor_ptr,
+                    y_desc,
+                    y_buffers.index(GROUP * STEPS + 1),
+                    means,
+                    squares,
+                    values,
+                    exists,
+                    count,
+                    group * STEPS + 1,
+                    b0,
+                    h0,
+                    w0,
+                    n0,
+                    STATS,
+                    BM,
+                    BN,
+                    SUMS,
+                )
+                values += count
+    tma.store_wait(0)
+    if STATS:
+        barrier()
+        channel = gl.program_id(0) % tiles_n * BN + gl.arange(0, BN, layout=gl.SliceLayout(0, SUMS))
+        C_OUT = tiles_n * BN
+        to = partial_ptr + (gl.program_id(0) // tiles_n * 2 + GROUP) * 3 * C_OUT + channel
+        mean = means.load(gl.SliceLayout(0, SUMS))
+        gl.store(to, mean * 0.0 + values)
+        gl.store(to + C_OUT, mean)
+        gl.store(to + 2 * C_OUT, squares.load(gl.SliceLayout(0, SUMS)))
+
+
+@gluon.jit
+def sums_kernel(
+    x_desc,
+    edge_desc,
+    w_desc,
+    y_desc,
+    scale_ptr,
+    divisor_ptr,
+    partial_ptr,
+    B,
+    OH,
+    OW,
+    C,
+    tiles_h,
+    tiles_w,
+    tiles_n,
+    pairs,
+    T: gl.constexpr,
+    STRIDE: gl.constexpr,
+    CHUNKS: gl.constexpr,
+    STEPS: gl.constexpr,
+    STATS: gl.constexpr,
+    PROMOTE: gl.constexpr,
+    BH: gl.constexpr,
+    NB: gl.constexpr,
+    BW: gl.constexpr,
+    BN: gl.constexpr,
+    BK: gl.constexpr,
+    SHARED: gl.constexpr,
+    COPIES: gl.constexpr,
+    RING: gl.constexpr,
+    num_warps: gl.constexpr,
+):
+    """Buffers, barriers and the division of labour; arguments as `hopper.launch` gives them."""
+    OPERAND: gl.constexpr = x_desc.dtype
+    # A copy consists of lines, of which a window takes BH from any on, or is one.
+    LINES: gl.constexpr = (BH + 2 if STRIDE == 1 else 2 * BH + 1) if SHARED else 1
+    LINE: gl.constexpr = NB * BW if SHARED else BH * NB * BW
+    LAYOUT: gl.constexpr = gl.NVMMASharedLayout.get_default_for([LINE, BK], OPERAND)
+    RESIDENT: gl.constexpr = RING == 9 * CHUNKS
+    pixels = gl.allocate_shared_memory(OPERAND, [2 * COPIES * STEPS * LINES, LINE, BK], LAYOUT)
+    weights = gl.allocate_shared_memory(OPERAND, [RING, BN, BK], w_desc.layout)
+    y_buffers = gl.allocate_shared_memory(y_desc.dtype, [2 * STEPS, BH, 1, NB, BW, BN], y_desc.layout)
+    FLAT: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    statistics = gl.allocate_shared_memory(gl.float32, [4, BN], FLAT)
+    pixels_ready = gl.allocate_shared_memory(gl.int64, [2 * COPIES, 1], mbarrier.MBarrierLayout())
+    pixels_free = gl.allocate_shared_memory(gl.int64, [2 * COPIES, 1], mbarrier.MBarrierLayout())
+    weights_ready = gl.allocate_shared_memory(gl.int64, [RING, 1], mbarrier.MBarrierLayout())
+    weights_free = gl.allocate_shared_memory(gl.int64, [RING, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(2 * COPIES):
+        mbarrier.init(pixels_ready.index(i), count=1)
+        mbarrier.init(pixels_free.index(i), count=1)
+    for i in gl.static_range(RING):
+        mbarrier.init(weights_ready.index(i), count=1)
+        mbarrier.init(weights_free.index(i), count=2)
+    for i in gl.static_range(4):
+        statistics.index(i).store(gl.zeros([BN], gl.float32, gl.BlockedLayout([1], [32], [num_warps], [0])))
+    fence_async_shared()
+    barrier()
+    gl.warp_specialize(
+        [
+            (
+                _consume,
+                (
+                    0,
+                    pixels,
+                    weights,
+                    y_desc,
+                    y_buffers,
+                    statistics,
+                    pixels_ready,
+                    pixels_free,
+                    weights_ready,
+                    weights_free,
+                    scale_ptr,
+                    divisor_ptr,
+                    partial_ptr,
+                    B,
+                    OH,
+                    OW,
+                    tiles_h,
+                    tiles_w,
+                    tiles_n,
+                    pairs,
+                    T,
+                    STRIDE,
+                    CHUNKS,
+                    STEPS,
+                    STATS,
+                    PROMOTE,
+                    BH,
+                    NB,
+                    BW,
+                    BN,
+                    BK,
+                    LINES,
+                    SHARED,
+                    COPIES,
+                    RING,
+                    RESIDENT,
+                ),
+            ),
+            (
+                _consume,
+                (
+                    1,
+                    pixels,
+                    weights,
+                    y_desc,
+                    y_buffers,
+                    statistics,
+                    pixels_ready,
+                    pixels_free,
+                    weights_ready,
+                    weights_free,
+                    scale_ptr,
+                    divisor_ptr,
+                    partial_ptr,
+                    B,
+                    OH,
+                    OW,
+                    tiles_h,
+                    tiles_w,
+                    tiles_n,
+                    pairs,
+                    T,
+                    STRIDE,
+                    CHUNKS,
+                    STEPS,
+                    STATS,
+                    PROMOTE,
+                    BH,
+                    NB,
+                    BW,
+                    BN,
+                    BK,
+                    LINES,
+                    SHARED,
+                    COPIES,
+                    RING,
+                    RESIDENT,
+                ),
+            ),
+            (
+                copy_pixels,
+                (
+                    0,
+                    x_desc,
+                    edge_desc,
+                    x_desc,
+                    pixels,
+                    pixels_ready,
+                    pixels_free,
+                    tiles_h,
+                    tiles_w,
+                    tiles_n,
+                    pairs,
+                    B,
+                    C,
+                    T,
+                    STRIDE,
+                    CHUNKS,
+                    STEPS,
+                    0,
+                    1,
+                    BH,
+                    NB,
+                    BW,
+                    BK,
+                    LINES,
+                    SHARED,
+                    COPIES,
+                ),
+            ),
+            (
+                copy_pixels,
+                (
+                    1,
+                    x_desc,
+                    edge_desc,
+                    x_desc,
+                    pixels,
+                    pixels_ready,
+                    pixels_free,
+                    tiles_h,
+                    tiles_w,
+                    tiles_n,
+                    pairs,
+                    B,
+                    C,
+                    T,
+                    STRIDE,
+                    CHUNKS,
+                    STEPS,
+                    0,
+                    1,
+                    BH,
+                    NB,
+                    BW,
+                    BK,
+                    LINES,
+                    SHARED,
+                    COPIES,
+                ),
+            ),
+            (
+                copy_weights,
+                (
+                    w_desc,
+                    w_desc,
+                    weights,
+                    weights_ready,
+                    weights_free,
+                    tiles_n,
+                    pairs,
+                    C,
+                    T,
+                    CHUNKS,
+                    STEPS,
+                    0,
+                    BN,
+                    BK,
+                    RING,
+                    RESIDENT,
+                ),
+            ),
+        ],
+        [4, 1, 1, 1],
+        [240, 24, 24, 24],  # registers; the first group has the rest
+    )

@@ -1,0 +1,84 @@
+"""Compile the kernels that train in 8 bits for Hopper without a GPU and print what instructions they end in."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+
+import torch
+from triton.runtime import driver
+
+from compile_for_hopper import _Hopper
+from gac_kernels import CIFAR
+from gac_kernels.common import tiles
+from gac_kernels.eight_bit import convolution, hopper, norm, weight_gradient, weights
+
+CL = torch.channels_last
+
+
+class _CompileOnly:
+    """A kernel whose launch ends after compiling."""
+
+    def __init__(self, kernel, label: str) -> None:
+        self.kernel, self.label = kernel, label
+
+    def __getitem__(self, grid):
+        def compile_and_print(*args, **kwargs) -> None:
+            ptx = self.kernel.warmup(*args, grid=grid, **kwargs).asm["ptx"]
+            found = [
+                f"wgmma.{name}" for name in ("s8", "e4m3") if re.search(rf"wgmma\.mma_async\S*\.{name}\.{name}", ptx)
+            ]
+            found += ["cvt.e4m3"] if "cvt.rn.satfinite.e4m3x2.f32" in ptx else []
+            found += ["tma"] if "cp.async.bulk.tensor" in ptx else []
+            assert "mma.sync" not in ptx, "products on a slower path"
+            if found:
+                print(f"{self.label}: {' '.join(found)}")
+
+        return compile_and_print
+
+
+def tensor(channels: int, size: int, dtype: torch.dtype) -> torch.Tensor:
+    return torch.zeros(8, channels, size, size, dtype=dtype).contiguous(memory_format=CL)
+
+
+if __name__ == "__main__":
+    driver.set_active(_Hopper())
+    tiles.multiprocessors = hopper.multiprocessors = weight_gradient.multiprocessors = lambda _: 132
+    for module in (convolution, hopper, norm, weight_gradient, weights):
+        module.on_device = lambda _: contextlib.nullcontext()
+    for module, name in (
+        (weights, "_scale_kernel"),
+        (weights, "_round_kernel"),
+        (convolution, "finish_statistics_kernel"),
+        (weight_gradient, "_finish_kernel"),
+        (norm, "apply_kernel"),
+        (norm, "bound_kernel"),
+        (norm, "reduce_kernel"),
+        (norm, "finish_kernel"),
+        (norm, "forward_kernel"),
+        (norm, "bytes_kernel"),
+    ):
+        setattr(module, name, _CompileOnly(getattr(module, name), name))
+    kernel, of_weight, gluon = convolution.conv_kernel, weight_gradient.weight_gradient_kernel, hopper.sums_kernel
+    ones, grads = torch.ones(128), tensor(128, 8, torch.float8_e4m3fn)
+    rounded = weights.round_weight(torch.zeros(128, 128, 3, 3))
+    convolution.conv_kernel = _CompileOnly(kernel, "forward")
+    _, partial = convolution.forward(tensor(128, 8, torch.int8), rounded, 1, torch.bfloat16)
+    convolution.finish_statistics(partial, ones, ones, 0.1)
+    convolution.conv_kernel = _CompileOnly(kernel, "input_gradient")
+    convolution.input_gradient(grads, rounded, ones[:1], (8, 8), 1, torch.bfloat16)
+    convolution.conv_kernel = _CompileOnly(kernel, "input_gradient, stride 2")
+    convolution.input_gradient(grads, rounded, ones[:1], (16, 16), 2, torch.bfloat16)
+    weight_gradient.weight_gradient_kernel = _CompileOnly(of_weight, "weight_gradient")
+    turned = torch.zeros(8, 8, 128, 128, dtype=torch.int32)
+    weight_gradient.weight_gradient(turned, turned, ones, ones[:1], torch.zeros(128, 128, 3, 3), 1)
+    plan = hopper.SEPARATE._replace(block_n=128, block_k=64)  # Triton 3.8 refuses what shares rows
+    hopper.sums_kernel = _CompileOnly(gluon, "hopper forward")
+    out = tensor(128, 8, torch.bfloat16)
+    hopper.launch(plan, tensor(128, 8, torch.int8), rounded.integers, ones, None, out, 4, 1, True, False)
+    hopper.sums_kernel = _CompileOnly(gluon, "hopper input_gradient")
+    hopper.launch(plan, grads, rounded.turned, None, ones[:1], out, 4, 1, False, True)
+    x, own = tensor(128, 8, torch.bfloat16), norm.Norm(ones, ones, ones, ones, 1e-5)
+    norm.to_spikes(x, 4)
+    norm.norm_and_fire(x, x, own, norm.NO_NORM, 4, CIFAR.op_arguments, True, False)
+    norm.backward(x, x, x, None, x, own, norm.NO_NORM, ones, 4, CIFAR.op_arguments, True)
