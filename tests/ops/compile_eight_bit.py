@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import re
+import sys
 
 import torch
 from triton.runtime import driver
 
-from compile_for_hopper import _Hopper
+from compile_for_hopper import Hopper
 from gac_kernels import CIFAR
 from gac_kernels.common import tiles
+from gac_kernels.convolution.hopper.plan import Plan
 from gac_kernels.eight_bit import convolution, hopper, norm, weight_gradient, weights
 
 CL = torch.channels_last
@@ -42,7 +44,7 @@ def tensor(channels: int, size: int, dtype: torch.dtype) -> torch.Tensor:
 
 
 if __name__ == "__main__":
-    driver.set_active(_Hopper())
+    driver.set_active(Hopper())
     tiles.multiprocessors = hopper.multiprocessors = weight_gradient.multiprocessors = lambda _: 132
     for module in (convolution, hopper, norm, weight_gradient, weights):
         module.on_device = lambda _: contextlib.nullcontext()
@@ -72,7 +74,8 @@ if __name__ == "__main__":
     weight_gradient.weight_gradient_kernel = _CompileOnly(of_weight, "weight_gradient")
     turned = torch.zeros(8, 8, 128, 128, dtype=torch.int32)
     weight_gradient.weight_gradient(turned, turned, ones, ones[:1], torch.zeros(128, 128, 3, 3), 1)
-    plan = hopper.SEPARATE._replace(block_n=128, block_k=64)  # Triton 3.8 refuses what shares rows
+    shared = "--rows-shared" in sys.argv  # which Triton 3.8 refuses
+    plan = Plan(tile=(8, 1, 8), block_n=128, block_k=64, ring=3, steps=1, copies=2, shared=shared)
     hopper.sums_kernel = _CompileOnly(gluon, "hopper forward")
     out = tensor(128, 8, torch.bfloat16)
     hopper.launch(plan, tensor(128, 8, torch.int8), rounded.integers, ones, None, out, 4, 1, True, False)

@@ -284,9 +284,10 @@ def test_an_edge_is_no_spikes(device):
     ids=str,
 )
 def test_hopper_kernel(shape, config, shared, device, monkeypatch, poisoned):
-    compiled = hopper._failure
     if not shared:  # as with a Triton that refuses it
-        monkeypatch.setattr(hopper, "_failure", lambda device, plan: plan.shared or compiled(device, plan))
+        monkeypatch.setitem(
+            hopper._refusals, (device if device.index is not None else torch.device(device.type, 0), True), "refused"
+        )
     monkeypatch.setattr(hopper, "multiprocessors", lambda _: 3)  # so that programs have many tiles
     plans = []
     plan_call = hopper.plan_call
@@ -304,7 +305,7 @@ def test_hopper_kernel(shape, config, shared, device, monkeypatch, poisoned):
         found = convolution.input_gradient(g, rounded, divisor, size, 1, DTYPE, shape[0], config=launch)
         expected, _ = int8_conv2d_gradients_reference(grad, spikes, weight)
         close(found, expected, 4e-3)
-    assert all(isinstance(plan, Plan) for plan in plans)
+    assert all(isinstance(plan, Plan) for plan in plans) and len(plans) == 2 - (stride == 2)
 
 
 def test_hopper_plans_fit_into_shared_memory():
@@ -312,7 +313,9 @@ def test_hopper_plans_fit_into_shared_memory():
         shape, steps = torch.Size((512, channels, size, size)), {"COPIES": 3, "STEPS": 2}
         out_shape = torch.Size((512, out, size // stride, size // stride))
         for shared in (True, False):
-            plan = hopper.plan_of(shape, out_shape, 4, stride, steps, lambda p, s=shared: "" if s else p.shared)
+            plan = hopper.plan_of(
+                shape, out_shape, 4, stride, steps, lambda rows, s=shared: "" if s else "refused" * rows
+            )
             assert isinstance(plan, Plan) and plan.ring >= 3 and plan.copies >= 2
     assert "multiples of 32" in hopper.plan_of(torch.Size((4, 48, 8, 8)), out_shape, 4, 1, steps, lambda _: "")
     assert "even sizes" in hopper.plan_of(torch.Size((4, 32, 7, 8)), out_shape, 4, 2, steps, lambda _: "")

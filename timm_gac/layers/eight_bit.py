@@ -116,6 +116,10 @@ def layer(
     if residual_norm is not None and residual is not None:
         res_statistics = batch_statistics(residual_norm, residual.detach(), residual_norm._buffers)
         res_affine, res_eps = (residual_norm.weight, residual_norm.bias), residual_norm.eps
+    weight, join, later = conv.weight, None, None
+    if conv.cast_weight is not None:  # its gradient is computed on a second stream, beside norms
+        weight, pending, index = conv.cast_weight
+        join, later = pending.join, functools.partial(pending.start, index)
     call = Call(
         stride=conv.stride[0],
         num_steps=neuron.num_steps,
@@ -127,5 +131,7 @@ def layer(
         res_eps=res_eps,
         keep_membrane=neuron.returns_pair,
         full=full,
+        join=join,
+        later=later,
     )
-    return conv_norm_fire(edge, spikes, conv.weight, call, (neuron.weight, neuron.bias), residual, res_affine)
+    return conv_norm_fire(edge, spikes, weight, call, (neuron.weight, neuron.bias), residual, res_affine)

@@ -124,7 +124,9 @@ def with_cast_weights(network: nn.Module, kind: type[nn.Module], x: Tensor) -> I
         yield
         return
     pending = PendingGradients(x.device, len(found))
-    weights = _Cast.apply(pending, dtype, *[module.weight for module in found])
+    # A convolution in 8 bits rounds its own weight.
+    dtypes = [module.weight.dtype if getattr(module, "int8", False) else dtype for module in found]
+    weights = _Cast.apply(pending, dtypes, *[module.weight for module in found])
     for index, (module, weight) in enumerate(zip(found, weights, strict=True)):
         module.cast_weight = (weight, pending, index)
     try:
@@ -139,18 +141,17 @@ def _learns(module: Any, dtype: torch.dtype | None) -> bool:
     weight = module.weight
     ordinary = type(weight) is nn.Parameter and module.bias is None
     ordinary = ordinary and module.padding_mode == "zeros" and not isinstance(module.padding, str)
-    ordinary = ordinary and not getattr(module, "int8", False)  # which rounds its own weight
     return dtype is not None and ordinary and weight.requires_grad and weight.dtype not in (dtype, torch.float64)
 
 
 class _Cast(torch.autograd.Function):
-    """All weights to a dtype at once; backward waits for their gradients, which come by way of `PendingGradients`."""
+    """All weights to their dtypes at once; backward waits for their gradients, which come by way of `PendingGradients`."""
 
     @staticmethod
-    def forward(ctx: Any, pending: PendingGradients, dtype: torch.dtype, *weights: Tensor) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, pending: PendingGradients, dtypes: list[torch.dtype], *weights: Tensor) -> tuple[Tensor, ...]:
         ctx.set_materialize_grads(False)
         ctx.pending, ctx.dtypes = pending, [weight.dtype for weight in weights]
-        return tuple(_cast_all(weights, [dtype] * len(weights)))
+        return tuple(_cast_all(weights, dtypes))
 
     @staticmethod
     @once_differentiable
@@ -164,9 +165,12 @@ class _Cast(torch.autograd.Function):
 
 
 def _cast_all(tensors: Any, dtypes: list[torch.dtype]) -> list[Tensor]:
-    out = [torch.empty_like(tensor, dtype=dtype) for tensor, dtype in zip(tensors, dtypes, strict=True)]
-    if out:
-        torch._foreach_copy_(out, list(tensors))
+    """Tensors of these dtypes: copies in one kernel, views where nothing changes."""
+    pairs = list(zip(tensors, dtypes, strict=True))
+    out = [x.view_as(x) if x.dtype == dtype else torch.empty_like(x, dtype=dtype) for x, dtype in pairs]
+    copies = [(to, x) for to, (x, dtype) in zip(out, pairs, strict=True) if x.dtype != dtype]
+    if copies:
+        torch._foreach_copy_([to for to, _ in copies], [x for _, x in copies])
     return out
 
 

@@ -47,12 +47,10 @@ def _run(
     size = (height, width) if transposed else (out_height, out_width)
     if not transposed:
         of_hopper = config or _config(f"{op}_hopper", channels, out_channels, size, stride, x.device)
-        plan = hopper.plan_call(x, out, num_steps, stride, of_hopper)
-        if isinstance(plan, hopper.Plan):
-            return hopper.launch(
-                plan, x, w, scale, divisor, out, num_steps, stride, stats, bool(of_hopper.get("PROMOTE", 1))
-            )
-        _logger.debug("%s of %s runs in plain Triton: %s", op, tuple(x.shape), plan)
+        refused, partial = hopper.run(x, w, scale, divisor, out, num_steps, stride, stats, of_hopper)
+        if not refused:
+            return partial
+        _logger.debug("%s of %s runs in plain Triton: %s", op, tuple(x.shape), refused)
     config = dict(config or _config(op, channels, out_channels, size, stride, x.device))
     # No larger than the channels need; 32 is the depth of one tensor core instruction, 16 its least width.
     block_k = min(config.pop("BLOCK_K"), max(32, next_power_of_2(channels)))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import logging
 from typing import Any
 
@@ -49,13 +48,13 @@ def plan_call(x: Tensor, out: Tensor, num_steps: int, stride: int, config: dict[
         return f"the output is {out.dtype}, not 16 bits"
     if not config.get("COPIES", 0):
         return "its launch parameters leave it to plain Triton"
-    return plan_of(x.shape, out.shape, num_steps, stride, config, lambda plan: _failure(x.device, plan))
+    return plan_of(x.shape, out.shape, num_steps, stride, config, lambda shared: _refusals.get((x.device, shared), ""))
 
 
 def plan_of(
     shape: torch.Size, out_shape: torch.Size, num_steps: int, stride: int, config: dict[str, int], failure: Any
 ) -> Plan | str:
-    """The plan of a call by its sizes; ``failure`` says why a plan does not compile, empty where it does."""
+    """The plan of a call by its sizes; ``failure(shared)`` says why such plans are not compiled, if they are not."""
     (samples, channels, height, width), (_, out_channels, out_height, out_width) = shape, out_shape
     if channels % 32 or out_channels % 32:
         return f"{channels} to {out_channels} channels are not multiples of 32"
@@ -72,9 +71,9 @@ def plan_of(
         operand_bytes=1,
         value_bytes=1,  # with an operand's byte, which is not stored here, the output's two
     )
-    if reason := failure(SEPARATE):
+    if reason := failure(False):
         return reason
-    shared = not failure(SHARED)
+    shared = not failure(True)
     copies = config["COPIES"] * (1 if shared else 2)
     for steps in {config["STEPS"] if num_steps % config["STEPS"] == 0 else 1: 0, 1: 0}:
         for fewer in range(copies, 1, -1):
@@ -96,24 +95,39 @@ def _with_room(plan: Plan, stride: int) -> Plan | None:
     return plan._replace(ring=ring) if ring >= 3 else None
 
 
-SEPARATE = Plan(tile=(8, 1, 8), block_n=32, block_k=32, ring=3, steps=1, copies=2)
-SHARED = SEPARATE._replace(shared=True)
+# Of a GPU, and plans that share rows or do not: why they are not used, from the first call that did not compile.
+_refusals: dict[tuple[torch.device, bool], str] = {}
 
 
-@functools.cache
-def _failure(device: torch.device, plan: Plan) -> str:
-    """Why this version of Triton does not compile the kernel, empty where it does; tried on one small call."""
-    x = torch.zeros((1, 8, 8, 32), dtype=torch.int8, device=device).permute(0, 3, 1, 2)
-    weight = torch.zeros((32, 3, 3, 32), dtype=torch.int8, device=device)
-    out = torch.empty((1, 8, 8, 32), dtype=torch.bfloat16, device=device).permute(0, 3, 1, 2)
-    try:
-        launch(plan, x, weight, torch.ones(32, device=device), None, out, 1, 1, True, False)
-    except Exception as error:  # whatever the compiler raises: there is another way to compute the same
-        first = str(error).partition("\n")[0]
-        reason = f"its kernel does not compile with this Triton ({type(error).__name__}: {first})"
-        _logger.warning("training in 8 bits runs slower on this GPU than it could: %s", reason)
-        return reason
-    return ""
+def run(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor | None,
+    divisor: Tensor | None,
+    out: Tensor,
+    num_steps: int,
+    stride: int,
+    stats: bool,
+    config: dict[str, int],
+) -> tuple[str, Tensor | None]:
+    """Launch the kernel if it takes a call; arguments as of `launch` and `plan_call`.
+
+    Returns:
+        Why it does not take the call, empty where it does; and what `launch` returned.
+    """
+    while True:
+        plan = plan_call(x, out, num_steps, stride, config)
+        if isinstance(plan, str):
+            return plan, None
+        try:
+            return "", launch(
+                plan, x, weight, scale, divisor, out, num_steps, stride, stats, bool(config.get("PROMOTE", 1))
+            )
+        except Exception as error:  # whatever the compiler raises: there is another way to compute the same
+            first = str(error).partition("\n")[0]
+            reason = f"its kernel does not compile with this Triton ({type(error).__name__}: {first})"
+            _refusals[x.device, plan.shared] = reason
+            _logger.warning("training in 8 bits runs slower on this GPU than it could: %s", reason)
 
 
 def _descriptor(tensor: Tensor, shape: list[int], strides: list[int], block: list[int]) -> Any:

@@ -15,11 +15,11 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
     tma,
-    warpgroup_mma,
     warpgroup_mma_wait,
 )
 
 from ..convolution.hopper.finish import barrier
+from ..convolution.hopper.pair_consume import multiply_row
 from ..convolution.hopper.pair_copy import copy_pixels, copy_weights, first_pixel
 
 
@@ -137,42 +137,36 @@ def _consume(
         ).to(gl.float32)
         for group in range(GROUPS):
             first = gl.zeros([BM, BN], SUM, SUMS)
-            if STEPS == 2:
-                second = gl.zeros([BM, BN], SUM, SUMS)
+            second = gl.zeros([BM, BN], SUM, SUMS)  # with two steps
             for j in range(3 * CHUNKS):
+                part = first
                 if PROMOTE:
                     part = gl.zeros([BM, BN], SUM, SUMS)
-                else:
-                    part = first
-                for kh in gl.static_range(3):
-                    slot = GROUP * COPIES + copy % COPIES
-                    if not SHARED or kh == 0:
-                        mbarrier.wait(pixels_ready.index(slot), (copy // COPIES) & 1)
-                    weight = tap % RING
-                    mbarrier.wait(weights_ready.index(weight), 0 if RESIDENT else (tap // RING) & 1)
-                    right = weights.index(weight).permute((1, 0))
-                    # Rows lie in order, with stride 2 the odd ones before the even ones.
-                    line = slot * STEPS * LINES
-                    if SHARED:
-                        line += kh if STRIDE == 1 else BH + 1 if kh == 1 else kh // 2
-                    left = pixels.index(line)._reinterpret(OPERAND, [BM, BK], PIXELS)
-                    part = warpgroup_mma(left, right, part, is_async=True)
-                    if STEPS == 2:
-                        left = pixels.index(line + LINES)._reinterpret(OPERAND, [BM, BK], PIXELS)
-                        second = warpgroup_mma(left, right, second, is_async=True)
-                    # What the tap before read may be overwritten once its products are done; none before the first.
-                    if STEPS == 2:
-                        part, second = warpgroup_mma_wait(2, deps=(part, second))
-                    else:
-                        part = warpgroup_mma_wait(1, deps=(part,))
-                    another = (j > 0) | (kh > 0)
-                    if not RESIDENT:
-                        mbarrier.arrive(weights_free.index((tap + RING - 1) % RING), pred=another)
-                    if not SHARED or kh == 0:
-                        mbarrier.arrive(pixels_free.index(GROUP * COPIES + (copy + COPIES - 1) % COPIES), pred=another)
-                    tap += 1
-                    if not SHARED or kh == 2:
-                        copy += 1
+                part, second, copy, tap = multiply_row(
+                    part,
+                    second,
+                    pixels,
+                    weights,
+                    pixels_ready,
+                    pixels_free,
+                    weights_ready,
+                    weights_free,
+                    j,
+                    copy,
+                    tap,
+                    GROUP,
+                    STRIDE,
+                    STEPS,
+                    BM,
+                    BH,
+                    BK,
+                    LINES,
+                    PIXELS,
+                    SHARED,
+                    COPIES,
+                    RING,
+                    RESIDENT,
+                )
                 if PROMOTE:
                     part = warpgroup_mma_wait(0, deps=(part,))
                     first += part

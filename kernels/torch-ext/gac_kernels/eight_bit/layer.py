@@ -41,6 +41,7 @@ class Call(NamedTuple):
         res_eps: Of that norm.
         keep_membrane: The neuron's input current is wanted.
         full: Other layers than these follow: spikes are wanted in ``dtype``.
+        join: Called before the gradient at the spikes is computed: what `later` began has to have ended by then.
         later: Takes a function that computes the weight's gradient, which then is not returned.
     """
 
@@ -54,6 +55,7 @@ class Call(NamedTuple):
     res_eps: float
     keep_membrane: bool
     full: bool
+    join: Callable[[], None] | None = None
     later: Callable[[Callable[[], Tensor]], None] | None = None
 
 
@@ -136,6 +138,8 @@ class _Layer(torch.autograd.Function):
             ctx.has_residual,
         )
         at_edge = at_weight = None
+        if call.join is not None:
+            call.join()
         if ctx.needs_input_grad[0]:
             rounded = EightBitWeight(weight_turned.new_empty(0), weight_turned, scale)
             size = tuple(ctx.spikes_size[2:])

@@ -129,7 +129,7 @@ def forward_kernel(
         if s_ptr is not None:
             tl.store(s_ptr + at + t * frame, fired.to(tl.int8), mask=inside)
         if full_ptr is not None:
-            tl.store(full_ptr + at + t * frame, fired.to(full_ptr.dtype.element_ty), mask=inside)
+            tl.store(full_ptr + at + t * frame, tl.where(fired, 1.0, 0.0).to(full_ptr.dtype.element_ty), mask=inside)
         v = reset(u, THRESHOLD, SOFT)
         if turned_ptr is not None:
             words |= tl.where(fired, _ONE << (t % 4 * 8), 0)

@@ -16,7 +16,7 @@ from .pair_copy import first_pixel
 
 
 @gluon.jit
-def _multiply_row(
+def multiply_row(
     first,
     second,
     pixels,
@@ -138,7 +138,7 @@ def consume(
             first = gl.zeros([BM, BN], SUM, SUMS)
             second = gl.zeros([BM, BN], SUM, SUMS)  # with two steps
             for j in range(3 * CHUNKS):
-                first, second, copy, tap = _multiply_row(
+                first, second, copy, tap = multiply_row(
                     first,
                     second,
                     pixels,
