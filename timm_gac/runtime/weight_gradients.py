@@ -145,7 +145,7 @@ def _learns(module: Any, dtype: torch.dtype | None) -> bool:
 
 
 class _Cast(torch.autograd.Function):
-    """All weights to their dtypes at once; backward waits for their gradients, which come by way of `PendingGradients`."""
+    """Weights to their dtypes at once; backward waits for their gradients, which come by way of `PendingGradients`."""
 
     @staticmethod
     def forward(ctx: Any, pending: PendingGradients, dtypes: list[torch.dtype], *weights: Tensor) -> tuple[Tensor, ...]:
