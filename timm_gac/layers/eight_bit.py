@@ -13,6 +13,7 @@ from gac_kernels.backend import resolve_backend
 from gac_kernels.common.triton import INTERPRETED
 from gac_kernels.eight_bit.layer import Call, Running, conv_norm_fire
 from gac_kernels.eight_bit.norm import MAX_STEPS, Spikes
+from gac_kernels.registry import BUILT_IN
 
 from .batch_statistics import batch_statistics, is_synchronised, uses_batch
 from .checks import may_skip
@@ -53,6 +54,8 @@ def takes_layer(conv: nn.Module, neuron: nn.Module) -> str:
         return "a batch norm is frozen"
     if norm.momentum is None:
         return "running statistics are a cumulative average"
+    if neuron.spec.surrogate_id >= len(BUILT_IN):
+        return "the neuron or its surrogate is a registered one"
     if neuron.learned is not None:
         return "neurons learn their decay or threshold"
     if neuron.drop_path > 0.0:

@@ -13,6 +13,7 @@ from ..common.tiles import FINISH, channel_tiles
 from ..common.triton import cdiv, next_power_of_2
 from ..norm import eager
 from ..norm.norm_lif_kernels import finish_kernel, reduce_kernel
+from ..registry import kernel_constants
 from ..tuning import launch_config
 from .norm_kernels import apply_kernel, bound_kernel, bytes_kernel, forward_kernel
 from .weight_gradient import turned_size
@@ -232,7 +233,7 @@ def backward(
             WRITE=written,
             SUMS=sum_count + 2,
             MAXES=True,
-            **shared,
+            **shared | kernel_constants(neuron[2], backward=True),
             **tiles.meta,
         )
         finish_kernel[finish_grid](
