@@ -134,7 +134,11 @@ def _photos_cfg(**kwargs: Any) -> dict[str, Any]:
     return _cfg(**photos | kwargs)
 
 
-_PUBLISHED_PHOTOS = {("gac_msresnet34", "in293"): 293, ("gac_msresnet34", "tiny_imagenet"): 200}
+_PUBLISHED_PHOTOS = {
+    ("gac_msresnet34", "in293"): 293,
+    ("gac_msresnet34", "tiny_imagenet"): 200,
+    ("gac_msresnet18", "in293"): 293,
+}
 _PUBLISHED_CIFAR100 = ("gac_msresnet18_cifar", "msresnet18_cifar")
 
 default_cfgs = generate_default_cfgs(
