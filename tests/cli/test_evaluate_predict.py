@@ -182,7 +182,7 @@ def test_predict_exits_when_it_is_sure(folder, pictures, tmp_path, capsys):
     assert (row.steps, row.num_steps) == (1, 3)
 
 
-def test_folding_changes_no_answer(folder, pictures, tmp_path, monkeypatch):
+def test_folding_changes_no_answer(folder, pictures, tmp_path, monkeypatch, caplog):
     folded = []
     fuse = timm_gac.fuse_for_inference
     monkeypatch.setattr("timm_gac.inference.fold.fuse_for_inference", lambda network: folded.append(1) or fuse(network))
@@ -191,7 +191,10 @@ def test_folding_changes_no_answer(folder, pictures, tmp_path, monkeypatch):
         for options in ([], ["--no-fold"], ["--precision", "bfloat16"]):
             file = tmp_path / f"{command[0]}{''.join(options)}.json"
             folded.clear()
-            assert cli.main([*command, *options, "--json", str(file)]) == 0
+            caplog.clear()
+            with caplog.at_level("INFO"):
+                assert cli.main([*command, *options, "--json", str(file)]) == 0
+            assert ("batch norms are folded" in caplog.text) == (not options)
             assert len(folded) == (not options)  # the published bfloat16 figures are of networks that are not folded
             results[(command[0], *options)] = json.loads(file.read_text())
     one, other = results[("eval",)], results[("eval", "--no-fold")]
@@ -215,7 +218,7 @@ def test_a_network_that_cannot_be_folded_runs_as_it_is(caplog):
     network = timm.create_model("test_gac_msresnet", num_classes=3).eval()
     network.layer1[0].conv1 = torch.nn.Sequential(network.layer1[0].conv1)
     with caplog.at_level("INFO"):
-        assert fold_network(network, "float32", torch.device("cpu")) is network
+        assert fold_network(network, "float32") is network
     assert "runs as it is" in caplog.text
 
 

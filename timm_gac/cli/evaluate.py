@@ -34,7 +34,7 @@ class EvaluateConfig(NetworkOptions, DataOptions):
         json: File to write everything to.
         answers: File (.npz) to write the labels and the class after each step to, image by image, for `timm-gac gain`.
         overwrite: Replace these files.
-        fold: Fold batch norms into the convolutions, in float32 on a CPU: the same answers up to rounding, sooner.
+        fold: Fold batch norms into the convolutions, in float32: the same answers up to rounding, sooner.
     """
 
     images: int | None = None
@@ -114,7 +114,7 @@ def run_evaluate(model: str, config: EvaluateConfig, console: Console | None = N
         progress=True,
     )
     if config.fold:
-        network = fold_network(network, config.precision, device)
+        network = fold_network(network, config.precision)
     kept: list[tuple[Tensor, Tensor]] = []
 
     def keep(logits: Tensor, labels: Tensor) -> None:

@@ -100,7 +100,6 @@ def run_export(model: str, out: Path, config: ExportConfig, console: Any = None)
         ModuleNotFoundError: A package of the ``export`` extra is missing.
     """
     suffix = _check(out, config)
-    import torch
 
     from ..export.report import example_images
     from ..hub import open_network
@@ -118,7 +117,7 @@ def run_export(model: str, out: Path, config: ExportConfig, console: Any = None)
     if config.dtype == "float64":
         network, images = network.double(), images.double()
     if config.fold:
-        network = fold_network(network, "float32", torch.device("cpu"))
+        network = fold_network(network, "float32")
     report = _write(network, out, images, opened.label_names, config)
     console = console or create_console()
     size = out.stat().st_size / 2**20

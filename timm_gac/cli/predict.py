@@ -38,7 +38,7 @@ class PredictConfig(NetworkOptions):
         precision: float32, or bfloat16 or float16 by autocast. CPUs without instructions for it (AVX512-BF16, AMX) run
             bfloat16 at less than half the speed of float32.
         json: File to write everything to.
-        fold: Fold batch norms into the convolutions, in float32 on a CPU: the same answers up to rounding, sooner.
+        fold: Fold batch norms into the convolutions, in float32: the same answers up to rounding, sooner.
     """
 
     model: str = DEFAULT_MODEL
@@ -109,7 +109,7 @@ def run_predict(paths: Sequence[Path], config: PredictConfig, console: Console |
     device = resolve_device(config.device)
     opened = open_network(config.model, config.num_steps, device=device).require_trained()
     names = opened.label_names
-    network = fold_network(opened.network, config.precision, device) if config.fold else opened.network
+    network = fold_network(opened.network, config.precision) if config.fold else opened.network
     files, problems = list_pictures(paths)
     results = dict[str, Prediction]()
     for some, images in _batches(files, network, config.batch_size, problems):

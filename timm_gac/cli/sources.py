@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 import tyro
 
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor
 
     from ..hub import OpenedNetwork
@@ -126,21 +125,23 @@ def open_calibrated(model: str, data: str, config: Any) -> tuple[OpenedNetwork, 
     return opened, batches
 
 
-def fold_network(network: Any, precision: str, device: torch.device) -> Any:
-    """Fold a network's batch norms into its convolutions where that gives the same answers up to rounding.
+def fold_network(network: Any, precision: str) -> Any:
+    """Fold a network's batch norms into its convolutions where that gives the same answers up to rounding, and say so.
 
-    That is in float32 on a CPU. In 16 bits the folded weights would be rounded to others than the published figures
-    were measured with; a quantised or already folded network is left as it is.
+    That is in float32. In 16 bits the folded weights would be rounded to others than the published figures were
+    measured with; a quantised or already folded network is left as it is.
     """
     from ..inference.fold import fuse_for_inference
 
-    if precision != "float32" or device.type != "cpu" or getattr(network, "inference_only", False):
+    if precision != "float32" or getattr(network, "inference_only", False):
         return network
     try:
-        return fuse_for_inference(network)
+        folded = fuse_for_inference(network)
     except ValueError as error:
         _logger.info("the network runs as it is: %s", error)
         return network
+    _logger.info("batch norms are folded into convolutions: the same answers up to rounding (as trained: --no-fold)")
+    return folded
 
 
 def open_pictures(files: Iterable[Path], model: Any, problems: list[str] | None = None) -> Tensor:
