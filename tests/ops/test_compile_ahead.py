@@ -41,7 +41,7 @@ def test_missing_kernels_are_compiled_and_loaded_on_threads_before_the_answer(re
     case = results["several"]
     assert case["answer"] == "answer"
     assert case["launches before each call"] == [0, 0] and case["launched"] == case["loaded"] == 3
-    assert case["compiled"] == sorted([RATE, *POOL]) and case["threads"] == ["gac_kernels"]
+    assert case["compiled"] == sorted([RATE, *POOL]) and case["threads"] == ["gac-kernels"]
     assert not case["logged"]
 
 
@@ -52,7 +52,7 @@ def test_a_function_without_missing_kernels_is_called_once(results):
 
 def test_kernels_of_others_are_launched_as_ever(results):
     case = results["foreign"]
-    assert (case["launches before each call"], case["launched"], case["threads"]) == ([0], 1, ["main"])
+    assert (case["launches before each call"], case["launched"], case["compiled"]) == ([0], 1, ["foreign_kernel"])
 
 
 def test_within_itself_it_is_one(results):
@@ -65,9 +65,9 @@ def test_a_kernel_that_does_not_compile_raises_its_error_when_it_is_launched(res
     assert case["answer"] == "CompilationError" and case["launches before each call"] == [0, 0]
 
 
-def test_where_another_tool_has_the_hook_kernels_are_compiled_as_they_are_launched(results):
-    case = results["hook of another"]
-    assert (case["launches before each call"], case["launched"], case["threads"]) == ([0], 1, ["main"])
+def test_kernels_that_take_a_function(results):
+    case = results["function"]
+    assert (case["launches before each call"], case["launched"], case["threads"]) == ([0, 0], 1, ["gac-kernels"])
 
 
 def test_a_line_says_what_it_waits_for(results):

@@ -32,7 +32,7 @@ _logger = logging.getLogger(__name__)
 _PACKAGE = __name__.removesuffix(".common.ahead")
 _SILENT = 1.0  # seconds; kernels that Triton has kept on disk are loaded sooner, and no line is written
 
-_lock = threading.RLock()  # Triton has one hook
+_lock = threading.RLock()  # launches are left out in one place
 _active = threading.local()
 
 
@@ -41,8 +41,8 @@ def compile_ahead(function: Callable[[], R], device: torch.device | str | int | 
 
     Where kernels are missing the function is called twice, first with unwritten memory in the place of what they would
     write. So it must not branch on values of tensors, nor change anything that a second call would change again, such
-    as running statistics. Without Triton or a GPU, in a CUDA graph's capture and where another tool has Triton's hook,
-    it is called once and kernels are compiled as they are launched. One that does not compile raises its error then.
+    as running statistics. Without Triton or a GPU, and in a CUDA graph's capture, it is called once and kernels are
+    compiled as they are launched. One that does not compile raises its error then.
 
     A line in the log says how many kernels a call waits for, if it takes more than a second. Where Triton's cache
     folder cannot be written, a temporary one is used in this process, and the log says so.
@@ -58,14 +58,12 @@ def compile_ahead(function: Callable[[], R], device: torch.device | str | int | 
     if device is None or getattr(_active, "here", False):
         return function()
     with _lock:
-        if triton.knobs.runtime.jit_cache_hook is not None:
-            return function()
         _use_writable_cache(triton.knobs.cache.dir)
         _active.here = True
         try:
             with _Compilation(device) as compilation:
                 result = function()
-            if not compilation.kernels:
+            if not compilation.left_out:
                 return result
             del result
         finally:
@@ -83,6 +81,34 @@ def _cuda_device(device: torch.device | str | int | None) -> torch.device | None
     return torch.device("cuda", torch.cuda.current_device()) if found.index is None else found
 
 
+class _Pool:
+    """Compiles kernels on threads for Triton's `AsyncCompileMode`, and loads them.
+
+    Args:
+        device: GPU that the kernels are for.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.futures: list[Future[Any]] = []
+        self._threads = ThreadPoolExecutor(_processors(), "gac-kernels", torch.cuda.set_device, (device,))
+
+    def submit(self, compile: Callable[[], Any]) -> Future[Any]:
+        """Begin to compile a kernel."""
+        self.futures.append(self._threads.submit(_load, compile))
+        return self.futures[-1]
+
+    def stop(self) -> None:
+        """Wait for what has begun, and leave out the rest."""
+        self._threads.shutdown(cancel_futures=True)
+
+
+def _load(compile: Callable[[], Any]) -> Any:
+    """Compile a kernel and load it: older versions of Triton compile its launcher with a C compiler then."""
+    kernel = compile()
+    kernel.run  # noqa: B018 (a property that loads)
+    return kernel
+
+
 class _Compilation:
     """Within ``with``: leaves out launches of this package's missing kernels by this thread, and compiles them.
 
@@ -92,57 +118,54 @@ class _Compilation:
         device: GPU that the kernels are for.
 
     Attributes:
-        kernels: What is being compiled, by kernel and by Triton's key of arguments and options.
+        left_out: How many launches were left out.
     """
 
     def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self.kernels: dict[tuple[int, str], Future[None]] = {}
+        self.device, self.left_out = device, 0
 
     def __enter__(self) -> _Compilation:
-        self._thread, self._started = threading.get_ident(), time.monotonic()
-        self._pool = ThreadPoolExecutor(_processors(), "gac_kernels", torch.cuda.set_device, (self.device,))
+        self._thread, self._started, self._pool = threading.get_ident(), time.monotonic(), _Pool(self.device)
+        self._mode = triton.AsyncCompileMode(self._pool, ignore_errors=True)
+        self._mode.__enter__()
         # Triton's compiler changes the filters of warnings and puts them back, which threads do in any order.
         self._warnings = warnings.catch_warnings()
         self._warnings.__enter__()
-        triton.knobs.runtime.jit_cache_hook = self._note
+        self._launch = triton.JITFunction.run
+        triton.JITFunction.run = functools.partialmethod(_run, self)
         return self
 
-    def _note(self, *, key: str, fn: Any, compile: dict[str, Any], **_: Any) -> bool:
-        """What Triton calls before it compiles; True for no compilation and no launch."""
-        if threading.get_ident() != self._thread or not fn.module.startswith(f"{_PACKAGE}."):
-            return False
-        at = (id(fn.jit_function), key)
-        if at not in self.kernels:
-            self.kernels[at] = self._pool.submit(_compile, fn.jit_function, compile["specialization_data"])
-        return True
+    def run(self, kernel: Any, *args: Any, warmup: bool, **options: Any) -> Any:
+        """What a launch does meanwhile; arguments as of Triton's own."""
+        ours = threading.get_ident() == self._thread and kernel.fn.__module__.startswith(f"{_PACKAGE}.")
+        if ours and isinstance(self._launch(kernel, *args, warmup=True, **options), triton.FutureKernel):
+            self.left_out += 1
+            return None
+        return self._launch(kernel, *args, warmup=warmup, **options)
 
     def __exit__(self, error_type: Any, error: Any, traceback: Any) -> None:
-        triton.knobs.runtime.jit_cache_hook = None
+        triton.JITFunction.run = self._launch
         try:
-            if error is None and self.kernels:
-                self._finish()
+            if error is None:
+                self._finish(self._pool.futures)
         finally:
-            self._pool.shutdown(cancel_futures=True)
+            self._pool.stop()
+            self._mode.__exit__(None, None, None)  # hands the kernels to their functions
             self._warnings.__exit__(None, None, None)
 
-    def _finish(self) -> None:
-        futures = list(self.kernels.values())
-        if wait(futures, max(0.0, self._started + _SILENT - time.monotonic())).not_done:
+    def _finish(self, kernels: list[Future[Any]]) -> None:
+        if wait(kernels, max(0.0, self._started + _SILENT - time.monotonic())).not_done:
+            count = f"{len(kernels)} kernel{'s' * (len(kernels) > 1)}"
             name = torch.cuda.get_device_name(self.device)
-            kernels = f"{len(futures)} kernel{'s' * (len(futures) > 1)}"
-            _logger.warning("compiling %s for %s, at the first call only", kernels, name)
-            wait(futures)
-        for future in futures:
-            if failure := future.exception():
+            _logger.warning("compiling %s for %s, at the first call only", count, name)
+            wait(kernels)
+        for kernel in kernels:
+            if failure := kernel.exception():
                 _logger.debug("a kernel was not compiled ahead: %s", failure)
 
 
-def _compile(kernel: Any, specialization: str) -> None:
-    """Compile a kernel, and load it: older versions of Triton compile its launcher with a C compiler then."""
-    compiled = kernel.preload(specialization)
-    if compiled is not None:
-        compiled.run  # noqa: B018 (a property that loads)
+def _run(kernel: Any, compilation: _Compilation, *args: Any, **options: Any) -> Any:
+    return compilation.run(kernel, *args, **options)
 
 
 def _processors() -> int:
