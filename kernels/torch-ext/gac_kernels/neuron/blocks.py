@@ -1,6 +1,7 @@
 """The neuron in vectorised PyTorch with plain numbers as decay and threshold, in blocks that stay in a CPU's cache.
 
-Fresh memory costs a CPU more than what is computed in it: all blocks share theirs. Formulas stand in `LIFSpec`.
+Fresh memory costs a CPU more than what is computed in it: all blocks share theirs. Formulas stand in `LIFSpec`. On CPUs
+with a C compiler large float32 sequences are computed in C instead, see `native`.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from ..common.layout import as_layout, time_stride
 from ..derivatives import spec_of
 from ..reference import state_dtype, surrogate_derivative
 from ..spec import LIFSpec
+from . import native
 
 # Neurons whose membranes, spikes and gradients stay in a core's cache from step to step: of 2^13 to 2^20 the fastest.
 _BLOCK = 2**17
@@ -91,6 +93,8 @@ def lif_forward(
 ) -> None:
     """Write spikes and, where they have elements, the last membrane and the bit mask; ``spikes`` may be x itself."""
     x = as_layout(x, spikes)
+    if native.forward(x, state, spikes, last, mask, threshold, decay, width, soft_reset):
+        return
     blocks = Blocks(spikes, state_dtype(x.dtype))
     room = blocks.rooms(3)
     for block in blocks:
@@ -168,9 +172,11 @@ def lif_backward(
     """Write the gradients at x and, where it has elements, at the initial state; ``grad_x`` may be x itself."""
     grad = as_layout(grad, grad_x)
     spec = spec_of(threshold, decay, surrogate, width, detach_reset, soft_reset)
-    blocks = Blocks(grad_x, state_dtype(grad.dtype))
     masked = mask.numel() > 0
     x = x if masked else as_layout(x, grad_x)
+    if native.backward(grad, grad_last, x, state, mask, grad_x, grad_state, spec):
+        return
+    blocks = Blocks(grad_x, state_dtype(grad.dtype))
     room, membranes = blocks.rooms(3), blocks.rooms(0 if masked else len(grad))
     for block in blocks:
         _backward_block(
@@ -214,7 +220,7 @@ def _backward_block(
             _slope(torch.add(n, spec.threshold, out=slope), spec)
         if carries:
             if spec.soft_reset and not spec.detach_reset:
-                gv.addcmul_(gv, slope, value=-spec.threshold)
+                gv.add_(torch.mul(gv, slope, out=scratch).mul_(-spec.threshold))
             elif not spec.soft_reset:
                 through = None if n is None or spec.detach_reset else torch.mul(gv, slope, out=scratch).mul_(n)
                 if n is None:
