@@ -159,7 +159,7 @@ def _check(
 ) -> None:
     what = kind.__name__.lower()
     if not isinstance(value, kind):
-        raise ValueError(f"expected a {kind.__name__}, got {shown(value)}: use gac_kernels.{kind.__name__}(...)")
+        raise ValueError(f"expected a {kind.__name__}, got {shown(value)}: use {kind.__name__}(...)")
     name = value.name  # type: ignore[attr-defined]
     if not isinstance(name, str) or not re.fullmatch(r"[a-z][a-z0-9_]{0,39}", name):
         raise ValueError(
