@@ -23,8 +23,8 @@ from gac_kernels import (
     testing,
     use_backend,
 )
-from gac_kernels.common.triton import HAS_TRITON, tl, triton
-from gac_kernels.registry import Step, kernel_constants, launching, names_of, neuron_of, number_of
+from gac_kernels.common.triton import tl, triton
+from gac_kernels.registry import Step, kernel_constants, names_of, neuron_of, number_of
 from gac_kernels.spec import SURROGATES
 
 NEURONS = ("ternary", "integer", "adaptive")
@@ -217,21 +217,6 @@ def test_the_built_in_neuron_registered_as_ones_own(device):
             grad = torch.randn_like(x)
             (got,), (want,) = (torch.autograd.grad(out, x, grad) for out in (own, built_in))
             torch.testing.assert_close(got, want)
-
-
-@pytest.mark.skipif(not HAS_TRITON, reason="needs Triton")
-def test_kernels_with_functions_are_compiled_without_triton_s_hook(device, monkeypatch):
-    """Which would be told of them in JSON; those of the neuron that is built in have none."""
-    runtime, x = triton.knobs.runtime, torch.zeros(1, device=device)
-    monkeypatch.setattr(runtime, "jit_cache_hook", lambda **_: False)
-    hook = runtime.jit_cache_hook
-    with launching(x, number_of("lif", "atan")):
-        assert runtime.jit_cache_hook is hook
-    for names in (("ternary", "atan"), ("lif", EXPONENTIAL.name)):
-        with pytest.raises(RuntimeError), launching(x, number_of(*names)):
-            assert runtime.jit_cache_hook is None
-            raise RuntimeError
-        assert runtime.jit_cache_hook is hook
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="compiles for a GPU")

@@ -10,16 +10,13 @@ import functools
 import hashlib
 import math
 import re
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from .common.layout import on_device
 from .common.messages import shown
-from .common.triton import triton
 
 SPIKES = ("binary", "ternary", "levels")
 BUILT_IN = ("triangle", "rectangle", "atan", "sigmoid")
@@ -233,26 +230,6 @@ def states_by(number: int) -> int:
     """How many states the neuron of a number has."""
     neuron = neuron_by(number)
     return 1 if neuron is None else neuron.states
-
-
-def launching(tensor: Tensor, number: int) -> AbstractContextManager[object]:
-    """Context in which Triton launches a kernel with these constants on the tensor's own GPU.
-
-    Triton tells a hook, such as that of `compile_ahead`, about the constants in JSON, which has no functions: kernels
-    with functions of a registered neuron or surrogate are compiled without it, as they are launched.
-    """
-    return on_device(tensor) if number < len(BUILT_IN) else _without_hook(tensor)
-
-
-@contextmanager
-def _without_hook(tensor: Tensor) -> Iterator[None]:
-    runtime: Any = triton.knobs.runtime
-    hook, runtime.jit_cache_hook = runtime.jit_cache_hook, None
-    try:
-        with on_device(tensor):
-            yield
-    finally:
-        runtime.jit_cache_hook = hook
 
 
 @functools.lru_cache(maxsize=256)

@@ -17,12 +17,12 @@ from torch import Tensor
 from ..backend import resolve_backend
 from ..checks import check_current, check_gate, check_spec
 from ..common.fake import register_fake
-from ..common.layout import as_layout
+from ..common.layout import as_layout, on_device
 from ..common.triton import cdiv
 from ..derivatives import differentiable_gradients, register_derivatives, spec_of
 from ..neuron.values import check_learnable, check_values, named_values, stack_values
 from ..reference import gac_encode_reference, gated_lif_reference
-from ..registry import kernel_constants, launching
+from ..registry import kernel_constants
 from ..spec import CIFAR, LIFSpec
 from ..tuning import launch_config
 from . import eager
@@ -84,7 +84,7 @@ def _forward_triton(
     surrogate: int = 0,
 ) -> None:
     sizes, config, programs = geometry(x, y, "gac_fwd")
-    with launching(x, surrogate):
+    with on_device(x):
         gated_fwd_kernel[(programs,)](
             x,
             spatial,
@@ -128,7 +128,7 @@ def _backward_triton(
     partial = torch.empty((batch, programs // batch, num_steps), dtype=torch.float32, device=x.device)
     constants = kernel_constants(surrogate, backward=True)
     scratch = partial.new_empty(programs * chunks * config["BLOCK"] * constants["STATES"] if chunks > 1 else 0)
-    with launching(x, surrogate):
+    with on_device(x):
         gated_bwd_kernel[(programs,)](
             grad,
             x,

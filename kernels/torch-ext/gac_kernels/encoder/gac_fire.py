@@ -16,7 +16,7 @@ from torch import Tensor
 from ..backend import resolve_backend
 from ..checks import check_current, check_gate, check_spec
 from ..common.fake import register_fake
-from ..common.layout import as_layout
+from ..common.layout import as_layout, on_device
 from ..common.messages import shown
 from ..derivatives import differentiable_gradients, register_derivatives, spec_of
 from ..neuron import learned
@@ -24,7 +24,7 @@ from ..neuron.eager import lif_forward
 from ..neuron.lif import launch_forward
 from ..neuron.values import check_learnable, check_values, named_values, stack_values
 from ..reference import gac_fire_reference, state_dtype
-from ..registry import kernel_constants, launching
+from ..registry import kernel_constants
 from ..spec import CIFAR, LIFSpec
 from .gac import CHUNK, backward_outputs, frames_like, geometry, places_like, sum_places, value_arguments
 from .gac_fire_kernels import fire_bwd_kernel, fire_fwd_kernel
@@ -43,7 +43,7 @@ def _forward_triton(
     surrogate: int = 0,
 ) -> None:
     sizes, config, programs = geometry(stem, gated, "gac_fire_fwd")
-    with launching(stem, surrogate):
+    with on_device(stem):
         fire_fwd_kernel[(programs,)](
             stem,
             spatial,
@@ -86,7 +86,7 @@ def _backward_triton(
     places = places_like(values, stem, batch)
     # One partial sum a program and step, added up by torch in a fixed order: no atomics, so the same bits every time.
     partial = torch.empty((batch, programs // batch, num_steps), dtype=torch.float32, device=stem.device)
-    with launching(stem, surrogate):
+    with on_device(stem):
         fire_bwd_kernel[(programs,)](
             grad_gated,
             grad_spikes,

@@ -15,11 +15,11 @@ from torch import Tensor
 from ..backend import resolve_backend
 from ..checks import check_current, check_flags, check_spec, check_state, check_tensor
 from ..common.fake import register_fake
-from ..common.layout import as_layout, time_stride
+from ..common.layout import as_layout, on_device, time_stride
 from ..common.triton import cdiv
 from ..derivatives import differentiable_gradients, register_derivatives, spec_of
 from ..reference import lif_reference, state_dtype
-from ..registry import kernel_constants, launching, states_by
+from ..registry import kernel_constants, states_by
 from ..spec import CIFAR, SURROGATES, LIFSpec
 from ..tuning import launch_config
 from . import eager, learned
@@ -41,13 +41,13 @@ def can_keep_mask(num_steps: int, surrogate: int, detach_reset: bool, soft_reset
     return surrogate == SURROGATES.index("rectangle") and (detach_reset or soft_reset) and num_steps <= 32
 
 
-def _launch(kernel, x: Tensor, args: tuple, op: str, surrogate: int, **constants: Any) -> None:
+def _launch(kernel, x: Tensor, args: tuple, op: str, **constants: Any) -> None:
     """Run a kernel over all neurons of the dense sequence ``x``."""
     num_steps, inner = x.shape[0], time_stride(x)
     neurons = x.numel() // num_steps
     config = launch_config(op, num_steps, x.element_size(), x.device)
     block = config["BLOCK"]
-    with launching(x, surrogate):
+    with on_device(x):
         kernel[(cdiv(neurons, block),)](
             *args,
             neurons,
@@ -78,7 +78,6 @@ def launch_forward(
         x,
         (x, state, spikes, last, mask),
         "lif_fwd",
-        surrogate,
         THRESHOLD=threshold,
         DECAY=decay,
         WIDTH=width,
@@ -115,21 +114,14 @@ def _backward_triton(
         HAS_GV=grad_last is not None,
     )
     if mask.numel():
-        _launch(
-            lif_bwd_mask_kernel,
-            grad_x,
-            (grad, grad_last, mask, grad_x, grad_state),
-            "lif_bwd_mask",
-            surrogate,
-            **shared,
-        )
+        _launch(lif_bwd_mask_kernel, grad_x, (grad, grad_last, mask, grad_x, grad_state), "lif_bwd_mask", **shared)
         return
     num_steps = x.shape[0]
     chunks, frame = cdiv(num_steps, CHUNK), x.numel() // num_steps
     constants = kernel_constants(surrogate, backward=True)
     scratch = x.new_empty(chunks * frame * constants["STATES"] if chunks > 1 else 0, dtype=torch.float32)
     args = (grad, grad_last, x, state, grad_x, grad_state, scratch)
-    _launch(lif_bwd_kernel, grad_x, args, "lif_bwd", surrogate, **shared, **constants)
+    _launch(lif_bwd_kernel, grad_x, args, "lif_bwd", **shared, **constants)
 
 
 _lib = torch.library.Library("gac_kernels", "FRAGMENT")

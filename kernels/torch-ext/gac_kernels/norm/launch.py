@@ -7,11 +7,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from ..common.layout import packed
+from ..common.layout import on_device, packed
 from ..common.tiles import FINISH, channel_tiles
 from ..common.triton import cdiv
 from ..neuron.lif import CHUNK
-from ..registry import kernel_constants, launching
+from ..registry import kernel_constants
 from ..tuning import launch_config
 from . import eager
 from .norm_lif_kernels import apply_kernel, finish_kernel, forward_kernel, reduce_kernel
@@ -27,7 +27,7 @@ def forward_triton(
     tiles = channel_tiles(x, num_steps, launch_config(op, num_steps, x.element_size(), x.device))
     norm, res_norm = packed(norm), packed(res_norm)
     threshold, decay, surrogate, _, _, soft_reset = neuron
-    with launching(x, surrogate):
+    with on_device(x):
         forward_kernel[tiles.grid](
             x,
             residual,
@@ -107,7 +107,7 @@ def backward_triton(
     shared = dict(EPS=eps, R_EPS=res_eps, NORMED=normed, T=num_steps, **_constants(neuron))
     states = chunks * frame * shared["STATES"] if chunks > 1 else 0
     scratch = torch.empty(states, dtype=torch.float32, device=x.device)
-    with launching(x, neuron[2]):
+    with on_device(x):
         reduce_kernel[tiles.grid](
             gs,
             gy,
