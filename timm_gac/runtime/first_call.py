@@ -39,14 +39,16 @@ def compiled_first(model: Any, function: Callable[[Tensor], Tensor], x: Tensor) 
     known = _known.setdefault(model, set())
     if kind in known or len(known) >= _KINDS:
         return function(x)
-    if os.environ.get(SWITCH) == "0" or _is_watched(model) or getattr(model, "_is_replica", False):
+    if not may_compile_ahead(model) or getattr(model, "_is_replica", False):
         return function(x)
     result = compile_ahead(lambda: function(x), x.device)
     known.add(kind)
     return result
 
 
-def _is_watched(model: nn.Module) -> bool:
-    return _has_any_global_hook() or any(
+def may_compile_ahead(model: nn.Module) -> bool:
+    """Whether a network may be called once more: not with hooks on its modules, nor where it is switched off."""
+    watched = _has_any_global_hook() or any(
         module is not model and (module._forward_hooks or module._forward_pre_hooks) for module in model.modules()
     )
+    return not watched and os.environ.get(SWITCH) != "0"

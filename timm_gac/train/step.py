@@ -11,7 +11,10 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from torch import Tensor, nn
 
+from gac_kernels import compile_ahead
+
 from ..runtime.collectives import average_gradients
+from ..runtime.first_call import may_compile_ahead
 from ..runtime.graphs import GraphedStep
 from .optim import MovingAverage, learning_rate, set_learning_rate
 from .recipes import Recipe
@@ -77,12 +80,16 @@ class TrainStep:
         self.sums = torch.zeros(3, dtype=torch.float32, device=accelerator.device)  # loss, matches, images
         self.total_steps = recipe.epochs * steps_per_epoch
         self._last = False
+        self._first = True
         self.exchange = recipe.cuda_graph and accelerator.num_processes > 1
         self._run = GraphedStep(self._step) if recipe.cuda_graph else self._step
         self.lr = recipe.lr
 
     def __call__(self, images: Tensor, targets: Tensor, step: int) -> None:
         """Do step number ``step`` on images (B, C, H, W) and target probabilities (B, classes)."""
+        if self._first and images.is_cuda and not self.recipe.compile and self.accelerator.num_processes == 1:
+            self._compile_ahead(images, targets)
+        self._first = False
         self.lr = learning_rate(self.recipe, step, self.steps_per_epoch)
         set_learning_rate(self.optimizer, self.lr)
         if self.average is not None:
@@ -105,16 +112,41 @@ class TrainStep:
             factor = self.recipe.grad_accumulation / done
             torch._foreach_mul_([p.grad for p in self.model.parameters() if p.grad is not None], factor)
 
+    def _compile_ahead(self, images: Tensor, targets: Tensor) -> None:
+        """Compile the kernels of both passes side by side; gradients, buffers and random numbers stay as they were.
+
+        Not where somebody watches the network, who would see these passes.
+        """
+        if not may_compile_ahead(self.model):
+            return
+        before = [(buffer, buffer.clone()) for buffer in self.model.buffers()]
+
+        def both_passes() -> None:
+            loss, _ = self._loss(images, targets)
+            with torch.autograd.set_multithreading_enabled(False):  # only launches of this thread are seen
+                loss.backward()
+            self.model.zero_grad(set_to_none=True)
+
+        with torch.random.fork_rng([images.device] if images.is_cuda else []):
+            compile_ahead(both_passes, images.device)
+        with torch.no_grad():
+            for buffer, value in before:
+                buffer.copy_(value)
+        if images.is_cuda:
+            torch.cuda.empty_cache()  # a graph's passes run on a stream that cannot use this memory
+
+    def _loss(self, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """The loss, and the mean logits of all steps."""
+        with self.accelerator.autocast():
+            logits = self.model(images)
+        logits = logits.float()
+        if self.recipe.loss == "tet":
+            return tet_loss(logits, targets, self.recipe.tet_lambda, self.threshold), logits.mean(1)
+        return F.cross_entropy(logits, targets), logits
+
     def _step(self, images: Tensor, targets: Tensor) -> None:
         with self._accumulate():
-            with self.accelerator.autocast():
-                logits = self.model(images)
-            logits = logits.float()
-            if self.recipe.loss == "tet":
-                loss = tet_loss(logits, targets, self.recipe.tet_lambda, self.threshold)
-                logits = logits.mean(1)
-            else:
-                loss = F.cross_entropy(logits, targets)
+            loss, logits = self._loss(images, targets)
             self.accelerator.backward(loss)
             if self.exchange:
                 average_gradients(self.model.parameters())
