@@ -10,6 +10,8 @@ from torch import Tensor
 
 def same_layout(a: Tensor, b: Tensor) -> bool:
     """Whether two tensors of one shape lie in memory in the same order (strides of size-1 axes do not matter)."""
+    if a.stride() == b.stride():
+        return True
     return all(i == j or n <= 1 for i, j, n in zip(a.stride(), b.stride(), a.shape, strict=True))
 
 
@@ -30,6 +32,6 @@ def time_stride(x: Tensor) -> int:
 
 def on_device(tensor: Tensor) -> AbstractContextManager[object]:
     """Context in which Triton launches on the tensor's own GPU."""
-    if not tensor.is_cuda or tensor.device.index == torch.cuda.current_device():
+    if not tensor.is_cuda or tensor.device.index == torch._C._cuda_getDevice():
         return nullcontext()
     return torch.cuda.device(tensor.device)

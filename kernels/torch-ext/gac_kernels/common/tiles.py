@@ -119,11 +119,18 @@ def channel_tiles(x: Tensor, num_steps: int, config: dict[str, int]) -> Tiles:
     return _divide(x.shape, is_channels_last(x), num_steps, tuple(config.items()), x.device)
 
 
-@functools.lru_cache(maxsize=4096)  # about 70 calls per training step, which is bound by launches where it is eager
+@functools.lru_cache(maxsize=4096)
 def _divide(
     shape: torch.Size, channels_last: bool, num_steps: int, items: tuple[tuple[str, int], ...], device: torch.device
 ) -> Tiles:
-    config, channels = dict(items), shape[1]
+    return tiles_of(shape, channels_last, num_steps, dict(items), device)
+
+
+def tiles_of(
+    shape: torch.Size, channels_last: bool, num_steps: int, config: dict[str, int], device: torch.device
+) -> Tiles:
+    """`channel_tiles` of a tensor of this shape, walked channels-last or not."""
+    channels = shape[1]
     block_c = min(config["BLOCK_C"], next_power_of_2(channels)) if channels_last else 1
     block_r = max(1, config["TILE"] // block_c)
     rows = shape.numel() // (num_steps * channels)

@@ -7,6 +7,7 @@ atomics, so the same bits every time.
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any
 
@@ -16,8 +17,9 @@ from torch import Tensor
 from ..backend import resolve_backend
 from ..checks import check_current, check_finite, check_running, check_tensors
 from ..common.fake import register_fake
-from ..common.layout import on_device, packed
-from ..common.tiles import FINISH, channel_tiles, dense, is_channels_last, sum_partials, tile_offsets
+from ..common.launch import Launch
+from ..common.layout import packed
+from ..common.tiles import FINISH, dense, is_channels_last, sum_partials, tile_offsets, tiles_of
 from ..common.triton import cdiv, tl, triton
 from ..reference import state_dtype
 from ..tuning import launch_config
@@ -108,32 +110,49 @@ def _stats_triton(
     momentum: float,
     num_batches: Tensor | None,
 ) -> None:
-    tiles = channel_tiles(x, 1, launch_config("batch_stats", 1, x.element_size(), x.device))
-    programs, channels = tiles.grid[0], tiles.channels
     update = packed((running_mean, running_var))
-    partial = torch.empty((programs, 2, channels), dtype=torch.float32, device=x.device)
-    stride = 1 if tiles.meta["CHANNELS_LAST"] else tiles.spatial
-    with on_device(x):
-        _batch_stats_kernel[tiles.grid](x, partial, tiles.rows, channels, tiles.spatial, tiles.tiles, **tiles.meta)
-        _finish_stats_kernel[(cdiv(channels, FINISH["BLOCK_C"]),)](
-            x,
-            partial,
-            mean,
-            var,
-            *update,
-            num_batches,
-            momentum,
-            tiles.rows,
-            programs,
-            channels,
-            stride,
-            UPDATE=running_mean is not None,
-            COUNT=num_batches is not None,
-            **FINISH,
-        )
+    walk, finish, elements = _launches(
+        x.shape,
+        is_channels_last(x),
+        x.element_size(),
+        x.device,
+        momentum,
+        running_mean is not None,
+        num_batches is not None,
+    )
+    partial = torch.empty(elements, dtype=torch.float32, device=x.device)
+    walk(x, partial)
+    finish(x, partial, mean, var, *update, num_batches)
     for running, updated in zip((running_mean, running_var), update, strict=True):
         if running is not None and updated is not None and running is not updated:  # a view of every second value, say
             running.copy_(updated)
+
+
+@functools.lru_cache(maxsize=4096)  # a training step in a plain loop waits for the host
+def _launches(
+    shape: torch.Size,
+    channels_last: bool,
+    size: int,
+    device: torch.device,
+    momentum: float,
+    update: bool,
+    count: bool,
+) -> tuple[Launch, Launch, int]:
+    """What adds up, what finishes, and the elements of the partial sums in between."""
+    tiles = tiles_of(shape, channels_last, 1, launch_config("batch_stats", 1, size, device), device)
+    programs, channels = tiles.grid[0], tiles.channels
+    numbers = (tiles.rows, channels, tiles.spatial, tiles.tiles)
+    walk = Launch(_batch_stats_kernel, tiles.grid, device, numbers, **tiles.meta)
+    finish = Launch(
+        _finish_stats_kernel,
+        (cdiv(channels, FINISH["BLOCK_C"]),),
+        device,
+        (momentum, tiles.rows, programs, channels, 1 if channels_last else tiles.spatial),
+        UPDATE=update,
+        COUNT=count,
+        **FINISH,
+    )
+    return walk, finish, programs * 2 * channels
 
 
 def _stats_in_parts(x: Tensor, mean: Tensor, var: Tensor) -> None:

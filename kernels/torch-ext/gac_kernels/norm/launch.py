@@ -2,59 +2,92 @@
 
 from __future__ import annotations
 
-from typing import Any
+import functools
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 
-from ..common.layout import on_device, packed
-from ..common.tiles import FINISH, channel_tiles
+from ..common.launch import Launch
+from ..common.layout import packed
+from ..common.tiles import FINISH, is_channels_last, tiles_of
 from ..common.triton import cdiv
 from ..neuron.lif import CHUNK
-from ..registry import kernel_constants
+from ..registry import BUILT_IN, kernel_constants
 from ..tuning import launch_config
 from . import eager
 from .norm_lif_kernels import apply_kernel, finish_kernel, forward_kernel, reduce_kernel
+
+Place = tuple[torch.Size, bool, int, torch.device]  # of a dense tensor: shape, channels-last, bytes an element, device
+
+
+def _kept(prepare: Any, neuron: tuple) -> Any:
+    """``prepare``, which keeps what it made; not for a registered neuron or surrogate, which another may replace."""
+    return prepare if neuron[2] < len(BUILT_IN) else prepare.__wrapped__
+
+
+def _place(x: torch.Tensor) -> Place:
+    return x.shape, is_channels_last(x), x.element_size(), x.device
 
 
 def forward_triton(
     x, residual, norm, res_norm, eps, res_eps, num_steps, neuron, batch_stats, spikes, membrane, bits, values=None
 ) -> None:
     """Write spikes and, where they have elements, the input current and the spikes' bits; see `eager.forward`."""
-    op = "norm_lif_fwd" if batch_stats else "norm_lif_fwd_eval"
-    if batch_stats and residual is not None:
-        op += "_normed" if res_norm[2] is not None else "_residual"
-    tiles = channel_tiles(x, num_steps, launch_config(op, num_steps, x.element_size(), x.device))
     norm, res_norm = packed(norm), packed(res_norm)
+    launch = _kept(_forward, neuron)(
+        _place(x),
+        num_steps,
+        eps,
+        res_eps,
+        neuron,
+        batch_stats,
+        residual is not None,
+        res_norm[2] is not None,
+        membrane.numel() > 0,
+        bits.numel() > 0,
+    )
+    launch(x, residual, *norm, *res_norm, spikes, membrane, bits, values)
+
+
+@functools.lru_cache(maxsize=4096)  # a training step in a plain loop waits for the host
+def _forward(
+    place: Place,
+    num_steps: int,
+    eps: float,
+    res_eps: float,
+    neuron: tuple,
+    batch_stats: bool,
+    residual: bool,
+    normed: bool,
+    keep: bool,
+    pack: bool,
+) -> Launch:
+    shape, channels_last, size, device = place
+    op = "norm_lif_fwd" if batch_stats else "norm_lif_fwd_eval"
+    if batch_stats and residual:
+        op += "_normed" if normed else "_residual"
+    tiles = tiles_of(shape, channels_last, num_steps, launch_config(op, num_steps, size, device), device)
     threshold, decay, surrogate, _, _, soft_reset = neuron
-    with on_device(x):
-        forward_kernel[tiles.grid](
-            x,
-            residual,
-            *norm,
-            *res_norm,
-            spikes,
-            membrane,
-            bits,
-            values,
-            tiles.rows,
-            tiles.channels,
-            tiles.spatial,
-            x.numel() // num_steps,
-            T=num_steps,
-            STEPS=min(num_steps, CHUNK),
-            EPS=eps,
-            R_EPS=res_eps,
-            THRESHOLD=threshold,
-            DECAY=decay,
-            SOFT=soft_reset,
-            RESIDUAL=residual is not None,
-            NORMED=res_norm[2] is not None,
-            KEEP=membrane.numel() > 0,
-            PACK=bits.numel() > 0,
-            **kernel_constants(surrogate, backward=False),
-            **tiles.meta,
-        )
+    return Launch(
+        forward_kernel,
+        tiles.grid,
+        device,
+        (tiles.rows, tiles.channels, tiles.spatial, shape.numel() // num_steps),
+        T=num_steps,
+        STEPS=min(num_steps, CHUNK),
+        EPS=eps,
+        R_EPS=res_eps,
+        THRESHOLD=threshold,
+        DECAY=decay,
+        SOFT=soft_reset,
+        RESIDUAL=residual,
+        NORMED=normed,
+        KEEP=keep,
+        PACK=pack,
+        **kernel_constants(surrogate, backward=False),
+        **tiles.meta,
+    )
 
 
 def _constants(neuron: tuple) -> dict[str, Any]:
@@ -89,95 +122,125 @@ def backward_triton(
     """Write the gradients at x and, where they have elements, at the others; see `eager.backward`."""
     norm, res_norm = packed(norm), packed(res_norm)
     source = residual if membrane is None else membrane
-    normed = res_norm[2] is not None
+    normed, written = res_norm[2] is not None, ga.numel() > 0
+    launches = _kept(_backward, neuron)(
+        _place(x),
+        num_steps,
+        eps,
+        res_eps,
+        neuron,
+        batch_stats,
+        (residual is not None, membrane is not None, gs is not None, gy is not None, total is not None),
+        normed,
+        written,
+        values is not None,
+        norm[0] is not None,
+        norm[1] is not None,
+    )
+    memory = torch.empty(launches.elements, dtype=torch.float32, device=x.device)
+    partial, sums, scratch = memory.split_with_sizes(launches.sizes)
+    launches.reduce(gs, gy, x, source, residual, *norm, *res_norm, ga, partial, scratch, values)
+    launches.finish(partial, norm[3], res_norm[3], sums, gw, gb, grw, grb)
+    if group and batch_stats:
+        dist.all_reduce(sums, group=eager.resolve_group(group))
+    launches.apply(ga if written else gs, x, residual, *norm, *res_norm, sums, total, gx, ga, values)
+    if grad_values is not None:
+        programs, partial_sums, channels = launches.partial
+        partial = partial[: programs * partial_sums * channels].view(launches.partial)
+        grad_values.copy_(partial[:, partial_sums - 2 :].sum(0))
+
+
+class _Backward(NamedTuple):
+    """Launches of a backward pass, and the float32 memory that they share: partial sums, sums, scratch.
+
+    Attributes:
+        partial: Shape of the partial sums: programs, sums, channels.
+        sizes: Elements of each; addresses stay multiples of 256 bytes.
+        elements: Of all.
+    """
+
+    reduce: Launch
+    finish: Launch
+    apply: Launch
+    partial: tuple[int, int, int]
+    sizes: list[int]
+    elements: int
+
+
+@functools.lru_cache(maxsize=4096)
+def _backward(
+    place: Place,
+    num_steps: int,
+    eps: float,
+    res_eps: float,
+    neuron: tuple,
+    batch_stats: bool,
+    given: tuple[bool, bool, bool, bool, bool],
+    normed: bool,
+    written: bool,
+    learned: bool,
+    affine: bool,
+    bias: bool,
+) -> _Backward:
+    shape, channels_last, size, device = place
+    residual, membrane, has_gs, has_gy, has_total = given
     sum_count = 3 if normed else 2
-    partial_count = sum_count if values is None else sum_count + 2
-    frame, size, chunks = x.numel() // num_steps, x.element_size(), cdiv(num_steps, CHUNK)
-    kind = "_normed" if normed else "_residual" if source is not None else ""
-    config = launch_config(f"norm_lif_bwd_reduce{kind}", min(num_steps, CHUNK), size, x.device)
+    partial_count = sum_count + 2 if learned else sum_count
+    frame, chunks = shape.numel() // num_steps, cdiv(num_steps, CHUNK)
+    kind = "_normed" if normed else "_residual" if residual or membrane else ""
+    config = launch_config(f"norm_lif_bwd_reduce{kind}", min(num_steps, CHUNK), size, device)
     if chunks > 1:  # its loops over steps are not unrolled, and only unrolled ones can be overlapped
         config = config | {"STAGES": 1}
-    if values is not None:  # two more sums: as many programs fit onto a multiprocessor with tiles of half the size
+    if learned:  # two more sums: as many programs fit onto a multiprocessor with tiles of half the size
         config = config | {"TILE": config["TILE"] // 2}
-    tiles = channel_tiles(x, num_steps, config)
+    tiles = tiles_of(shape, channels_last, num_steps, config, device)
     channels, programs = tiles.channels, tiles.grid[0]
-    partial = torch.empty((programs, partial_count, channels), dtype=torch.float32, device=x.device)
-    sums = torch.empty((sum_count, channels), dtype=torch.float32, device=x.device)
-    written = ga.numel() > 0
     shared = dict(EPS=eps, R_EPS=res_eps, NORMED=normed, T=num_steps, **_constants(neuron))
-    states = chunks * frame * shared["STATES"] if chunks > 1 else 0
-    scratch = torch.empty(states, dtype=torch.float32, device=x.device)
-    with on_device(x):
-        reduce_kernel[tiles.grid](
-            gs,
-            gy,
-            x,
-            source,
-            residual,
-            *norm,
-            *res_norm,
-            ga,
-            partial,
-            scratch,
-            values,
-            tiles.rows,
-            channels,
-            tiles.spatial,
-            frame,
-            tiles.tiles,
-            STEPS=min(num_steps, CHUNK),
-            RESIDUAL=residual is not None,
-            KEEP=membrane is not None,
-            HAS_GS=gs is not None,
-            HAS_GY=gy is not None,
-            WRITE=written,
-            SUMS=partial_count,
-            **shared,
-            **tiles.meta,
-        )
-        finish_kernel[(cdiv(channels, FINISH["BLOCK_C"]),)](
-            partial,
-            norm[3],
-            res_norm[3],
-            sums,
-            gw,
-            gb,
-            grw,
-            grb,
-            programs,
-            channels,
-            EPS=eps,
-            R_EPS=res_eps,
-            AFFINE=norm[0] is not None,
-            BIAS=norm[1] is not None,
-            NORMED=normed,
-            SUMS=partial_count,
-            **FINISH,
-        )
-        if group and batch_stats:
-            dist.all_reduce(sums, group=eager.resolve_group(group))
-        tiles = channel_tiles(x, num_steps, launch_config(f"norm_lif_bwd_apply{kind}", num_steps, size, x.device))
-        apply_kernel[tiles.grid](
-            ga if written else gs,
-            x,
-            residual,
-            *norm,
-            *res_norm,
-            sums,
-            total,
-            gx,
-            ga,
-            values,
-            tiles.rows,
-            channels,
-            tiles.spatial,
-            frame,
-            tiles.rows * num_steps,
-            BATCH=batch_stats,
-            HAS_TOTAL=total is not None,
-            RECOMPUTE=not written,
-            **shared,
-            **tiles.meta,
-        )
-    if grad_values is not None:
-        grad_values.copy_(partial[:, sum_count:].sum(0))
+    reduce = Launch(
+        reduce_kernel,
+        tiles.grid,
+        device,
+        (tiles.rows, channels, tiles.spatial, frame, tiles.tiles),
+        STEPS=min(num_steps, CHUNK),
+        RESIDUAL=residual,
+        KEEP=membrane,
+        HAS_GS=has_gs,
+        HAS_GY=has_gy,
+        WRITE=written,
+        SUMS=partial_count,
+        **shared,
+        **tiles.meta,
+    )
+    finish = Launch(
+        finish_kernel,
+        (cdiv(channels, FINISH["BLOCK_C"]),),
+        device,
+        (programs, channels),
+        EPS=eps,
+        R_EPS=res_eps,
+        AFFINE=affine,
+        BIAS=bias,
+        NORMED=normed,
+        SUMS=partial_count,
+        **FINISH,
+    )
+    config = launch_config(f"norm_lif_bwd_apply{kind}", num_steps, size, device)
+    tiles = tiles_of(shape, channels_last, num_steps, config, device)
+    apply = Launch(
+        apply_kernel,
+        tiles.grid,
+        device,
+        (tiles.rows, channels, tiles.spatial, frame, tiles.rows * num_steps),
+        BATCH=batch_stats,
+        HAS_TOTAL=has_total,
+        RECOMPUTE=not written,
+        **shared,
+        **tiles.meta,
+    )
+    sizes = [
+        programs * partial_count * channels,
+        sum_count * channels,
+        chunks * frame * shared["STATES"] if chunks > 1 else 0,
+    ]
+    sizes = [64 * cdiv(elements, 64) for elements in sizes]
+    return _Backward(reduce, finish, apply, (programs, partial_count, channels), sizes, sum(sizes))
