@@ -9,7 +9,8 @@ import pytest
 import torch
 import tyro
 
-from gac_kernels import tuning
+from gac_kernels import batch_stats, norm_lif, tuning, use_backend
+from gac_kernels.norm import launch
 
 pytest.importorskip("triton", reason="the searches time with Triton")
 
@@ -59,6 +60,28 @@ def test_parameters_in_use(monkeypatch) -> None:
     shared.use("lif_fwd", {"BLOCK": 64, "num_warps": 2})
     assert tuning.launch_config("lif_fwd", 4, 4, device) == {"BLOCK": 64, "num_warps": 2} != before
     tuning.launch_config.cache_clear()
+
+
+def test_every_launch_is_recorded_and_takes_new_parameters(monkeypatch) -> None:
+    monkeypatch.setitem(tuning.DEFAULTS, "norm_lif_fwd", tuning.DEFAULTS["norm_lif_fwd"])
+    x = torch.randn(4, 3, 2, 2, requires_grad=True)
+    launched: list[str] = []
+    with use_backend("triton"):
+        for config in (None, tuning.DEFAULTS["norm_lif_fwd"] | {"TILE": 64}):
+            if config is not None:
+                shared.use("norm_lif_fwd", config)
+            for _ in range(2):
+                mean, var = batch_stats(x)
+                norm_lif(x, mean=mean, var=var, num_steps=2, batch_stats=True)
+        before = launch._forward.cache_info().currsize
+        with network.record_launches(launched):
+            for _ in range(2):
+                mean, var = batch_stats(x)
+                norm_lif(x, mean=mean, var=var, num_steps=2, batch_stats=True).sum().backward()
+    one = ["batch_stats", "norm_lif_fwd", "norm_lif_bwd_reduce", "norm_lif_bwd_apply"]
+    assert launched == 2 * one and launch._forward.cache_info().currsize == before == 1
+    shared.use("norm_lif_fwd", tuning.DEFAULTS["norm_lif_fwd"])
+    assert launch._forward.cache_info().currsize == 0
 
 
 def test_results_join_those_of_the_gpu(tmp_path, monkeypatch) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from gac_kernels import tuning
+from gac_kernels.common.launch import forget_launches
 
 
 @functools.cache
@@ -29,6 +30,7 @@ def use(op: str, config: dict[str, int]) -> None:
     tuning.DEFAULTS[op] = config
     tuning.launch_config.cache_clear()
     tuning.shape_config.cache_clear()
+    forget_launches()
 
 
 def say(text: object) -> None:

@@ -7,6 +7,8 @@ core of an Intel Xeon instead of 22 to 29 (Triton 3.6 and 3.8, measured without 
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
 
@@ -19,6 +21,7 @@ if HAS_TRITON and not INTERPRETED:
     from triton.compiler import CompiledKernel
     from triton.runtime import driver
 
+_prepared: list[Any] = []
 _ALIGNED = 16  # bytes: Triton compiles one kernel for addresses that are multiples of it, and one for others
 
 
@@ -66,9 +69,22 @@ class Launch:
         if INTERPRETED or not isinstance(compiled, CompiledKernel):  # left out, to be compiled beside others
             return
         if not any(x is not None and x.data_ptr() % _ALIGNED for x in tensors):
-            names = self._kernel.arg_names[len(tensors) + len(self._numbers) :]
-            rest = (*self._numbers, *[self._constants[name] for name in names])
+            constants = [*self._kernel.signature.parameters.values()][len(tensors) + len(self._numbers) :]
+            rest = (*self._numbers, *[self._constants.get(one.name, one.default) for one in constants])
             self._known[dtypes] = (compiled.run, compiled.function, compiled.packed_metadata, rest)
+
+
+def prepared(prepare: Callable[..., Any]) -> Any:
+    """Keep the launches that a function prepares for its arguments, which decide about them with launch parameters."""
+    kept = functools.lru_cache(maxsize=4096)(prepare)
+    _prepared.append(kept)
+    return kept
+
+
+def forget_launches() -> None:
+    """Prepare all launches anew, after launch parameters have changed."""
+    for kept in _prepared:
+        kept.cache_clear()
 
 
 def _current_device() -> int:

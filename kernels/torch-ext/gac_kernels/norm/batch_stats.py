@@ -7,7 +7,6 @@ atomics, so the same bits every time.
 
 from __future__ import annotations
 
-import functools
 import math
 from typing import Any
 
@@ -17,7 +16,7 @@ from torch import Tensor
 from ..backend import resolve_backend
 from ..checks import check_current, check_finite, check_running, check_tensors
 from ..common.fake import register_fake
-from ..common.launch import Launch
+from ..common.launch import Launch, prepared
 from ..common.layout import packed
 from ..common.tiles import FINISH, dense, is_channels_last, sum_partials, tile_offsets, tiles_of
 from ..common.triton import cdiv, tl, triton
@@ -128,7 +127,7 @@ def _stats_triton(
             running.copy_(updated)
 
 
-@functools.lru_cache(maxsize=4096)  # a training step in a plain loop waits for the host
+@prepared
 def _launches(
     shape: torch.Size,
     channels_last: bool,

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 
-from ..common.launch import Launch
+from ..common.launch import Launch, prepared
 from ..common.layout import packed
 from ..common.tiles import FINISH, is_channels_last, tiles_of
 from ..common.triton import cdiv
@@ -50,7 +49,7 @@ def forward_triton(
     launch(x, residual, *norm, *res_norm, spikes, membrane, bits, values)
 
 
-@functools.lru_cache(maxsize=4096)  # a training step in a plain loop waits for the host
+@prepared
 def _forward(
     place: Place,
     num_steps: int,
@@ -167,7 +166,7 @@ class _Backward(NamedTuple):
     elements: int
 
 
-@functools.lru_cache(maxsize=4096)
+@prepared
 def _backward(
     place: Place,
     num_steps: int,
