@@ -1,4 +1,4 @@
-"""Shared set-up: the device under test, and Triton's interpreter where there is no GPU."""
+"""Shared set-up: the device under test, Triton's interpreter where there is no GPU, and no compiling ahead."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ import torch
 if not torch.cuda.is_available():
     # Before the first import of triton: it decides when a kernel is decorated.
     os.environ.setdefault("TRITON_INTERPRET", "1")
+# Networks are called as often as tests say; those of compiling ahead switch it on.
+os.environ.setdefault("TIMM_GAC_COMPILE_AHEAD", "0")
 
 import pytest
 

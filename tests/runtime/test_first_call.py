@@ -25,6 +25,7 @@ class OnGpu(torch.Tensor):
 def ahead(monkeypatch):
     """How often kernels would have been compiled ahead, which calls the function twice."""
     calls = []
+    monkeypatch.delenv(first_call.SWITCH, raising=False)
 
     def compile_ahead(function, device):
         calls.append(device)
@@ -67,7 +68,9 @@ def test_sizes_that_vary_do_not_count_for_ever(ahead, network):
     assert calls == [2] * 64 + [1] * 16
 
 
-@pytest.mark.parametrize("state", ["training", "hook", "pre-hook", "global hook", "switched off", "replica", "cpu"])
+@pytest.mark.parametrize(
+    "state", ["training", "hook", "pre-hook", "global hook", "counter", "switched off", "replica", "cpu"]
+)
 def test_left_out(state, ahead, network, monkeypatch):
     x, handle = images(), None
     if state == "training":
@@ -78,8 +81,10 @@ def test_left_out(state, ahead, network, monkeypatch):
         handle = network.encoder.register_forward_pre_hook(lambda *_: None)
     elif state == "global hook":
         handle = torch.nn.modules.module.register_module_forward_hook(lambda *_: None)
+    elif state == "counter":
+        monkeypatch.setattr(torch._C, "_len_torch_dispatch_stack", lambda: 1)
     elif state == "switched off":
-        monkeypatch.setenv("TIMM_GAC_COMPILE_AHEAD", "0")
+        monkeypatch.setenv(first_call.SWITCH, "0")
     elif state == "replica":
         network._is_replica = True
     else:

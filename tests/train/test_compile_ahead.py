@@ -38,6 +38,7 @@ def prepared(tmp_path, **changes):
 
 
 def test_no_trace_is_left(tmp_path, monkeypatch):
+    monkeypatch.delenv("TIMM_GAC_COMPILE_AHEAD", raising=False)
     step, network, images, targets = prepared(tmp_path)
     seen = []
 
@@ -57,6 +58,7 @@ def test_no_trace_is_left(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("why", ["hook", "switched off"])
 def test_left_out(why, tmp_path, monkeypatch):
+    monkeypatch.delenv("TIMM_GAC_COMPILE_AHEAD", raising=False)
     step, network, images, targets = prepared(tmp_path)
     monkeypatch.setattr(step_module, "compile_ahead", lambda *_: pytest.fail("the network was called"))
     if why == "hook":

@@ -47,8 +47,12 @@ def compiled_first(model: Any, function: Callable[[Tensor], Tensor], x: Tensor) 
 
 
 def may_compile_ahead(model: nn.Module) -> bool:
-    """Whether a network may be called once more: not with hooks on its modules, nor where it is switched off."""
+    """Whether a network may be called once more: not if hooks or something that counts operators would see that.
+
+    Nor where it is switched off.
+    """
     watched = _has_any_global_hook() or any(
         module is not model and (module._forward_hooks or module._forward_pre_hooks) for module in model.modules()
     )
-    return not watched and os.environ.get(SWITCH) != "0"
+    counted = torch._C._len_torch_dispatch_stack() > 0  # as by FlopCounterMode
+    return not watched and not counted and os.environ.get(SWITCH) != "0"
