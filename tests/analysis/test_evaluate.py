@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 import timm
@@ -37,6 +37,29 @@ def test_modes_of_all_modules_are_restored(model: nn.Module) -> None:
     assert [module.training for module in model.modules()] == before
     evaluate(model, [next(failing())])
     assert [module.training for module in model.modules()] == before and not model.bn1.training
+
+
+@pytest.mark.parametrize("watched", [False, True])
+def test_a_first_batch_that_runs_twice_counts_once(
+    watched: bool, model: nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As it does on a GPU, while its kernels are compiled; not where a hook of one's own would see it twice."""
+    batches = [(torch.randn(2, 3, 16, 16), torch.zeros(2, dtype=torch.long)) for _ in range(2)]
+    once = evaluate(model, batches)
+    calls = list[int]()
+
+    def twice(function: Callable[[], Tensor], device: torch.device) -> Tensor:
+        calls.append(1)
+        function()
+        return function()
+
+    monkeypatch.delenv("TIMM_GAC_COMPILE_AHEAD", raising=False)
+    monkeypatch.setattr("timm_gac.analysis.evaluate.compile_ahead", twice)
+    if watched:
+        model.get_submodule("layer1.0").register_forward_hook(lambda *_: None)
+    again = evaluate(model, batches)
+    assert len(calls) == (not watched)
+    assert again.firing_rates == once.firing_rates and again.loss == once.loss and again.images == 4
 
 
 def test_calibration_restores_after_an_error(model: nn.Module) -> None:

@@ -109,6 +109,19 @@ def test_bits_of_the_blocks(shape, surrogate, compiled, small, monkeypatch):
     assert len(used) == expected
 
 
+def test_time_that_lies_inside(compiled, small, monkeypatch):
+    """Of (B, T, N) in memory: parts begin and end in the middle of a row."""
+    torch.manual_seed(0)
+    x, grad = (torch.randn(3, 4, 1111).transpose(0, 1) for _ in range(2))
+    state, at_last = torch.randn(3, 1111), torch.randn(3, 1111)
+    results = []
+    for library in (compiled, native._Library()):
+        monkeypatch.setattr(native, "_library", library)
+        results.append(run(x, state, grad, at_last, 1, True, False))
+        assert results[-1]["spikes"].stride() == x.stride()
+    assert all(torch.equal(one, results[1][name]) for name, one in results[0].items())
+
+
 @pytest.mark.parametrize("spec", [CIFAR, IMAGENET, LIFSpec(reset="soft", surrogate="atan")], ids=str)
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
 def test_the_operator_against_its_definition(spec, layout, compiled, small, monkeypatch):

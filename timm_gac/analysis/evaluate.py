@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -15,11 +16,14 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from gac_kernels import compile_ahead
+
 from ..inference.early_exit import mean_logits
 from ..inference.record import forward_hooks, neuron_layers
 from ..layers.encoder import DirectCoding
 from ..layers.neuron_layer import NeuronLayer
 from ..runtime.finite import check_finite
+from ..runtime.first_call import may_compile_ahead
 from ..runtime.modes import eval_mode
 
 ECE_BINS = 15
@@ -152,11 +156,14 @@ def evaluate(
     device = next(model.parameters()).device
     sums, rates = _Sums(steps, device, classes), _Rates(model, firing_rates, device)
     amp = torch.autocast(device.type, amp_dtype) if amp_dtype is not None else nullcontext()
+    ahead = may_compile_ahead(model)
     started = time.perf_counter()
     with eval_mode(model), forward_hooks(rates.layers, rates.add):
         for images, labels in batches:
             with amp:
-                logits = model.forward_steps(images)  # type: ignore[operator]
+                forward = functools.partial(_forward_steps, model, images, rates if ahead else None)
+                logits = compile_ahead(forward, device) if ahead else forward()
+            ahead = False
             sums.add(logits, labels)
             if each is not None:
                 each(logits, labels)
@@ -167,6 +174,14 @@ def evaluate(
         for tensor in tensors:
             dist.all_reduce(tensor)
     return _result(sums, rates, started)
+
+
+def _forward_steps(model: Any, images: Tensor, rates: _Rates | None) -> Tensor:
+    """Logits of each step; with ``rates`` these begin anew, as `compile_ahead` may call this twice."""
+    if rates is not None:
+        rates.sums.zero_()
+    logits: Tensor = model.forward_steps(images)
+    return logits
 
 
 def _result(sums: _Sums, rates: _Rates, started: float) -> Evaluation:
