@@ -51,8 +51,9 @@ def may_compile_ahead(model: nn.Module) -> bool:
 
     Nor where it is switched off.
     """
-    watched = _has_any_global_hook() or any(
-        module is not model and (module._forward_hooks or module._forward_pre_hooks) for module in model.modules()
+    # Counted as by FlopCounterMode.
+    if os.environ.get(SWITCH) == "0" or torch._C._len_torch_dispatch_stack() > 0 or _has_any_global_hook():
+        return False
+    return not any(
+        module._forward_hooks or module._forward_pre_hooks for module in model.modules() if module is not model
     )
-    counted = torch._C._len_torch_dispatch_stack() > 0  # as by FlopCounterMode
-    return not watched and not counted and os.environ.get(SWITCH) != "0"
