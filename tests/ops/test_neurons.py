@@ -231,7 +231,7 @@ def test_registration():
     assert number > 2**32 and names_of(number) == ("ternary", "atan")
     assert number_of("lif", "sigmoid") == 3 and LIFSpec(surrogate="sigmoid").surrogate_id == 3
     assert number == LIFSpec(neuron="ternary", surrogate="atan").surrogate_id
-    assert kernel_constants(3, backward=False) == dict(STEP=None, STATES=1, CONSTANTS=None)
+    assert kernel_constants(3, backward=False) == {} and kernel_constants(3, backward=True) == dict(SURROGATE=3)
     eight = dataclasses.replace(neuron_of("integer"), name="test_integer8", constants=(8,))
     register_neuron(eight, replace=True)
     assert _trace("test_integer8", [6.5]) == [6] and _trace("integer", [6.5]) == [4]

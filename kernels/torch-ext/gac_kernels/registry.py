@@ -234,21 +234,22 @@ def states_by(number: int) -> int:
 
 @functools.lru_cache(maxsize=256)
 def kernel_constants(number: int, backward: bool) -> dict[str, Any]:
-    """The neuron as constants of kernels.
+    """The neuron as constants of kernels; of ``lif`` those that have no default, which a launch need not bind.
 
     Args:
         number: Of neuron and surrogate.
         backward: With the surrogate and the step's derivative.
 
     Returns:
-        STEP (None for ``lif``), STATES and CONSTANTS; with ``backward`` also SURROGATE and STEP_GRAD.
+        STEP, STATES and CONSTANTS; with ``backward`` also STEP_GRAD. And with ``backward`` SURROGATE, for ``lif`` too.
     """
     neuron, (_, surrogate) = neuron_by(number), names_of(number)
-    constants: dict[str, Any] = dict(STEP=None, STATES=1, CONSTANTS=None)
+    constants: dict[str, Any] = {}
     if neuron is not None:
         constants = dict(STEP=neuron.kernel, STATES=neuron.states, CONSTANTS=neuron.constants)
     if backward:
         built_in = surrogate in BUILT_IN
         constants["SURROGATE"] = BUILT_IN.index(surrogate) if built_in else _surrogates[surrogate].kernel
-        constants["STEP_GRAD"] = None if neuron is None else neuron.kernel_grad
+        if neuron is not None:
+            constants["STEP_GRAD"] = neuron.kernel_grad
     return constants

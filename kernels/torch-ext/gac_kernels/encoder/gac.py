@@ -22,7 +22,7 @@ from ..common.triton import cdiv
 from ..derivatives import differentiable_gradients, register_derivatives, spec_of
 from ..neuron.values import check_learnable, check_values, named_values, stack_values
 from ..reference import gac_encode_reference, gated_lif_reference
-from ..registry import kernel_constants
+from ..registry import kernel_constants, states_by
 from ..spec import CIFAR, LIFSpec
 from ..tuning import launch_config
 from . import eager
@@ -127,7 +127,7 @@ def _backward_triton(
     # One partial sum a program and step, added up by torch in a fixed order: no atomics, so the same bits every time.
     partial = torch.empty((batch, programs // batch, num_steps), dtype=torch.float32, device=x.device)
     constants = kernel_constants(surrogate, backward=True)
-    scratch = partial.new_empty(programs * chunks * config["BLOCK"] * constants["STATES"] if chunks > 1 else 0)
+    scratch = partial.new_empty(programs * chunks * config["BLOCK"] * states_by(surrogate) if chunks > 1 else 0)
     with on_device(x):
         gated_bwd_kernel[(programs,)](
             grad,

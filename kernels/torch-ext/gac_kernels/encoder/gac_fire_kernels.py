@@ -44,10 +44,10 @@ def fire_fwd_kernel(
     THRESHOLD: tl.constexpr,
     DECAY: tl.constexpr,
     SOFT: tl.constexpr,
-    STEP: tl.constexpr,
-    STATES: tl.constexpr,
-    CONSTANTS: tl.constexpr,
     BLOCK: tl.constexpr,
+    STEP: tl.constexpr = None,
+    STATES: tl.constexpr = 1,
+    CONSTANTS: tl.constexpr = None,
 ):
     """Gated spikes y and spikes s of the second neuron; a program takes BLOCK places of one sample at all steps."""
     pid = tl.program_id(0).to(tl.int64)
@@ -116,11 +116,11 @@ def fire_bwd_kernel(
     DETACH: tl.constexpr,
     SOFT: tl.constexpr,
     HAS_GY: tl.constexpr,
-    STEP: tl.constexpr,
-    STEP_GRAD: tl.constexpr,
-    STATES: tl.constexpr,
-    CONSTANTS: tl.constexpr,
     BLOCK: tl.constexpr,
+    STEP: tl.constexpr = None,
+    STEP_GRAD: tl.constexpr = None,
+    STATES: tl.constexpr = 1,
+    CONSTANTS: tl.constexpr = None,
 ):
     """Gradients at x, at the scores n and, for each place, at its values; a program's share of that at m a step."""
     pid = tl.program_id(0).to(tl.int64)

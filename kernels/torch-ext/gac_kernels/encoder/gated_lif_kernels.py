@@ -60,10 +60,10 @@ def gated_fwd_kernel(
     THRESHOLD: tl.constexpr,
     DECAY: tl.constexpr,
     SOFT: tl.constexpr,
-    STEP: tl.constexpr,
-    STATES: tl.constexpr,
-    CONSTANTS: tl.constexpr,
     BLOCK: tl.constexpr,
+    STEP: tl.constexpr = None,
+    STATES: tl.constexpr = 1,
+    CONSTANTS: tl.constexpr = None,
 ):
     """Gated spikes y; a program takes BLOCK places of one sample at all steps."""
     pid = tl.program_id(0).to(tl.int64)
@@ -122,12 +122,12 @@ def gated_bwd_kernel(
     WIDTH: tl.constexpr,
     DETACH: tl.constexpr,
     SOFT: tl.constexpr,
-    STEP: tl.constexpr,
-    STEP_GRAD: tl.constexpr,
-    STATES: tl.constexpr,
-    CONSTANTS: tl.constexpr,
     BLOCK: tl.constexpr,
     TILES: tl.constexpr,
+    STEP: tl.constexpr = None,
+    STEP_GRAD: tl.constexpr = None,
+    STATES: tl.constexpr = 1,
+    CONSTANTS: tl.constexpr = None,
 ):
     """Gradients at x, at the scores n and, for each place, at its values; a program's share of that at m a step."""
     pid = tl.program_id(0).to(tl.int64)

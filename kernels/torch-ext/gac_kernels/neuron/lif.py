@@ -119,7 +119,7 @@ def _backward_triton(
     num_steps = x.shape[0]
     chunks, frame = cdiv(num_steps, CHUNK), x.numel() // num_steps
     constants = kernel_constants(surrogate, backward=True)
-    scratch = x.new_empty(chunks * frame * constants["STATES"] if chunks > 1 else 0, dtype=torch.float32)
+    scratch = x.new_empty(chunks * frame * states_by(surrogate) if chunks > 1 else 0, dtype=torch.float32)
     args = (grad, grad_last, x, state, grad_x, grad_state, scratch)
     _launch(lif_bwd_kernel, grad_x, args, "lif_bwd", **shared, **constants)
 

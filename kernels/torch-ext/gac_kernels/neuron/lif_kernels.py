@@ -48,11 +48,11 @@ def lif_fwd_kernel(
     HAS_STATE: tl.constexpr,
     KEEP_MASK: tl.constexpr,
     RETURN_STATE: tl.constexpr,
-    STEP: tl.constexpr,
-    STATES: tl.constexpr,
-    CONSTANTS: tl.constexpr,
     TIME_OUTER: tl.constexpr,
     BLOCK: tl.constexpr,
+    STEP: tl.constexpr = None,
+    STATES: tl.constexpr = 1,
+    CONSTANTS: tl.constexpr = None,
 ):
     """Spikes and, where asked for, two bits a step (of a LIF) and the last states, of BLOCK neurons at all steps."""
     inner = tl.cast(inner, tl.int64)
@@ -104,12 +104,12 @@ def lif_bwd_kernel(
     SOFT: tl.constexpr,
     HAS_STATE: tl.constexpr,
     HAS_GV: tl.constexpr,
-    STEP: tl.constexpr,
-    STEP_GRAD: tl.constexpr,
-    STATES: tl.constexpr,
-    CONSTANTS: tl.constexpr,
     TIME_OUTER: tl.constexpr,
     BLOCK: tl.constexpr,
+    STEP: tl.constexpr = None,
+    STEP_GRAD: tl.constexpr = None,
+    STATES: tl.constexpr = 1,
+    CONSTANTS: tl.constexpr = None,
 ):
     """Gradients at x and at the initial states; states are recomputed from x."""
     inner = tl.cast(inner, tl.int64)

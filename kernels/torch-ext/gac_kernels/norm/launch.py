@@ -12,7 +12,7 @@ from ..common.layout import packed
 from ..common.tiles import FINISH, is_channels_last, tiles_of
 from ..common.triton import cdiv
 from ..neuron.lif import CHUNK
-from ..registry import BUILT_IN, kernel_constants
+from ..registry import BUILT_IN, kernel_constants, states_by
 from ..tuning import launch_config
 from . import eager
 from .norm_lif_kernels import apply_kernel, finish_kernel, forward_kernel, reduce_kernel
@@ -239,7 +239,7 @@ def _backward(
     sizes = [
         programs * partial_count * channels,
         sum_count * channels,
-        chunks * frame * shared["STATES"] if chunks > 1 else 0,
+        chunks * frame * states_by(neuron[2]) if chunks > 1 else 0,
     ]
     sizes = [64 * cdiv(elements, 64) for elements in sizes]
     return _Backward(reduce, finish, apply, (programs, partial_count, channels), sizes, sum(sizes))

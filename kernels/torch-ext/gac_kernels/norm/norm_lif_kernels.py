@@ -66,13 +66,13 @@ def forward_kernel(
     NORMED: tl.constexpr,
     KEEP: tl.constexpr,
     PACK: tl.constexpr,
-    STEP: tl.constexpr,
-    STATES: tl.constexpr,
-    CONSTANTS: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
     REVERSE: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
+    STEP: tl.constexpr = None,
+    STATES: tl.constexpr = 1,
+    CONSTANTS: tl.constexpr = None,
 ):
     """Spikes, with KEEP the current and with PACK the spikes' bits, of one tile at all steps; frame is B*C*H*W."""
     frame = tl.cast(frame, tl.int64)
@@ -179,16 +179,16 @@ def reduce_kernel(
     HAS_GY: tl.constexpr,
     WRITE: tl.constexpr,
     SUMS: tl.constexpr,
-    STEP: tl.constexpr,
-    STEP_GRAD: tl.constexpr,
-    STATES: tl.constexpr,
-    CONSTANTS: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
     REVERSE: tl.constexpr,
     STAGES: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
     MAXES: tl.constexpr = False,
+    STEP: tl.constexpr = None,
+    STEP_GRAD: tl.constexpr = None,
+    STATES: tl.constexpr = 1,
+    CONSTANTS: tl.constexpr = None,
 ):
     """First backward pass: the sums of each channel and, with WRITE, the gradient ga.
 
@@ -413,14 +413,14 @@ def apply_kernel(
     BATCH: tl.constexpr,
     HAS_TOTAL: tl.constexpr,
     RECOMPUTE: tl.constexpr,
-    STEP: tl.constexpr,
-    STEP_GRAD: tl.constexpr,
-    STATES: tl.constexpr,
-    CONSTANTS: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
     REVERSE: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
+    STEP: tl.constexpr = None,
+    STEP_GRAD: tl.constexpr = None,
+    STATES: tl.constexpr = 1,
+    CONSTANTS: tl.constexpr = None,
 ):
     """Second backward pass: the gradient at x and, with NORMED, that at the residual."""
     frame = tl.cast(frame, tl.int64)
