@@ -75,7 +75,7 @@ def test_a_run_is_the_same_with_it(cuda_graph, tmp_path, monkeypatch):
     weights, ahead = [], []
     run = step_module.compile_ahead
     monkeypatch.setattr(step_module, "compile_ahead", lambda *given: ahead.append(run(*given)))
-    for switch in ("1", "0"):
+    for switch in ("train", "0"):
         monkeypatch.setenv("TIMM_GAC_COMPILE_AHEAD", switch)
         step, network, images, targets = prepared(tmp_path, cuda_graph=cuda_graph)
         torch.manual_seed(1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from gac_kernels import compile_ahead
 
 from ..runtime.collectives import average_gradients
-from ..runtime.first_call import may_compile_ahead
+from ..runtime.first_call import SWITCH, may_compile_ahead
 from ..runtime.graphs import GraphedStep
 from .optim import MovingAverage, learning_rate, set_learning_rate
 from .recipes import Recipe
@@ -87,7 +88,9 @@ class TrainStep:
 
     def __call__(self, images: Tensor, targets: Tensor, step: int) -> None:
         """Do step number ``step`` on images (B, C, H, W) and target probabilities (B, classes)."""
-        if self._first and images.is_cuda and not self.recipe.compile and self.accelerator.num_processes == 1:
+        # Asked for by name: no GPU has run it yet.
+        asked = os.environ.get(SWITCH) == "train" and images.is_cuda
+        if self._first and asked and not self.recipe.compile and self.accelerator.num_processes == 1:
             self._compile_ahead(images, targets)
         self._first = False
         self.lr = learning_rate(self.recipe, step, self.steps_per_epoch)

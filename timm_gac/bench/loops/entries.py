@@ -110,7 +110,9 @@ def training_is_checked(network: nn.Module) -> Iterator[None]:
     """Raise unless the block has moved the network's weights, and all stayed finite."""
     before = {name: parameter.detach().clone() for name, parameter in network.named_parameters()}
     yield
-    moved = [name for name, parameter in network.named_parameters() if not torch.equal(parameter, before[name])]
+    # Lightning leaves the network on the CPU.
+    pairs = [(before[name], parameter.to(before[name].device)) for name, parameter in network.named_parameters()]
+    moved = [old for old, new in pairs if not torch.equal(old, new)]
     if len(moved) < len(before) / 2:
         raise ValueError(f"expected the loop to train the network, got {len(moved)} of {len(before)} weights moved")
     if not all(torch.isfinite(parameter).all() for parameter in network.parameters()):

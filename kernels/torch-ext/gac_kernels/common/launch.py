@@ -2,12 +2,14 @@
 
 Triton looks at every argument at every launch. A training step in a plain loop waits for the host, so here a launch
 after the first looks only at what can have changed, dtypes of tensors and whether they are aligned: 5 to 7 us on one
-core of an Intel Xeon instead of 17 to 30 (Triton 3.6 and 3.8, measured without what the GPU's driver takes).
+core of an Intel Xeon instead of 17 to 30 (Triton 3.6 and 3.8, measured without what the GPU's driver takes). No GPU has
+run it yet, so Triton launches everything unless the environment has TIMM_GAC_DIRECT_LAUNCH=1.
 """
 
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
@@ -21,6 +23,7 @@ if HAS_TRITON and not INTERPRETED:
     from triton.compiler import CompiledKernel
     from triton.runtime import driver
 
+DIRECT = os.environ.get("TIMM_GAC_DIRECT_LAUNCH") == "1"
 _prepared: list[Any] = []
 _ALIGNED = 16  # bytes: Triton compiles one kernel for addresses that are multiples of it, and one for others
 
@@ -66,7 +69,9 @@ class Launch:
         elsewhere = self._device.type == "cuda" and self._device.index != _current_device()
         with torch.cuda.device(self._device) if elsewhere else nullcontext():
             compiled = self._kernel[self._grid](*tensors, *self._numbers, **self._constants)
-        if INTERPRETED or not isinstance(compiled, CompiledKernel):  # left out, to be compiled beside others
+        if (
+            not DIRECT or INTERPRETED or not isinstance(compiled, CompiledKernel)
+        ):  # left out, to be compiled beside others
             return
         if not any(x is not None and x.data_ptr() % _ALIGNED for x in tensors):
             constants = [*self._kernel.signature.parameters.values()][len(tensors) + len(self._numbers) :]
