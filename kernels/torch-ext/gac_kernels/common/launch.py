@@ -69,9 +69,7 @@ class Launch:
         elsewhere = self._device.type == "cuda" and self._device.index != _current_device()
         with torch.cuda.device(self._device) if elsewhere else nullcontext():
             compiled = self._kernel[self._grid](*tensors, *self._numbers, **self._constants)
-        if (
-            not DIRECT or INTERPRETED or not isinstance(compiled, CompiledKernel)
-        ):  # left out, to be compiled beside others
+        if not DIRECT or INTERPRETED or not isinstance(compiled, CompiledKernel):  # or left out for now
             return
         if not any(x is not None and x.data_ptr() % _ALIGNED for x in tensors):
             constants = [*self._kernel.signature.parameters.values()][len(tensors) + len(self._numbers) :]
