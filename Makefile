@@ -55,7 +55,7 @@ wheel: $(STAMP)  ## Build the wheel, compare its requirements with its imports, 
 	@rm build-wheel.log
 	$(BIN)/python tools/check_wheel.py build/wheel
 
-test-oldest:  ## Run all tests with the oldest supported versions: torch 2.11, timm 1.0.29 (.venv-oldest)
+test-oldest:  ## Run all tests with the oldest supported versions: torch 2.11, timm 1.0.31 (.venv-oldest)
 	$(PYTHON) -m venv .venv-oldest
 	.venv-oldest/bin/python -m pip install --disable-pip-version-check --no-input --quiet \
 		--editable '.[test]' --constraint tests/oldest.txt
