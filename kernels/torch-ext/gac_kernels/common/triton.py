@@ -27,6 +27,9 @@ except ImportError as error:  # CPU-only and non-Linux installs of PyTorch come 
         def jit(self, function: Any) -> Any:
             return function
 
+        def constexpr(self, value: Any) -> Any:
+            return value
+
     triton = tl = _Absent()
 
 # Read once: Triton itself decides at decoration time, so a later change of the variable has no effect on either.
