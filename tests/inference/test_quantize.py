@@ -22,8 +22,9 @@ from timm_gac.analysis.evaluate import evaluate
 from timm_gac.bench.check import check_integer
 from timm_gac.bench.model import ModelBenchConfig, bench_model
 from timm_gac.hub.folder import load_model, save_model_folder
+from timm_gac.inference.exact_conv import ExactConv2d, input_step, weight_units
 from timm_gac.inference.integer import IntegerSpikingResNet, SpikeConv, current_grid
-from timm_gac.inference.quantize import dequantize, quantize_weight
+from timm_gac.inference.quantize import GRID_SCHEME, dequantize, quantize_as, quantize_weight
 from timm_gac.inference.record import membrane_of, neuron_layers, record_spikes
 
 MODELS = ("test_gac_msresnet", "msresnet18_cifar", "gac_spiking_resnet18", "spiking_resnet19", "gac_msresnet34")
@@ -44,6 +45,10 @@ def layers(network: nn.Module) -> dict[str, SpikeConv]:
     return {name: module for name, module in network.named_modules() if isinstance(module, SpikeConv)}
 
 
+def exact_convs(network: nn.Module) -> dict[str, ExactConv2d]:
+    return {name: module for name, module in network.named_modules() if isinstance(module, ExactConv2d)}
+
+
 def with_float64_neurons(network: nn.Module) -> nn.Module:
     """A copy whose spike convolutions compute in float64, between the float parts as they are."""
     exact = copy.deepcopy(network)
@@ -55,8 +60,21 @@ def with_float64_neurons(network: nn.Module) -> nn.Module:
     return exact
 
 
+def rounding(step: float):
+    """A hook that rounds a convolution's input to multiples of the step, at most 1,024 of them."""
+
+    def hook(_, inputs):
+        x = inputs[0]
+        return (on_grid(x.clamp(-1024 * step, 1024 * step), step) if step else x,)
+
+    return hook
+
+
 def round_residuals(model: nn.Module, network: nn.Module) -> None:
-    """Give a float network the residuals of the integer network, rounded to its grid."""
+    """Give a float network the residuals of the integer network, rounded to its grid, and its inputs of shortcuts."""
+    for name, part in exact_convs(network).items():
+        conv = model.get_submodule(name + ".0" if name.endswith("downsample") else name)
+        conv.register_forward_pre_hook(rounding(part.step))
     for name, layer in layers(network).items():
         if layer.grid:
             neuron = model.get_submodule(name.replace("conv", "bn"))
@@ -115,6 +133,102 @@ def test_every_layer_and_the_whole_network_equal_float64(name: str) -> None:
         torch.testing.assert_close(steps.mean(1), network(images), rtol=1e-4, atol=1e-5)
 
 
+def behind_the_encoder(network: nn.Module, gated: torch.Tensor) -> list[torch.Tensor]:
+    """Currents and spikes of all blocks from the encoder's output."""
+    membrane, spikes, seen = gated, network.lif(gated), []
+    for stage in (network.layer1, network.layer2, network.layer3, network.layer4):
+        for block in stage:
+            membrane, spikes, _ = block(membrane, spikes)
+            seen += [membrane, spikes]
+    return seen
+
+
+@pytest.mark.parametrize("name", MODELS)
+@torch.no_grad()
+def test_no_sum_behind_the_encoder_depends_on_its_order(name: str) -> None:
+    """float32, channels-last, other batches and float64 give the same currents and spikes from the same input."""
+    network, images = quantize(firing(name)), torch.randn(3, 3, 15, 17)
+    network.check_grid()
+    gated = network._encode(images)
+    expected = behind_the_encoder(network, gated)
+    assert any(current.is_floating_point() for current in expected) == ("msresnet" in name)
+    assert expected[-1].float().mean() > 0.001
+    channels_last = copy.deepcopy(network).to(memory_format=torch.channels_last)
+    one = gated.unflatten(0, (3, 3))[:, 1].contiguous()
+    for found, rows in (
+        (behind_the_encoder(channels_last, gated.contiguous(memory_format=torch.channels_last)), slice(None)),
+        (behind_the_encoder(copy.deepcopy(network).double(), gated.double()), slice(None)),
+        (behind_the_encoder(network, one), slice(1, None, 3)),
+    ):
+        for want, got in zip(expected, found, strict=True):
+            assert torch.equal(got.double(), want[rows].double())
+    # Sums of the shortcuts' products in float32, one after the other and backwards, are those of float64.
+    seen = {}
+    for part_name, part in exact_convs(network).items():
+        part.register_forward_pre_hook(lambda _, inputs, part_name=part_name: seen.update({part_name: inputs[0]}))
+    behind_the_encoder(network, gated)
+    assert seen and set(seen) == set(exact_convs(network))
+    for part_name, x in seen.items():
+        part = exact_convs(network)[part_name]
+        x = x.float()
+        if part.step:
+            x = on_grid(x.clamp(-1024 * part.step, 1024 * part.step), part.step)
+        columns = torch.nn.functional.unfold(x[:1], part.kernel_size, 1, part.padding, part.stride)[0]
+        products, total = part.weight.flatten(1)[:8, :, None] * columns, 0.0
+        for product in products.flip(1).unbind(1):
+            total = total + product
+        torch.testing.assert_close(total.double(), products.double().sum(1), rtol=0, atol=0)
+
+
+def test_units_leave_room_for_the_largest_sums() -> None:
+    """Inputs of 1,024 steps with the signs of the weights reach at most 2**24 units, and the bound is not idle."""
+    weight = (
+        torch.randn(5, 300, 1, 1, dtype=torch.float64) * torch.tensor([1e-3, 1.0, 7.0, 1e2, 0.0])[:, None, None, None]
+    )
+    weight[1, 1:] = 0.0
+    for step in (2.0**-10, 2.0**-4, 0.0):
+        conv = nn.Conv2d(300, 5, 1, bias=False).double()
+        conv.weight.data.copy_(weight)
+        bias = torch.randn(5, dtype=torch.float64)
+        part = ExactConv2d(conv, step, bias)
+        part.check_exact("it")
+        unit = weight_units(part.weight, part.bias, step)
+        integers, levels = part.weight.flatten(1).abs() / unit[:, None], 1024 if step else 1
+        sums = integers.sum(1) * levels + part.bias.abs() / (unit * (step or 1.0))
+        assert (integers == integers.round()).all() and (sums <= 2**24).all() and (integers <= 2**11).all()
+        assert ((sums > 2**22) | (integers.amax(1) > 2**9)).logical_or(weight.flatten(1).sum(1) == 0).all()
+        assert (part.weight - weight).abs().max() <= unit.max()
+    assert input_step(1.0) == 2.0**-10 and input_step(33.0) == 2.0**-4
+    with pytest.raises(ValueError, match="at most 16,384 weights a channel"):
+        weight_units(torch.ones(1, 40000, 1, 1, dtype=torch.float64), None, 1.0, rounding=0.5)
+
+
+@torch.no_grad()
+def test_folders_of_the_scheme_before_load_as_before(tmp_path: Path) -> None:
+    """Their shortcuts' weights have all bits, and nothing is rounded before them."""
+    images = torch.randn(2, 3, 16, 16)
+    for name in ("test_gac_msresnet", "gac_spiking_resnet18"):
+        model = firing(name)
+        before = quantize_as(GRID_SCHEME, model)
+        assert not any(key.endswith("log2_step") for key in before.state_dict())
+        folder = save_model_folder(before, tmp_path / name)
+        scheme = json.loads((folder / "config.json").read_text())["quantization"]
+        assert scheme == {"scheme": "int8-weights-per-channel-on-grid", "clip": "mse"}
+        loaded = load_model(folder)
+        assert torch.equal(loaded(images), before(images)) and loaded.quantization == before.quantization
+        for part_name, part in exact_convs(loaded).items():
+            scale = 1.0
+            if part_name.endswith("downsample"):
+                conv, norm = model.get_submodule(part_name)
+            else:
+                conv, norm = model.get_submodule(part_name), model.get_submodule(part_name.replace("conv", "bn"))
+            scale = norm.weight.double() * torch.rsqrt(norm.running_var.double() + norm.eps)
+            assert torch.equal(part.weight, (conv.weight.double() * scale[:, None, None, None]).float())
+            x = torch.randn(2, conv.in_channels, 8, 8)
+            if part_name.endswith("downsample"):
+                assert torch.equal(part(x), torch.nn.functional.conv2d(x, part.weight, None, conv.stride))
+
+
 @pytest.mark.parametrize(
     ("name", "num_steps"),
     [("test_gac_msresnet", 4), ("test_gac_msresnet", 6), ("spiking_resnet19", 4), ("msresnet18", 4), ("msresnet18", 2)],
@@ -164,6 +278,14 @@ def test_only_the_weights_are_rounded(name: str, monkeypatch: pytest.MonkeyPatch
     rounded, parts = copy.deepcopy(model).double(), layers(network)
     fuse_for_inference(rounded)
     with torch.no_grad():
+        for name, part in exact_convs(network).items():  # whose inputs are rounded too
+            conv = rounded.get_submodule(name + ".0" if name.endswith("downsample") else name)
+            unit = weight_units(part.weight.double(), None, part.step)[:, None, None, None]
+            assert ((conv.weight - part.weight).abs() <= unit).all(), name
+            conv.weight.copy_(part.weight)
+            if part.bias is not None:
+                rounded.get_submodule(name.replace("conv", "bn")).shift.copy_(part.bias)
+            conv.register_forward_pre_hook(rounding(part.step))
         for layer, part in parts.items():
             float_weight = rounded.get_submodule(layer).weight
             exact = (part.weight.double() * part.scale[:, None, None]).unflatten(1, (3, 3)).permute(0, 3, 1, 2)
@@ -220,7 +342,7 @@ def test_folder_round_trip(name: str, tmp_path: Path) -> None:
     network, images = quantize(firing(name)), torch.randn(2, 3, 16, 16)
     folder = save_model_folder(network, tmp_path / "int8")
     config = json.loads((folder / "config.json").read_text())
-    assert config["quantization"] == {"scheme": "int8-weights-per-channel-on-grid", "clip": "mse"}
+    assert config["quantization"] == {"scheme": "int8-weights-per-channel-exact-sums", "clip": "mse"}
     stored = load_file(folder / "model.safetensors")
     assert stored["layer2.0.conv2.weight"].dtype == torch.int8
     loaded = load_model(folder)
@@ -245,12 +367,21 @@ def test_damaged_folders(tmp_path: Path) -> None:
         (folder / "config.json").write_text(json.dumps(config | {"quantization": {"scheme": scheme}}))
         with pytest.raises(ValueError, match=f"int8-weights-per-channel-on-grid.*'{scheme}': quantise anew"):
             load_model(folder)
+    (folder / "config.json").write_text(
+        json.dumps(config | {"quantization": {"scheme": "int8-weights-per-channel-as-trained"}})
+    )
+    with pytest.raises(ValueError, match="another scheme for a network not trained in 8 bits"):
+        load_model(folder)
     (folder / "config.json").write_text(json.dumps(config))
     tensors = load_file(folder / "model.safetensors")
     for name in ("layer2.0.conv1.scale", "layer1.0.conv2.bias"):
         save_file(tensors | {name: tensors[name] + 2.0**-16}, folder / "model.safetensors")
         with pytest.raises(ValueError, match=rf"{name.rpartition('.')[0]} with scales and biases that are multiples"):
             load_model(folder)
+    shortcut = tensors["layer2.0.downsample.weight"]
+    save_file(tensors | {"layer2.0.downsample.weight": shortcut * (1.0 + 2.0**-20)}, folder / "model.safetensors")
+    with pytest.raises(ValueError, match=r"layer2\.0\.downsample with weights of which float32 holds every sum"):
+        load_model(folder)
     del tensors["layer2.0.conv1.scale"]
     save_file(tensors, folder / "model.safetensors")
     with pytest.raises(ValueError, match=r"layer2\.0\.conv1\.scale"):

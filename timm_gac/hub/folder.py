@@ -15,7 +15,7 @@ from timm.models import save_for_hf
 from torch import nn
 
 from ..inference.integer import IntegerSpikingResNet
-from ..inference.quantize import quantize
+from ..inference.quantize import quantize, quantize_as
 from ..models.checkpoint import pack_int8_convs
 from ..models.network import SpikingResNet
 from ..models.weights import TRAINED_ON
@@ -157,12 +157,11 @@ def load_model(folder: Path) -> nn.Module:
             raise ValueError(f"{size:,} bytes for {weights:,} weights")
         network: Any
         if "quantization" in config:
-            network = quantize(timm.create_model(f"local-dir:{folder}", pretrained=False), clip="max")
+            scheme = config["quantization"]["scheme"]
+            network = quantize_as(scheme, timm.create_model(f"local-dir:{folder}", pretrained=False), clip="max")
             network.load_state_dict(load_file(file))
             network.check_grid()
-            built, network.quantization = network.quantization["scheme"], config["quantization"]
-            if built != network.quantization["scheme"]:
-                raise ValueError(f"scheme {network.quantization['scheme']} for a network of scheme {built}")
+            network.quantization = config["quantization"]
         else:
             network = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
     except (SafetensorError, RuntimeError, LookupError, OSError, AttributeError, TypeError, ValueError) as error:

@@ -1,7 +1,8 @@
 """A spiking ResNet that computes with integers: spikes and the weights of its 3x3 convolutions are int8.
 
-Stem, encoder, 1x1 shortcuts and classifier stay floating-point. ``network.double()`` is the same quantised network
-evaluated in float64, which everything else is compared with.
+Stem, encoder, 1x1 shortcuts and classifier stay floating-point. Between encoder and classifier float32 rounds no sum,
+1x1 shortcuts included (`exact_conv`). ``network.double()`` is the same quantised network evaluated in float64, which
+everything else is compared with.
 """
 
 from __future__ import annotations
@@ -18,9 +19,9 @@ from torch import Tensor, nn
 from gac_kernels import LIFSpec, integer_lif, spike_conv, spike_conv_reference
 
 from ..layers.checks import fixed_num_steps, log_called, may_skip
-from ..layers.convolution import shortcut_operands
 from ..layers.neuron_layer import at_least_float32, spikes_of
 from ..models.network import SpikingResNet
+from .exact_conv import ExactConv2d
 
 DECAY_STEPS = 256  # learned decays are multiples of its reciprocal
 
@@ -104,23 +105,32 @@ class IntegerLIF(_RoundedNeuron):
         return f"{self.spec}, num_steps={self.num_steps}"
 
 
-class RealConv(nn.Conv2d):
+class RealConv(ExactConv2d):
     """Floating-point 3x3 convolution with bias, then LIF: the first of a plain network, whose encoder's output is real.
 
     ``(T*B, C, H, W)`` -> spikes ``(T*B, C', H', W')`` int8.
+
+    Args:
+        conv: The convolution.
+        bias: (C',).
+        step: See `ExactConv2d`.
+        exact: As there.
+        spec: What the neuron computes.
+        num_steps: Number of time steps T folded into the first axis.
+        neuron: Learned decay and threshold, rounded, see `_RoundedNeuron`.
     """
 
-    def __init__(self, conv: nn.Conv2d, spec: LIFSpec, num_steps: int, neuron: Tensor | None = None) -> None:
-        stride = (conv.stride[0], conv.stride[1])
-        super().__init__(
-            conv.in_channels,
-            conv.out_channels,
-            kernel_size=3,
-            stride=stride,
-            padding=1,
-            device=conv.weight.device,
-            dtype=conv.weight.dtype,
-        )
+    def __init__(
+        self,
+        conv: nn.Conv2d,
+        bias: Tensor,
+        step: float,
+        exact: bool,
+        spec: LIFSpec,
+        num_steps: int,
+        neuron: Tensor | None = None,
+    ) -> None:
+        super().__init__(conv, step, bias, exact)
         self.lif = IntegerLIF(spec, num_steps, neuron)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -264,12 +274,12 @@ class IntegerBlock(nn.Module):
     Args:
         conv1: First convolution with its neuron.
         conv2: Second convolution with residual and neuron.
-        downsample: 1x1 shortcut; None for the identity.
+        downsample: 1x1 shortcut, `ExactConv2d`; None for the identity.
         membrane_shortcut: The shortcut carries the membrane (`MSBlock`), else the spikes (`SpikingBlock`).
     """
 
     def __init__(
-        self, conv1: nn.Module, conv2: SpikeConv, downsample: nn.Conv2d | None, membrane_shortcut: bool
+        self, conv1: nn.Module, conv2: SpikeConv, downsample: ExactConv2d | None, membrane_shortcut: bool
     ) -> None:
         super().__init__()
         self.conv1, self.conv2, self.downsample = conv1, conv2, downsample
@@ -288,7 +298,7 @@ class IntegerBlock(nn.Module):
             skipped = may_skip(self.conv2, _SPIKE_CONV_FORWARDS)
             if not skipped:
                 log_called(self.conv2, _SPIKE_CONV_FORWARDS)
-            operands = shortcut_operands(self.downsample, shortcut) if skipped else None
+            operands = self.downsample.operands(shortcut) if skipped else None
             shortcut, weight = operands if operands is not None else (self.downsample(shortcut), None)
         out = self.conv2(hidden, shortcut) if weight is None else self.conv2(hidden, shortcut, weight)
         return (*out, None) if isinstance(out, tuple) else (out, out, None)
@@ -326,10 +336,13 @@ class IntegerSpikingResNet(SpikingResNet):
     def check_grid(self) -> None:
         """Raise a ValueError unless scales and biases are multiples of the grid that spec and T stand for.
 
-        Those of a network that was trained in 8 bits lie on none.
+        Those of a network that was trained in 8 bits lie on none. Sums of real numbers have to be exact too.
         """
         if self.int8_convs:
             return
+        for name, module in self.named_modules():
+            if isinstance(module, ExactConv2d):
+                module.check_exact(name)
         grid = current_grid(self.spec, self.num_steps)
         for name, layer in self.named_modules():
             if isinstance(layer, SpikeConv) and torch.cat((layer.scale, layer.bias)).remainder(grid).any():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import re
-from typing import Any
+from typing import Any, NamedTuple
 
 import timm
 import torch
@@ -14,27 +14,35 @@ from torch import Tensor, nn
 from gac_kernels import int8_weight
 
 from ..layers.convolution import SpikeConv2d, is_plain_3x3
+from ..layers.encoder import GatedAttentionCoding
 from ..layers.learned import LearnedValues
 from ..layers.lif import LIF
 from ..models.blocks import STAGES, MSBlock, SpikingBlock
 from ..models.network import SpikingResNet
 from ..runtime.finite import check_finite
 from .batch_norm import check_foldable, fold_batch_norm, norm_scale_and_shift, plain_weights
+from .exact_conv import ExactConv2d, input_step
 from .fold import FoldedStem
 from .integer import DECAY_STEPS, IntegerBlock, IntegerLIF, IntegerSpikingResNet, RealConv, SpikeConv, current_grid
 
 _logger = logging.getLogger(__name__)
 
 # Its grid follows from spec and T (`current_grid`); another grid would be another scheme.
-SCHEME = "int8-weights-per-channel-on-grid"
+SCHEME = "int8-weights-per-channel-exact-sums"
+# As folders had it before: sums of 1x1 shortcuts and of a plain network's first convolution are float32's.
+GRID_SCHEME = "int8-weights-per-channel-on-grid"
 # The integers of a network that was trained with them. Scales are the trained ones times the batch norm's, on no grid:
 # rounding them to it would change each by up to 1 %.
 TRAINED_SCHEME = "int8-weights-per-channel-as-trained"
-SCHEMES = (SCHEME, TRAINED_SCHEME)
+SCHEMES = (SCHEME, GRID_SCHEME, TRAINED_SCHEME)
 CLIPS = ("max", "mse")
 _LEVELS = 127
 # Fractions of a channel's largest weight at which "mse" looks for the least squared error.
 _FRACTIONS = tuple(1.0 - 0.02 * i for i in range(16))
+# Deviations of a current, as its batch norms have it, for which the input of a shortcut has room; the power of two
+# behind it leaves up to twice as much. Of 210 million currents of the trained CIFAR-100 networks none was beyond: the
+# largest was 31.74 where there is room for 32.
+_DEVIATIONS = 8.0
 
 
 @torch.no_grad()
@@ -49,8 +57,11 @@ def quantize(model: nn.Module, clip: str = "mse") -> IntegerSpikingResNet:
     Spikes are integers, so the convolutions are exact. Scales, biases and the currents from encoder and 1x1 shortcuts
     are rounded to multiples of a power of two, 2**-15 at T=4 and decay 1/2. Float32 then computes the neurons exactly
     too, with the spikes of float64; `timm_gac.inference.integer.current_grid` says up to which T.
-    Stem, encoder, 1x1 shortcuts and classifier stay as they are, and so does the first convolution of a plain network,
-    whose input is real-valued.
+    1x1 shortcuts, and the first convolution of a plain network, whose input is real-valued, stay floating-point, but
+    round no sum: their inputs are multiples of a power of two, at most 1,024 times it, and their weights have so few
+    bits (`timm_gac.inference.exact_conv`). How large an input gets is read off the batch norms. So from the encoder's
+    output on, float32 in any order of its sums and float64 give the same currents and spikes.
+    Stem, encoder and classifier stay as they are.
     Of neurons that learned one decay and threshold a layer, decays are rounded to multiples of 1/256 and thresholds to
     the grid; float32 then rounds membranes, so that its spikes can differ from those of float64, which a line in the
     log says. The encoder keeps what it learned.
@@ -76,6 +87,12 @@ def quantize(model: nn.Module, clip: str = "mse") -> IntegerSpikingResNet:
         >>> import timm, timm_gac
         >>> network = timm_gac.quantize(timm.create_model("gac_msresnet18_cifar"))
     """
+    return quantize_as(TRAINED_SCHEME if getattr(model, "int8_convs", False) else SCHEME, model, clip)
+
+
+@torch.no_grad()
+def quantize_as(scheme: str, model: nn.Module, clip: str = "mse") -> IntegerSpikingResNet:
+    """`quantize` by a scheme out of `SCHEMES`, `TRAINED_SCHEME` for networks that were trained in 8 bits alone."""
     if clip not in CLIPS:
         raise ValueError(f"expected clip out of {CLIPS}, got {clip!r}: choose one of these")
     check_foldable(model)
@@ -83,13 +100,17 @@ def quantize(model: nn.Module, clip: str = "mse") -> IntegerSpikingResNet:
     model.spec.refuse_others("8-bit inference")
     _check_parts(model)
     check_finite(model, "to quantise")
-    quantization = {"scheme": TRAINED_SCHEME} if model.int8_convs else {"scheme": SCHEME, "clip": clip}
+    if (scheme == TRAINED_SCHEME) != model.int8_convs:
+        trained = "trained" if model.int8_convs else "not trained"
+        raise ValueError(f"expected another scheme for a network {trained} in 8 bits, got {scheme}: quantise anew")
+    quantization = {"scheme": scheme} if model.int8_convs else {"scheme": scheme, "clip": clip}
     dtype, device = model.conv1.weight.dtype, model.conv1.weight.device
     network = IntegerSpikingResNet.like(model, quantization)
     network.eval()
     plain_weights(network)
     network.double()  # so that weights are rounded once, to int8
     parts: Any = network
+    currents = _Currents.behind_encoder(network)
     parts.conv1 = FoldedStem(parts.conv1, fold_batch_norm(parts.conv1, parts.bn1))
     parts.bn1 = nn.Identity()
     if isinstance(parts.lif, LIF):
@@ -98,7 +119,15 @@ def quantize(model: nn.Module, clip: str = "mse") -> IntegerSpikingResNet:
     blocks = [block for stage in stages for block in stage]
     for stage in stages:
         for index, block in enumerate(stage):
-            stage[index] = _integer_block(block, network, clip, first=block is blocks[0], last=block is blocks[-1])
+            stage[index] = _integer_block(
+                block,
+                network,
+                clip,
+                currents,
+                first=block is blocks[0],
+                last=block is blocks[-1],
+            )
+            currents = currents.behind(block)
     _report_learned(model, network)
     return network.to(device, dtype).requires_grad_(False).eval()
 
@@ -158,30 +187,74 @@ def _check_geometry(name: str, conv: nn.Conv2d) -> None:
         )
 
 
+class _Currents(NamedTuple):
+    """Mean and variance of a membrane shortcut's currents, as batch norms have them; (C,) float64 each."""
+
+    mean: Tensor
+    variance: Tensor
+
+    @classmethod
+    def of(cls, norm: Any) -> _Currents:
+        """Behind one norm."""
+        ones = torch.ones_like(norm.running_mean)
+        weight, bias = (ones if norm.weight is None else norm.weight), (0 * ones if norm.bias is None else norm.bias)
+        return cls(bias, weight.square())
+
+    @classmethod
+    def behind_encoder(cls, network: Any) -> _Currents:
+        """Of the encoder's output: gates, below 1, or the stem's current at every step."""
+        currents = cls.of(network.bn1)
+        if not isinstance(network.encoder, GatedAttentionCoding):
+            return currents
+        return cls(torch.zeros_like(currents.mean), torch.full_like(currents.mean, _DEVIATIONS**-2))
+
+    def behind(self, block: MSBlock | SpikingBlock) -> _Currents:
+        """Of a block's output, as if residual and branch were independent."""
+        residual = self if block.downsample is None else self.of(block.downsample[1])
+        branch = self.of(block.bn2)
+        return _Currents(residual.mean + branch.mean, residual.variance + branch.variance)
+
+    def step(self) -> float:
+        """What these currents are rounded to for a convolution, see `ExactConv2d`."""
+        limit = float((self.mean.abs() + _DEVIATIONS * self.variance.sqrt()).max())
+        return input_step(max(limit, 2.0**-6))
+
+
 def _integer_block(
-    block: MSBlock | SpikingBlock, network: IntegerSpikingResNet, clip: str, first: bool, last: bool
+    block: MSBlock | SpikingBlock,
+    network: IntegerSpikingResNet,
+    clip: str,
+    currents: _Currents,
+    first: bool,
+    last: bool,
 ) -> IntegerBlock:
     membrane = isinstance(block, MSBlock)
+    scheme = network.quantization["scheme"]
+    exact, step = scheme == SCHEME, currents.step() if membrane or first else 0.0
     conv1: nn.Module
     if first and not membrane:
         shift = fold_batch_norm(block.conv1, block.bn1)
-        conv1 = RealConv(block.conv1, network.spec, network.num_steps, _rounded(block.bn1.lif, network))
-        conv1.weight.copy_(block.conv1.weight)
-        assert conv1.bias is not None
-        conv1.bias.copy_(shift)
+        conv1 = RealConv(
+            block.conv1,
+            shift,
+            step,
+            exact,
+            network.spec,
+            network.num_steps,
+            _rounded(block.bn1.lif, network),
+        )
     else:
         conv1 = _spike_conv(block.conv1, block.bn1, 0.0, network, clip, keep_membrane=False)
     added: Tensor | float = 0.0
-    downsample: nn.Conv2d | None = None
+    downsample: ExactConv2d | None = None
     if block.downsample is not None:
-        first_of_shortcut = block.downsample[0]
-        assert isinstance(first_of_shortcut, nn.Conv2d)
-        downsample = first_of_shortcut
-        added = fold_batch_norm(downsample, block.downsample[1])
+        shortcut = block.downsample[0]
+        assert isinstance(shortcut, nn.Conv2d)
+        added = fold_batch_norm(shortcut, block.downsample[1])
+        downsample = ExactConv2d(shortcut, step, exact=exact)
     conv2 = _spike_conv(block.conv2, block.bn2, added, network, clip, keep_membrane=membrane and not last)
-    on_grid = network.quantization["scheme"] == SCHEME
     # Without a shortcut's convolution the residual consists of spikes, or of the currents of the block before.
-    if on_grid and (first or downsample is not None):
+    if scheme != TRAINED_SCHEME and (first or downsample is not None):
         conv2.grid = current_grid(network.spec, network.num_steps)
     return IntegerBlock(conv1, conv2, downsample, membrane)
 
@@ -270,7 +343,7 @@ def _round(weight: Tensor, scale: Tensor) -> Tensor:
 def dequantize(network: IntegerSpikingResNet) -> SpikingResNet:
     """A float network with the rounded weights of a quantised one, for comparisons.
 
-    Its batch norms add the biases and do nothing else. It does not round residuals to the grid.
+    Its batch norms add the biases and do nothing else. It rounds no residuals, to the grid or for a shortcut.
     """
     args = network.changed_args() | {"int8_convs": False}
     model: Any = timm.create_model(network.pretrained_cfg["architecture"], **args)
@@ -286,11 +359,11 @@ def dequantize(network: IntegerSpikingResNet) -> SpikingResNet:
         scale = stored.get(f"{layer}.scale")
         if re.search(r"(^|\.)conv[12]$", layer) and field == "bias":
             state[re.sub(r"conv([12])$", r"bn\1.bias", layer)] = value
-        elif layer.endswith(".downsample"):
+        elif layer.endswith(".downsample") and field == "weight":
             state[f"{layer}.0.{field}"] = value
         elif field == "weight" and scale is not None:
             state[name] = value.unflatten(1, (3, 3)).permute(0, 3, 1, 2) * scale[:, None, None, None]
-        elif field not in ("scale", "neuron"):
+        elif field not in ("scale", "neuron", "log2_step"):
             state[name] = value
     model.load_state_dict(state | _learned_state(network))
     float_network: SpikingResNet = model.to(network.conv1.weight.device).train(network.training)

@@ -99,13 +99,15 @@ def is_plain_3x3(conv: nn.Conv2d) -> bool:
     )
 
 
-def shortcut_operands(conv: nn.Module, x: Tensor) -> tuple[Tensor, Tensor] | None:
+def shortcut_operands(
+    conv: nn.Module, x: Tensor, forwards: tuple[Any, ...] = _FORWARDS
+) -> tuple[Tensor, Tensor] | None:
     """What a 1x1 shortcut multiplies, for the kernel that takes it along: x and weight, in the dtype it computes in.
 
-    None where the module has to be called: something watches it, or it is another convolution.
+    None where the module has to be called: something watches it, or it is another convolution than one of ``forwards``.
     """
-    if not may_skip(conv, _FORWARDS):
-        log_called(conv, _FORWARDS)
+    if not may_skip(conv, forwards):
+        log_called(conv, forwards)
         return None
     assert isinstance(conv, nn.Conv2d)
     plain = conv.kernel_size == (1, 1) and conv.padding == (0, 0) and conv.groups == 1 and conv.bias is None
