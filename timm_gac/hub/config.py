@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import reprlib
 from collections.abc import Mapping
@@ -16,7 +15,7 @@ from timm.models import PretrainedCfg, is_model_in_modules
 
 from ..inference.quantize import SCHEMES
 from ..models.arguments import check_model_args
-from ..runtime.files import write_json
+from ..runtime.files import parse_json, write_json
 
 CONFIG = "config.json"
 # What timm computes in, whatever type the weights are stored in.
@@ -78,7 +77,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     if size > MAX_CONFIG_BYTES:
         raise ValueError(f"expected a {CONFIG} of at most {MAX_CONFIG_BYTES:,} bytes, got {size:,}: it is no config")
     try:
-        config = json.loads(file.read_bytes())
+        config = parse_json(file.read_bytes())
     except (ValueError, RecursionError, OSError) as error:  # JSONDecodeError and UnicodeDecodeError are ValueErrors
         raise ValueError(
             f"expected {CONFIG} as a JSON object, got {type(error).__name__} ({str(error)[:200]}): it is damaged"

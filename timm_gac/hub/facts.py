@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Mapping
@@ -15,6 +14,7 @@ from gac_kernels import LIFSpec
 from ..inference.integer import IntegerBlock, SpikeConv
 from ..layers.encoder import GatedAttentionCoding
 from ..models.blocks import MSBlock
+from ..runtime.files import parse_json
 from .config import CONFIG, license_of, read_config, short
 from .dataset import DIGITS, dataset_name
 from .folder import load_model
@@ -132,7 +132,7 @@ def read_json(file: Path) -> dict[str, Any]:
     try:
         if file.stat().st_size > MAX_JSON_BYTES:
             raise ValueError(f"over {MAX_JSON_BYTES:,} bytes")
-        content = json.loads(file.read_bytes())
+        content = parse_json(file.read_bytes())
     except (ValueError, RecursionError) as error:
         raise ValueError(
             f"expected {str(file)!r} as a JSON object, got {str(error)[:200]}: delete it or write it again"

@@ -62,6 +62,18 @@ def write_json(path: Path, content: Any, indent: int = 2) -> None:
     write_text(path, json.dumps(content, indent=indent) + "\n")
 
 
+def parse_json(data: bytes) -> Any:
+    """The content of a JSON file, all of whose text can be written again.
+
+    Raises:
+        ValueError: It is no JSON, or holds half of a surrogate pair, which JSON may spell but UTF-8 cannot.
+        RecursionError: It is nested too deeply.
+    """
+    content = json.loads(data)
+    json.dumps(content, ensure_ascii=False).encode()
+    return content
+
+
 def write_csv(path: Path, columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> None:
     """Write a table, whole or not at all: one mapping from column to value a row, None as an empty cell."""
     write_text(path, _csv_text(columns, rows, header=True))
