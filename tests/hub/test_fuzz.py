@@ -20,5 +20,5 @@ def test_damaged_folders_are_loaded_or_refused_by_a_sentence(tmp_path: Path) -> 
 def test_half_a_surrogate_pair_is_refused(tmp_path: Path) -> None:
     """JSON can spell what UTF-8 cannot, so that a card could not be written."""
     (tmp_path / "eval.json").write_text('{"dataset": "\\ud800"}', encoding="utf-8")
-    with pytest.raises(ValueError, match="expected '.*eval.json' as a JSON object, got .*surrogates"):
+    with pytest.raises(ValueError, match=r"expected '.*eval\.json' as a JSON object, got .*surrogates"):
         read_json(tmp_path / "eval.json")
