@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import io
 import json
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
 from gac_kernels.decompositions import decomposition_table
+from gac_kernels.embedding import EMBEDDED, embedded_kernels, why_not_embedded
 
 from ..runtime.files import replace_file, write_bytes
 from ..runtime.modes import eval_mode
@@ -70,13 +73,26 @@ def export_program(
     if not plain:
         return program
     program = program.run_decompositions(decomposition_table())
-    left = {str(node.target) for node in program.graph.nodes if "gac_kernels" in str(node.target)}
+    left = _operators(program)
     if left:
         raise ValueError(
             f"expected operators that PyTorch's own can replace, got {', '.join(sorted(left))}: export the network as "
             "timm.create_model makes it, or give plain=False"
         )
     return program
+
+
+def _operators(program: ExportedProgram) -> set[str]:
+    """This package's operators in a program."""
+    return {str(node.target) for node in program.graph.nodes if "gac_kernels" in str(node.target)}
+
+
+def _check_embedded(program: ExportedProgram) -> None:
+    if left := _operators(program) - EMBEDDED:
+        raise ValueError(
+            f"expected operators of inference, got {', '.join(sorted(left))}: export the network as timm.create_model "
+            "makes it, or give plain=False"
+        )
 
 
 def _prepared(
@@ -156,8 +172,11 @@ def compile_package(
 ) -> ExportReport:
     """Compile a network with AOTInductor into a .pt2 package, for C++ or ``torch._inductor.aoti_load_package``.
 
-    It holds machine code for the kind of processor that it is compiled on, and wants a C++ compiler there. Sums in
-    another order differ in their last bits, as between any two kernels.
+    It holds machine code for the kind of processor that it is compiled on, and wants a C++ compiler there, for a GPU
+    with CUDA's headers. On a GPU this package's Triton kernels are inside, as machine code too, but not in float64 nor
+    for other neurons than ``lif``. For Hopper's convolutions in one pass cuDNN's convolution and a neuron kernel stand
+    there, or with 8-bit weights the kernel in plain Triton. Sums in another order differ in their last bits, as between
+    any two kernels. Images have to be contiguous: generated code relies on it.
 
     Args:
         model: As for `write_program`. It is compiled for the device on which it is.
@@ -166,8 +185,8 @@ def compile_package(
         frames: As there.
         batch_size: As there.
         per_step: As there.
-        plain: Compile PyTorch's own operators, which runs in any process. Without it the package calls this package's
-            operators, and so its kernels; only a Python process that has imported `gac_kernels` can run it.
+        plain: Runs in any process, by PyTorch's own operators and, on a GPU, kernels. Without it the package calls this
+            package's operators, so only a Python process that has imported `gac_kernels` can run it.
         overwrite: Replace the file where there is one.
 
     Returns:
@@ -178,13 +197,22 @@ def compile_package(
     """
     path = Path(path)
     check_new(path, overwrite)
-    program, images = _prepared(model, images, frames, batch_size, per_step, plain)
+    embedded = plain and model.spec.neuron == "lif" and not why_not_embedded(next(model.parameters()))
+    # Kernels and convolutions on a GPU want weights channels-last; of others each call would make a copy.
+    network = copy.deepcopy(model).to(memory_format=torch.channels_last) if embedded else model
+    program, images = _prepared(network, images, frames, batch_size, per_step, plain and not embedded)
+    if embedded:
+        _check_embedded(program)
     _check_compiler()
     content = io.BytesIO()
-    torch._inductor.aoti_compile_and_package(program, package_path=content)
+    with embedded_kernels() if embedded else nullcontext():
+        torch._inductor.aoti_compile_and_package(program, package_path=content)
     write_bytes(path, content.getvalue())
     package = torch._inductor.aoti_load_package(str(path))
-    inside = "generated code alone" if plain else "generated code that calls the operators of gac_kernels"
+    if plain:
+        inside = "generated code and Triton kernels of gac_kernels" if embedded else "generated code alone"
+    else:
+        inside = "generated code that calls the operators of gac_kernels"
     contents = f"compiled for this {images.device.type.upper()}: {inside}"
     return _checked(path, contents, model, per_step, images, package, batch_size)
 

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .triton import HAS_TRITON, INTERPRETED, triton
+from .triton import HAS_TRITON, INTERPRETED, is_embedding, launchable, triton
 
 if HAS_TRITON and not INTERPRETED:
     from triton.compiler import CompiledKernel
@@ -57,6 +57,9 @@ class Launch:
 
     def __call__(self, *tensors: Tensor | None) -> None:
         """Launch with these tensors; None where the kernel has its argument as None."""
+        if is_embedding():
+            launchable(self._kernel)[self._grid](*tensors, *self._numbers, **self._constants)
+            return
         dtypes = (*[None if x is None else x.dtype for x in tensors],)
         known = self._known.get(dtypes)
         if known is not None and self._device.index == _current_device() and not _watched(self._kernel):

@@ -7,6 +7,8 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor
 
+from .triton import is_embedding
+
 
 def same_layout(a: Tensor, b: Tensor) -> bool:
     """Whether two tensors of one shape lie in memory in the same order (strides of size-1 axes do not matter)."""
@@ -32,6 +34,6 @@ def time_stride(x: Tensor) -> int:
 
 def on_device(tensor: Tensor) -> AbstractContextManager[object]:
     """Context in which Triton launches on the tensor's own GPU."""
-    if not tensor.is_cuda or tensor.device.index == torch._C._cuda_getDevice():
+    if is_embedding() or not tensor.is_cuda or tensor.device.index == torch._C._cuda_getDevice():
         return nullcontext()
     return torch.cuda.device(tensor.device)

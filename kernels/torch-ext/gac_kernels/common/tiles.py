@@ -7,12 +7,13 @@ channels-last memory the channels of a row lie side by side, in contiguous memor
 from __future__ import annotations
 
 import functools
+import math
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from .triton import cdiv, next_power_of_2, tl, triton
+from .triton import cdiv, is_embedding, next_power_of_2, tl, triton
 
 # In the interpreter: two programs, so that the sharing of tiles is tested.
 _INTERPRETED_PROCESSORS = 2
@@ -116,7 +117,8 @@ def channel_tiles(x: Tensor, num_steps: int, config: dict[str, int]) -> Tiles:
             STAGES (tiles in flight; with 1 a tile is loaded when it is needed).
     """
     # By position: a cached function takes longer to look up keywords.
-    return _divide(x.shape, is_channels_last(x), num_steps, tuple(config.items()), x.device)
+    divide = _divide.__wrapped__ if is_embedding() else _divide  # symbols are no keys of a cache
+    return divide(x.shape, is_channels_last(x), num_steps, tuple(config.items()), x.device)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -133,7 +135,7 @@ def tiles_of(
     channels = shape[1]
     block_c = min(config["BLOCK_C"], next_power_of_2(channels)) if channels_last else 1
     block_r = max(1, config["TILE"] // block_c)
-    rows = shape.numel() // (num_steps * channels)
+    rows = math.prod(shape) // (num_steps * channels)  # torch.Size.numel() would fix a size that is a symbol
     count, blocks = cdiv(rows, block_r), cdiv(channels, block_c)
     programs = count
     if "PER_SM" in config:

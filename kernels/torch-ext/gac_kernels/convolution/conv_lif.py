@@ -18,6 +18,7 @@ from ..checks import check_conv_lif, check_flags, check_spec, check_tensors, con
 from ..common.fake import register_fake
 from ..common.layout import packed
 from ..common.shortcut import convolve_shortcut
+from ..common.triton import is_embedding
 from ..derivatives import refuse_forward_mode, register_no_derivatives
 from ..spec import CIFAR, LIFSpec
 from .dispatch import Shape, spike_conv_config
@@ -104,7 +105,7 @@ def _forward(x, weight, bias, residual, num_steps, stride, threshold, decay, sof
     neuron = (threshold, decay, soft_reset)
     shape = Shape.of(x, weight, stride, residual is not None, shortcut is not None)
     size = (shape.height, shape.width)
-    if resolve_backend(x.device, x.dtype) == "triton" and x.element_size() == 2:
+    if resolve_backend(x.device, x.dtype) == "triton" and x.element_size() == 2 and not is_embedding():
         config = spike_conv_config("conv_lif_hopper", shape, x.device)
         frames = (len(x) // num_steps, shape.out_channels, shape.height, shape.width)
         if config["ONE_PASS"] and one_pass_fills(*frames, num_steps, hopper.multiprocessors(x.device)):

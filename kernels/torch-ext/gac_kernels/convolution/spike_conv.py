@@ -16,7 +16,7 @@ from ..checks import check_flags, check_spec, check_spike_conv, check_tensors, c
 from ..common.fake import register_fake
 from ..common.layout import on_device, packed
 from ..common.shortcut import convolve_shortcut
-from ..common.triton import cdiv, next_power_of_2
+from ..common.triton import cdiv, is_embedding, launchable, next_power_of_2
 from ..derivatives import refuse_forward_mode, register_no_derivatives
 from ..reference import grid_shift, on_grid
 from ..spec import CIFAR, LIFSpec
@@ -75,8 +75,11 @@ def _forward_triton(
     block_k = min(config.pop("BLOCK_K"), max(32, next_power_of_2(channels)))
     block_n = min(config.pop("BLOCK_N"), max(16, next_power_of_2(out_channels)))
     rows = out.numel() // (num_steps * out_channels)
+    # A fused multiply-add rounds once where every other path rounds twice. Graphs know no such option; for a network on
+    # the grid, whose products float32 holds, both are the same.
+    unfused = {} if is_embedding() else {"enable_fp_fusion": False}
     with on_device(spikes):
-        spike_conv_kernel[(cdiv(rows, config["BLOCK_M"]) * cdiv(out_channels, block_n),)](
+        launchable(spike_conv_kernel)[(cdiv(rows, config["BLOCK_M"]) * cdiv(out_channels, block_n),)](
             spikes,
             weight,
             scale,
@@ -105,7 +108,7 @@ def _forward_triton(
             WHOLE_N=out_channels % block_n == 0,
             BLOCK_N=block_n,
             BLOCK_K=block_k,
-            enable_fp_fusion=False,  # a fused multiply-add rounds once where every other path rounds twice
+            **unfused,
             **config,
         )
 

@@ -18,7 +18,7 @@ from ..backend import resolve_backend
 from ..checks import check_current, check_gate, check_spec
 from ..common.fake import register_fake
 from ..common.layout import as_layout, on_device
-from ..common.triton import cdiv
+from ..common.triton import cdiv, launchable
 from ..derivatives import differentiable_gradients, register_derivatives, spec_of
 from ..neuron.values import check_learnable, check_values, named_values, stack_values
 from ..reference import gac_encode_reference, gated_lif_reference
@@ -85,7 +85,7 @@ def _forward_triton(
 ) -> None:
     sizes, config, programs = geometry(x, y, "gac_fwd")
     with on_device(x):
-        gated_fwd_kernel[(programs,)](
+        launchable(gated_fwd_kernel)[(programs,)](
             x,
             spatial,
             temporal,

@@ -18,6 +18,7 @@ from ..checks import check_current, check_gate, check_spec
 from ..common.fake import register_fake
 from ..common.layout import as_layout, on_device
 from ..common.messages import shown
+from ..common.triton import launchable
 from ..derivatives import differentiable_gradients, register_derivatives, spec_of
 from ..neuron import learned
 from ..neuron.eager import lif_forward
@@ -44,7 +45,7 @@ def _forward_triton(
 ) -> None:
     sizes, config, programs = geometry(stem, gated, "gac_fire_fwd")
     with on_device(stem):
-        fire_fwd_kernel[(programs,)](
+        launchable(fire_fwd_kernel)[(programs,)](
             stem,
             spatial,
             temporal,

@@ -16,7 +16,7 @@ from ..common.fake import register_fake
 from ..common.layout import as_layout, on_device
 from ..common.messages import shown
 from ..common.tiles import dense, is_channels_last
-from ..common.triton import cdiv, tl, triton
+from ..common.triton import cdiv, launchable, tl, triton
 from ..derivatives import register_derivatives
 from ..reference import pad_frames_reference
 from ..tuning import launch_config
@@ -80,7 +80,7 @@ def _geometry(x: Tensor, y: Tensor, before: int) -> tuple[int, int, int, int]:
 def _launch(kernel, rows: int, width: int, x: Tensor, *arguments: Tensor | int, **constants: int) -> None:
     config = launch_config("pad_frames", 1, x.element_size(), x.device)
     with on_device(x):
-        kernel[(rows, cdiv(width, config["BLOCK"]))](*arguments, **constants, **config)
+        launchable(kernel)[(rows, cdiv(width, config["BLOCK"]))](*arguments, **constants, **config)
 
 
 _lib = torch.library.Library("gac_kernels", "FRAGMENT")

@@ -16,7 +16,7 @@ from ..checks import check_current, check_tensor
 from ..common.fake import register_fake
 from ..common.layout import on_device
 from ..common.tiles import dense
-from ..common.triton import cdiv, tl, triton
+from ..common.triton import cdiv, launchable, tl, triton
 from ..derivatives import differentiable_gradients, register_derivatives
 from ..reference import pool_frames_reference, state_dtype
 from ..tuning import launch_config
@@ -105,8 +105,10 @@ def _forward_triton(x: Tensor, mean: Tensor, maximum: Tensor, ties: Tensor) -> N
     programs = x.shape[0] * tiles
     partial = torch.empty((3, programs), dtype=torch.float32, device=x.device)
     with on_device(x):
-        _pool_frames_kernel[(programs,)](x, partial, size, tiles, **config)
-        _pool_frames_finish_kernel[(x.shape[0],)](partial, mean, maximum, ties, size, tiles, programs, **_FINISH)
+        launchable(_pool_frames_kernel)[(programs,)](x, partial, size, tiles, **config)
+        launchable(_pool_frames_finish_kernel)[(x.shape[0],)](
+            partial, mean, maximum, ties, size, tiles, programs, **_FINISH
+        )
 
 
 def _backward_triton(

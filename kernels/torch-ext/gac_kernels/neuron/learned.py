@@ -11,7 +11,7 @@ from torch import Tensor
 from ..backend import resolve_backend
 from ..common.layout import as_layout, on_device
 from ..common.tiles import channel_tiles
-from ..common.triton import cdiv
+from ..common.triton import cdiv, launchable
 from ..reference import of_channels
 from ..tuning import launch_config
 from . import eager
@@ -60,7 +60,7 @@ def forward(
     config = launch_config("lif_learned_fwd", num_steps, x.element_size(), x.device)
     tiles = channel_tiles(_frames(x, per_channel), num_steps, config)
     with on_device(x):
-        learned_fwd_kernel[tiles.grid](
+        launchable(learned_fwd_kernel)[tiles.grid](
             x,
             state,
             values,

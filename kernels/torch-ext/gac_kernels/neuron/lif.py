@@ -16,7 +16,7 @@ from ..backend import resolve_backend
 from ..checks import check_current, check_flags, check_spec, check_state, check_tensor
 from ..common.fake import register_fake
 from ..common.layout import as_layout, on_device, time_stride
-from ..common.triton import cdiv
+from ..common.triton import cdiv, launchable
 from ..derivatives import differentiable_gradients, register_derivatives, spec_of
 from ..reference import lif_reference, state_dtype
 from ..registry import kernel_constants, states_by
@@ -48,7 +48,7 @@ def _launch(kernel, x: Tensor, args: tuple, op: str, **constants: Any) -> None:
     config = launch_config(op, num_steps, x.element_size(), x.device)
     block = config["BLOCK"]
     with on_device(x):
-        kernel[(cdiv(neurons, block),)](
+        launchable(kernel)[(cdiv(neurons, block),)](
             *args,
             neurons,
             inner,

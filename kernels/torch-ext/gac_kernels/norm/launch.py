@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -10,7 +11,7 @@ import torch.distributed as dist
 from ..common.launch import Launch, prepared
 from ..common.layout import packed
 from ..common.tiles import FINISH, is_channels_last, tiles_of
-from ..common.triton import cdiv
+from ..common.triton import cdiv, is_embedding
 from ..neuron.lif import CHUNK
 from ..registry import BUILT_IN, kernel_constants, states_by
 from ..tuning import launch_config
@@ -21,8 +22,11 @@ Place = tuple[torch.Size, bool, int, torch.device]  # of a dense tensor: shape, 
 
 
 def _kept(prepare: Any, neuron: tuple) -> Any:
-    """``prepare``, which keeps what it made; not for a registered neuron or surrogate, which another may replace."""
-    return prepare if neuron[2] < len(BUILT_IN) else prepare.__wrapped__
+    """``prepare``, which keeps what it made.
+
+    Not for a registered neuron or surrogate, which another may replace, nor for sizes that are symbols.
+    """
+    return prepare if neuron[2] < len(BUILT_IN) and not is_embedding() else prepare.__wrapped__
 
 
 def _place(x: torch.Tensor) -> Place:
@@ -72,7 +76,7 @@ def _forward(
         forward_kernel,
         tiles.grid,
         device,
-        (tiles.rows, tiles.channels, tiles.spatial, shape.numel() // num_steps),
+        (tiles.rows, tiles.channels, tiles.spatial, math.prod(shape) // num_steps),
         T=num_steps,
         STEPS=min(num_steps, CHUNK),
         EPS=eps,

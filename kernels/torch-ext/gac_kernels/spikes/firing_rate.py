@@ -17,7 +17,7 @@ from ..common.fake import register_fake
 from ..common.layout import as_layout, on_device
 from ..common.messages import shown
 from ..common.tiles import dense, is_channels_last
-from ..common.triton import cdiv, tl, triton
+from ..common.triton import cdiv, launchable, tl, triton
 from ..derivatives import register_derivatives
 from ..reference import firing_rate_reference
 from ..tuning import launch_config
@@ -46,7 +46,7 @@ def _launch(kernel, x: Tensor, source: Tensor, target: Tensor, num_steps: int) -
     config = launch_config("firing_rate", 1, x.element_size(), x.device)
     frame = x.numel() // num_steps
     with on_device(x):
-        kernel[(cdiv(frame, config["BLOCK"]),)](source, target, frame, T=num_steps, **config)
+        launchable(kernel)[(cdiv(frame, config["BLOCK"]),)](source, target, frame, T=num_steps, **config)
 
 
 def _check(x: Tensor, num_steps: int, dtype: torch.dtype | None = None) -> None:

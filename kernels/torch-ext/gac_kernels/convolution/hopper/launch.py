@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ...common.layout import on_device
 from ...common.tiles import multiprocessors
+from ...common.triton import is_embedding
 from .plan import Call, Plan, pair_plan, ring_plan
 
 _logger = logging.getLogger(__name__)
@@ -59,6 +60,8 @@ def plan_call(
         config: Launch parameters, see `tuning`.
     """
     (channels, height, width), (out_channels, out_height, out_width) = spikes.shape[1:], out.shape[1:]
+    if is_embedding():
+        return "compilers put no Gluon kernels into their graphs"
     if GLUON_ERROR:
         return f"this Triton has no Gluon for it ({GLUON_ERROR})"
     if (
