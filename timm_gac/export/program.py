@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import io
 import json
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -205,7 +206,7 @@ def compile_package(
         _check_embedded(program)
     _check_compiler()
     content = io.BytesIO()
-    with embedded_kernels() if embedded else nullcontext():
+    with embedded_kernels() if embedded else nullcontext(), _writers_kept():
         torch._inductor.aoti_compile_and_package(program, package_path=content)
     write_bytes(path, content.getvalue())
     package = torch._inductor.aoti_load_package(str(path))
@@ -215,6 +216,33 @@ def compile_package(
         inside = "generated code that calls the operators of gac_kernels"
     contents = f"compiled for this {images.device.type.upper()}: {inside}"
     return _checked(path, contents, model, per_step, images, package, batch_size)
+
+
+@contextmanager
+def _writers_kept() -> Iterator[None]:
+    """Let AOTInductor of PyTorch before 2.14 tell its writers of code apart, within ``with``.
+
+    It remembers which writer declared an array by the id of a bound method, which Python gives to another one as soon
+    as that is gone, and then uses the array before its declaration, so that the C++ does not compile. Kept, ids differ.
+    """
+    if tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 14):
+        yield
+        return
+    from torch._inductor.codegen.cpp_wrapper_cpu import CppWrapperCpu
+
+    original: Any = CppWrapperCpu.codegen_int_array_var
+    kept: dict[int, Any] = {}
+
+    def declare(self: Any, int_array: str, writeline: Any, *args: Any, **kwargs: Any) -> Any:
+        owner = getattr(writeline, "__self__", writeline)
+        return original(self, int_array, kept.setdefault(id(owner), writeline), *args, **kwargs)
+
+    patched: Any = CppWrapperCpu
+    patched.codegen_int_array_var = declare
+    try:
+        yield
+    finally:
+        patched.codegen_int_array_var = original
 
 
 def _check_compiler() -> None:
