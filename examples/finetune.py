@@ -26,7 +26,6 @@ parser.add_argument("--freeze", action="store_true", help="train the classifier 
 parser.add_argument("--seed", type=int, default=0, help="of the new weights, the order of the pictures and their crops")
 parser.add_argument("--out", default="finetuned", help="folder for config.json and model.safetensors")
 args = parser.parse_args()
-
 accelerator = Accelerator()
 set_seed(args.seed)
 sets = {"train": timm.data.create_dataset("", args.folder, split="train")}
@@ -67,6 +66,7 @@ state = accelerator.get_state_dict(model)  # whole, also where FSDP2 divides the
 if accelerator.is_main_process:
     trained = timm.create_model(args.model, num_classes=len(classes), num_steps=args.num_steps)
     trained.load_state_dict(state)
+    trained.pretrained_cfg = accelerator.unwrap_model(model).pretrained_cfg  # size, crop, licence of stored weights
     about = dict(model_config={"label_names": list(classes)}, model_args={"num_steps": args.num_steps})
     timm.models.save_for_hf(trained, args.out, **about, safe_serialization=True)
     accelerator.print(f"saved in {args.out}: timm.create_model('local-dir:{args.out}', pretrained=True) loads it")

@@ -58,6 +58,30 @@ def test_finetune(digits: Path, tmp_path: Path) -> None:
     assert not list((tmp_path / "tuned").glob("*.bin"))
 
 
+def test_finetune_keeps_size_and_licence_of_weights(digits: Path, tmp_path: Path) -> None:
+    """gac_msresnet18 without weights is a network for 224 pixels: what is saved must say how it was trained."""
+    few = tmp_path / "few"
+    for picture in digits.glob("*/*/*.png"):
+        if picture.stem in ("0", "1", "32"):
+            target = few / picture.relative_to(digits)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_bytes(picture.read_bytes())
+    command = [
+        sys.executable, str(ROOT / "examples" / "finetune.py"), str(few), "--model", "gac_msresnet18", "--pretrained",
+        "--freeze", "--epochs", "1", "--num-steps", "2", "--batch-size", "2", "--out", str(tmp_path / "tuned"),
+    ]  # fmt: skip
+    paths = [str(ROOT), str(ROOT / "kernels" / "torch-ext"), os.environ.get("PYTHONPATH", "")]
+    env = os.environ | {"ACCELERATE_USE_CPU": "true", "PYTHONPATH": os.pathsep.join(filter(None, paths))}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240, env=env)
+    assert done.returncode == 0, done.stderr[-2000:]
+    config = json.loads((tmp_path / "tuned" / "config.json").read_text())
+    assert config["num_classes"] == 2 and config["label_names"] == ["0", "1"]
+    published = timm.get_pretrained_cfg("gac_msresnet18.in293").to_dict()
+    for key in ("input_size", "crop_pct", "license"):
+        expected = published[key]
+        assert config["pretrained_cfg"][key] == (list(expected) if isinstance(expected, tuple) else expected)
+
+
 def test_own_neuron() -> None:
     """It passes its checks in plain PyTorch, or on a GPU in Triton too, and learns; its page shows the same code."""
     script = ROOT / "examples" / "own_neuron.py"
