@@ -97,3 +97,9 @@ def test_a_run_folder_opens_whatever_lies_beside_the_model(model_folder: Path, t
     config = json.loads((tmp_path / "run" / "model" / "config.json").read_text()) | {"label_names": ["a", "b", "c"]}
     (tmp_path / "run" / "model" / "config.json").write_text(json.dumps(config))
     assert open_network(str(tmp_path / "run")).label_names == ("a", "b", "c")
+
+
+def test_untrained_network_names_its_published_weights() -> None:
+    opened = open_network("gac_msresnet34")
+    with pytest.raises(ValueError, match="such as gac_msresnet34.in293 or gac_msresnet34.tiny_imagenet, or a model"):
+        opened.require_trained()

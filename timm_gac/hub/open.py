@@ -56,8 +56,11 @@ class OpenedNetwork:
             ValueError: They are random.
         """
         if not self.trained:
+            published = timm.list_models(f"{self.name}.*", pretrained=True) if _is_registered(self.name) else []
+            tags = f", such as {' or '.join(published)}" if published else ""
             raise ValueError(
-                f"expected a network with trained weights, got {self.name!r}: name one with a tag, or a model folder"
+                f"expected a network with trained weights, got {self.name!r}: name one with a tag{tags}, "
+                "or a model folder"
             )
         return self
 
