@@ -312,6 +312,24 @@ def other_network(*_: object) -> bytes:
 
 
 @pytest.mark.parametrize(
+    ("ci", "python", "outcome"),
+    [
+        ("1", (3, 10), pytest.skip.Exception),
+        ("1", (3, 11), pytest.fail.Exception),
+        ("", (3, 12), pytest.skip.Exception),
+    ],
+)
+def test_a_missing_reader_fails_in_ci_where_it_exists(
+    needs, ci: str, python: tuple[int, int], outcome: type[BaseException], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CI", ci)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr("sys.version_info", python)
+    with pytest.raises(outcome, match="spikingjelly"):
+        needs("spikingjelly.activation_based.neuron")
+
+
+@pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["a.tflite"], "expected OUT to end in .nir or .onnx or .pt2"),
