@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -136,10 +137,17 @@ def test_cifar_is_taken_from_torchvision(tmp_path: Path, monkeypatch: pytest.Mon
         (["tiny"], "the file to write"),
         (["tiny", "set.npy"], "ending in .npz"),
         (["nowhere", "set.npz"], "no such folders"),
-        (["tiny", "tiny", "set.npz"], "different names"),
+        (["tiny", "link/../below/tiny", "set.npz"], "different names"),
+        (["tiny", "tiny", "set.npz"], "got one twice"),
         (["broken", "set.npz"], "cannot be read as one"),
         (["empty", "set.npz"], "images to test on"),
+        (["tiny", "link", "set.npz"], "got one twice"),
+        (["tiny", "spelled", "set.npz"], "one spelling of each class, got N01, n01"),
+        (["loose", "set.npz"], "got 1 beside them (0.png)"),
+        (["tiny", "set.npz", "--similarity", "1e-9"], "expected training images that match no test image"),
+        (["tiny", "set.npz", "--similarity=nan"], "similarity above 0"),
         (["tiny", "set.npz", "--size", "0"], "size of at least 1"),
+        (["tiny", "set.npz", "--size", "1000000"], "up to 4096"),
         (["tiny", "set.npz", "--similarity", "2"], "similarity above 0"),
     ],
 )
@@ -150,7 +158,78 @@ def test_what_cannot_be_prepared_is_refused(
         save(picture(1), tmp_path / name / "train" / "n01" / "0.jpg")
         (tmp_path / name / "val" / "n01").mkdir(parents=True)
     (tmp_path / "broken" / "val" / "n01" / "0.jpg").write_bytes(b"\xff\xd8 no image")
+    (tmp_path / "link").symlink_to("tiny")
+    for split in ("train", "val"):
+        save(picture(4), tmp_path / "below" / "tiny" / split / "n01" / "0.jpg")
+    for name, label in (("spelled", "N01"), ("loose", "n01")):
+        save(picture(1), tmp_path / name / "train" / label / "0.jpg")
+        save(picture(2), tmp_path / name / "val" / label / "0.jpg")
+    save(picture(3), tmp_path / "loose" / "train" / "0.png")
     places = [str(tmp_path / path) if not path.startswith("-") and not path[0].isdigit() else path for path in paths]
     assert main(["data", "any", *places, "--num-workers", "0"]) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "set.npz").exists()
+
+
+def test_files_beside_the_set_are_replaced_only_when_asked(
+    tiny: Path, other: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    for name in ("set.json", "set.other.npz"):
+        kept, out = tmp_path / name, tmp_path / "set.npz"
+        kept.write_text("mine")
+        arguments = ["data", "any", str(tiny), str(other), str(out), "--size", "16", "--num-workers", "0"]
+        assert main(arguments) == 2 and kept.read_text() == "mine" and not out.exists()
+        assert f"{name}', which is there: use --overwrite" in capsys.readouterr().err
+        kept.unlink()
+
+
+def test_pictures_are_found_as_the_trainer_finds_them(tmp_path: Path) -> None:
+    """In folders below a class's and by its suffixes; hidden files, links to nothing and links in a circle are none."""
+    train = tmp_path / "set" / "train" / "n01"
+    for name in ("0.jpg", "below/1.png", "2.TIF", ".3.jpg"):
+        save(picture(1), train / name)
+    save(picture(2), tmp_path / "set" / "val" / "n01" / "0.jpg")
+    (train / "gone.jpg").symlink_to("nowhere")
+    (train / "circle").symlink_to("..")
+    (train / "folder.jpg").mkdir()
+    (tmp_path / "set" / "train" / "again").symlink_to("..")
+    found = [str(image.file.relative_to(train)) for image in list_images(tmp_path / "set") if image.split == "train"]
+    assert found == ["0.jpg", "2.TIF", "below/1.png"]
+
+
+def test_classes_without_training_images_are_named(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    for file in (tiny / "train" / "n02" / "images").iterdir():
+        file.unlink()
+    out = tmp_path / "set.npz"
+    assert main(["data", "any", str(tiny), str(out), "--size", "16", "--num-workers", "0"]) == 0
+    assert "without training images: n02\n" in capsys.readouterr().out
+    assert json.loads(out.with_suffix(".json").read_text())["without_training_images"] == ["n02"]
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGXFSZ"), reason="Windows has no limit of a file's size")
+def test_a_full_disk_is_an_error_and_leaves_nothing(tiny: Path, tmp_path: Path) -> None:
+    import resource
+
+    out, limits = tmp_path / "full" / "set.npz", resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            prepare_images([tiny], out, size=64)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert not list(out.parent.iterdir())
+
+
+def test_more_workers_than_work_are_not_started(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import timm_gac.data.prepare as module
+
+    started = list[int]()
+
+    class Pool(module.ProcessPoolExecutor):
+        def __init__(self, workers: int) -> None:
+            started.append(workers)
+            super().__init__(workers)
+
+    monkeypatch.setattr(module, "ProcessPoolExecutor", Pool)
+    find_matches(list_images(tiny), num_workers=3000)
+    assert started == [1]

@@ -72,3 +72,42 @@ def test_another_deal_is_refused(folder: tuple[Path, np.ndarray, np.ndarray]) ->
     file.write_text(json.dumps(json.loads(file.read_text()) | {"alpha": 4.0}))
     with pytest.raises(ValueError, match="the official split cannot be found"):
         read_shards(folder[0], TRAIN)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"num_clients": 0, "Size of samples for labels in clients": []},
+        {"num_classes": 0},
+        {"num_clients": 10**12},
+        {"alpha": 0},
+        {"alpha": float("nan")},
+        {"Size of samples for labels in clients": [[[0, 10**30]]] * CLIENTS},
+        {"Size of samples for labels in clients": [[[-1, 20]]] * CLIENTS},
+    ],
+)
+def test_a_damaged_config_is_refused(folder: tuple[Path, np.ndarray, np.ndarray], change: dict) -> None:
+    file = folder[0] / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | change))
+    with pytest.raises(ValueError, match=r"expected PFLlib's config\.json"):
+        read_shards(folder[0], TRAIN)
+
+
+def test_shards_of_another_set_are_refused(folder: tuple[Path, np.ndarray, np.ndarray]) -> None:
+    assert read_shards(folder[0], TRAIN, CLASSES).shards == 2 * CLIENTS
+    for train, classes in ((TRAIN, CLASSES + 1), (PER_CLASS, CLASSES)):
+        with pytest.raises(ValueError, match="check the name of the set"):
+            read_shards(folder[0], train, classes)
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_a_damaged_shard_is_refused(folder: tuple[Path, np.ndarray, np.ndarray], seed: int) -> None:
+    """Bytes changed anywhere in it: compressed data, the headers of the archive, or all behind a place cut off."""
+    rng, file = np.random.default_rng(seed), folder[0] / "test" / "0.npz"
+    content = bytearray(file.read_bytes())
+    places = rng.integers(0, len(content), 400)
+    for place in places:
+        content[place] ^= int(rng.integers(1, 256))
+    file.write_bytes(content if seed % 3 else content[: places[0]])
+    with pytest.raises(ValueError, match=r"expected .*0\.npz"):
+        read_shards(folder[0], TRAIN)

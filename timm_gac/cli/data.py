@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 CIFAR = ("cifar10", "cifar100")
 SPLITS: tuple[Literal["train"], Literal["test"]] = ("train", "test")
-SIMILARITY = 0.985  # as in timm_gac.data.prepare, which imports PyTorch
+SIMILARITY, MAX_SIZE = 0.985, 4096  # as in timm_gac.data.prepare, which imports PyTorch
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class DataConfig:
         similarity: Training images whose 16 x 16 thumbnail has at least this cosine with a test image's are left out;
             1 keeps all.
         num_workers: Processes that decode.
-        overwrite: Replace a file that is there.
+        overwrite: Replace files that are there.
     """
 
     size: int = 64
@@ -38,10 +38,10 @@ class DataConfig:
     overwrite: bool = False
 
     def __post_init__(self) -> None:
-        if self.size < 1 or self.num_workers < 0:
+        if not 1 <= self.size <= MAX_SIZE or self.num_workers < 0:
             raise ValueError(
-                f"expected size of at least 1 and num_workers of at least 0, got {self.size} and {self.num_workers}: "
-                "raise them"
+                f"expected size of at least 1 and up to {MAX_SIZE} and num_workers of at least 0, got {self.size} and "
+                f"{self.num_workers}: change them"
             )
         if not 0 < self.similarity <= 1:
             raise ValueError(f"expected similarity above 0 and up to 1, got {self.similarity}: try {SIMILARITY}")
@@ -126,8 +126,9 @@ def _write_shards(name: str, folder: Path, out: Path, console: Console) -> None:
     from ..data.pictures import join_names
     from ..data.shards import TRAIN_PER_CLASS, read_shards
 
-    found = read_shards(folder, TRAIN_PER_CLASS[name])
-    save_arrays(out, {"label_names": np.array(known_label_names(name), str)} | found.arrays)
+    names = known_label_names(name)
+    found = read_shards(folder, TRAIN_PER_CLASS[name], len(names))
+    save_arrays(out, {"label_names": np.array(names, str)} | found.arrays)
     train, test = (len(found.arrays[f"y_{split}"]) for split in SPLITS)
     lost = f"; lost with {join_names(found.missing)}: {found.lost['train']:,} and {found.lost['test']:,}"
     console.print(
@@ -138,8 +139,11 @@ def _write_shards(name: str, folder: Path, out: Path, console: Console) -> None:
 
 
 def _write_folders(folders: list[Path], out: Path, config: DataConfig, console: Console) -> None:
-    from ..data.prepare import prepare_images
+    from ..data.pictures import join_names
+    from ..data.prepare import beside, prepare_images, source_name
 
+    for file in beside(out, [source_name(folder) for folder in folders]):
+        check_new_file(file, config.overwrite, "OUT")
     report = prepare_images(
         folders,
         out,
@@ -152,6 +156,8 @@ def _write_folders(folders: list[Path], out: Path, config: DataConfig, console: 
         kept = report["kept"].get(title, 0)
         left_out = f", {found - kept:,} left out" if kept < found else ""
         console.print(f"{plain(title)}: {found:,} images{left_out}", markup=False)
+    if report["without_training_images"]:
+        console.print(f"without training images: {join_names(report['without_training_images'])}", markup=False)
     console.print(
         f"wrote {plain(out)}: {report['classes']} classes at {config.size}x{config.size}; what was left out, and why: "
         f"{plain(out.with_suffix('.json'))}",

@@ -49,8 +49,8 @@ def match_labels(found: Sequence[str], wanted: Sequence[str], data: str, *, stri
     """
     if not found or not wanted or tuple(found) == tuple(wanted):
         return None
-    keys, places = [_key(name) for name in found], dict[str, int]()
-    ambiguous = {key for index, key in enumerate(map(_key, wanted)) if places.setdefault(key, index) != index}
+    keys, places = [label_key(name) for name in found], dict[str, int]()
+    ambiguous = {key for index, key in enumerate(map(label_key, wanted)) if places.setdefault(key, index) != index}
     foreign = [name for name, key in zip(found, keys, strict=True) if key not in places]
     if len(foreign) == len(found) == len(wanted) and not strict:
         _logger.warning(
@@ -72,6 +72,7 @@ def match_labels(found: Sequence[str], wanted: Sequence[str], data: str, *, stri
     return [places[key] for key in keys]
 
 
-def _key(name: str) -> str:
+def label_key(name: str) -> str:
+    """By what names of classes are compared, see `match_labels`."""
     words = name.casefold().replace("_", " ").replace("-", " ").split()
     return words[0] if words and _SYNSET.fullmatch(words[0]) else " ".join(words)

@@ -22,11 +22,11 @@ from PIL import Image
 from ..runtime.files import write_json
 from ..runtime.progress import progress_of
 from .arrays import Split, save_arrays
-from .pictures import read_picture
+from .labels import label_key
+from .pictures import find_pictures, join_names, read_picture
 
-__all__ = ["ImageFile", "Match", "find_matches", "list_images", "prepare_images"]
+__all__ = ["ImageFile", "Match", "beside", "find_matches", "list_images", "prepare_images", "source_name"]
 
-SUFFIXES = (".jpeg", ".jpg", ".png", ".webp", ".bmp")
 ANNOTATIONS = Path("val", "val_annotations.txt")  # by which Tiny-ImageNet-200 is known
 WORDS = "words.txt"  # of Tiny-ImageNet-200: every synset of WordNet and its words
 # Not of Tiny-ImageNet-200, but in a copy of it that is on GitHub, with images of their own.
@@ -34,6 +34,7 @@ STRAY_CLASSES = ("n02480855", "n10148035")
 THUMBNAIL = 16  # pixels
 SIMILARITY = 0.985
 CHUNK = 256
+MAX_SIZE = 4096  # pixels; one image has 50 MB there
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,7 @@ class Match:
 
 
 def list_images(folder: Path, source: str | None = None) -> list[ImageFile]:
-    """The images of a folder, in the order of their names.
+    """The images of a folder, in the order of their names, as `timm_gac.data.pictures.find_pictures` finds them.
 
     Args:
         folder: ``train/CLASS/IMAGE`` and ``val/CLASS/IMAGE`` (or ``test``, ``valid``, ``validation``), or
@@ -77,10 +78,9 @@ def list_images(folder: Path, source: str | None = None) -> list[ImageFile]:
         source: Name of the set; the folder's where left out.
 
     Raises:
-        ValueError: It is neither, or a split is empty.
+        ValueError: It is neither, a split is empty, or images lie beside the folders of the classes.
     """
-    # A link's own name, as it was given; that of "." and ".." has to be looked up.
-    source = source or (folder.name if folder.name not in ("", "..") else folder.resolve().name)
+    source = source or source_name(folder)
     if (folder / ANNOTATIONS).is_file():
         found = _list_tiny(folder, source)
     else:
@@ -97,19 +97,34 @@ def list_images(folder: Path, source: str | None = None) -> list[ImageFile]:
     return found
 
 
-def _list_classes(folder: Path, source: str, split: Split, inner: str = "") -> list[ImageFile]:
-    classes = sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
-    return [
-        ImageFile(file, source, split, path.name)
-        for path in classes
-        if path.name not in STRAY_CLASSES or not inner
-        for file in sorted((path / inner).iterdir())
-        if file.suffix.lower() in SUFFIXES and not file.name.startswith(".")
-    ]
+def source_name(folder: Path) -> str:
+    """What a folder's set is called: a link's own name, as it was given; that of "." and ".." has to be looked up."""
+    return folder.name if folder.name not in ("", "..") else folder.resolve().name
+
+
+def beside(out: Path, sources: Sequence[str]) -> list[Path]:
+    """The files that `prepare_images` writes beside ``out``: the figures, and the test images of each of several sets.
+
+    Args:
+        out: The .npz file.
+        sources: Names of the sets.
+    """
+    parts = [out.with_name(f"{out.stem}.{name}.npz") for name in sources] if len(sources) > 1 else []
+    return [out.with_suffix(".json"), *parts]
+
+
+def _list_classes(folder: Path, source: str, split: Split, without: Sequence[str] = ()) -> list[ImageFile]:
+    found = [(file, file.relative_to(folder).parts) for file in sorted(map(Path, find_pictures(folder)))]
+    if loose := [parts[0] for _, parts in found if len(parts) == 1]:
+        raise ValueError(
+            f"expected images in a folder a class, {folder}/CLASS/IMAGE, got {len(loose)} beside them "
+            f"({join_names(loose, 2)}): sort them so"
+        )
+    return [ImageFile(file, source, split, parts[0]) for file, parts in found if parts[0] not in without]
 
 
 def _list_tiny(folder: Path, source: str) -> list[ImageFile]:
-    found = _list_classes(folder / "train", source, "train", "images")
+    found = _list_classes(folder / "train", source, "train", STRAY_CLASSES)
     for line in (folder / ANNOTATIONS).read_text(encoding="utf-8").splitlines():
         name, _, rest = line.partition("\t")
         label = rest.partition("\t")[0]
@@ -202,14 +217,17 @@ def prepare_images(
         What ``STEM.json`` says.
 
     Raises:
-        ValueError: A folder holds no set, or an image cannot be read.
+        ValueError: A folder holds no set or is given twice, two classes differ in spelling only, no training image
+            is left, or an image cannot be read.
         OSError: The files cannot be written.
     """
     folders = [Path(folder) for folder in folders]
     if out.suffix != ".npz":
         raise ValueError(f"expected a file ending in .npz to write, got {out.name!r}: such as tiny_imagenet.npz")
-    if not folders or size < 1:
-        raise ValueError(f"expected one folder or more and a size of at least 1, got {len(folders)} and {size}")
+    if not folders or not 1 <= size <= MAX_SIZE:
+        raise ValueError(f"expected one folder or more and a size of 1 to {MAX_SIZE}, got {len(folders)} and {size}")
+    if len({folder.resolve() for folder in folders}) < len(folders):
+        raise ValueError(f"expected different folders, got one twice among {join_names(folders)}: give each once")
     listed = [list_images(folder) for folder in folders]
     names = [images[0].source for images in listed]
     if len(set(names)) < len(names):
@@ -219,6 +237,11 @@ def prepare_images(
     dropped = {match.train for match in matches}
     kept = [image for index, image in enumerate(images) if index not in dropped]
     classes = sorted({image.label for image in images})
+    _check_classes(classes)
+    if not any(image.split == "train" for image in kept):
+        raise ValueError(
+            f"expected training images that match no test image, got none above a similarity of {similarity}: raise it"
+        )
     words = _words(folders)
     label_names = np.array([f"{name} {words[name]}" if name in words else name for name in classes], str)
     report = _report(images=images, kept=kept, classes=classes, matches=matches, size=size, similarity=similarity)
@@ -231,12 +254,22 @@ def prepare_images(
             arrays[f"x_{split}"] = _decode(chosen, size, num_workers, Path(scratch, f"{split}.npy"), progress)
         save_arrays(out, arrays)
         sources = np.array([image.source for image in kept if image.split == "test"])
-        for name in names if len(names) > 1 else ():
+        for name, file in zip(names, beside(out, names)[1:], strict=False):  # none of one set
             part = {"x_test": arrays["x_test"][sources == name], "y_test": arrays["y_test"][sources == name]}
-            save_arrays(out.with_name(f"{out.stem}.{name}.npz"), part | {"label_names": label_names})
+            save_arrays(file, part | {"label_names": label_names})
         del arrays
     write_json(out.with_suffix(".json"), report)
     return report
+
+
+def _check_classes(names: Sequence[str]) -> None:
+    """Refuse classes whose names `match_labels` takes for one, as it would refuse the set when it is read."""
+    spelled: dict[str, str] = {}
+    for name in names:
+        if (first := spelled.setdefault(label_key(name), name)) != name:
+            raise ValueError(
+                f"expected one spelling of each class, got {join_names([first, name])}: rename one of the folders"
+            )
 
 
 def _report(
@@ -257,6 +290,7 @@ def _report(
     return {
         "size": size,
         "classes": len(classes),
+        "without_training_images": sorted(set(classes) - {image.label for image in kept if image.split == "train"}),
         "found": counts(images),
         "kept": counts(kept),
         "similarity": similarity,
@@ -283,15 +317,20 @@ def _pixels(job: tuple[Path, int]) -> np.ndarray:
 
 def _decode(images: Sequence[ImageFile], size: int, num_workers: int, scratch: Path, progress: bool) -> np.ndarray:
     """The images as uint8 (N, 3, H, W), kept in a file, as they may be larger than the memory."""
-    pixels = np.lib.format.open_memmap(scratch, "w+", np.uint8, (len(images), 3, size, size))
+    # Written, not mapped: on a full disk writing to a mapped file kills the process instead of raising an OSError.
+    header = {"descr": "|u1", "fortran_order": False, "shape": (len(images), 3, size, size)}
     jobs = [(image.file, size) for image in images]
-    for index, one in enumerate(_map(_pixels, jobs, num_workers, "decoding images" if progress else "")):
-        pixels[index] = one
+    with scratch.open("wb") as stream:
+        np.lib.format.write_array_header_1_0(stream, header)
+        for one in _map(_pixels, jobs, num_workers, "decoding images" if progress else ""):
+            stream.write(one.tobytes())
+    pixels: np.ndarray = np.load(scratch, mmap_mode="r")
     return pixels
 
 
 def _map(function: Any, jobs: Sequence[Any], num_workers: int, task: str) -> Iterator[Any]:
     """The results in order; how far it is is shown where the task has a name."""
+    num_workers = min(num_workers, -(-len(jobs) // CHUNK))  # all are started, also those without work
     with (
         progress_of(task, len(jobs), visible=bool(task)) as advance,
         ProcessPoolExecutor(num_workers) if num_workers else nullcontext() as pool,

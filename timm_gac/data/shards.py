@@ -12,7 +12,9 @@ from __future__ import annotations
 import json
 import math
 import pickletools
+import struct
 import zipfile
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +27,11 @@ _SIDE, _CHANNELS = 32, 3
 _TRAIN_SHARE = 0.75  # of each client's images, in PFLlib
 _SIZES = "Size of samples for labels in clients"
 _TRIES = 1000
+_MAX_CELLS = 10**7  # clients times classes
+_DAMAGE = (
+    *(OSError, ValueError, LookupError, EOFError, OverflowError, MemoryError, RuntimeError),  # 7-zip's methods, ciphers
+    *(zipfile.BadZipFile, zlib.error, struct.error),
+)
 
 
 @dataclass(frozen=True)
@@ -88,25 +95,26 @@ def deal(sizes: np.ndarray, alpha: float, least: int) -> list[dict[str, np.ndarr
     return result
 
 
-def read_shards(folder: Path, train_per_class: int) -> Recovered:
+def read_shards(folder: Path, train_per_class: int, num_classes: int | None = None) -> Recovered:
     """Read a set from its shards and restore the official split.
 
     Args:
         folder: With config.json, ``train/NUMBER.npz`` and ``test/NUMBER.npz``.
         train_per_class: Images of each class in the official training set.
+        num_classes: Classes that the set has to have; None for any number.
 
     Raises:
-        ValueError: There are no such files, the deal cannot be done again, or a shard's labels are in another order.
+        ValueError: There are no such files, they hold another set, the deal cannot be done again, or a shard's labels
+            are in another order.
     """
-    try:
-        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-        sizes = np.zeros((config["num_clients"], config["num_classes"]), int)
-        for client, row in enumerate(config[_SIZES]):
-            for label, count in row:
-                sizes[client, label] = count
-        alpha, least = float(config["alpha"]), math.ceil(config["batch_size"] / (1 - _TRAIN_SHARE))
-    except (OSError, ValueError, LookupError, TypeError) as error:
-        raise ValueError(f"expected PFLlib's {CONFIG} in {str(folder)!r}, got none that can be read") from error
+    sizes, alpha, least = _read_config(folder)
+    per_class = sorted(set(sizes.sum(0).tolist()))
+    if (num_classes or sizes.shape[1]) != sizes.shape[1] or len(per_class) != 1 or per_class[0] <= train_per_class:
+        raise ValueError(
+            f"expected {num_classes or 'any number of'} classes of as many images each, more than the "
+            f"{train_per_class} to train on, in {str(folder / CONFIG)!r}, got {sizes.shape[1]} of "
+            f"{' or '.join(map(str, per_class[:3]))}: check the name of the set"
+        )
     images, rows = list[np.ndarray](), list[np.ndarray]()
     missing, lost, count = list[str](), {"train": 0, "test": 0}, 0
     for client, parts in enumerate(deal(sizes, alpha, least)):
@@ -135,6 +143,29 @@ def read_shards(folder: Path, train_per_class: int) -> Recovered:
     return Recovered(arrays, count, tuple(missing), lost)
 
 
+def _read_config(folder: Path) -> tuple[np.ndarray, float, int]:
+    """Class sizes (clients, classes), alpha of the deal, and the smallest number of images of a client."""
+    try:
+        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        shape = config["num_clients"], config["num_classes"]
+        if min(shape) < 1 or math.prod(shape) > _MAX_CELLS or len(config[_SIZES]) != shape[0]:
+            raise ValueError(f"{shape[0]} clients and {shape[1]} classes")
+        sizes = np.zeros(shape, int)
+        for client, row in enumerate(config[_SIZES]):
+            for label, count in row:
+                if not 0 <= label < shape[1] or count < 0:
+                    raise ValueError(f"{count} images of class {label}")
+                sizes[client, label] = count
+        alpha, least = float(config["alpha"]), math.ceil(config["batch_size"] / (1 - _TRAIN_SHARE))
+        if not 0 < alpha < math.inf:
+            raise ValueError(f"alpha {alpha}")
+    except (OSError, ValueError, LookupError, TypeError, OverflowError) as error:
+        raise ValueError(
+            f"expected PFLlib's {CONFIG} in {str(folder)!r}, got none that can be read ({error}): fetch it anew"
+        ) from error
+    return sizes, alpha, least
+
+
 def _read_shard(file: Path, images: int) -> tuple[np.ndarray, np.ndarray]:
     """Pixels uint8 (N, 3, 32, 32) and labels of a shard.
 
@@ -151,8 +182,10 @@ def _read_shard(file: Path, images: int) -> tuple[np.ndarray, np.ndarray]:
         for _, argument, _ in pickletools.genops(content[start:]):
             if isinstance(argument, bytes) and len(argument) in wanted:
                 found[wanted[len(argument)]] = argument
-    except (OSError, ValueError, LookupError, zipfile.BadZipFile) as error:
-        raise ValueError(f"expected a shard of PFLlib in {file}, got one that cannot be read: {error}") from error
+    except _DAMAGE as error:
+        raise ValueError(
+            f"expected a shard of PFLlib in {file}, got one that cannot be read ({error}): fetch it anew"
+        ) from error
     if found.keys() != {"x", "y"}:
         raise ValueError(f"expected {images} images of 3x32x32 and their labels in {file}, got others: it is damaged")
     exact = (np.frombuffer(found["x"], "<f4").reshape(shape) * 0.5 + 0.5) * 255  # ToTensor, Normalize(0.5, 0.5)
