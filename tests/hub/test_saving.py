@@ -101,5 +101,5 @@ def test_a_run_folder_opens_whatever_lies_beside_the_model(model_folder: Path, t
 
 def test_untrained_network_names_its_published_weights() -> None:
     opened = open_network("gac_msresnet34")
-    with pytest.raises(ValueError, match="such as gac_msresnet34.in293 or gac_msresnet34.tiny_imagenet, or a model"):
+    with pytest.raises(ValueError, match=r"such as gac_msresnet34\.in293 or gac_msresnet34\.tiny_imagenet, or a model"):
         opened.require_trained()
