@@ -233,3 +233,10 @@ def test_more_workers_than_work_are_not_started(tiny: Path, monkeypatch: pytest.
     monkeypatch.setattr(module, "ProcessPoolExecutor", Pool)
     find_matches(list_images(tiny), num_workers=3000)
     assert started == [1]
+
+
+@pytest.mark.parametrize("name", ["words.txt", "val/val_annotations.txt"])
+def test_a_text_in_another_encoding_is_named(tiny: Path, tmp_path: Path, name: str) -> None:
+    (tiny / name).write_bytes("n01\tcafé\n".encode("latin-1"))
+    with pytest.raises(ValueError, match=f"UTF-8 in .*{Path(name).name}"):
+        prepare_images([tiny], tmp_path / "set.npz", size=16)

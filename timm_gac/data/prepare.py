@@ -125,12 +125,19 @@ def _list_classes(folder: Path, source: str, split: Split, without: Sequence[str
 
 def _list_tiny(folder: Path, source: str) -> list[ImageFile]:
     found = _list_classes(folder / "train", source, "train", STRAY_CLASSES)
-    for line in (folder / ANNOTATIONS).read_text(encoding="utf-8").splitlines():
+    for line in _lines(folder / ANNOTATIONS):
         name, _, rest = line.partition("\t")
         label = rest.partition("\t")[0]
         if label and label not in STRAY_CLASSES:
             found.append(ImageFile(folder / "val" / "images" / name, source, "test", label))
     return found
+
+
+def _lines(file: Path) -> list[str]:
+    try:
+        return file.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"expected text in UTF-8 in {file}, got {error}: save it as UTF-8 or remove it") from error
 
 
 def _fit(image: Image.Image, side: int) -> Image.Image:
@@ -305,8 +312,8 @@ def _words(folders: Iterable[Path]) -> dict[str, str]:
     """The words of WordNet's synsets, from the folder that has them."""
     for folder in folders:
         if (folder / WORDS).is_file():
-            lines = (folder / WORDS).read_text(encoding="utf-8").splitlines()
-            return {synset: words for synset, _, words in (line.partition("\t") for line in lines) if words}
+            lines = (line.partition("\t") for line in _lines(folder / WORDS))
+            return {synset: words for synset, _, words in lines if words}
     return {}
 
 
