@@ -86,7 +86,7 @@ def check_contents(wheel: zipfile.ZipFile) -> int:
         f"{name}/{path.relative_to(folder).as_posix()}"
         for name, folder in SOURCES.items()
         for path in folder.rglob("*")
-        if path.is_file() and path.suffix in (".py", ".json", ".typed")
+        if path.is_file() and path.suffix in (".py", ".json", ".typed", ".c")
     }
     found = {name for name in wheel.namelist() if not PurePosixPath(name).parts[0].endswith(".dist-info")}
     if found != expected:
