@@ -199,7 +199,7 @@ def test_card_of_a_quantised_network(tmp_path: Path) -> None:
     assert 0.95 * total < facts.parameters < total and facts.membrane_shortcut  # batch norms are folded away
     card = write_card(facts, "org/name")
     assert 'load_model(fetch_model("org/name"))' in card and card.count("## Use") == 1
-    assert "| quantisation | scheme int8-weights-per-channel-exact-sums, clip mse |" in card
+    assert "| quantisation | scheme int8-weights-per-channel-on-grid, clip mse |" in card
 
 
 def test_parts_of_the_test_set_and_other_sizes_are_shown() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 import json
 import sys
 from pathlib import Path
@@ -17,15 +18,19 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from gac_kernels import CIFAR, IMAGENET, LIFSpec, spike_conv_reference, use_backend
 from gac_kernels.reference import on_grid
-from timm_gac import cli, fuse_for_inference, quantize
+from timm_gac import cli, fuse_for_inference
+from timm_gac import quantize as quantize_network
 from timm_gac.analysis.evaluate import evaluate
 from timm_gac.bench.check import check_integer
 from timm_gac.bench.model import ModelBenchConfig, bench_model
 from timm_gac.hub.folder import load_model, save_model_folder
 from timm_gac.inference.exact_conv import ExactConv2d, input_step, weight_units
 from timm_gac.inference.integer import IntegerSpikingResNet, SpikeConv, current_grid
-from timm_gac.inference.quantize import GRID_SCHEME, dequantize, quantize_as, quantize_weight
+from timm_gac.inference.quantize import SCHEME, dequantize, quantize_as, quantize_weight
 from timm_gac.inference.record import membrane_of, neuron_layers, record_spikes
+
+# Most of these tests are of sums that may come in any order; the default rounds less and is tested beside them.
+quantize = functools.partial(quantize_network, exact_sums=True)
 
 MODELS = ("test_gac_msresnet", "msresnet18_cifar", "gac_spiking_resnet18", "spiking_resnet19", "gac_msresnet34")
 
@@ -209,7 +214,7 @@ def test_folders_of_the_scheme_before_load_as_before(tmp_path: Path) -> None:
     images = torch.randn(2, 3, 16, 16)
     for name in ("test_gac_msresnet", "gac_spiking_resnet18"):
         model = firing(name)
-        before = quantize_as(GRID_SCHEME, model)
+        before = quantize_as(SCHEME, model)
         assert not any(key.endswith("log2_step") for key in before.state_dict())
         folder = save_model_folder(before, tmp_path / name)
         scheme = json.loads((folder / "config.json").read_text())["quantization"]
@@ -272,7 +277,7 @@ def test_interpreted_kernels_give_the_network_of_the_eager_path(name: str, devic
 @pytest.mark.parametrize("name", ["test_gac_msresnet", "gac_spiking_resnet18"])
 def test_only_the_weights_are_rounded(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A float network with the rounded weights computes the same, where the grid is too fine to matter."""
-    monkeypatch.setattr(sys.modules[quantize.__module__], "current_grid", lambda *_: 2.0**-30)
+    monkeypatch.setattr(sys.modules[quantize_network.__module__], "current_grid", lambda *_: 2.0**-30)
     model, images = firing(name), torch.randn(2, 3, 16, 16)
     network = quantize(model)
     rounded, parts = copy.deepcopy(model).double(), layers(network)
@@ -439,11 +444,17 @@ def test_leaves_the_model_alone_and_refuses_what_it_cannot_do() -> None:
 
 def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder, out = save_model_folder(firing("test_gac_msresnet"), tmp_path / "float"), tmp_path / "int8"
-    assert cli.main(["quantize", str(folder), str(out), "--clip", "max"]) == 0
-    assert str(out) in capsys.readouterr().out.replace("\n", "")
-    images = torch.randn(2, 3, 8, 8)
-    with torch.no_grad():
-        assert torch.equal(load_model(out)(images), quantize(load_model(folder), "max")(images))
+    images, answers = torch.randn(2, 3, 8, 8), []
+    for exact in (False, True):
+        options = ["--clip", "max", "--overwrite", *(["--exact-sums"] if exact else [])]
+        assert cli.main(["quantize", str(folder), str(out), *options]) == 0
+        assert str(out) in capsys.readouterr().out.replace("\n", "")
+        network = load_model(out)
+        assert network.quantization["scheme"].endswith("exact-sums" if exact else "on-grid")
+        with torch.no_grad():
+            answers.append(network(images))
+            assert torch.equal(answers[-1], quantize_network(load_model(folder), "max", exact)(images))
+    assert not torch.equal(*answers)
     for arguments, message in (
         ([str(folder), str(out)], "new or empty folder"),
         ([str(out), str(tmp_path / "again")], "quantised"),

@@ -17,6 +17,7 @@ def quantize(
     out_folder: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT_FOLDER")],
     clip: Literal["max", "mse"] = "mse",
     overwrite: bool = False,
+    exact_sums: bool = False,
 ) -> int:
     """Round a network's weights to 8 bits, for integer inference.
 
@@ -27,12 +28,13 @@ def quantize(
         out_folder: Folder to write.
         clip: Scale a channel by its largest weight, or by the least squared error.
         overwrite: Replace the model in a folder that has one.
+        exact_sums: Let shortcuts round no sum, so that other programs get the same integers (see docs/deployment.md).
     """
     from ..hub import open_network, save_quantized
 
     check_writable(out_folder, "OUT_FOLDER")
     opened = open_network(model).require_trained()
-    folder = save_quantized(opened.network, out_folder, clip, overwrite)
+    folder = save_quantized(opened.network, out_folder, clip, overwrite, exact_sums)
     size = sum(file.stat().st_size for file in folder.iterdir()) / 2**20
     load = f"timm_gac.hub.load_model('{folder}')"
     text = f"wrote {folder} ({size:.1f} MiB; weights {opened.origin}): load it with {load}"

@@ -118,7 +118,9 @@ def _rebuilding_args(model: nn.Module) -> dict[str, Any]:
     return {name: value for name, value in args.items() if name != "num_classes"}
 
 
-def save_quantized(model: nn.Module, out: Path, clip: str = "mse", overwrite: bool = False) -> Path:
+def save_quantized(
+    model: nn.Module, out: Path, clip: str = "mse", overwrite: bool = False, exact_sums: bool = False
+) -> Path:
     """Quantise a network (`timm_gac.quantize`) into a model folder.
 
     Args:
@@ -126,6 +128,7 @@ def save_quantized(model: nn.Module, out: Path, clip: str = "mse", overwrite: bo
         out: Folder to write to.
         clip: As for `timm_gac.quantize`.
         overwrite: Replace the model in a folder that is not empty.
+        exact_sums: As for `timm_gac.quantize`.
 
     Returns:
         The folder, for `load_model`.
@@ -135,7 +138,7 @@ def save_quantized(model: nn.Module, out: Path, clip: str = "mse", overwrite: bo
     """
     out = Path(out)
     check_new_folder(out, overwrite)
-    return save_model_folder(quantize(model, clip), out)
+    return save_model_folder(quantize(model, clip, exact_sums), out)
 
 
 def load_model(folder: Path) -> nn.Module:

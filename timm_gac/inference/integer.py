@@ -1,8 +1,8 @@
 """A spiking ResNet that computes with integers: spikes and the weights of its 3x3 convolutions are int8.
 
-Stem, encoder, 1x1 shortcuts and classifier stay floating-point. Between encoder and classifier float32 rounds no sum,
-1x1 shortcuts included (`exact_conv`). ``network.double()`` is the same quantised network evaluated in float64, which
-everything else is compared with.
+Stem, encoder, 1x1 shortcuts and classifier stay floating-point. Between encoder and classifier float32 rounds no sum
+but those of 1x1 shortcuts, and these neither where that is asked for (`exact_conv`). ``network.double()`` is the same
+quantised network evaluated in float64, which everything else is compared with.
 """
 
 from __future__ import annotations

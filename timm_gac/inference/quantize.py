@@ -28,13 +28,13 @@ from .integer import DECAY_STEPS, IntegerBlock, IntegerLIF, IntegerSpikingResNet
 _logger = logging.getLogger(__name__)
 
 # Its grid follows from spec and T (`current_grid`); another grid would be another scheme.
-SCHEME = "int8-weights-per-channel-exact-sums"
-# As folders had it before: sums of 1x1 shortcuts and of a plain network's first convolution are float32's.
-GRID_SCHEME = "int8-weights-per-channel-on-grid"
+# Sums of 1x1 shortcuts and of a plain network's first convolution are float32's.
+SCHEME = "int8-weights-per-channel-on-grid"
+EXACT_SCHEME = "int8-weights-per-channel-exact-sums"
 # The integers of a network that was trained with them. Scales are the trained ones times the batch norm's, on no grid:
 # rounding them to it would change each by up to 1 %.
 TRAINED_SCHEME = "int8-weights-per-channel-as-trained"
-SCHEMES = (SCHEME, GRID_SCHEME, TRAINED_SCHEME)
+SCHEMES = (SCHEME, EXACT_SCHEME, TRAINED_SCHEME)
 CLIPS = ("max", "mse")
 _LEVELS = 127
 # Fractions of a channel's largest weight at which "mse" looks for the least squared error.
@@ -46,7 +46,7 @@ _DEVIATIONS = 8.0
 
 
 @torch.no_grad()
-def quantize(model: nn.Module, clip: str = "mse") -> IntegerSpikingResNet:
+def quantize(model: nn.Module, clip: str = "mse", exact_sums: bool = False) -> IntegerSpikingResNet:
     """A copy of a trained network whose 3x3 convolutions of spikes have int8 weights, for inference.
 
     A network that was trained in 8 bits (`SpikingResNet.set_int8_convs`) keeps its integers: nothing is rounded but
@@ -57,11 +57,11 @@ def quantize(model: nn.Module, clip: str = "mse") -> IntegerSpikingResNet:
     Spikes are integers, so the convolutions are exact. Scales, biases and the currents from encoder and 1x1 shortcuts
     are rounded to multiples of a power of two, 2**-15 at T=4 and decay 1/2. Float32 then computes the neurons exactly
     too, with the spikes of float64; `timm_gac.inference.integer.current_grid` says up to which T.
-    1x1 shortcuts, and the first convolution of a plain network, whose input is real-valued, stay floating-point, but
+    Stem, encoder, 1x1 shortcuts and classifier stay as they are, and so does the first convolution of a plain network,
+    whose input is real-valued. With ``exact_sums`` these shortcuts and that convolution stay floating-point too, but
     round no sum: their inputs are multiples of a power of two, at most 1,024 times it, and their weights have so few
     bits (`timm_gac.inference.exact_conv`). How large an input gets is read off the batch norms. So from the encoder's
     output on, float32 in any order of its sums and float64 give the same currents and spikes.
-    Stem, encoder and classifier stay as they are.
     Of neurons that learned one decay and threshold a layer, decays are rounded to multiples of 1/256 and thresholds to
     the grid; float32 then rounds membranes, so that its spikes can differ from those of float64, which a line in the
     log says. The encoder keeps what it learned.
@@ -73,6 +73,8 @@ def quantize(model: nn.Module, clip: str = "mse") -> IntegerSpikingResNet:
         model: A network of this package with running statistics; it is left alone.
         clip: ``max`` scales a channel so that its largest weight is not clipped, ``mse`` so that the squared error of
             rounding and clipping is least.
+        exact_sums: Let every sum behind the encoder be the same in any order, for other programs that shall compute the
+            same integers. Of networks trained in 8 bits it changes nothing.
 
     Returns:
         The integer network, in eval mode, on the model's device and with its floating dtype.
@@ -87,7 +89,8 @@ def quantize(model: nn.Module, clip: str = "mse") -> IntegerSpikingResNet:
         >>> import timm, timm_gac
         >>> network = timm_gac.quantize(timm.create_model("gac_msresnet18_cifar"))
     """
-    return quantize_as(TRAINED_SCHEME if getattr(model, "int8_convs", False) else SCHEME, model, clip)
+    scheme = EXACT_SCHEME if exact_sums else SCHEME
+    return quantize_as(TRAINED_SCHEME if getattr(model, "int8_convs", False) else scheme, model, clip)
 
 
 @torch.no_grad()
@@ -230,7 +233,7 @@ def _integer_block(
 ) -> IntegerBlock:
     membrane = isinstance(block, MSBlock)
     scheme = network.quantization["scheme"]
-    exact, step = scheme == SCHEME, currents.step() if membrane or first else 0.0
+    exact, step = scheme == EXACT_SCHEME, currents.step() if membrane or first else 0.0
     conv1: nn.Module
     if first and not membrane:
         shift = fold_batch_norm(block.conv1, block.bn1)
