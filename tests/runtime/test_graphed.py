@@ -575,8 +575,11 @@ def test_without_cuda_it_stays_as_it_is(caplog: pytest.LogCaptureFixture, monkey
     assert "forward" not in vars(model) and "there is none" in caplog.text
 
 
-def test_accelerate_wraps_and_unwraps_it() -> None:
+def test_accelerate_wraps_and_unwraps_it(request: pytest.FixtureRequest) -> None:
     accelerate = pytest.importorskip("accelerate")
+    # Accelerate keeps one state a process, which tests before this one may have left.
+    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
+    request.addfinalizer(lambda: accelerate.state.AcceleratorState._reset_state(reset_partial_state=True))
     accelerator = accelerate.Accelerator(mixed_precision="bf16", cpu=not CUDA)
 
     def loop(model: nn.Module) -> list[float]:

@@ -39,7 +39,7 @@ _IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
     "conv_lif": _conv_lif,
     "spike_conv": _spike_conv,
 }
-EMBEDDED = frozenset(f"gac_kernels.{name}.default" for name in _IMPLEMENTATIONS)  # as nodes of a graph name them
+EMBEDDED = frozenset(str(getattr(torch.ops.gac_kernels, name).default) for name in _IMPLEMENTATIONS)  # in graphs
 
 
 def why_not_embedded(tensor: Tensor) -> str:
