@@ -15,6 +15,21 @@ os.environ.setdefault("TIMM_GAC_COMPILE_AHEAD", "0")
 
 import pytest
 
+# These compile C++ or start several processes, a minute of two cores together: TIMM_GAC_LONG_TESTS=1 runs them too.
+LONG = (
+    "test_a_c_plus_plus_program_runs_a_compiled_package",
+    "test_compilers_for_a_gpu_find_the_triton_kernels",
+    "test_timm_script_gets_our_network_and_data",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Leave out long tests where they are not asked for."""
+    if os.environ.get("TIMM_GAC_LONG_TESTS") != "1":
+        for item in items:
+            if item.name.partition("[")[0] in LONG:
+                item.add_marker(pytest.mark.skip(reason="long: TIMM_GAC_LONG_TESTS=1 runs it"))
+
 
 @pytest.fixture(scope="session")
 def device() -> torch.device:
