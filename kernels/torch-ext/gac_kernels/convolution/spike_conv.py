@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..checks import check_flags, check_spec, check_spike_conv, check_tensors, conv3x3_shape
 from ..common.fake import register_fake
@@ -229,17 +230,29 @@ def _spike_conv_fake(
     )
 
 
+# Tensors whose values were multiples of a grid: the grid, and their version and address then.
+_on_grid: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+
+
 def _check_on_grid(grid: float, **vectors: Tensor) -> None:
-    """Raise unless all values are multiples of the grid; not under a compiler or a capture, which read no values."""
+    """Raise unless all values are multiples of the grid; not under a compiler or a capture, which read no values.
+
+    A tensor is looked at once, and again after it was written to: on a GPU the host waits for the answer.
+    """
     if not grid or torch.compiler.is_compiling():
         return
     for name, vector in vectors.items():
         if vector.is_meta or (vector.is_cuda and torch.cuda.is_current_stream_capturing()):
             return
+        seen = None if vector.is_inference() else (grid, vector._version, vector.data_ptr())
+        if seen is not None and _on_grid.get(vector) == seen:
+            continue
         if not torch.equal(on_grid(vector, grid), vector):
             raise ValueError(
                 f"expected {name} in multiples of grid={grid!r}, got other values: round it to these, or leave grid 0"
             )
+        if seen is not None:
+            _on_grid[vector] = seen
 
 
 def spike_conv(
