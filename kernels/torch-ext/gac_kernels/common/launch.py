@@ -2,8 +2,10 @@
 
 Triton looks at every argument at every launch. A training step in a plain loop waits for the host, so here a launch
 after the first looks only at what can have changed, dtypes of tensors and whether they are aligned: 5 to 7 us on one
-core of an Intel Xeon instead of 17 to 30 (Triton 3.6 and 3.8, measured without what the GPU's driver takes). No GPU has
-run it yet, so Triton launches everything unless the environment has TIMM_GAC_DIRECT_LAUNCH=1.
+core of an Intel Xeon instead of 17 to 30 (Triton 3.6 and 3.8, measured without what the GPU's driver takes). On an H200
+ten training steps of three networks had the same bits with it and without, and msresnet34 at 224x224 trained in 0.65 to
+0.80 of the time. With TIMM_GAC_DIRECT_LAUNCH=0 in the environment, and on ROCm, where nobody has tried it, Triton
+launches everything.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ if HAS_TRITON and not INTERPRETED:
     from triton.compiler import CompiledKernel
     from triton.runtime import driver
 
-DIRECT = os.environ.get("TIMM_GAC_DIRECT_LAUNCH") == "1"
+DIRECT = os.environ.get("TIMM_GAC_DIRECT_LAUNCH") != "0" and torch.version.hip is None
 _prepared: list[Any] = []
 _ALIGNED = 16  # bytes: Triton compiles one kernel for addresses that are multiples of it, and one for others
 
