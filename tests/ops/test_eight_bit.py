@@ -107,7 +107,7 @@ def test_forward_is_the_definition_and_leaves_its_statistics(shape, config, devi
     expected_running = [value.clone() for value in running]
     if out.numel() == out.shape[1]:
         return
-    mean, var = convolution.finish_statistics(partial, *running, 0.3, counter)
+    mean, var, _ = convolution.finish_statistics(partial, *running, 0.3, counter)
     found = batch_stats(out, *expected_running, 0.3)
     for a, b in zip((mean, var, *running), (*found, *expected_running), strict=True):
         assert torch.allclose(a, b, rtol=1e-4, atol=1e-6 * var.max().sqrt().item())
@@ -120,7 +120,7 @@ def test_statistics_of_a_large_mean(device):
     spikes[:, 0] = (torch.rand(8, 20, 20, device=device) < 0.5).to(torch.int8)
     weight = torch.rand(16, 32, 3, 3, device=device) + 1.0
     out, partial = convolution.forward(spikes, round_weight(weight), 1, torch.float32, config=SMALL)
-    mean, var = convolution.finish_statistics(partial)
+    mean, var, _ = convolution.finish_statistics(partial)
     exact_var, exact_mean = torch.var_mean(out.double(), (0, 2, 3), correction=0)
     close(var, exact_var)
     close(mean, exact_mean)
@@ -180,7 +180,7 @@ def test_norm_and_neuron_are_those_of_norm_lif(shape, keep, residual, normed, fu
     x, r = random(2.0) + 1.0, random(1.0) if residual else None
     own = norm.Norm(*affine(), *batch_stats(x), 1e-5)
     other = norm.Norm(*affine(), *batch_stats(r), 1e-4) if normed else norm.NO_NORM
-    config = {"BLOCK_B": 4, "BLOCK_C": 32, "num_warps": 4}
+    config = {"BLOCK_B": 4, "BLOCK_C": 32, "num_warps": 4, "PIXELS_FIRST": B % 2}  # either order
     neuron = spec.op_arguments
     fired, membrane = norm.norm_and_fire(x, r, own, other, T, neuron, keep, full, config)
     tail = (None, 1e-5, T, *neuron, True)
@@ -211,7 +211,10 @@ def test_norm_and_neuron_are_those_of_norm_lif(shape, keep, residual, normed, fu
     differ = found.plain.float() != expected
     assert differ.float().mean() <= (0.1 if CUDA else 0.001)
     close(found.plain.float() / found.divisor, h, 0.04)
-    assert not residual or torch.equal(found.current, ga)
+    if normed:  # by sums of another number of programs
+        close(found.current, ga, torch.finfo(DTYPE).eps / 8)
+    else:
+        assert not residual or torch.equal(found.current, ga)
     of_norms = [*found.of_norm, *(found.of_res_norm if normed else ())]
     assert all(torch.allclose(a, b, rtol=1e-5) for a, b in zip(of_norms, rest, strict=False))
 
@@ -297,7 +300,7 @@ def test_hopper_kernel(shape, config, shared, device, monkeypatch, poisoned):
     launch = dict(zip(("COPIES", "STEPS", "PROMOTE"), config, strict=True))
     out, partial = convolution.forward(spikes.to(torch.int8), rounded, stride, DTYPE, shape[0], config=launch)
     assert torch.equal(out, int8_conv2d_reference(spikes, weight, stride))
-    for a, b in zip(convolution.finish_statistics(partial), batch_stats(out), strict=True):
+    for a, b in zip(convolution.finish_statistics(partial)[:2], batch_stats(out), strict=True):
         assert torch.allclose(a, b, rtol=1e-4, atol=1e-5)
     if stride == 1:
         g, divisor = in_e4m3(grad, rounded.scale)

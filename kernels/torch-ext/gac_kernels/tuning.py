@@ -43,9 +43,9 @@ DEFAULTS: dict[str, dict[str, int]] = {
 DEFAULTS |= {
     "batch_stats": {"TILE": 4096, "BLOCK_C": 128, "num_warps": 8, "PER_SM": 4, "STAGES": 1, "REVERSE": 1},
     "norm_lif_fwd_eval": {"TILE": 4096, "BLOCK_C": 128, "num_warps": 8, "REVERSE": 1},
-    "eight_bit_bytes": {"BLOCK_B": 32, "BLOCK_C": 128, "num_warps": 8},
-    "eight_bit_norm_fwd": {"BLOCK_B": 32, "BLOCK_C": 128, "num_warps": 8},
-    "eight_bit_norm_bwd_apply": {"BLOCK_B": 16, "BLOCK_C": 128, "num_warps": 8},
+    "eight_bit_bytes": {"BLOCK_B": 32, "BLOCK_C": 128, "num_warps": 8, "PIXELS_FIRST": 0},
+    "eight_bit_norm_fwd": {"BLOCK_B": 16, "BLOCK_C": 128, "num_warps": 8, "PIXELS_FIRST": 0},
+    "eight_bit_norm_bwd_apply": {"BLOCK_B": 16, "BLOCK_C": 128, "num_warps": 8, "PIXELS_FIRST": 0},
 }
 DEFAULTS |= {f"lif_learned_bwd:{_steps}": {"PER_SM": 3} for _steps in range(5, 9)}  # twice the registers
 # A sum with a shortcut, whose membrane is kept, and with a shortcut that has a norm of its own, take more registers.

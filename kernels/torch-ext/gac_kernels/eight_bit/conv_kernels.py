@@ -139,15 +139,22 @@ def finish_statistics_kernel(
     running_mean_ptr,
     running_var_ptr,
     batches_ptr,
+    w_ptr,
+    b_ptr,
+    affine_ptr,
     momentum,
     parts,
     C,
+    EPS: tl.constexpr,
     UPDATE: tl.constexpr,
     COUNT: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """Mean and biased variance of channels from those of parts, added up in a fixed order; and the running ones."""
+    """Mean and biased variance of channels from those of parts, added up in a fixed order; and the running ones.
+
+    With affine_ptr also scale and shift of the batch norm, (2, C), as `norm_affine` computes them.
+    """
     if COUNT:
         tl.store(batches_ptr, tl.load(batches_ptr) + 1, mask=tl.program_id(0) == 0)
     channel = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -171,6 +178,15 @@ def finish_statistics_kernel(
     var = tl.maximum(tl.sum(square, 0) / values - shift * shift, 0.0, propagate_nan=tl.PropagateNan.ALL)
     tl.store(mean_ptr + channel, mean, mask=in_c)
     tl.store(var_ptr + channel, var, mask=in_c)
+    if affine_ptr is not None:
+        scale = 1.0 / tl.sqrt(var + EPS)
+        if w_ptr is not None:
+            scale *= tl.load(w_ptr + channel, mask=in_c, other=0.0).to(tl.float32)
+        shift = -mean * scale
+        if b_ptr is not None:
+            shift += tl.load(b_ptr + channel, mask=in_c, other=0.0).to(tl.float32)
+        tl.store(affine_ptr + channel, scale, mask=in_c)
+        tl.store(affine_ptr + C + channel, shift, mask=in_c)
     if UPDATE:
         weight = tl.cast(momentum, tl.float32)
         before = tl.load(running_mean_ptr + channel, mask=in_c, other=0.0).to(tl.float32)

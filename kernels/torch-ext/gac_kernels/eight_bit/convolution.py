@@ -128,10 +128,25 @@ def finish_statistics(
     running_var: Tensor | None = None,
     momentum: float = 0.0,
     num_batches: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Mean and biased variance (C,) of all that `forward` stored; see `batch_stats` for the others."""
+    affine: tuple[Tensor | None, Tensor | None, float] | None = None,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Mean and biased variance (C,) of all that `forward` stored; see `batch_stats` for the others.
+
+    Args:
+        partial: What `forward` returned.
+        running_mean: (C,), brought up to date.
+        running_var: Likewise.
+        momentum: Of these.
+        num_batches: One more is counted.
+        affine: Weight, bias and eps of the batch norm.
+
+    Returns:
+        Mean, variance and, with ``affine``, scale and shift (2, C) of the batch norm.
+    """
     parts, _, channels = partial.shape
-    mean, var = torch.empty((2, channels), dtype=torch.float32, device=partial.device)
+    memory = torch.empty((4, channels), dtype=torch.float32, device=partial.device)
+    mean, var, found = memory[0], memory[1], None if affine is None else memory[2:]
+    weight, bias, eps = affine or (None, None, 0.0)
     with on_device(partial):
         finish_statistics_kernel[(cdiv(channels, _FINISH["BLOCK_C"]),)](
             partial,
@@ -140,14 +155,18 @@ def finish_statistics(
             running_mean,
             running_var,
             num_batches,
+            weight,
+            bias,
+            found,
             momentum,
             parts,
             channels,
+            EPS=eps,
             UPDATE=running_mean is not None,
             COUNT=num_batches is not None,
             **_FINISH,
         )
-    return mean, var
+    return mean, var, found
 
 
 def input_gradient(

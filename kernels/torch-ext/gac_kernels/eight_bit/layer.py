@@ -84,8 +84,8 @@ class _Layer(torch.autograd.Function):
         rounded = round_weight(weight)
         x, partial = forward(spikes.plain, rounded, call.stride, call.dtype, call.num_steps)
         assert partial is not None
-        mean, var = finish_statistics(partial, *call.running)
-        norm, res_norm = Norm(norm_weight, norm_bias, mean, var, call.eps), NO_NORM
+        mean, var, affine = finish_statistics(partial, *call.running, (norm_weight, norm_bias, call.eps))
+        norm, res_norm = Norm(norm_weight, norm_bias, mean, var, call.eps, affine), NO_NORM
         if call.res_statistics is not None:
             res_norm = Norm(res_weight, res_bias, *call.res_statistics, call.res_eps)
         residual = None if residual is None else as_layout(residual, x)

@@ -12,10 +12,10 @@ from ..common.layout import on_device
 from ..common.tiles import FINISH, channel_tiles
 from ..common.triton import cdiv, next_power_of_2
 from ..norm import eager
-from ..norm.norm_lif_kernels import finish_kernel, reduce_kernel
+from ..norm.norm_lif_kernels import reduce_kernel
 from ..registry import kernel_constants
 from ..tuning import launch_config
-from .norm_kernels import apply_kernel, bound_kernel, bytes_kernel, forward_kernel
+from .norm_kernels import apply_kernel, bytes_kernel, finish_kernel, forward_kernel
 from .weight_gradient import turned_size
 
 MAX_STEPS = 8  # of which registers hold all
@@ -34,17 +34,21 @@ class Spikes(NamedTuple):
 
 
 class Norm(NamedTuple):
-    """A batch norm: weight and bias, which may be None, statistics of the batch (C,) float32, and eps."""
+    """A batch norm: weight and bias, which may be None, statistics of the batch (C,) float32, and eps.
+
+    ``affine`` is its scale and shift, (2, C) float32, where `convolution.finish_statistics` has left them.
+    """
 
     weight: Tensor | None
     bias: Tensor | None
     mean: Tensor | None
     var: Tensor | None
     eps: float
+    affine: Tensor | None = None
 
     @property
     def tensors(self) -> tuple[Tensor | None, ...]:
-        """All but eps."""
+        """Weight, bias, mean and variance."""
         return self[:4]
 
 
@@ -112,6 +116,7 @@ def norm_and_fire(
             x,
             residual,
             *norm.tensors,
+            norm.affine,
             *res_norm.tensors,
             *(spikes or (None, None)),
             whole,
@@ -199,13 +204,38 @@ def backward(
     tiles = channel_tiles(x, num_steps, config_of_sums)
     programs, count = tiles.grid[0], tiles.rows * num_steps
     partial = torch.empty((programs, sum_count + 2, channels), dtype=torch.float32, device=device)
-    sums = torch.empty((sum_count, channels), dtype=torch.float32, device=device)
-    bound = torch.empty(channels, dtype=torch.float32, device=device)
+    factors, bound = torch.empty((8, channels), dtype=torch.float32, device=device), partial.new_empty(channels)
+    sums = torch.empty((3, channels), dtype=torch.float32, device=device) if group else None
     names = ("THRESHOLD", "DECAY", "SURROGATE", "WIDTH", "DETACH", "SOFT")
-    shared: dict[str, Any] = dict(zip(names, neuron, strict=True))
-    shared |= dict(EPS=norm.eps, R_EPS=res_norm.eps, NORMED=normed)
-    finish_grid = (cdiv(channels, FINISH["BLOCK_C"]),)
-    empty = x.new_empty(0)
+    shared: dict[str, Any] = dict(zip(names, neuron, strict=True)) | {"NORMED": normed}
+    eps: dict[str, Any] = dict(EPS=norm.eps, R_EPS=res_norm.eps, SUMS=sum_count + 2)
+
+    def finish(first: bool, last: bool) -> None:
+        finish_kernel[(cdiv(channels, FINISH["BLOCK_C"]),)](
+            partial,
+            *norm.tensors,
+            res_norm.weight,
+            res_norm.mean,
+            res_norm.var,
+            conv_scale,
+            total,
+            sums,
+            gw,
+            gb,
+            grw,
+            grb,
+            bound,
+            factors,
+            programs,
+            channels,
+            count,
+            NORMED=normed,
+            FIRST=first,
+            LAST=last,
+            **eps,
+            **FINISH,
+        )
+
     with on_device(x):
         reduce_kernel[tiles.grid](
             grad_spikes,
@@ -217,7 +247,7 @@ def backward(
             *res_norm.tensors,
             ga,
             partial,
-            empty,
+            x.new_empty(0),
             None,
             tiles.rows,
             channels,
@@ -231,48 +261,17 @@ def backward(
             HAS_GS=grad_spikes is not None,
             HAS_GY=grad_membrane is not None,
             WRITE=written,
-            SUMS=sum_count + 2,
             MAXES=True,
+            **eps,
             **shared | kernel_constants(neuron[2], backward=True),
             **tiles.meta,
         )
-        finish_kernel[finish_grid](
-            partial,
-            norm.var,
-            res_norm.var,
-            sums,
-            empty if gw is None else gw,
-            empty if gb is None else gb,
-            empty if grw is None else grw,
-            empty if grb is None else grb,
-            programs,
-            channels,
-            EPS=norm.eps,
-            R_EPS=res_norm.eps,
-            AFFINE=norm.weight is not None,
-            BIAS=norm.bias is not None,
-            NORMED=normed,
-            SUMS=sum_count + 2,
-            **FINISH,
-        )
-        if group:
+        if sums is None:
+            finish(True, True)
+        else:
+            finish(True, False)
             dist.all_reduce(sums, group=eager.resolve_group(group))
-        bound_kernel[finish_grid](
-            partial,
-            sums,
-            norm.weight,
-            norm.var,
-            conv_scale,
-            total,
-            bound,
-            programs,
-            channels,
-            count,
-            EPS=norm.eps,
-            SUMS=sum_count + 2,
-            HAS_TOTAL=total is not None,
-            **FINISH,
-        )
+            finish(False, True)
         plain = torch.empty_like(x, dtype=torch.float8_e4m3fn)
         turned, divisor = empty_turned(x, num_steps), torch.empty(1, dtype=torch.float32, device=device)
         grid, sizes, meta = _geometry("eight_bit_norm_bwd_apply", x, num_steps, config)
@@ -280,22 +279,16 @@ def backward(
             ga if written else grad_spikes,
             x,
             residual,
-            *norm.tensors,
-            *res_norm.tensors,
-            sums,
-            total,
-            conv_scale,
+            factors,
             bound,
             divisor,
             plain.view(torch.uint8),
             turned,
             ga,
             *sizes,
-            count,
-            HAS_TOTAL=total is not None,
             RECOMPUTE=not written,
             ALL_C=next_power_of_2(channels),
             **shared,
             **meta,
         )
-    return Gradients(plain, turned, divisor, ga if has_residual else empty, (gw, gb), (grw, grb))
+    return Gradients(plain, turned, divisor, ga if has_residual else x.new_empty(0), (gw, gb), (grw, grb))
