@@ -70,6 +70,7 @@ for part in "$@"; do
       for gate in full spatial temporal half open; do
         train "gate_$gate" cifar100_fast --epochs 40 --holdout 0.1 --gate "$gate"
       done
+      train gate_slow cifar100_fast --epochs 40 --holdout 0.1 --gate-lr 0.1
       train gate_direct cifar100_fast --epochs 40 --holdout 0.1 --model msresnet18_cifar
       ;;
     formats)

@@ -9,6 +9,7 @@ import torch
 from timm.optim import param_groups_layer_decay, param_groups_weight_decay
 from torch import Tensor, nn
 
+from ..layers.encoder import GatedAttentionCoding
 from .recipes import Recipe
 
 
@@ -24,6 +25,8 @@ def create_optimizer(model: Any, recipe: Recipe, device: torch.device) -> torch.
         groups = param_groups_layer_decay(
             model, weight_decay=recipe.weight_decay, no_weight_decay_list=tuple(skip), layer_decay=recipe.layer_decay
         )
+    if recipe.gate_lr != 1.0:
+        groups = _with_gate_lr(groups, model, recipe.gate_lr)
     # Tensors, because a CUDA graph would keep a number for ever; the groups' rates differ by their lr_scale.
     for group in groups:
         group["lr"] = torch.tensor(recipe.lr, device=device)
@@ -33,6 +36,19 @@ def create_optimizer(model: Any, recipe: Recipe, device: torch.device) -> torch.
         )
     cuda = device.type == "cuda"
     return torch.optim.AdamW(groups, lr=recipe.lr, fused=cuda, capturable=cuda)
+
+
+def _with_gate_lr(groups: list[dict[str, Any]], model: nn.Module, factor: float) -> list[dict[str, Any]]:
+    """The groups, those parameters of gated attention coding that are in them in groups of their own."""
+    encoders = [module for module in model.modules() if isinstance(module, GatedAttentionCoding)]
+    gate = {id(parameter) for encoder in encoders for parameter in encoder.parameters()}
+    divided = []
+    for group in groups:
+        for inside, scale in ((False, 1.0), (True, factor)):
+            chosen = [parameter for parameter in group["params"] if (id(parameter) in gate) == inside]
+            if chosen:
+                divided.append(group | {"params": chosen, "lr_scale": group.get("lr_scale", 1.0) * scale})
+    return divided
 
 
 def learning_rate(recipe: Recipe, step: int, steps_per_epoch: int) -> float:
