@@ -24,13 +24,45 @@ from ..convolution.hopper.pair_copy import copy_pixels, copy_weights, first_pixe
 
 
 @gluon.jit
+def _rows_added(values, BM: gl.constexpr, BN: gl.constexpr):
+    """Sums of the two rows of a tile that a thread has of each channel: [4, 8, BN], nothing leaves a thread."""
+    return gl.sum(gl.reshape(values, [4, 2, BM // 8, BN]), 1)
+
+
+@gluon.jit
+def _rounded(y, DTYPE: gl.constexpr):
+    """y in 16 bits, and that in float32 again: two at once, where the compiler takes the slow unit for each."""
+    if DTYPE == gl.bfloat16:
+        stored, again = gl.inline_asm_elementwise(
+            "{ cvt.rn.bf16x2.f32 $0, $4, $3; shl.b32 $1, $0, 16; and.b32 $2, $0, 0xffff0000; }",
+            "=r,=r,=r,r,r",
+            [y],
+            dtype=(gl.bfloat16, gl.float32),
+            is_pure=True,
+            pack=2,
+        )
+    else:
+        stored, again = gl.inline_asm_elementwise(
+            "{ .reg .b16 low, high; cvt.rn.f16x2.f32 $0, $4, $3; mov.b32 {low, high}, $0; cvt.f32.f16 $1, low; "
+            "cvt.f32.f16 $2, high; }",
+            "=r,=r,=r,r,r",
+            [y],
+            dtype=(gl.float16, gl.float32),
+            is_pure=True,
+            pack=2,
+        )
+    return stored, again
+
+
+@gluon.jit
 def _finish(
     total,
     scale_ptr,
     divisor_ptr,
     y_desc,
     y_buffer,
-    means,
+    pivots,
+    sums,
     squares,
     values,
     exists,
@@ -45,14 +77,22 @@ def _finish(
     BN: gl.constexpr,
     SUMS: gl.constexpr,
 ):
-    """Store a tile of step t; merge its statistics with those of the tiles before, which had so many values."""
+    """Store a tile of step t; sums and squares of what is stored, less the pivot, with this tile's.
+
+    The pivot of a channel is its mean over the first tile, so that the sums keep their digits where a mean is many
+    standard deviations. Sums stay in registers, those of the rows of a thread: to add up all rows of each tile costs
+    as much as half of its products.
+    """
     y = total.to(gl.float32)
     if scale_ptr is not None:
         channel = n0 + gl.arange(0, BN, layout=gl.SliceLayout(0, SUMS))
         y = y * gl.expand_dims(gl.load(scale_ptr + channel), 0)
     if divisor_ptr is not None:
         y = y * (1.0 / gl.load(divisor_ptr))  # a power of two
-    stored = y.to(y_buffer.dtype)
+    if STATS:
+        stored, y = _rounded(y, y_buffer.dtype)
+    else:
+        stored = y.to(y_buffer.dtype)
     tma.store_wait(0)
     barrier()
     Y: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BM, BN], y_buffer.dtype)
@@ -61,16 +101,14 @@ def _finish(
     barrier()
     tma.async_copy_shared_to_global(y_desc, [h0, t, b0, w0, n0], y_buffer)
     if STATS:
-        y = stored.to(gl.float32)
-        mean = gl.sum(gl.where(exists, y, 0.0), 0) / gl.maximum(count, 1.0)
-        d = gl.where(exists, y - gl.expand_dims(mean, 0), 0.0)
-        share = count / gl.maximum(values + count, 1.0)
-        before = means.load(gl.SliceLayout(0, SUMS))
-        delta = mean - before
-        square = squares.load(gl.SliceLayout(0, SUMS)) + gl.sum(d * d, 0) + delta * delta * (values * share)
-        barrier()
-        means.store(before + delta * share)
-        squares.store(square)
+        if values == 0.0:
+            mean = gl.sum(gl.where(exists, y, 0.0), 0) / gl.maximum(count, 1.0)
+            pivots.store(mean)
+            barrier()
+        d = gl.where(exists, y - gl.expand_dims(pivots.load(gl.SliceLayout(0, SUMS)), 0), 0.0)
+        sums += _rows_added(d, BM, BN)
+        squares += _rows_added(d * d, BM, BN)
+    return sums, squares
 
 
 @gluon.jit
@@ -119,8 +157,12 @@ def _consume(
     SUMS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BN, 32])
     PIXELS: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BM, BK], OPERAND)
     GROUPS: gl.constexpr = (T + STEPS - 1) // STEPS
-    means = statistics.index(2 * GROUP)
-    squares = statistics.index(2 * GROUP + 1)
+    pivots = statistics.index(GROUP)
+    sums = 0.0
+    squares = 0.0
+    if STATS:
+        sums = _rows_added(gl.zeros([BM, BN], gl.float32, SUMS), BM, BN)
+        squares = sums
     copy = 0  # copies of pixels and taps that were used
     tap = 0
     values = 0.0  # of a channel so far
@@ -180,13 +222,14 @@ def _consume(
                 mbarrier.arrive(weights_free.index((tap + RING - 1) % RING))
             mbarrier.arrive(pixels_free.index(GROUP * COPIES + (copy + COPIES - 1) % COPIES))
             # A tile beyond the last one has no values, and what it would store is clipped.
-            _finish(
+            sums, squares = _finish(
                 first,
                 scale_ptr,
                 divisor_ptr,
                 y_desc,
                 y_buffers.index(GROUP * STEPS),
-                means,
+                pivots,
+                sums,
                 squares,
                 values,
                 exists,
@@ -203,13 +246,14 @@ def _consume(
             )
             values += count
             if STEPS == 2:
-                _finish(
+                sums, squares = _finish(
                     second,
                     scale_ptr,
                     divisor_ptr,
                     y_desc,
                     y_buffers.index(GROUP * STEPS + 1),
-                    means,
+                    pivots,
+                    sums,
                     squares,
                     values,
                     exists,
@@ -227,14 +271,16 @@ def _consume(
                 values += count
     tma.store_wait(0)
     if STATS:
-        barrier()
+        sum_d = gl.convert_layout(gl.sum(gl.sum(sums, 1), 0), gl.SliceLayout(0, SUMS))
+        sum_dd = gl.convert_layout(gl.sum(gl.sum(squares, 1), 0), gl.SliceLayout(0, SUMS))
         channel = gl.program_id(0) % tiles_n * BN + gl.arange(0, BN, layout=gl.SliceLayout(0, SUMS))
         C_OUT = tiles_n * BN
         to = partial_ptr + (gl.program_id(0) // tiles_n * 2 + GROUP) * 3 * C_OUT + channel
-        mean = means.load(gl.SliceLayout(0, SUMS))
-        gl.store(to, mean * 0.0 + values)
-        gl.store(to + C_OUT, mean)
-        gl.store(to + 2 * C_OUT, squares.load(gl.SliceLayout(0, SUMS)))
+        shift = sum_d / gl.maximum(values, 1.0)
+        gl.store(to, shift * 0.0 + values)
+        gl.store(to + C_OUT, pivots.load(gl.SliceLayout(0, SUMS)) + shift)
+        square = sum_dd - sum_d * shift
+        gl.store(to + 2 * C_OUT, gl.where(square < 0.0, 0.0, square))  # NaN stays
 
 
 @gluon.jit
@@ -281,7 +327,7 @@ def sums_kernel(
     weights = gl.allocate_shared_memory(OPERAND, [RING, BN, BK], w_desc.layout)
     y_buffers = gl.allocate_shared_memory(y_desc.dtype, [2 * STEPS, BH, 1, NB, BW, BN], y_desc.layout)
     FLAT: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
-    statistics = gl.allocate_shared_memory(gl.float32, [4, BN], FLAT)
+    statistics = gl.allocate_shared_memory(gl.float32, [2, BN], FLAT)
     pixels_ready = gl.allocate_shared_memory(gl.int64, [2 * COPIES, 1], mbarrier.MBarrierLayout())
     pixels_free = gl.allocate_shared_memory(gl.int64, [2 * COPIES, 1], mbarrier.MBarrierLayout())
     weights_ready = gl.allocate_shared_memory(gl.int64, [RING, 1], mbarrier.MBarrierLayout())
@@ -292,7 +338,7 @@ def sums_kernel(
     for i in gl.static_range(RING):
         mbarrier.init(weights_ready.index(i), count=1)
         mbarrier.init(weights_free.index(i), count=2)
-    for i in gl.static_range(4):
+    for i in gl.static_range(2):
         statistics.index(i).store(gl.zeros([BN], gl.float32, gl.BlockedLayout([1], [32], [num_warps], [0])))
     fence_async_shared()
     barrier()
