@@ -30,9 +30,9 @@ def _rows_added(values, BM: gl.constexpr, BN: gl.constexpr):
 
 
 @gluon.jit
-def _rounded(y, DTYPE: gl.constexpr):
-    """y in 16 bits, and that in float32 again: two at once, where the compiler takes the slow unit for each."""
-    if DTYPE == gl.bfloat16:
+def _rounded(y, HALF: gl.constexpr):
+    """Sums in 16 bits, and these in float32: two at once, where the compiler takes the slow unit for each."""
+    if not HALF:
         stored, again = gl.inline_asm_elementwise(
             "{ cvt.rn.bf16x2.f32 $0, $4, $3; shl.b32 $1, $0, 16; and.b32 $2, $0, 0xffff0000; }",
             "=r,=r,=r,r,r",
@@ -90,7 +90,7 @@ def _finish(
     if divisor_ptr is not None:
         y = y * (1.0 / gl.load(divisor_ptr))  # a power of two
     if STATS:
-        stored, y = _rounded(y, y_buffer.dtype)
+        stored, y = _rounded(y, y_buffer.dtype == gl.float16)
     else:
         stored = y.to(y_buffer.dtype)
     tma.store_wait(0)
