@@ -158,7 +158,7 @@ def weight_gradient(
     tiles = cdiv(out_channels, block_m) * cdiv(channels, block_n) * 9
     # As many programs as fit at once, of equal length.
     at_once = config.pop("PER_SM", 1) * multiprocessors(gradient.device)
-    splits = max(1, min(at_once // tiles, out_height * out_width))
+    splits = max(1, min(config.pop("SPLITS", 0) or at_once // tiles, out_height * out_width))
     partial = torch.empty((splits, out_channels, 9, channels), dtype=torch.float32, device=gradient.device)
     with on_device(gradient):
         weight_gradient_kernel[(tiles, splits)](
