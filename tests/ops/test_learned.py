@@ -19,6 +19,7 @@ from gac_kernels import (
     norm_lif_reference,
     use_backend,
 )
+from gac_kernels.neuron import learned
 from gac_kernels.spec import SURROGATES
 
 BACKENDS = ["eager", "triton"]
@@ -73,6 +74,50 @@ def test_lif(backend, spec, channels, num_steps, layout, device, poisoned):
         lambda x, v, n: lif_reference(x, spec, v, True, decay=n[0], threshold=n[1]),
         inputs,
     )
+
+
+@pytest.mark.parametrize("frame", [(29, 37), (64, 33), (3, 3)], ids=str)
+@pytest.mark.parametrize("spec", [CIFAR, IMAGENET], ids=["cifar", "imagenet"])
+def test_tiles_of_contiguous_samples(spec, frame, device, poisoned):
+    """Samples that need several tiles, samples of which a tile has several, and both."""
+    x = torch.randn(4, 3, 2, *frame, device=device)
+    with use_backend("triton"):
+        assert_matches(
+            lambda x, n: lif(x, spec, decay=n[0], threshold=n[1]),
+            lambda x, n: lif_reference(x, spec, decay=n[0], threshold=n[1]),
+            [x, values(2).to(device)],
+        )
+
+
+def test_pixels_of_a_tile():
+    """A power of two that leaves at most an eighth of a tile unused, where there is one."""
+    found = {pixels: learned._pixels(pixels, 1024) for pixels in (4, 16, 49, 64, 196, 784, 1024, 1073, 3136, 50176)}
+    assert found == {4: 4, 16: 16, 49: 64, 64: 64, 196: 16, 784: 64, 1024: 1024, 1073: 128, 3136: 256, 50176: 1024}
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_products_with_a_decay_round_as_in_the_reference(backend, layout, device):
+    """Neurons that a fused multiply-add would move over the threshold, or over the edge of a rectangle.
+
+    Each channel has a decay d and inputs v, c of its own. The threshold is the membrane d * v + c as two roundings give
+    it, which does not fire; then half less, so that the membrane lies just outside of a rectangle half as wide.
+    """
+    make = torch.Generator().manual_seed(0)
+    d, v, c = (torch.rand(2**14, generator=make) for _ in range(3))
+    d, v, c = 0.1 + 0.8 * d, 0.4 * v, 1.0 + c / 2
+    fused = (d.double() * v.double() + c.double()).float()
+    moved = torch.cat([where.nonzero()[:100, 0] for where in (fused > d * v + c, fused < d * v + c)])
+    assert len(moved) == 200
+    d, v, c = d[moved], v[moved], c[moved]
+    membrane = d * v + c
+    spec = LIFSpec(surrogate="rectangle", width=0.5)
+    x = torch.stack((v, c)).view(2, 1, -1, 1, 1).expand(2, 2, -1, 4, 4).to(device)
+    x = LAYOUTS[layout](x.contiguous()).requires_grad_()
+    spikes = lif(x, spec, decay=d.to(device), threshold=membrane.to(device))
+    assert not spikes.any()
+    spikes = lif(x, spec, decay=d.to(device), threshold=(membrane - 0.5).to(device))
+    assert spikes[1].all() and not spikes[0].any()
+    assert not torch.autograd.grad(spikes[1].sum(), x)[0].any()
 
 
 NORMS = {"alone": (False, False), "residual": (True, False), "normed residual": (True, True)}

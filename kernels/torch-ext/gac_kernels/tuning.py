@@ -18,7 +18,7 @@ DEFAULTS: dict[str, dict[str, int]] = {
     "lif_bwd": {"BLOCK": 512, "num_warps": 4},
     "lif_bwd_mask": {"BLOCK": 1024, "num_warps": 4},
     "lif_learned_fwd": {"TILE": 1024, "BLOCK_C": 128, "num_warps": 4, "REVERSE": 0},
-    "lif_learned_bwd": {"TILE": 512, "BLOCK_C": 128, "num_warps": 4, "PER_SM": 6, "STAGES": 1, "REVERSE": 0},
+    "lif_learned_bwd": {"TILE": 512, "BLOCK_C": 128, "num_warps": 4, "STAGES": 1, "REVERSE": 0},
     "gac_fwd": {"BLOCK": 1024, "num_warps": 4},
     "gac_bwd": {"BLOCK": 128, "num_warps": 1, "TILES": 4},
     "gac_fire_fwd": {"BLOCK": 1024, "num_warps": 4},
@@ -42,7 +42,8 @@ DEFAULTS: dict[str, dict[str, int]] = {
 DEFAULTS["eight_bit_weight_gradient"] |= {"PER_SM": 2, "PROMOTE": 0}
 # REVERSE: each kernel walks against the one before it, convolution > statistics > forward, convolution > reduce >
 # apply, since the L2 cache holds what was touched last. Without statistics in between, forward walks the other way.
-# PER_SM: as many programs as registers allow at once, since one more would wait for all others; a key with T wins.
+# PER_SM: as many programs as registers allow at once, since one more would wait for all others; a key with T wins. REGS
+# are so many that this holds whatever the neuron: 80 of a thread are 6 programs of 128 threads, 64 are 8.
 DEFAULTS |= {
     "batch_stats": {"TILE": 4096, "BLOCK_C": 128, "num_warps": 8, "PER_SM": 4, "STAGES": 1, "REVERSE": 1},
     "norm_lif_fwd_eval": {"TILE": 4096, "BLOCK_C": 128, "num_warps": 8, "REVERSE": 1},
@@ -50,7 +51,8 @@ DEFAULTS |= {
     "eight_bit_norm_fwd": {"BLOCK_B": 16, "BLOCK_C": 128, "num_warps": 8, "PIXELS_FIRST": 0},
     "eight_bit_norm_bwd_apply": {"BLOCK_B": 16, "BLOCK_C": 128, "num_warps": 8, "PIXELS_FIRST": 0},
 }
-DEFAULTS |= {f"lif_learned_bwd:{_steps}": {"PER_SM": 3} for _steps in range(5, 9)}  # twice the registers
+DEFAULTS["lif_learned_bwd"] |= {"PER_SM": 6, "REGS": 80}
+DEFAULTS |= {f"lif_learned_bwd:{_steps}": {"PER_SM": 3, "REGS": 168} for _steps in range(5, 9)}  # twice the registers
 # A sum with a shortcut, whose membrane is kept, and with a shortcut that has a norm of its own, take more registers.
 for _kind, _per_sm in {"": 4, "_residual": 3, "_normed": 3}.items():
     _reduce = {"TILE": 1024, "BLOCK_C": 128, "num_warps": 4, "PER_SM": _per_sm, "STAGES": 1, "REVERSE": 1}
@@ -87,7 +89,7 @@ def launch_config(op: str, num_steps: int, element_size: int, device: torch.devi
     Returns:
         num_warps and BLOCK, for ``gac_bwd`` also TILES (blocks per program); for the batch-norm kernels num_warps, TILE
         (elements per tile), BLOCK_C (channels per tile) and, where a fixed number of programs shares the tiles, PER_SM
-        (programs per multiprocessor) and STAGES (tiles in flight).
+        (programs per multiprocessor), STAGES (tiles in flight) and, of some, REGS (most registers of a thread).
     """
     tuned = _device_configs(_device_name(device)).get(op, {})
     default = DEFAULTS[op] | DEFAULTS.get(f"{op}:{num_steps}", {})

@@ -291,3 +291,32 @@ def threshold_grad(
     if SOFT:
         g -= gv - gv * keep
     return g
+
+
+@triton.jit
+def learned_grads(
+    u,
+    gs,
+    gv,
+    THRESHOLD,
+    SURROGATE: tl.constexpr,
+    WIDTH: tl.constexpr,
+    DETACH: tl.constexpr,
+    SOFT: tl.constexpr,
+):
+    """Gradient of one step at the membrane, as `membrane_grad`, and the negated one at the threshold.
+
+    The latter goes through the spike and, with a soft reset, through what is subtracted. What goes through the spike is
+    in both, and is computed once. Negated since Triton spends an instruction on a sign.
+    """
+    through = gs
+    if not DETACH:
+        through = gs - gv * (THRESHOLD if SOFT else u)
+    through *= surrogate_grad(u - THRESHOLD, SURROGATE, WIDTH)
+    if SOFT:
+        gu = gv + through
+        negated = through + tl.where(u > THRESHOLD, gv, 0.0)
+    else:
+        gu = through + tl.where(u > THRESHOLD, 0.0, gv)
+        negated = through
+    return gu, negated

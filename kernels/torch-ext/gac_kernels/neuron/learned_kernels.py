@@ -2,14 +2,43 @@
 
 They walk tiles of rows by channels, as the batch-norm kernels do, so that a channel's values are loaded once a program
 and their gradients stay in registers until it ends. Each program leaves one partial sum a channel, added up in a fixed
-order afterwards: no atomics, so the same bits every time.
+order afterwards: no atomics, so the same bits every time. Programs that follow each other take neighbouring channels:
+those that run at the same time then touch one stretch of memory.
+
+A decay that is learned is no power of two, so the product with it rounds. They are launched without fused
+multiply-adds, which would round once where the reference rounds twice: of 134 million neurons a step about one then
+lands on the other side of a threshold or of a rectangle's edge. Where rounding decides nothing the code asks for one.
 """
 
 from __future__ import annotations
 
-from ..common.neuron_step import learned_values, membrane_grad, reset, threshold_grad, within
+from ..common.neuron_step import learned_grads, learned_values, reset, within
 from ..common.tiles import tile_offsets
 from ..common.triton import tl, triton
+
+
+@triton.jit
+def _places(tile, channel, rows, C, S, CHANNELS_LAST: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_S: tl.constexpr):
+    """As `tile_offsets`, but a tile of contiguous memory has BLOCK_S pixels of each of BLOCK_R / BLOCK_S samples.
+
+    Then no thread divides by S, for which a 64-bit division an element was spent.
+    """
+    if CHANNELS_LAST:
+        at, inside = tile_offsets(tile, channel, rows, C, S, CHANNELS_LAST, BLOCK_R)
+    else:
+        tile = tl.cast(tile, tl.int64)
+        parts = tl.cdiv(S, BLOCK_S)
+        one = tl.arange(0, BLOCK_R)
+        sample = tile // parts * (BLOCK_R // BLOCK_S)
+        pixel = tile % parts * BLOCK_S + one
+        inside = pixel < S
+        if BLOCK_S < BLOCK_R:
+            sample += one // BLOCK_S
+            pixel = tile % parts * BLOCK_S + one % BLOCK_S
+            inside = (pixel < S) & (sample < rows // S)
+        at = (sample * C * S + pixel)[:, None] + tl.cast(channel, tl.int64)[None, :] * S
+        inside = inside[:, None]
+    return at, inside
 
 
 @triton.jit
@@ -31,15 +60,19 @@ def learned_fwd_kernel(
     CHANNELS_LAST: tl.constexpr,
     REVERSE: tl.constexpr,
     BLOCK_R: tl.constexpr,
+    BLOCK_S: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
     """Spikes and, where asked for, the last membrane, of one tile at all steps; frame is the elements of a step."""
     frame = tl.cast(frame, tl.int64)
-    channel = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    blocks = tl.cdiv(C, BLOCK_C)
+    channel = tl.program_id(0) % blocks * BLOCK_C + tl.arange(0, BLOCK_C)
     decay, threshold = learned_values(values_ptr, channel, C)
     decay, threshold = decay[None, :], threshold[None, :]
-    tile = tl.num_programs(0) - 1 - tl.program_id(0) if REVERSE else tl.program_id(0)
-    at, inside = tile_offsets(tile, channel, rows, C, S, CHANNELS_LAST, BLOCK_R)
+    tile = tl.program_id(0) // blocks
+    if REVERSE:
+        tile = tl.num_programs(0) // blocks - 1 - tile
+    at, inside = _places(tile, channel, rows, C, S, CHANNELS_LAST, BLOCK_R, BLOCK_S)
     v = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
     if HAS_STATE:
         v = tl.load(v0_ptr + at, mask=inside, other=0.0)
@@ -54,7 +87,8 @@ def learned_fwd_kernel(
             u = decay * v + xs[k].to(tl.float32)
             fired = tl.where(u > threshold, 1.0, 0.0)
             tl.store(s_ptr + at + t * frame, fired.to(s_ptr.dtype.element_ty), mask=here)
-            v = tl.where(here, reset(u, threshold, SOFT), v)
+            after = reset(u, threshold, SOFT)
+            v = tl.where(here, after, v) if T % STEPS != 0 else after  # what is never there is never stored
     if RETURN_STATE:
         tl.store(v_last_ptr + at, v, mask=inside)
 
@@ -87,19 +121,22 @@ def learned_bwd_kernel(
     REVERSE: tl.constexpr,
     STAGES: tl.constexpr,
     BLOCK_R: tl.constexpr,
+    BLOCK_S: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
     """Gradients at x and at the initial membrane, and a program's share of those at decays and thresholds."""
     frame = tl.cast(frame, tl.int64)
     CHUNKS: tl.constexpr = (T + STEPS - 1) // STEPS
-    channel = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    blocks = tl.cdiv(C, BLOCK_C)
+    program, programs = tl.program_id(0) // blocks, tl.num_programs(0) // blocks
+    channel = tl.program_id(0) % blocks * BLOCK_C + tl.arange(0, BLOCK_C)
     decay, threshold = learned_values(values_ptr, channel, C)
     decay, threshold = decay[None, :], threshold[None, :]
     sum_decay = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
     sum_threshold = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
-    for nth in tl.range(tl.program_id(0), tiles, tl.num_programs(0), num_stages=STAGES):
+    for nth in tl.range(program, tiles, programs, num_stages=STAGES):
         tile = tiles - 1 - nth if REVERSE else nth
-        at, inside = tile_offsets(tile, channel, rows, C, S, CHANNELS_LAST, BLOCK_R)
+        at, inside = _places(tile, channel, rows, C, S, CHANNELS_LAST, BLOCK_R, BLOCK_S)
         v0 = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
         if HAS_STATE:
             v0 = tl.load(v0_ptr + at, mask=inside, other=0.0)
@@ -137,16 +174,18 @@ def learned_bwd_kernel(
             for k in tl.static_range(STEPS - 1, -1, -1):
                 t = first + k
                 here = within(inside, t, T, STEPS)
-                at_spike = gs[k].to(tl.float32)
-                gu = membrane_grad(us[k], at_spike, gv, threshold, SURROGATE, WIDTH, DETACH, SOFT)
+                gu, negated = learned_grads(us[k], gs[k].to(tl.float32), gv, threshold, SURROGATE, WIDTH, DETACH, SOFT)
                 tl.store(gx_ptr + at + t * frame, gu.to(gx_ptr.dtype.element_ty), mask=here)
-                keep = tl.where(us[k] > threshold, 0.0, 1.0)
-                sum_decay += tl.where(here, gu * vs[k], 0.0)
-                at_threshold = threshold_grad(us[k], keep, at_spike, gv, threshold, SURROGATE, WIDTH, DETACH, SOFT)
-                sum_threshold += tl.where(here, at_threshold, 0.0)
-                gv = tl.where(here, decay * gu, gv)
+                before = decay * gu
+                if T % STEPS != 0:  # else what is not there has an input and gradients of 0, which add nothing
+                    gu = tl.where(here, gu, 0.0)
+                    negated = tl.where(here, negated, 0.0)
+                    before = tl.where(here, before, gv)
+                sum_decay = tl.fma(gu, vs[k], sum_decay)
+                sum_threshold -= negated
+                gv = before
         if HAS_STATE:
             tl.store(gv0_ptr + at, gv, mask=inside)
-    to = partial_ptr + tl.program_id(0) * 2 * C + channel
+    to = partial_ptr + program * 2 * C + channel
     tl.store(to, tl.sum(sum_decay, 0), mask=channel < C)
     tl.store(to + C, tl.sum(sum_threshold, 0), mask=channel < C)

@@ -48,13 +48,15 @@ def stack_values(
     for name, value, fixed in zip(names, (decay, threshold), (spec.decay, spec.threshold), strict=True):
         if value is not None:
             _check(name, value, x, channels)
-            rows.append(value.to(dtype).reshape(-1))
+            rows.append(value.reshape(-1))
         else:
             rows.append(torch.full((1,), fixed, dtype=dtype, device=x.device))  # no copy, which a CUDA graph refuses
     length = max(len(row) for row in rows)
     if expand and channels is not None:
         length = channels
-    return torch.stack([row.expand(length) for row in rows])
+    if rows[0].dtype != rows[1].dtype:
+        rows = [row.to(dtype) for row in rows]
+    return torch.stack([row.expand(length) for row in rows]).to(dtype)  # together: a kernel less than one by one
 
 
 def _check(name: str, value: Tensor, x: Tensor, channels: int | None) -> None:

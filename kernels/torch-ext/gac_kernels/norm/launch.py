@@ -143,21 +143,16 @@ def backward_triton(
     memory = torch.empty(launches.elements, dtype=torch.float32, device=x.device)
     partial, sums, scratch = memory.split_with_sizes(launches.sizes)
     launches.reduce(gs, gy, x, source, residual, *norm, *res_norm, ga, partial, scratch, values)
-    launches.finish(partial, norm[3], res_norm[3], sums, gw, gb, grw, grb)
+    launches.finish(partial, norm[3], res_norm[3], sums, gw, gb, grw, grb, grad_values)
     if group and batch_stats:
         dist.all_reduce(sums, group=eager.resolve_group(group))
     launches.apply(ga if written else gs, x, residual, *norm, *res_norm, sums, total, gx, ga, values)
-    if grad_values is not None:
-        programs, partial_sums, channels = launches.partial
-        partial = partial[: programs * partial_sums * channels].view(launches.partial)
-        grad_values.copy_(partial[:, partial_sums - 2 :].sum(0))
 
 
 class _Backward(NamedTuple):
     """Launches of a backward pass, and the float32 memory that they share: partial sums, sums, scratch.
 
     Attributes:
-        partial: Shape of the partial sums: programs, sums, channels.
         sizes: Elements of each; addresses stay multiples of 256 bytes.
         elements: Of all.
     """
@@ -165,7 +160,6 @@ class _Backward(NamedTuple):
     reduce: Launch
     finish: Launch
     apply: Launch
-    partial: tuple[int, int, int]
     sizes: list[int]
     elements: int
 
@@ -194,8 +188,10 @@ def _backward(
     config = launch_config(f"norm_lif_bwd_reduce{kind}", min(num_steps, CHUNK), size, device)
     if chunks > 1:  # its loops over steps are not unrolled, and only unrolled ones can be overlapped
         config = config | {"STAGES": 1}
-    if learned:  # two more sums: as many programs fit onto a multiprocessor with tiles of half the size
+    if learned:  # two more sums: tiles of half the size
         config = config | {"TILE": config["TILE"] // 2}
+        if size == 2 and num_steps <= 6:  # of 16 bits, half as many again fit onto a multiprocessor by their registers
+            config = config | {"PER_SM": config["PER_SM"] * 3 // 2}
     tiles = tiles_of(shape, channels_last, num_steps, config, device)
     channels, programs = tiles.channels, tiles.grid[0]
     shared = dict(EPS=eps, R_EPS=res_eps, NORMED=normed, T=num_steps, **_constants(neuron))
@@ -246,4 +242,4 @@ def _backward(
         chunks * frame * states_by(neuron[2]) if chunks > 1 else 0,
     ]
     sizes = [64 * cdiv(elements, 64) for elements in sizes]
-    return _Backward(reduce, finish, apply, (programs, partial_count, channels), sizes, sum(sizes))
+    return _Backward(reduce, finish, apply, sizes, sum(sizes))

@@ -20,6 +20,7 @@ from __future__ import annotations
 from ..common.neuron_step import (
     fire,
     kept_of,
+    learned_grads,
     learned_values,
     load_state,
     resting,
@@ -28,7 +29,6 @@ from ..common.neuron_step import (
     settle_grad,
     state_where,
     store_state,
-    threshold_grad,
     within,
 )
 from ..common.tiles import norm_affine, sum_partials, tile_offsets
@@ -279,25 +279,31 @@ def reduce_kernel(
                 at_spike = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
                 if HAS_GS:
                     at_spike = gs[k].to(tl.float32)
-                gu, pending = retreat(
-                    steps[k],
-                    at_spike,
-                    gstate,
-                    threshold,
-                    decay,
-                    SURROGATE,
-                    WIDTH,
-                    DETACH,
-                    SOFT,
-                    STEP_GRAD,
-                    CONSTANTS,
-                )
                 if values_ptr is not None:
-                    u = steps[k][0]
-                    keep = tl.where(u > threshold, 0.0, 1.0)
-                    sum_decay += tl.where(here, gu * vs[k], 0.0)
-                    gh = threshold_grad(u, keep, at_spike, gstate[0], threshold, SURROGATE, WIDTH, DETACH, SOFT)
-                    sum_threshold += tl.where(here, gh, 0.0)
+                    gu, negated = learned_grads(
+                        steps[k][0], at_spike, gstate[0], threshold, SURROGATE, WIDTH, DETACH, SOFT
+                    )
+                    pending = (gu,)
+                    at_decay = gu * vs[k]
+                    if T % STEPS != 0:  # else gradients of 0 come from what is not there
+                        at_decay = tl.where(here, at_decay, 0.0)
+                        negated = tl.where(here, negated, 0.0)
+                    sum_decay += at_decay
+                    sum_threshold -= negated
+                else:
+                    gu, pending = retreat(
+                        steps[k],
+                        at_spike,
+                        gstate,
+                        threshold,
+                        decay,
+                        SURROGATE,
+                        WIDTH,
+                        DETACH,
+                        SOFT,
+                        STEP_GRAD,
+                        CONSTANTS,
+                    )
                 gstate = state_where(here, settle_grad(pending, decay, STEP_GRAD), gstate, STATES)
                 if HAS_GY:
                     gu += gy[k].to(tl.float32)
@@ -334,6 +340,7 @@ def finish_kernel(
     gb_ptr,
     grw_ptr,
     grb_ptr,
+    gv_ptr,
     programs,
     C,
     EPS: tl.constexpr,
@@ -345,10 +352,15 @@ def finish_kernel(
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """Sums over programs, in a fixed order, and the gradients of weights and biases."""
+    """Sums over programs, in a fixed order, and the gradients of weights and biases, and of values where there are."""
     channel = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     inside = channel < C
     a, b, c = sum_partials(partial_ptr, channel, programs, C, SUMS, BLOCK_P, BLOCK_C)
+    if gv_ptr is not None:  # the last two sums
+        last = partial_ptr + (SUMS - 2) * C
+        at_decay, at_threshold, _ = sum_partials(last, channel, programs, C, SUMS, BLOCK_P, BLOCK_C)
+        tl.store(gv_ptr + channel, at_decay, mask=inside)
+        tl.store(gv_ptr + C + channel, at_threshold, mask=inside)
     tl.store(sums_ptr + channel, a, mask=inside)
     tl.store(sums_ptr + C + channel, b, mask=inside)
     if NORMED:
