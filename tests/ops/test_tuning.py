@@ -17,13 +17,18 @@ WITHOUT_STEPS = {
     op for path in FOLDER.rglob("*.py") for op in re.findall(r'launch_config\("(\w+)", 1,', path.read_text())
 }
 BY_SHAPE = re.compile(r"\d+-\d+(:s2)?(@\d+x\d+)?(\+res(\+side)?)?")
+CONVOLUTIONS = (
+    "spike_conv",
+    "conv_lif",
+    *(f"eight_bit_{op}" for op in ("forward", "input_gradient", "weight_gradient")),
+)
 BY_SIZE = re.compile(r"[248]")
 BY_SIZE_AND_STEPS = re.compile(r"[248](:\d+)?")
 
 
 def assert_found(stored: dict[str, dict[str, dict[str, int]]]) -> None:
     for op, configs in stored.items():
-        keys = BY_SHAPE if op.startswith(("spike_conv", "conv_lif")) else BY_SIZE_AND_STEPS
+        keys = BY_SHAPE if op.startswith(CONVOLUTIONS) else BY_SIZE_AND_STEPS
         for key, config in configs.items():
             assert (BY_SIZE if op in WITHOUT_STEPS else keys).fullmatch(key), f"no launch of {op} looks for {key}"
             assert config.keys() <= tuning.DEFAULTS[op].keys(), (
