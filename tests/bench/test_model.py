@@ -12,6 +12,7 @@ import signal
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import timm
@@ -24,7 +25,7 @@ from timm_gac.bench import model as bench_model
 from timm_gac.bench import networks as bench_networks
 from timm_gac.bench import session as bench_session
 from timm_gac.bench import steps as bench_steps
-from timm_gac.bench.baselines import LoopNeuron, TimeMajorNet
+from timm_gac.bench.baselines import LEARNED, LoopNeuron, TimeMajorNet
 from timm_gac.bench.harness import measure_saved_bytes, time_limit
 from timm_gac.bench.model import COLUMNS, ModelBenchConfig
 from timm_gac.bench.networks import NETWORKS, ConvolutionsOnly, Unavailable
@@ -95,8 +96,8 @@ def test_packed_and_fused_follow_the_model(monkeypatch: pytest.MonkeyPatch) -> N
     [
         ("gac_msresnet18_cifar", 8, ("timm_gac", "published", "spikingjelly")),
         ("msresnet18", 32, ("timm_gac", "published")),
-        ("gac_spiking_resnet18", 32, ("timm_gac", "spikingjelly", "spikingjelly_memopt")),
-        ("test_gac_msresnet", 8, ("timm_gac", "spikingjelly", "spikingjelly_memopt")),
+        ("gac_spiking_resnet18", 32, ("timm_gac", "spikingjelly", "spikingjelly_memopt", "spikingjelly_plif")),
+        ("test_gac_msresnet", 8, ("timm_gac", "spikingjelly", "spikingjelly_memopt", "spikingjelly_plif")),
     ],
 )
 def test_baselines_compute_the_same(name: str, size: int, networks: tuple[str, ...]) -> None:
@@ -108,6 +109,9 @@ def test_baselines_compute_the_same(name: str, size: int, networks: tuple[str, .
         if network.startswith("spikingjelly") and importlib.util.find_spec("spikingjelly") is None:
             continue
         built = NETWORKS[network](model, name, "train").double().eval()
+        for key, value in built.named_parameters():
+            if key.endswith(".w"):  # whose sigmoid is 1 - decay in float64 too
+                torch.nn.init.constant_(value, math.log(1 / model.spec.decay - 1))
         assert (built(images.double()) - logits).norm() <= 1e-9 * logits.norm(), network
 
 
@@ -139,6 +143,41 @@ def test_memory_optimiser_saves_memory_and_nothing_else() -> None:
         torch.testing.assert_close(statistics[1][key], value)  # not counted twice by the second forward pass
     rows, _ = bench_model.bench_model(replace(TINY, providers=("spikingjelly_memopt",)))
     assert [row["status"] for row in rows] == ["ok", "skipped"] and "training" in rows[1]["note"]
+
+
+def test_networks_that_learn_decays() -> None:
+    """Each layer learns its own, which begins with the spec's; both pass the check that precedes times."""
+    names = ["timm_gac_plif"] + (["spikingjelly_plif"] if importlib.util.find_spec("spikingjelly") else [])
+    for name, layers in (("test_gac_msresnet", 8), ("gac_spiking_resnet18", 17)):
+        model, images = prepared(name, 32)
+        for network in names:
+            built = NETWORKS[network](model, name, "train")
+            learned = {key: value for key, value in built.named_parameters() if LEARNED.search(key)}
+            step = bench_steps.make_step(built, "train", "float32", torch.device("cpu"), compiled=False)
+            step(images, torch.zeros(len(images), dtype=torch.long))
+            assert len(learned) == (layers if network == "spikingjelly_plif" else 2 * layers), list(learned)
+            assert all(value.grad is not None and value.grad.abs() > 0 for value in learned.values())
+    rows, _ = bench_model.bench_model(replace(TINY, providers=tuple(names)))
+    assert [row["status"] for row in rows] == ["ok"] * len(names) + ["skipped"] * len(names), rows
+    assert "learned in training" in rows[-1]["note"]
+
+
+@pytest.mark.parametrize("network", ["timm_gac_plif", "spikingjelly_plif"])
+def test_a_learned_decay_that_begins_elsewhere_fails_the_check(network: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if network == "spikingjelly_plif":
+        pytest.importorskip("spikingjelly")
+    build = NETWORKS[network]
+
+    def other(*args: Any) -> nn.Module:
+        built = build(*args)
+        for key, value in built.named_parameters():
+            if key.endswith((".w", "decay_logit")):
+                nn.init.constant_(value, -1.0)
+        return built
+
+    monkeypatch.setitem(NETWORKS, network, other)
+    rows, _ = bench_model.bench_model(replace(TINY, modes=("train",), providers=(network,)))
+    assert [row["status"] for row in rows] == ["failed check"]
 
 
 def test_gate_passes_training_in_every_precision_of_a_cpu() -> None:

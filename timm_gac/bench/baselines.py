@@ -6,6 +6,8 @@ only in the work between the convolutions.
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -19,9 +21,11 @@ from ..layers.encoder import GatedAttentionCoding
 from ..models.blocks import STAGES, MSBlock
 from ..models.network import SpikingResNet
 from ..models.published import Spike
-from .ops import spikingjelly_neuron
+from .ops import spikingjelly_neuron, spikingjelly_parametric_neuron
 
 Neuron = Callable[[Tensor, int], Tensor]  # time-folded (T*B, ...) and T -> spikes (T*B, ...)
+# What a neuron learns, by the end of its name here or in this package's networks.
+LEARNED = re.compile(r"(^|[ .])(neuron\d?\.w|learned\.(decay_logit|threshold_raw))$")
 
 
 class LoopNeuron(nn.Module):
@@ -57,7 +61,29 @@ class SpikingJellyNeuron(nn.Module):
         shape = tuple(frames.shape[1:])
         if shape not in self.zeros:
             self.zeros[shape] = torch.zeros_like(frames[0], dtype=torch.float32, requires_grad=False)
-        return self.fire(frames, self.zeros[shape]).flatten(0, 1)
+        return self.fire_frames(frames, self.zeros[shape]).flatten(0, 1)
+
+    def fire_frames(self, frames: Tensor, zeros: Tensor) -> Tensor:
+        """Spikes of ``(T, B, ...)`` from this initial state."""
+        return self.fire(frames, zeros)
+
+
+class SpikingJellyPLIF(SpikingJellyNeuron):
+    """SpikingJelly's parametric LIF: as `SpikingJellyNeuron`, but each layer learns its decay."""
+
+    def __init__(self, spec: LIFSpec) -> None:
+        super().__init__(spec)
+        self.spec, self.fire = spec, spikingjelly_parametric_neuron(spec)
+        self.w = nn.Parameter(torch.tensor(math.log((1 - spec.decay) / spec.decay)))
+
+    def fire_frames(self, frames: Tensor, zeros: Tensor) -> Tensor:
+        """Spikes of ``(T, B, ...)`` from this initial state."""
+        return self.fire(frames, zeros, self.w)
+
+
+def _own(neuron: Neuron) -> Neuron:
+    """The neuron for one more layer: another one where it learns, else the same."""
+    return SpikingJellyPLIF(neuron.spec) if isinstance(neuron, SpikingJellyPLIF) else neuron
 
 
 class PlainEncoder(nn.Module):
@@ -65,7 +91,7 @@ class PlainEncoder(nn.Module):
 
     def __init__(self, channels: int, num_steps: int, neuron: Neuron) -> None:
         super().__init__()
-        self.num_steps, self.neuron = num_steps, neuron
+        self.num_steps, self.neuron = num_steps, _own(neuron)
         hidden = max(1, num_steps // 2)
         fc1, fc2 = nn.Linear(num_steps, hidden, bias=False), nn.Linear(hidden, num_steps, bias=False)
         self.temporal = nn.ModuleDict({"fc1": fc1, "fc2": fc2})
@@ -90,7 +116,7 @@ class PlainBlock(nn.Module):
 
     def __init__(self, block: Any, num_steps: int, neuron: Neuron) -> None:
         super().__init__()
-        self.num_steps, self.neuron = num_steps, neuron
+        self.num_steps, self.neuron1, self.neuron2 = num_steps, _own(neuron), _own(neuron)
         self.membrane_shortcut = isinstance(block, MSBlock)
         self.conv1, self.conv2 = like(block.conv1), like(block.conv2)
         self.bn1, self.bn2 = (nn.BatchNorm2d(conv.out_channels) for conv in (self.conv1, self.conv2))
@@ -104,9 +130,9 @@ class PlainBlock(nn.Module):
         shortcut = membrane if self.membrane_shortcut else spikes
         if self.downsample is not None:
             shortcut = self.downsample(shortcut)
-        hidden = self.neuron(self.bn1(self.conv1(spikes)), self.num_steps)
+        hidden = self.neuron1(self.bn1(self.conv1(spikes)), self.num_steps)
         membrane = self.bn2(self.conv2(hidden)) + shortcut
-        spikes = self.neuron(membrane, self.num_steps)
+        spikes = self.neuron2(membrane, self.num_steps)
         return (membrane if self.membrane_shortcut else spikes), spikes
 
 
@@ -115,12 +141,15 @@ class TimeMajorNet(nn.Module):
 
     Args:
         model: Model whose shape and weights it takes.
-        neuron: Neuron of all layers.
+        neuron: Neuron of all layers; where it learns, each has one of its own, beside the model's weights.
+
+    Raises:
+        ValueError: The model has other parameters.
     """
 
     def __init__(self, model: SpikingResNet, neuron: Neuron) -> None:
         super().__init__()
-        self.num_steps, self.neuron = model.num_steps, neuron
+        self.num_steps = model.num_steps
         self.conv1, self.bn1 = like(model.conv1), nn.BatchNorm2d(model.conv1.out_channels)
         gated = is_gated(model)
         self.encoder = PlainEncoder(self.conv1.out_channels, self.num_steps, neuron) if gated else None
@@ -129,7 +158,12 @@ class TimeMajorNet(nn.Module):
             blocks = (PlainBlock(block, self.num_steps, neuron) for block in getattr(model, name))
             self.add_module(name, nn.ModuleList(blocks))
         self.fc = nn.Linear(model.fc.in_features, model.fc.out_features)
-        self.load_state_dict(model.state_dict())
+        starts_firing = self.stages and getattr(self, self.stages[0])[0].membrane_shortcut
+        self.neuron = _own(neuron) if starts_firing else None
+        found = self.load_state_dict(model.state_dict(), strict=False)
+        others = [name for name in (*found.missing_keys, *found.unexpected_keys) if not LEARNED.search(name)]
+        if others:
+            raise ValueError(f"expected the parameters of a model with fixed neurons, got also or not {others}")
 
     def encode(self, x: Tensor) -> Tensor:
         """The encoder's output, folded."""
@@ -140,7 +174,7 @@ class TimeMajorNet(nn.Module):
         """Logits ``(B, num_classes)`` of images ``(B, C, H, W)``."""
         membrane = spikes = self.encode(x)
         blocks = [block for name in self.stages for block in getattr(self, name)]
-        if blocks[0].membrane_shortcut:
+        if self.neuron is not None:
             spikes = self.neuron(membrane, self.num_steps)
         for block in blocks:
             membrane, spikes = block(membrane, spikes)

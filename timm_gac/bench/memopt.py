@@ -24,7 +24,7 @@ class FirstHalf(nn.Module):
 
     def __init__(self, block: PlainBlock) -> None:
         super().__init__()
-        self.conv, self.bn, self.neuron, self.num_steps = block.conv1, block.bn1, block.neuron, block.num_steps
+        self.conv, self.bn, self.neuron, self.num_steps = block.conv1, block.bn1, block.neuron1, block.num_steps
 
     def forward(self, spikes: Tensor) -> Tensor:
         """Spikes ``(T*B, ...)`` of the block's first neuron."""
@@ -36,7 +36,7 @@ class SecondHalf(nn.Module):
 
     def __init__(self, block: PlainBlock) -> None:
         super().__init__()
-        self.conv, self.bn, self.neuron, self.num_steps = block.conv2, block.bn2, block.neuron, block.num_steps
+        self.conv, self.bn, self.neuron, self.num_steps = block.conv2, block.bn2, block.neuron2, block.num_steps
 
     def forward(self, hidden: Tensor, shortcut: Tensor) -> tuple[Tensor, Tensor]:
         """Membrane before the block's second neuron, and its spikes, ``(T*B, ...)`` each."""

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import timm
 import torch
 from timm.models.resnet import BasicBlock, ResNet
 from torch import Tensor, nn
@@ -18,12 +19,13 @@ from ..hub import load_model
 from ..inference.fold import fuse_for_inference
 from ..inference.integer import IntegerSpikingResNet
 from ..inference.quantize import quantize
+from ..layers.learned import LearnedValues
 from ..models.blocks import STAGES
 from ..models.checkpoint import canonical_name
 from ..models.network import SpikingResNet
 from ..models.published import NETWORKS as PUBLISHED
 from ..models.published import PublishedNet
-from .baselines import LoopNeuron, SpikingJellyNeuron, TimeMajorNet, is_gated, like
+from .baselines import LoopNeuron, SpikingJellyNeuron, SpikingJellyPLIF, TimeMajorNet, is_gated, like
 from .memopt import memory_optimized
 
 
@@ -129,6 +131,31 @@ def _spikingjelly(model: SpikingResNet, name: str, mode: str) -> nn.Module:
     return TimeMajorNet(model, SpikingJellyNeuron(model.spec))
 
 
+def _learning(model: SpikingResNet, name: str, mode: str) -> nn.Module:
+    """The network with a learned decay and threshold a layer, which begin with the spec's."""
+    _require_training(mode)
+    if Path(name).is_dir():
+        raise Unavailable("a model folder has the neurons that it was trained with: give a registered model")
+    shape = {"num_classes": model.num_classes, "in_chans": model.in_chans, "num_steps": model.num_steps}
+    network = timm.create_model(name, **shape, neuron="plif").to(model.conv1.weight)
+    network.load_state_dict(model.state_dict())
+    for module in network.modules():
+        if isinstance(module, LearnedValues) and model.conv1.weight.dtype == torch.float64:
+            module.set_values(torch.tensor(model.spec.decay), torch.tensor(model.spec.threshold))
+    return network
+
+
+def _spikingjelly_learning(model: SpikingResNet, name: str, mode: str) -> nn.Module:
+    _require_spikingjelly()
+    _require_training(mode)
+    return TimeMajorNet(model, SpikingJellyPLIF(model.spec)).to(model.conv1.weight)
+
+
+def _require_training(mode: str) -> None:
+    if mode != "train":
+        raise Unavailable("decays are learned in training: for inference they are numbers as any others")
+
+
 def _spikingjelly_memopt(model: SpikingResNet, name: str, mode: str) -> nn.Module:
     _require_spikingjelly()
     if mode != "train":
@@ -169,12 +196,14 @@ def _ann(model: SpikingResNet, name: str, mode: str) -> nn.Module:
 NETWORKS: dict[str, Callable[[SpikingResNet, str, str], nn.Module]] = {
     "timm_gac": _ours,
     "timm_gac_packed": _packed,
+    "timm_gac_plif": _learning,
     "timm_gac_fused": _fused,
     "timm_gac_int8": _int8,
     "convolutions": lambda model, name, mode: ConvolutionsOnly(model),
     "ann": _ann,
     "spikingjelly": _spikingjelly,
     "spikingjelly_memopt": _spikingjelly_memopt,
+    "spikingjelly_plif": _spikingjelly_learning,
     "published": _published,
     "loop": _loop,
 }
@@ -187,6 +216,7 @@ COMPILERS: dict[str, dict[str, Any] | None] = {"compile": None, "compile_no_layo
 LAUNCHES = {
     "timm_gac": ("", "+graph", "+compile"),
     "timm_gac_packed": ("", "+graph"),
+    "timm_gac_plif": ("", "+graph"),
     "timm_gac_fused": ("", "+graph"),
     "timm_gac_int8": ("", "+graph"),
     "convolutions": ("", "+graph"),
@@ -196,6 +226,7 @@ LAUNCHES = {
         *("+compile_no_layout", "+compile_no_layout+graph"),
     ),
     "spikingjelly_memopt": ("",),
+    "spikingjelly_plif": ("", "+graph"),
     "published": ("", "+graph"),
     "loop": ("+compile", "+compile+graph"),
 }

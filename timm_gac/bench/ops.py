@@ -206,14 +206,37 @@ def make_baseline(name: str, op_name: str, spec: LIFSpec, inputs: Tensors) -> Op
 
 def spikingjelly_neuron(spec: LIFSpec) -> Op:
     """SpikingJelly's functional multi-step LIF: input (T, ...) and initial state (...) to spikes (T, ...)."""
-    from spikingjelly.activation_based import functional, surrogate
+    from spikingjelly.activation_based import functional
 
-    triangle = spec.surrogate == "triangle"
-    # Its alpha is 1 / width for the triangle and 1 / (2 * width) for the rectangle.
-    shape = surrogate.PiecewiseQuadratic(alpha=1 / spec.width) if triangle else surrogate.Rect(alpha=0.5 / spec.width)
-    settings = (1 / (1 - spec.decay), False, spec.threshold, 0.0, shape, spec.detach_reset, False)
+    settings = (1 / (1 - spec.decay), False, *_spikingjelly_settings(spec))
 
     def neuron(x: torch.Tensor, state: torch.Tensor) -> torch.Tensor:
         return functional.lif_multi_step(x, state, *settings)[0]
 
     return neuron
+
+
+def spikingjelly_parametric_neuron(spec: LIFSpec) -> Op:
+    """What its ``ParametricLIFNode`` calls: input (T, ...), initial state (...) and w () to spikes (T, ...).
+
+    The decay is ``1 - sigmoid(w)``. SpikingJelly takes the first of its CUDA, Triton and PyTorch implementations that
+    works.
+    """
+    from spikingjelly.activation_based import functional
+
+    settings = (False, *_spikingjelly_settings(spec))
+
+    def neuron(x: torch.Tensor, state: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+        return functional.plif_multi_step(x, state, w, *settings)[0]
+
+    return neuron
+
+
+def _spikingjelly_settings(spec: LIFSpec) -> tuple[Any, ...]:
+    """Threshold, reset, surrogate, whether the reset is detached, and that no membrane is kept."""
+    from spikingjelly.activation_based import surrogate
+
+    triangle = spec.surrogate == "triangle"
+    # Its alpha is 1 / width for the triangle and 1 / (2 * width) for the rectangle.
+    shape = surrogate.PiecewiseQuadratic(alpha=1 / spec.width) if triangle else surrogate.Rect(alpha=0.5 / spec.width)
+    return spec.threshold, 0.0, shape, spec.detach_reset, False

@@ -122,7 +122,9 @@ class ModelBenchConfig:
     (quantised, inference; float parts in the precision); ``convolutions``, the convolutions alone as a lower bound of
     time; ``ann``, timm's ResNet of the same shape on T batches; ``spikingjelly`` and ``loop``, the time-major network
     with SpikingJelly's functional LIF or a plain loop; ``spikingjelly_memopt``, with SpikingJelly's memory optimiser
-    too (training); ``published``, the published algorithm step by step.
+    too (training); ``timm_gac_plif``, with a learned decay and threshold a layer, and ``spikingjelly_plif``, with
+    SpikingJelly's parametric LIF, whose decay is learned (training); ``published``, the published algorithm step by
+    step.
 
     Args:
         model: A registered model of this package, or a model folder, quantised or not.
@@ -217,7 +219,8 @@ class ModelBenchConfig:
 
         if self.providers:
             return list(self.providers)
-        training, inference = ("timm_gac_packed", "spikingjelly_memopt"), ("timm_gac_fused", "timm_gac_int8")
+        training = ("timm_gac_packed", "timm_gac_plif", "spikingjelly_memopt", "spikingjelly_plif")
+        inference = ("timm_gac_fused", "timm_gac_int8")
         skip = inference if case.mode == "train" else training
         kept = {network: launches for network, launches in LAUNCHES.items() if network not in skip}
         found = [network + launch for network, launches in kept.items() for launch in launches]

@@ -105,8 +105,9 @@ class Session:
     def _check(self, network: str) -> str:
         if network in ("convolutions", "ann"):  # lower bounds compute something else
             return ""
-        # Folded in float64, in which its logits are compared.
-        model = copy.deepcopy(self.model).double() if network == "timm_gac_fused" else None
+        # Folded, or with learned values, in float64, in which its logits are compared.
+        wide = network in ("timm_gac_fused", "timm_gac_plif")
+        model = copy.deepcopy(self.model).double() if wide else None
         built, images, train = self.build(network, model), self.check_images.to(self.device), self.case.mode == "train"
         if network == "timm_gac_int8":  # weights are rounded: compared with itself in float64
             return bench_check.check_integer(built, images, self.case.precision)
@@ -116,6 +117,7 @@ class Session:
         failure = "" if network.startswith("spikingjelly") else bench_check.check_logits(built, reference, images)
         if network in ("published", "timm_gac_fused"):  # they have other modules
             return failure
+        built = self.build(network) if network == "timm_gac_plif" else built
         for precision in dict.fromkeys(("float32", self.case.precision)):
             failure = failure or bench_check.check_parts(built, reference, images, precision, train=train)
         return failure

@@ -19,6 +19,7 @@ import tyro
 from tyro.extras import SubcommandApp
 
 from .output import nearest
+from .plugins import HELP, import_plugin, take_plugins
 
 # Command to its module and function here, in the order of the list that `timm-gac --help` shows.
 COMMANDS = {
@@ -51,7 +52,7 @@ PYPI = {"sklearn": "scikit-learn", "PIL": "pillow"} | dict.fromkeys(
 )
 DESCRIPTION = (
     "Gated attention coding and spiking ResNets for timm: train, evaluate, look inside, publish, benchmark.\n"
-    "`timm-gac COMMAND --help` explains a command, --version tells the version. Start with `timm-gac demo`."
+    "`timm-gac COMMAND --help` explains a command, --version tells the version. Start with `timm-gac demo`.\n" + HELP
 )
 
 
@@ -104,6 +105,9 @@ def _run(given: list[str]) -> int:
 
         sys.stdout.write(f"timm-gac {__version__}\n")
         return 0
+    plugins, given = take_plugins(given)
+    for plugin in plugins:
+        import_plugin(plugin)
     for words in (1, 2):
         name = " ".join(given[:words])
         if name == "train":  # parses its own options, whose defaults are those of the recipe given
