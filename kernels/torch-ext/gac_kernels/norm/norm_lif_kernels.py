@@ -356,9 +356,12 @@ def finish_kernel(
     channel = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     inside = channel < C
     a, b, c = sum_partials(partial_ptr, channel, programs, C, SUMS, BLOCK_P, BLOCK_C)
-    if gv_ptr is not None:  # the last two sums
-        last = partial_ptr + (SUMS - 2) * C
-        at_decay, at_threshold, _ = sum_partials(last, channel, programs, C, SUMS, BLOCK_P, BLOCK_C)
+    if gv_ptr is not None:  # the last two sums; of an odd number three are summed
+        last = partial_ptr + (SUMS - 2 - SUMS % 2) * C
+        at_decay, at_threshold, third = sum_partials(last, channel, programs, C, SUMS, BLOCK_P, BLOCK_C)
+        if SUMS % 2 == 1:
+            at_decay = at_threshold
+            at_threshold = third
         tl.store(gv_ptr + channel, at_decay, mask=inside)
         tl.store(gv_ptr + C + channel, at_threshold, mask=inside)
     tl.store(sums_ptr + channel, a, mask=inside)
