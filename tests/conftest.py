@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Iterator
 
@@ -14,6 +15,11 @@ if not torch.cuda.is_available():
 os.environ.setdefault("TIMM_GAC_COMPILE_AHEAD", "0")
 
 import pytest
+
+from quick_interpreter import quicken
+
+if os.environ.get("TRITON_INTERPRET") == "1":
+    quicken()
 
 # These compile C++ or start several processes, a minute of two cores together: TIMM_GAC_LONG_TESTS=1 runs them too.
 LONG = (
@@ -29,6 +35,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for item in items:
             if item.name.partition("[")[0] in LONG:
                 item.add_marker(pytest.mark.skip(reason="long: TIMM_GAC_LONG_TESTS=1 runs it"))
+
+
+def pytest_collection_finish() -> None:
+    """Have no collection of garbage look through PyTorch's modules and all tests again, which takes half a second."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")
