@@ -17,6 +17,7 @@ os.environ.setdefault("TIMM_GAC_COMPILE_AHEAD", "0")
 import pytest
 
 from quick_interpreter import quicken
+from warm import WarmPython
 
 if os.environ.get("TRITON_INTERPRET") == "1":
     quicken()
@@ -47,6 +48,13 @@ def pytest_collection_finish() -> None:
 def device() -> torch.device:
     """The GPU where there is one, else the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.fixture(scope="session")
+def warm_python() -> Iterator[WarmPython]:
+    """``warm_python(arguments)`` runs a Python program without importing PyTorch and timm anew."""
+    with WarmPython() as python:
+        yield python
 
 
 @pytest.fixture(autouse=True)

@@ -6,8 +6,6 @@ import ast
 import importlib.util
 import re
 import shlex
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -16,6 +14,7 @@ import timm
 import timm_gac  # noqa: F401  (registers the models)
 from timm_gac import cli
 from timm_gac.cli.plugins import take_plugins
+from warm import WarmPython
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = {
@@ -45,13 +44,13 @@ def last_needed(code: str) -> str:
     return max(needs(code), key=OPTIONAL.index, default="")
 
 
-def run_blocks(page: str, codes: list[tuple[int, str]], folder: Path) -> None:
+def run_blocks(warm_python: WarmPython, page: str, codes: list[tuple[int, str]], folder: Path) -> None:
     """Run snippets one after the other in one new process, each with names of its own."""
     shifted = [("\n" * line + code, page) for line, code in codes]  # tracebacks then show the page's own lines
     program = f"for code, page in {shifted!r}:\n    exec(compile(code, page, 'exec'), {{'__name__': 'snippet'}})"
     script = folder / "snippets.py"
     script.write_text(program, encoding="utf-8")
-    done = subprocess.run([sys.executable, str(script)], cwd=folder, capture_output=True, text=True)
+    done = warm_python([str(script)], cwd=folder)
     assert done.returncode == 0, done.stderr
 
 
@@ -61,18 +60,19 @@ def commands(page: str) -> list[list[str]]:
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python")])
-def test_python_runs(page: str, tmp_path: Path) -> None:
-    run_blocks(page, [block for block in blocks(page, "python") if not needs(block[1])], tmp_path)
+def test_python_runs(page: str, warm_python: WarmPython, tmp_path: Path) -> None:
+    run_blocks(warm_python, page, [block for block in blocks(page, "python") if not needs(block[1])], tmp_path)
 
 
 @pytest.mark.parametrize("library", OPTIONAL)
-def test_python_with_an_optional_library_runs(library: str, tmp_path: Path) -> None:
+def test_python_with_an_optional_library_runs(library: str, warm_python: WarmPython, tmp_path: Path) -> None:
     codes = {page: [block for block in blocks(page, "python") if last_needed(block[1]) == library] for page in PAGES}
     assert any(codes.values()), "no page shows this library any more: take it out of OPTIONAL"
     if importlib.util.find_spec(library) is None:
         pytest.skip(f"{library} is not installed")
     for page, found in codes.items():
-        run_blocks(page, found, tmp_path)
+        if found:
+            run_blocks(warm_python, page, found, tmp_path)
 
 
 def test_python_that_needs_a_file_compiles() -> None:

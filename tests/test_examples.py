@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 
 import timm_gac  # noqa: F401 (registers the models)
+from warm import WarmPython
 
 ROOT = Path(__file__).parents[1]
 # Runs a script from known random numbers: of unseeded runs, one in a few learns too late to be judged.
@@ -37,16 +38,16 @@ def digits(tmp_path: Path) -> Path:
     return tmp_path / "pictures"
 
 
-def test_finetune(digits: Path, tmp_path: Path) -> None:
+def test_finetune(digits: Path, warm_python: WarmPython, tmp_path: Path) -> None:
     script = ROOT / "examples" / "finetune.py"
     assert len(script.read_text(encoding="utf-8").splitlines()) <= 72
     command = [
-        sys.executable, "-c", SEEDED, str(script), str(digits), "--model", "test_gac_msresnet", "--epochs", "5",
+        "-c", SEEDED, str(script), str(digits), "--model", "test_gac_msresnet", "--epochs", "5",
         "--num-steps", "3", "--batch-size", "4", "--lr", "0.005", "--out", str(tmp_path / "tuned"),
     ]  # fmt: skip
     paths = [str(ROOT), str(ROOT / "kernels" / "torch-ext"), os.environ.get("PYTHONPATH", "")]
     env = os.environ | {"ACCELERATE_USE_CPU": "true", "PYTHONPATH": os.pathsep.join(filter(None, paths))}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240, env=env)
+    done = warm_python(command, env=env)
     assert done.returncode == 0, done.stderr[-2000:]
     assert f"saved in {tmp_path / 'tuned'}" in done.stdout
     shares = [float(share) for share in re.findall(r"top-1 ([\d.]+)% of 32", done.stdout)]
@@ -58,7 +59,7 @@ def test_finetune(digits: Path, tmp_path: Path) -> None:
     assert not list((tmp_path / "tuned").glob("*.bin"))
 
 
-def test_finetune_keeps_size_and_licence_of_weights(digits: Path, tmp_path: Path) -> None:
+def test_finetune_keeps_size_and_licence_of_weights(digits: Path, warm_python: WarmPython, tmp_path: Path) -> None:
     """gac_msresnet18 without weights is a network for 224 pixels: what is saved must say how it was trained."""
     few = tmp_path / "few"
     for picture in digits.glob("*/*/*.png"):
@@ -67,12 +68,12 @@ def test_finetune_keeps_size_and_licence_of_weights(digits: Path, tmp_path: Path
             target.parent.mkdir(parents=True, exist_ok=True)
             target.write_bytes(picture.read_bytes())
     command = [
-        sys.executable, str(ROOT / "examples" / "finetune.py"), str(few), "--model", "gac_msresnet18", "--pretrained",
+        str(ROOT / "examples" / "finetune.py"), str(few), "--model", "gac_msresnet18", "--pretrained",
         "--freeze", "--epochs", "1", "--num-steps", "2", "--batch-size", "2", "--out", str(tmp_path / "tuned"),
     ]  # fmt: skip
     paths = [str(ROOT), str(ROOT / "kernels" / "torch-ext"), os.environ.get("PYTHONPATH", "")]
     env = os.environ | {"ACCELERATE_USE_CPU": "true", "PYTHONPATH": os.pathsep.join(filter(None, paths))}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240, env=env)
+    done = warm_python(command, env=env)
     assert done.returncode == 0, done.stderr[-2000:]
     config = json.loads((tmp_path / "tuned" / "config.json").read_text())
     assert config["num_classes"] == 2 and config["label_names"] == ["0", "1"]

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from warm import WarmPython
+
 ROOT = Path(__file__).resolve().parents[1]
 KERNELS = ROOT / "kernels" / "torch-ext" / "gac_kernels"
 PACKAGE = ROOT / "timm_gac"
@@ -101,13 +103,15 @@ def run_python(code: str) -> str:
     return done.stdout
 
 
-def test_import_costs_under_a_second_beyond_timm() -> None:
+def test_import_costs_under_a_second_beyond_timm(warm_python: WarmPython) -> None:
     # Processor time, not wall time: the tests beside this one must not count.
     code = "import timm, time; start = time.process_time(); import timm_gac; print(time.process_time() - start)"
-    seconds = [float(run_python(code)) for _ in range(2)]
-    if max(seconds) >= 1.0:  # else the third of three cannot change their median's answer
-        seconds.append(float(run_python(code)))
-        assert statistics.median(seconds) < 1.0, seconds
+    seconds = []
+    for _ in range(3):
+        done = warm_python(["-c", code], env=source_paths())
+        assert done.returncode == 0, done.stderr
+        seconds.append(float(done.stdout))
+    assert statistics.median(seconds) < 1.0, seconds
 
 
 def test_works_without_triton() -> None:

@@ -11,7 +11,6 @@ import hashlib
 import importlib
 import json
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ import timm
 import torch
 
 import surface
+from warm import WarmPython
 
 CONTRACT: dict[str, Any] = json.loads((Path(__file__).parent / "contract.json").read_text(encoding="utf-8"))
 COMMANDS = (
@@ -169,7 +169,7 @@ def test_commands_are_there(command: str, capsys: pytest.CaptureFixture[str]) ->
     assert f"usage: timm-gac {command}" in capsys.readouterr().out
 
 
-def test_trainer_runs_as_a_module() -> None:
-    done = subprocess.run([sys.executable, "-m", "timm_gac.train", "--help"], capture_output=True, text=True)
+def test_trainer_runs_as_a_module(warm_python: WarmPython) -> None:
+    done = warm_python(["-m", "timm_gac.train", "--help"])
     assert done.returncode == 0, done.stderr
     assert "RECIPE" in done.stdout

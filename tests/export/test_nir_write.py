@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -22,6 +21,7 @@ from timm_gac import fuse_for_inference, quantize
 from timm_gac.export import graph_input, read_nir, write_nir
 from timm_gac.hub import calibrate, load_model
 from timm_gac.inference.record import record_spikes
+from warm import WarmPython
 
 PUBLISHED = Path(__file__).parents[2] / "hub" / "models"
 SIZE = (3, 16, 16)
@@ -67,13 +67,13 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 
 
 @pytest.mark.parametrize("library", ["snntorch", "spikingjelly"])
-def test_every_spike_in_another_framework(library: str, written: list[str], needs) -> None:
+def test_every_spike_in_another_framework(library: str, written: list[str], needs, warm_python: WarmPython) -> None:
     if library == "spikingjelly" and sys.version_info < (3, 11):
         pytest.skip("SpikingJelly needs Python 3.11")
     needs(library), needs("nirtorch")
-    command = [sys.executable, str(Path(__file__).with_name("nir_child.py")), library, "float32", *written]
+    command = [str(Path(__file__).with_name("nir_child.py")), library, "float32", *written]
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=Path(written[0]).parent)
+    done = warm_python(command, env=environment, cwd=Path(written[0]).parent)
     assert done.returncode == 0, done.stderr
     results = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"differ"')]
     assert len(results) == 3

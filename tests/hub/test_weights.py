@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 
 import timm_gac  # noqa: F401 (registers the models)
 from timm_gac.hub import verify
+from warm import WarmPython
 
 ROOT = Path(__file__).parents[2]
 NAMES = (
@@ -108,25 +109,16 @@ def test_reads_pictures() -> None:
     assert (answers == labels).float().mean() > 0.75
 
 
-def test_from_a_wheel_without_connection(tmp_path: Path) -> None:
+def test_from_a_wheel_without_connection(warm_python: WarmPython, tmp_path: Path) -> None:
     """Outside of a clone a sentence says at once where the weights are; a folder of model folders serves them."""
     for package in (ROOT / "timm_gac", ROOT / "kernels" / "torch-ext" / "gac_kernels"):
         shutil.copytree(package, tmp_path / package.name, ignore=shutil.ignore_patterns("__pycache__"))
-    env = {"PYTHONPATH": str(tmp_path), "HF_HOME": str(tmp_path / "cache"), "PATH": "/usr/bin"}
-    done = subprocess.run(
-        [sys.executable, "-c", CHILD], capture_output=True, text=True, env=env, timeout=120, cwd=tmp_path
-    )
+    env = {"PYTHONPATH": str(tmp_path), "PATH": "/usr/bin"}
+    done = warm_python(["-c", CHILD], env=env, cwd=tmp_path)
     assert done.returncode == 1
     assert "expected weights of gac_msresnet18_cifar.cifar100 on this machine, got none" in done.stderr, done.stderr
     assert "set TIMM_GAC_MODELS to its hub/models" in done.stderr
-    done = subprocess.run(
-        [sys.executable, "-c", CHILD],
-        capture_output=True,
-        text=True,
-        env=env | {"TIMM_GAC_MODELS": str(ROOT / "hub" / "models")},
-        timeout=120,
-        cwd=tmp_path,
-    )
+    done = warm_python(["-c", CHILD], env=env | {"TIMM_GAC_MODELS": str(ROOT / "hub" / "models")}, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-1000:]
 
 

@@ -1,10 +1,5 @@
 """`LIF` and `BatchNormLIF` against their plain compositions, number by number."""
 
-import os
-import subprocess
-import sys
-import textwrap
-
 import pytest
 import torch
 from timm.layers import convert_sync_batchnorm
@@ -13,6 +8,7 @@ from torch import Tensor, nn
 from gac_kernels import CIFAR, IMAGENET, LIFSpec, lif_reference
 from timm_gac.layers.batch_statistics import batch_statistics, counter_beside
 from timm_gac.layers.neuron import LIF, BatchNormLIF, MembraneBatchNormLIF
+from warm import WarmPython
 
 SPECS = pytest.mark.parametrize("spec", [CIFAR, IMAGENET], ids=["cifar", "imagenet"])
 T, B, C, H, W = 3, 4, 5, 6, 7
@@ -156,11 +152,12 @@ def test_sync_batch_norm_conversion_keeps_the_neuron(convert) -> None:
 
 
 SYNC_SCRIPT = """
-import sys, torch, torch.distributed as dist
+import os, sys, torch, torch.distributed as dist
 from torch import nn
 from timm_gac.layers.neuron import MembraneBatchNormLIF
-rank = int(sys.argv[1])
-dist.init_process_group("gloo", init_method="file://" + sys.argv[2], rank=rank, world_size=2)
+other = os.fork()
+rank = int(other == 0)
+dist.init_process_group("gloo", init_method="file://" + sys.argv[1], rank=rank, world_size=2)
 torch.manual_seed(0)
 whole, plain = torch.randn(2 * 5, 3, 4, 4, dtype=torch.float64), nn.BatchNorm2d(3, dtype=torch.float64)
 nn.init.uniform_(plain.weight), nn.init.normal_(plain.bias)
@@ -180,17 +177,12 @@ for name, parameter in plain.named_parameters():
     dist.all_reduce(total)
     close(total, parameter.grad)
 assert module.num_batches_tracked == 1
+dist.destroy_process_group()
+if rank == 0:
+    sys.exit(os.waitstatus_to_exitcode(os.waitpid(other, 0)[1]))
 """
 
 
-def test_sync_batch_norm_of_two_processes_equals_one_of_the_whole_batch(tmp_path) -> None:
-    script, store = textwrap.dedent(SYNC_SCRIPT), str(tmp_path / "store")
-    command = [sys.executable, "-c", script]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    workers = [
-        subprocess.Popen([*command, str(rank), store], env=environment, stderr=subprocess.PIPE, text=True)
-        for rank in (0, 1)
-    ]
-    for worker in workers:
-        _, error = worker.communicate(timeout=120)
-        assert worker.returncode == 0, error
+def test_sync_batch_norm_of_two_processes_equals_one_of_the_whole_batch(warm_python: WarmPython, tmp_path) -> None:
+    done = warm_python(["-c", SYNC_SCRIPT, str(tmp_path / "store")])
+    assert done.returncode == 0, done.stderr

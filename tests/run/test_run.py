@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
 from timm_gac.run.__main__ import main
+from warm import WarmPython
 
 SCRIPT = """
 import argparse
@@ -32,9 +32,8 @@ def script(tmp_path: Path) -> Path:
     return tmp_path / "script.py"
 
 
-def test_a_script_finds_the_models(script: Path, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "timm_gac.run", str(script), "--model", "test_gac_msresnet"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240)
+def test_a_script_finds_the_models(script: Path, warm_python: WarmPython) -> None:
+    done = warm_python(["-m", "timm_gac.run", str(script), "--model", "test_gac_msresnet"])
     assert done.returncode == 3, done.stderr
     assert done.stdout.split() == ["timm_gac.models.network", "7"]
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import re
-import subprocess
-import sys
 import zipfile
 from pathlib import Path
 
@@ -15,6 +13,7 @@ import check_wheel
 import count_tokens
 import publish
 import timm_gac
+from warm import WarmPython
 
 ROOT = Path(__file__).resolve().parents[2]
 WORKFLOWS = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
@@ -91,11 +90,11 @@ def test_only_a_release_is_published() -> None:
         publish.check([publish.Target("model", "a/b", ROOT, ("model.pt",))], f"v{VERSION}", CHANGES)
 
 
-def test_a_dry_run_shows_the_files_and_sends_nothing() -> None:
+def test_a_dry_run_shows_the_files_and_sends_nothing(warm_python: WarmPython) -> None:
     offline = "import socket\ndef refuse(*_): raise AssertionError('connected')\nsocket.socket.connect = refuse\n"
     code = f"{offline}import sys, publish\nsys.argv[1:] = ['--only', 'space']\nraise SystemExit(publish.main())"
     environment = {"PYTHONPATH": f"{ROOT / 'tools'}:{ROOT}:{ROOT / 'kernels' / 'torch-ext'}", "PATH": "/usr/bin:/bin"}
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    done = warm_python(["-c", code], env=environment)
     assert done.returncode == 0, done.stderr
     assert "app.py" in done.stdout and "nothing was sent" in done.stdout
 
