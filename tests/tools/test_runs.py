@@ -40,10 +40,10 @@ def test_every_command_is_taken(tmp_path: Path) -> None:
     code, commands = run(tmp_path, *PARTS)
     assert code == 0
     trained = [parse(words[1:], "timm-gac train") for words in commands if words[0] == "train"]
-    assert len({options.out for _, options in trained}) == len(trained) == 6 + 6 + 2 + 6
+    assert len({options.out for _, options in trained}) == len(trained) == 6 + 6 + 2 + 7
     assert {recipe.seed for recipe, _ in trained} == {0, 1, 2} and {recipe.num_steps for recipe, _ in trained} >= {1, 6}
     gates = [recipe for recipe, options in trained if "gate_" in str(options.out)]
-    assert all(recipe.holdout == 0.1 and recipe.epochs == 40 for recipe in gates) and len(gates) == 6
+    assert all(recipe.holdout == 0.1 and recipe.epochs == 40 for recipe in gates) and len(gates) == 7
     assert all(not recipe.holdout for recipe, options in trained if "gate_" not in str(options.out))
     published = [recipe for recipe, options in trained if "published" in str(options.out)]
     assert {(recipe.epochs, recipe.batch_size, recipe.loss) for recipe in published} == {(250, 64, "mean")}
