@@ -37,7 +37,9 @@ demo: $(STAMP)  ## Train, save, reload and draw a small spiking network on real 
 	@$(BIN)/timm-gac demo $(ARGS)
 
 # The tests come last: their closing line is the one that counts them.
-check: lint types wheel test  ## Run all checks, as continuous integration does: lint, types, wheel, test
+check: $(STAMP)  ## Run all checks, as continuous integration does: lint, types, wheel, test
+	@$(MAKE) --no-print-directory --jobs=2 --output-sync lint types wheel
+	@$(MAKE) --no-print-directory test
 
 lint: $(STAMP)  ## Check style and format
 	$(BIN)/ruff check .
@@ -47,7 +49,7 @@ types: $(STAMP)  ## Check types
 	$(BIN)/mypy
 
 test: $(STAMP)  ## Run all tests (on a GPU the kernels run on it, elsewhere in Triton's interpreter)
-	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -q -n $(WORKERS) $(ARGS)
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal $(ARGS)
 
 wheel: $(STAMP)  ## Build the wheel, compare its requirements with its imports, import it from a second environment
 	rm -rf build/wheel build/lib build/bdist.*
@@ -59,7 +61,7 @@ test-oldest:  ## Run all tests with the oldest supported versions: torch 2.11, t
 	$(PYTHON) -m venv .venv-oldest
 	.venv-oldest/bin/python -m pip install --disable-pip-version-check --no-input --quiet \
 		--editable '.[test]' --constraint tests/oldest.txt
-	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} .venv-oldest/bin/python -m pytest -q -n $(WORKERS) $(ARGS)
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} .venv-oldest/bin/python -m pytest -q -n $(WORKERS) --dist worksteal $(ARGS)
 
 timm-suite: $(STAMP)  ## Run timm's own model tests on every registered model
 	$(BIN)/python tests/timm_suite/run.py --models all $(if $(ARGS),-- $(ARGS))
