@@ -12,6 +12,7 @@ import pytest
 
 from timm_gac import cli
 from timm_gac.cli.plugins import take_plugins
+from warm import WarmPython
 
 ROOT = Path(__file__).parents[2]
 
@@ -54,7 +55,7 @@ def test_a_file_is_imported_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     del sys.modules["counting_plugin"]
 
 
-def test_trains_and_evaluates_a_neuron_of_ones_own(tmp_path: Path) -> None:
+def test_trains_and_evaluates_a_neuron_of_ones_own(warm_python: WarmPython, tmp_path: Path) -> None:
     """In processes of their own, since what is registered stays."""
     pytest.importorskip("triton", reason="the example has Triton functions")
     pytest.importorskip("sklearn", reason="the digits are scikit-learn's")
@@ -63,8 +64,7 @@ def test_trains_and_evaluates_a_neuron_of_ones_own(tmp_path: Path) -> None:
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in paths if path)}
 
     def timm_gac(*arguments: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "timm_gac.cli", *arguments]
-        return subprocess.run(command, capture_output=True, text=True, env=environment)
+        return warm_python(["-m", "timm_gac.cli", *arguments], env=environment)
 
     plugin = ("--plugin", str(ROOT / "examples" / "own_neuron.py"))
     train = ("train", "digits", "--neuron", "synaptic", "--epochs", "1", "--num-steps", "2", "--out", str(run))

@@ -18,8 +18,8 @@ from timm_gac.inference.integer import SpikeConv
 from timm_gac.inference.record import membrane_of
 
 
-def network(encoder="gac", name="test_gac_msresnet"):
-    model = timm.create_model(name, num_steps=4, num_classes=3, encoder=encoder)
+def network(encoder="gac", name="test_gac_msresnet", **kwargs):
+    model = timm.create_model(name, num_steps=4, num_classes=3, encoder=encoder, **kwargs)
     images = torch.randn(6, 3, 16, 16)
     calibrate(model, [images, images.flip(0)])
     torch.nn.init.normal_(model.fc.weight, std=5.0)  # some images leave at once, others late or never
@@ -68,7 +68,8 @@ def test_early_exit_refuses_what_it_cannot_use():
 def test_steps_are_those_of_the_whole_pass(name, change, encoder, monkeypatch):
     if change is fused_as_on_a_gpu:  # there the neuron adds the shift, and convolution and neuron are one op
         monkeypatch.setattr(inference, "shift_in_neuron", lambda x: True)
-    model, images = network(encoder, name)
+    narrow = {} if name.startswith("test_") else dict(stem_width=16, channels=(16, 24, 32, 48))
+    model, images = network(encoder, name, **narrow)
     model = change(model)
     with torch.no_grad():
         whole = model.forward_steps(images)
@@ -108,7 +109,7 @@ def test_threads_share_one_network(change):
         return torch.equal(model.forward_steps(batches[index]), whole[index])
 
     with ThreadPoolExecutor(6) as pool:
-        calls = [pool.submit(run, index % 3) for index in range(60) for run in (early, all_steps)]
+        calls = [pool.submit(run, index % 3) for index in range(30) for run in (early, all_steps)]
         assert all(call.result() for call in calls)
     assert {name: list(vars(module)) for name, module in model.named_modules()} == before
 

@@ -252,7 +252,7 @@ def test_the_default_dtype_changes_nothing(dtype: torch.dtype, tmp_path) -> None
 
 
 def test_the_default_device_changes_nothing() -> None:
-    plain = network("gac_spiking_resnet18", num_steps=2)
+    plain = network("gac_spiking_resnet18", num_steps=2, stem_width=16, channels=(16, 24, 32, 48))
     for model in (network(), plain):
         expected = quantize(model).state_dict()
         with torch.device("meta"):

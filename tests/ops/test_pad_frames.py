@@ -17,7 +17,7 @@ def expected(x, before, after, rectify):
 
 @pytest.mark.parametrize("rectify", [False, True])
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
-@pytest.mark.parametrize("shape", [(2, 3, 5, 4), (1, 64, 16, 17), (3, 1, 1, 1), (2, 5, 1, 7)])
+@pytest.mark.parametrize("shape", [(2, 3, 5, 4), (1, 64, 2, 17), (3, 1, 1, 1), (2, 5, 1, 7)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 def test_values_and_gradients(backend, dtype, shape, layout, rectify, device, poisoned):
     x = torch.randn(shape, device=device).to(dtype).contiguous(memory_format=layout).requires_grad_()
