@@ -30,6 +30,7 @@ from timm_gac.train.__main__ import main
 from timm_gac.train.setup import create_accelerator
 
 CONFIGS = Path(__file__).parents[2] / "examples" / "accelerate"
+RANKS = Path(__file__).parents[1] / "runtime" / "ranks.py"
 
 
 two_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
@@ -89,14 +90,18 @@ def environment(where):
     return os.environ | of_device | {"OMP_NUM_THREADS": "1"}
 
 
-def run(where, processes, *given):
-    if processes == 1 and where == "cpu":  # saves the start of a process
+def run(warm_python, where, processes, *given):
+    """Train to the end; on CPUs without starts of Python, which torchrun's are in the test that kills a rank."""
+    if processes == 1 and where == "cpu":
         assert main(arguments(where, *given)) == 0
         AcceleratorState._reset_state(reset_partial_state=True)
         return
-    done = subprocess.run(
-        command(where, processes, *given), env=environment(where), capture_output=True, text=True, timeout=240
-    )
+    if where == "cpu":
+        done = warm_python([str(RANKS), "-m", "timm_gac.train", *arguments(where, *given)], env=environment(where))
+    else:
+        done = subprocess.run(
+            command(where, processes, *given), env=environment(where), capture_output=True, text=True, timeout=240
+        )
     assert done.returncode == 0, done.stderr[-3000:]
 
 
@@ -126,12 +131,12 @@ def assert_close(where, got, expected, rtol, atol):
 
 
 @pytest.fixture(scope="module")
-def whole(where, npz, tmp_path_factory):
+def whole(warm_python, where, npz, tmp_path_factory):
     """Runs of four steps in two epochs, a checkpoint each step: by one process, and by two."""
     folder = tmp_path_factory.mktemp("runs")
     for processes in (1, 2):
         more = [*RUN, "--checkpoint-steps", "1", "--keep-checkpoints", "9"]
-        run(where, processes, npz, folder / str(processes), 32 // processes, *more)
+        run(warm_python, where, processes, npz, folder / str(processes), 32 // processes, *more)
         assert processes_of(folder / str(processes)) == processes
     return folder
 
@@ -164,10 +169,10 @@ def part_of(whole, out, before, step):
 
 
 @pytest.mark.parametrize(("before", "after", "step"), [(2, 1, 3), (1, 2, 2)])
-def test_a_run_goes_on_with_another_number_of_processes(where, whole, npz, tmp_path, before, after, step):
+def test_a_run_goes_on_with_another_number_of_processes(warm_python, where, whole, npz, tmp_path, before, after, step):
     out = tmp_path / "run"
     part_of(whole, out, before, step)
-    run(where, after, npz, out, 32 // after, *RUN, "--resume")
+    run(warm_python, where, after, npz, out, 32 // after, *RUN, "--resume")
     assert processes_of(out) == after
     assert checkpoints.latest_checkpoint(out / "checkpoints").name == "step_00000004"
     assert_close(where, tensors(out), tensors(whole / str(before)), rtol=1e-2, atol=1e-4)
@@ -204,11 +209,11 @@ def test_a_killed_rank_ends_the_job_with_an_error(where, npz, tmp_path, graph):
 
 
 @two_gpus
-def test_two_gpus_train_in_a_graph_as_they_do_without(npz, tmp_path):
+def test_two_gpus_train_in_a_graph_as_they_do_without(warm_python, npz, tmp_path):
     losses = []
     for more in ([], ["--cuda-graph"]):
         out = tmp_path / f"run{len(losses)}"
-        run("gpus", 2, npz, out, 16, "--epochs", "4", "--lr", "0.001", "--checkpoint-steps", "3", *more)
+        run(warm_python, "gpus", 2, npz, out, 16, "--epochs", "4", "--lr", "0.001", "--checkpoint-steps", "3", *more)
         assert checkpoints.latest_checkpoint(out / "checkpoints").name == "step_00000008"  # captured in the fifth
         losses.append([float(row["train_loss"]) for row in csv.DictReader((out / "metrics.csv").open())])
     assert len(losses[0]) == 4 and losses[1] == pytest.approx(losses[0], rel=2e-2)
