@@ -5,14 +5,13 @@ from __future__ import annotations
 import json
 import os
 import stat
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 
 from timm_gac.runtime import files
+from warm import WarmPython
 
 KILLED = """
 import os, signal, sys
@@ -67,10 +66,10 @@ def test_an_exception_leaves_the_old_file_and_no_other(
 
 
 @pytest.mark.skipif(os.name != "posix", reason="signals are POSIX's")
-def test_a_kill_between_write_and_rename_leaves_the_old_file(tmp_path: Path) -> None:
+def test_a_kill_between_write_and_rename_leaves_the_old_file(warm_python: WarmPython, tmp_path: Path) -> None:
     file = tmp_path / "a[1].txt"
     file.write_text("old")
-    ended = subprocess.run([sys.executable, "-c", KILLED, str(file), "SIGKILL"], timeout=120)
+    ended = warm_python(["-c", KILLED, str(file), "SIGKILL"])
     assert ended.returncode == -9
     assert file.read_text() == "old"
     (leftover,) = set(tmp_path.iterdir()) - {file}
