@@ -19,7 +19,7 @@ from torch import Tensor, nn
 import timm_gac.export
 from gac_kernels.decompositions import decomposition_table, registered_decompositions
 from timm_gac import cli, fuse_for_inference, quantize
-from timm_gac.export import compile_package, write_onnx, write_program
+from timm_gac.export import compile_package, inductor, write_onnx, write_program
 from timm_gac.hub import calibrate, save_quantized
 
 T = 3
@@ -400,3 +400,12 @@ def test_a_network_is_as_before_and_in_its_own_channels(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"fold a copy with timm_gac\.fuse_for_inference"):
         write_program(model, tmp_path / "b.pt2")
     assert write_program(fuse_for_inference(model), tmp_path / "b.pt2").largest_difference == 0
+
+
+def test_a_package_that_crashes_leaves_this_process_alive(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(inductor, "_CHILD", "import os, signal\ninput()\nos.kill(os.getpid(), signal.SIGSEGV)")
+    monkeypatch.setattr("torch._inductor.cpu_vec_isa.pick_vec_isa", lambda: "avx2")
+    with inductor.PackageProcess(torch.device("cpu")) as run:
+        run.package = tmp_path / "a.pt2"
+        with pytest.raises(RuntimeError, match="package was not written: the process that ran it was ended by SIGSEGV"):
+            run(torch.zeros(1, 3, 8, 8))

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import copy
-import io
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -19,6 +18,7 @@ from gac_kernels.embedding import EMBEDDED, embedded_kernels, why_not_embedded
 
 from ..runtime.files import replace_file, write_bytes
 from ..runtime.modes import eval_mode
+from .inductor import PackageProcess, Phases, check_compiler, compile_program
 from .report import ExportReport, check_new, compare, cycled, description, example_images
 
 DESCRIPTION = "timm_gac.json"  # the file within a .pt2 that says what the network is
@@ -177,7 +177,8 @@ def compile_package(
     with CUDA's headers. On a GPU this package's Triton kernels are inside, as machine code too, but not in float64 nor
     for other neurons than ``lif``. For Hopper's convolutions in one pass cuDNN's convolution and a neuron kernel stand
     there, or with 8-bit weights the kernel in plain Triton. Sums in another order differ in their last bits, as between
-    any two kernels. Images have to be contiguous: generated code relies on it.
+    any two kernels. Images have to be contiguous: generated code relies on it. The log says what it does and for how
+    long, as it takes about a minute. A plain package is compared in a process of its own, which does without this one.
 
     Args:
         model: As for `write_program`. It is compiled for the device on which it is.
@@ -195,65 +196,36 @@ def compile_package(
 
     Raises:
         ValueError: The file is there, the network cannot be written, or there is no C++ compiler.
+        RuntimeError: The package crashes; it is not written then.
     """
     path = Path(path)
     check_new(path, overwrite)
     embedded = plain and model.spec.neuron == "lif" and not why_not_embedded(next(model.parameters()))
     # Kernels and convolutions on a GPU want weights channels-last; of others each call would make a copy.
     network = copy.deepcopy(model).to(memory_format=torch.channels_last) if embedded else model
+    phases = Phases()
+    phases.begin("tracing the network")
     program, images = _prepared(network, images, frames, batch_size, per_step, plain and not embedded)
     if embedded:
         _check_embedded(program)
-    _check_compiler()
-    content = io.BytesIO()
-    with embedded_kernels() if embedded else nullcontext(), _writers_kept():
-        torch._inductor.aoti_compile_and_package(program, package_path=content)
-    write_bytes(path, content.getvalue())
-    package = torch._inductor.aoti_load_package(str(path))
+    check_compiler()
     if plain:
         inside = "generated code and Triton kernels of gac_kernels" if embedded else "generated code alone"
     else:
         inside = "generated code that calls the operators of gac_kernels"
     contents = f"compiled for this {images.device.type.upper()}: {inside}"
-    return _checked(path, contents, model, per_step, images, package, batch_size)
-
-
-@contextmanager
-def _writers_kept() -> Iterator[None]:
-    """Let AOTInductor of PyTorch before 2.14 tell its writers of code apart, within ``with``.
-
-    It remembers which writer declared an array by the id of a bound method, which Python gives to another one as soon
-    as that is gone, and then uses the array before its declaration, so that the C++ does not compile. Kept, ids differ.
-    """
-    if tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 14):
-        yield
-        return
-    from torch._inductor.codegen.cpp_wrapper_cpu import CppWrapperCpu
-
-    original: Any = CppWrapperCpu.codegen_int_array_var
-    kept: dict[int, Any] = {}
-
-    def declare(self: Any, int_array: str, writeline: Any, *args: Any, **kwargs: Any) -> Any:
-        owner = getattr(writeline, "__self__", writeline)
-        return original(self, int_array, kept.setdefault(id(owner), writeline), *args, **kwargs)
-
-    patched: Any = CppWrapperCpu
-    patched.codegen_int_array_var = declare
-    try:
-        yield
-    finally:
-        patched.codegen_int_array_var = original
-
-
-def _check_compiler() -> None:
-    """Raise a ValueError unless Inductor finds a C++ compiler."""
-    from torch._inductor.cpp_builder import get_cpp_compiler
-    from torch._inductor.exc import InvalidCxxCompiler
-
-    try:
-        get_cpp_compiler()
-    except InvalidCxxCompiler as error:
-        raise ValueError(
-            "expected a C++ compiler such as g++ to compile a package, got none: install one, or write an exported "
-            "program, which needs none"
-        ) from error
+    with TemporaryDirectory() as folder, PackageProcess(images.device) if plain else nullcontext() as process:
+        compiled = Path(folder) / "package.pt2"
+        phases.begin("compiling with AOTInductor")
+        with embedded_kernels() if embedded else nullcontext():
+            compile_program(program, compiled)
+        phases.begin("running the package in a process of its own" if process else "running the package")
+        run: Any = process
+        if process is None:
+            run = torch._inductor.aoti_load_package(str(compiled))
+        else:
+            process.package = compiled
+        report = _checked(path, contents, model, per_step, images, run, batch_size)
+        write_bytes(path, compiled.read_bytes())
+    phases.end(f"wrote {path}")
+    return report
