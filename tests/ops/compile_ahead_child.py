@@ -81,6 +81,11 @@ def rate(num_steps: int, block: int | None = None) -> None:
         firing_rate._firing_rate_kernel[(1,)](x, x, x.numel(), T=num_steps, BLOCK=block)
 
 
+def fail() -> Any:
+    """Raises an error."""
+    raise ArithmeticError
+
+
 def run(function: Calls) -> Any:
     """What `compile_ahead` gives, or the name of its error, and what it did meanwhile."""
     del compiled[:], launched[:], loaded[:], logged[:]
@@ -134,6 +139,9 @@ if __name__ == "__main__":
     results["nested"] = run(Calls(lambda: compile_ahead(lambda: rate(4), 0)))
     results["refused"] = run(Calls(lambda: rate(2, block=48)))
     results["function"] = run(Calls(backward))
+    ahead._processors = lambda: 1  # type: ignore[attr-defined]  # so that kernels wait for each other
+    results["raises"] = run(Calls(lambda: rate(7), lambda: rate(8), lambda: rate(9), fail))
+    ahead._processors = lambda: 2  # type: ignore[attr-defined]
     ahead._SILENT = 0.0  # type: ignore[attr-defined]
     results["slow"] = run(Calls(lambda: rate(5)))
     knobs.cache.dir = sys.argv[1]

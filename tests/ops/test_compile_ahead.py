@@ -70,6 +70,11 @@ def test_kernels_that_take_a_function(results):
     assert (case["launches before each call"], case["launched"], case["threads"]) == ([0, 0], 1, ["gac-kernels"])
 
 
+def test_an_error_of_the_function_is_raised_while_kernels_wait_to_be_compiled(results):
+    case = results["raises"]
+    assert case["answer"] == "ArithmeticError" and case["launches before each call"] == [0]
+
+
 def test_a_line_says_what_it_waits_for(results):
     assert results["slow"]["logged"] == ["compiling 1 kernel for a GPU, at the first call only"]
 

@@ -100,6 +100,9 @@ class _Pool:
     def stop(self) -> None:
         """Wait for what has begun, and leave out the rest."""
         self._threads.shutdown(cancel_futures=True)
+        for future in self.futures:
+            if future.cancelled():
+                future.set_running_or_notify_cancel()  # Triton waits for each, and for a cancelled one until it is told
 
 
 def _load(compile: Callable[[], Any]) -> Any:
