@@ -221,7 +221,8 @@ class PackageProcess:
 
     def _written(self) -> str:
         self._errors.flush()
-        return (self._folder / "errors").read_text(errors="replace")[-4000:]
+        text = (self._folder / "errors").read_text(errors="replace")
+        return text if len(text) <= 6000 else f"{text[:3000]}\n[...]\n{text[-3000:]}"  # PyTorch says the cause first
 
 
 def _ended(status: int) -> str:
