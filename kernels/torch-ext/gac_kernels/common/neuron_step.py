@@ -273,6 +273,24 @@ def retreat_by(
 
 
 @triton.jit
+def through_spike(
+    u,
+    gs,
+    gv,
+    THRESHOLD,
+    SURROGATE: tl.constexpr,
+    WIDTH: tl.constexpr,
+    DETACH: tl.constexpr,
+    SOFT: tl.constexpr,
+):
+    """What comes to the membrane, and negated to the threshold, through the spike alone."""
+    through = gs
+    if not DETACH:
+        through = gs - gv * (THRESHOLD if SOFT else u)
+    return through * surrogate_grad(u - THRESHOLD, SURROGATE, WIDTH)
+
+
+@triton.jit
 def threshold_grad(
     u,
     keep,
@@ -285,9 +303,7 @@ def threshold_grad(
     SOFT: tl.constexpr,
 ):
     """Gradient at the threshold of one step: through the spike and, with a soft reset, through what is subtracted."""
-    sg = surrogate_grad(u - THRESHOLD, SURROGATE, WIDTH)
-    through = gs if DETACH else gs - gv * (THRESHOLD if SOFT else u)
-    g = -(through * sg)
+    g = -through_spike(u, gs, gv, THRESHOLD, SURROGATE, WIDTH, DETACH, SOFT)
     if SOFT:
         g -= gv - gv * keep
     return g
@@ -309,10 +325,7 @@ def learned_grads(
     The latter goes through the spike and, with a soft reset, through what is subtracted. What goes through the spike is
     in both, and is computed once. Negated since Triton spends an instruction on a sign.
     """
-    through = gs
-    if not DETACH:
-        through = gs - gv * (THRESHOLD if SOFT else u)
-    through *= surrogate_grad(u - THRESHOLD, SURROGATE, WIDTH)
+    through = through_spike(u, gs, gv, THRESHOLD, SURROGATE, WIDTH, DETACH, SOFT)
     if SOFT:
         gu = gv + through
         negated = through + tl.where(u > THRESHOLD, gv, 0.0)
