@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import subprocess
 import sys
 import time
@@ -26,7 +25,6 @@ from gac_kernels import tuning
 from timm_gac.bench.eight_bit import Case, build, cases_of, shapes_of
 from timm_gac.bench.harness import measure_time
 from timm_gac.bench.steps import make_step, measure_step
-from timm_gac.layers.eight_bit import SWITCH
 
 FOUND = "result "
 
@@ -142,7 +140,6 @@ def step_of(args: argparse.Namespace, int8: bool) -> tuple[Any, tuple[torch.Tens
 
 def time_steps(args: argparse.Namespace, variants: list[dict[str, dict[str, int]]], until: float) -> dict[str, Any]:
     """Whole steps as CUDA graphs: in 16 bits, in 8, and in 8 with other launch parameters, given by operator."""
-    os.environ[SWITCH] = "1"
     torch.backends.cudnn.benchmark = True
     found: dict[str, Any] = {}
     defaults = dict(tuning.DEFAULTS)

@@ -92,8 +92,8 @@ class Recipe:
         drop_path_rate: Stochastic depth.
         precision: ``bfloat16`` and ``float16`` are autocast.
         int8_convs: Train the 3x3 convolutions of spikes in 8 bits: int8 weights forward, float8 gradients backward.
-            The stored folder holds the integers. Slower than without on GPUs: the kernels for it wait for
-            ``TIMM_GAC_EIGHT_BIT_KERNELS=1`` in the environment, as no GPU has confirmed them yet.
+            The stored folder holds the integers. Its kernels want a GPU with float8 (Ada, Hopper or later); elsewhere
+            plain PyTorch gives the same numbers, slower than without.
         channels_last: Store weights and images channels-last.
         compile: Use torch.compile.
         cuda_graph: Run the whole step as one CUDA graph, on any number of CUDA devices; not with float16, stream or
