@@ -143,7 +143,7 @@ def test_inspection_sees_the_learned_threshold() -> None:
     sums = _Sums("neuron", layer)
     current = torch.full((1, 2, 3, 4, 4), 1.5)
     sums.add((current,), layer(current).flatten(0, 1), 1)
-    result = sums.result(images=2, num_steps=1)
+    result = sums.result(images=2, num_steps=1, network_spec=CIFAR)
     assert result.threshold == pytest.approx(2.0) and sum(result.step_rates) == 0.0
     assert int(result.histogram.argmax()) == 37  # 1.5 / 2.0 in 70 bins from -3 to 4
 

@@ -21,7 +21,7 @@ class InspectConfig(AnyNetworkOptions, SetOptions):
     """What `run_inspect` does.
 
     Args:
-        out: Folder for index.html, inspect.json and the PNGs.
+        out: Folder for index.html, inspect.json and the PNGs; of learned neurons also neurons.csv.
         overwrite: Write to a folder that has an index.html.
         images: At most so many images of a folder or data set; the first is drawn, all count.
         batch_size: Images a batch.
@@ -48,6 +48,8 @@ def inspect(
     """Draw spikes, gates and membranes on an HTML page.
 
     The page shows every layer's spikes, firing rates and dead neurons too; its pictures are written as PNGs beside it.
+    Of a network that learned decays and thresholds (--neuron plif or plif_channel in training) it draws what they are
+    by layer, beside where they began: neurons.png, with all numbers in neurons.csv.
 
     Example: timm-gac inspect gac_msresnet18_cifar.cifar100 examples/pictures/apple.png --out inspect
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -232,38 +231,3 @@ def draw_health(inspection: Inspection) -> Any:
     plain_axis(axis, FONT - 2)
     figure.legend(loc="outside upper center", ncols=3, frameon=False, fontsize=FONT - 1)
     return figure
-
-
-# By file name: heading, what it shows, and what draws it (None where there is nothing to draw).
-FIGURES: dict[str, tuple[str, str, Callable[[Inspection], Any]]] = {
-    "answer": (
-        "Answer, step by step",
-        "The picture as the network sees it, and the likeliest classes from the mean logits of the first t steps.",
-        draw_answer,
-    ),
-    "gate": (
-        "Gate of the encoder",
-        "Gated attention coding multiplies the spikes of the encoder by sigmoid(m·n): m one score a time step, n one a "
-        "pixel and channel. Heat maps lie over the picture.",
-        draw_gate,
-    ),
-    "raster": (
-        "Spikes",
-        f"One column a time step, one line a neuron: {NEURONS} of each layer, spread over those that fire. Of the "
-        "encoder, gated spikes that are not 0.",
-        draw_raster,
-    ),
-    "rates": ("Firing rate by layer and step", "Spikes per neuron and time step, mean over the images.", draw_rates),
-    "membranes": (
-        "Membranes against the threshold",
-        "Potentials before the reset in units of the threshold, log scale, outermost bins with what lies beyond. Right "
-        "of the line a neuron fires.",
-        draw_membranes,
-    ),
-    "health": (
-        "Dead and saturated neurons",
-        "Dead: no spike in any image at any step. Saturated: a spike in every image at every step. With few images "
-        "many neurons look dead that are not: give a folder or a data set to judge.",
-        draw_health,
-    ),
-}

@@ -3,12 +3,22 @@
 from __future__ import annotations
 
 import base64
+from collections.abc import Callable
 from html import escape
 from pathlib import Path
 from typing import Any
 
-from ...runtime.files import write_json, write_text
-from .figures import FIGURES
+from ...runtime.files import write_csv, write_json, write_text
+from .figures import (
+    NEURONS,
+    draw_answer,
+    draw_gate,
+    draw_health,
+    draw_membranes,
+    draw_raster,
+    draw_rates,
+)
+from .neurons import COLUMNS, draw_neurons, has_learned, neuron_rows
 from .record import Inspection
 
 _STYLE = """
@@ -25,7 +35,51 @@ th,td{padding:.25rem .5rem;text-align:right;border-bottom:1px solid #e3e8ee;whit
 th:first-child,td:first-child{text-align:left}
 """
 # What JSON says of a layer.
-LAYER_FIELDS = ("name", "rate", "step_rates", "neurons", "dead", "saturated", "dead_channels", "channels", "threshold")
+LAYER_FIELDS = (
+    *("name", "rate", "step_rates", "neurons", "dead", "saturated", "dead_channels", "channels"),
+    *("decay", "threshold"),
+)
+# By file name: heading, what it shows, and what draws it (None where there is nothing to draw).
+FIGURES: dict[str, tuple[str, str, Callable[[Inspection], Any]]] = {
+    "answer": (
+        "Answer, step by step",
+        "The picture as the network sees it, and the likeliest classes from the mean logits of the first t steps.",
+        draw_answer,
+    ),
+    "gate": (
+        "Gate of the encoder",
+        "Gated attention coding multiplies the spikes of the encoder by sigmoid(m·n): m one score a time step, n one a "
+        "pixel and channel. Heat maps lie over the picture.",
+        draw_gate,
+    ),
+    "raster": (
+        "Spikes",
+        f"One column a time step, one line a neuron: {NEURONS} of each layer, spread over those that fire. Of the "
+        "encoder, gated spikes that are not 0.",
+        draw_raster,
+    ),
+    "rates": ("Firing rate by layer and step", "Spikes per neuron and time step, mean over the images.", draw_rates),
+    "membranes": (
+        "Membranes against the threshold",
+        "Potentials before the reset in units of the threshold, log scale, outermost bins with what lies beyond. Right "
+        "of the line a neuron fires.",
+        draw_membranes,
+    ),
+    "health": (
+        "Dead and saturated neurons",
+        "Dead: no spike in any image at any step. Saturated: a spike in every image at every step. With few images "
+        "many neurons look dead that are not: give a folder or a data set to judge.",
+        draw_health,
+    ),
+    "neurons": (
+        "Decay and threshold by layer",
+        "What the neurons learned, beside where they began. Of layers that learned one of each a channel: the range, "
+        "the middle half and the median of the channels. Numbers: values or medians. All are in neurons.csv.",
+        draw_neurons,
+    ),
+}
+# What the page says where there is nothing to draw; a figure that is not here is left out with its heading.
+ABSENT = {"gate": "None: this network codes directly, every step sees the same real-valued image."}
 
 
 def inspection_dict(inspection: Inspection) -> dict[str, Any]:
@@ -42,6 +96,8 @@ def inspection_dict(inspection: Inspection) -> dict[str, Any]:
 def write_inspection(inspection: Inspection, out: Path) -> list[Path]:
     """Write ``index.html``, ``inspect.json`` and a PNG for each figure; the files, the page first.
 
+    Of a network with learned neurons also ``neurons.csv``: decay and threshold of each layer, or of each channel.
+
     Args:
         inspection: What to show.
         out: Folder; created if missing.
@@ -50,15 +106,23 @@ def write_inspection(inspection: Inspection, out: Path) -> list[Path]:
     files, sections = [], []
     for name, (heading, caption, draw) in FIGURES.items():
         figure, file = draw(inspection), out / f"{name}.png"
-        body = '<p class="note">None: this network codes directly, every step sees the same real-valued image.</p>'
         if figure is None:
             file.unlink(missing_ok=True)  # of an earlier network in this folder
+            if name not in ABSENT:
+                continue
+            body = f'<p class="note">{escape(ABSENT[name])}</p>'
         else:
             figure.savefig(file)
             files.append(file)
             picture = base64.b64encode(file.read_bytes()).decode("ascii")
             body = f'<img alt="{escape(heading)}" src="data:image/png;base64,{picture}">'
         sections.append(f'<h2>{escape(heading)}</h2>\n<p class="note">{escape(caption)}</p>\n{body}')
+    table = out / "neurons.csv"
+    if has_learned(inspection):
+        write_csv(table, COLUMNS, neuron_rows(inspection))
+        files.append(table)
+    else:
+        table.unlink(missing_ok=True)
     page, numbers = out / "index.html", out / "inspect.json"
     write_text(page, _page(inspection, sections))
     write_json(numbers, inspection_dict(inspection))

@@ -10,12 +10,51 @@ import timm.data
 import torch
 from torch import Tensor, nn
 
+from gac_kernels import LIFSpec
+
 from ...inference.early_exit import mean_logits
 from ...inference.record import forward_hooks, gate_scores, membrane_of, neuron_layers
 from ...layers.learned import learned_values
 from ...layers.neuron_layer import NeuronLayer
 
 BINS, LOW, HIGH = 70, -3.0, 4.0  # of membrane histograms, in thresholds; the threshold is the edge of a bin
+
+
+@dataclass(frozen=True)
+class NeuronValues:
+    """Decay and threshold of a layer of neurons, and where they began.
+
+    Attributes:
+        decay: ``(N,)``, N being 1, or the number of channels where each has learned one.
+        threshold: ``(N,)``.
+        initial: Where both began: the layer's spec, or the network's where folding wrote what was learned into the
+            layer's.
+        learned: Whether they were learned.
+    """
+
+    decay: Tensor
+    threshold: Tensor
+    initial: LIFSpec
+    learned: bool
+
+
+def neuron_values(layer: NeuronLayer, network_spec: LIFSpec) -> NeuronValues:
+    """Decay and threshold that a layer's neurons have.
+
+    Args:
+        layer: A layer of neurons, batch norm folded or not.
+        network_spec: Spec with which its network was created.
+    """
+    if learned := learned_values(layer):
+        values = {name: value.detach().float().cpu() for name, value in learned.items()}
+        return NeuronValues(**values, initial=layer.spec, learned=True)
+    spec = layer.spec
+    return NeuronValues(
+        torch.tensor([spec.decay]),
+        torch.tensor([spec.threshold]),
+        network_spec,
+        (spec.decay, spec.threshold) != (network_spec.decay, network_spec.threshold),
+    )
 
 
 @dataclass(frozen=True)
@@ -32,7 +71,7 @@ class LayerActivity:
         neurons: Number of neurons, C*H*W.
         histogram: Share of membrane potentials before the reset in each of `BINS` bins from `LOW` to `HIGH`
             thresholds, over all neurons, steps and images; what lies beyond counts in the outermost bins.
-        threshold: Threshold of its neurons; the mean where each channel has learned one.
+        values: Decay and threshold of its neurons.
         spikes: Of the image that is drawn, bool ``(T, C, H, W)``.
     """
 
@@ -44,8 +83,18 @@ class LayerActivity:
     channels: int
     neurons: int
     histogram: Tensor
-    threshold: float
+    values: NeuronValues
     spikes: Tensor
+
+    @property
+    def decay(self) -> float:
+        """Decay of its neurons; the mean where each channel has learned one."""
+        return float(self.values.decay.mean())
+
+    @property
+    def threshold(self) -> float:
+        """Threshold of its neurons; the mean where each channel has learned one."""
+        return float(self.values.threshold.mean())
 
     @property
     def rate(self) -> float:
@@ -109,12 +158,7 @@ class _Sums:
         else:
             self.fired, self.step_rates = self.fired + fired, self.step_rates + rates
 
-    def _threshold(self) -> float:
-        """The threshold of the layer; of one a channel the mean."""
-        learned = learned_values(self.layer).get("threshold")
-        return float(self.spec.threshold if learned is None else learned.detach().mean())
-
-    def result(self, images: int, num_steps: int) -> LayerActivity:
+    def result(self, images: int, num_steps: int, network_spec: LIFSpec) -> LayerActivity:
         assert self.fired is not None
         dead, saturated = self.fired == 0, self.fired == images * num_steps
         return LayerActivity(
@@ -126,7 +170,7 @@ class _Sums:
             channels=len(dead),
             neurons=dead.numel(),
             histogram=self.histogram / self.histogram.sum(),
-            threshold=self._threshold(),
+            values=neuron_values(self.layer, network_spec),
             spikes=self.spikes,
         )
 
@@ -208,7 +252,7 @@ def inspect_network(
         images=images,
         picture=_picture(first, config),
         scores=mean_logits(logits[None])[0].softmax(1),
-        layers=tuple(sums.result(images, recorder.num_steps) for sums in recorder.sums.values()),
+        layers=tuple(sums.result(images, recorder.num_steps, model.spec) for sums in recorder.sums.values()),
         temporal=kept.get("temporal"),
         spatial=kept["spatial"].mean(1) if "spatial" in kept else None,
         gate=gate,
