@@ -11,6 +11,7 @@ from ..runtime.figures import hide_frame, new_figure
 # What charts call the networks of a benchmark; rows have the short names.
 _NAMES = {
     "timm_gac_packed": "timm_gac, spikes packed",
+    "timm_gac_8bit": "timm_gac, training in 8 bits",
     "timm_gac_fused": "timm_gac, norms folded",
     "timm_gac_int8": "timm_gac, 8-bit weights",
     "ann": "ANN, T passes",
@@ -155,7 +156,7 @@ def _draw_curves(axis: Any, curves: Curves) -> None:
 def network_colour(network: str) -> str:
     """Colour of a network: this package's green, lower bounds grey and blue, baselines warm."""
     colours = {"timm_gac": "#0b6e4f", "timm_gac_packed": "#4fa37f", "timm_gac_fused": "#17324d"}
-    colours |= {"timm_gac_int8": "#6a4c93", "ann": "#5b7db1"}
+    colours |= {"timm_gac_int8": "#6a4c93", "timm_gac_8bit": "#2b9d8f", "ann": "#5b7db1"}
     colours |= {"convolutions": "#9aa5b1", "published": "#7a5230"}
     colours |= {"spikingjelly": "#e0a458", "spikingjelly_memopt": "#c98a2b"}
     return colours.get(network, "#b04a5a")

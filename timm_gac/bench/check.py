@@ -8,7 +8,7 @@ small to flip spikes. The precision to be timed is compared part by part, each p
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -38,6 +38,10 @@ TOLERANCES = {
     "bfloat16": {"spikes": 3e-2, "values": 1.5e-1, "gradients": 4e-1},
     "float16": {"spikes": 1e-2, "values": 1e-1, "gradients": 2e-1},
 }
+# Training in 8 bits against its definition, which rounds at the same places in float32: kernels in 16 bits also round
+# norms and sums. A definition that does not round at all is 5 % off in the membranes and 0.6 to 1.5 % of the spikes.
+EIGHT_BIT = {"spikes": 5e-3, "values": 1e-2, "gradients": 1.5e-1}
+EIGHT_BIT_TOLERANCES = TOLERANCES | {"bfloat16": EIGHT_BIT, "float16": EIGHT_BIT}
 # A gradient that is the small sum of large terms, such as a gate's, may be further off, if it is for the plain loop in
 # the same precision: up to so many times its error. One of the gate of gac_msresnet34 at 128x128 has 0.41 in bfloat16.
 ROUNDING = 1.25
@@ -80,7 +84,21 @@ def check_logits(network: nn.Module, reference: TimeMajorNet, images: Tensor) ->
     return ""
 
 
-def check_parts(network: nn.Module, reference: TimeMajorNet, images: Tensor, precision: str, *, train: bool) -> str:
+def call_part(part: nn.Module, inputs: Sequence[Tensor]) -> Any:
+    """What a part returns when it is called as a module."""
+    return part(*inputs)
+
+
+def check_parts(
+    network: nn.Module,
+    reference: TimeMajorNet,
+    images: Tensor,
+    precision: str,
+    *,
+    train: bool,
+    call: Callable[[nn.Module, Sequence[Tensor]], Any] = call_part,
+    block_tolerances: dict[str, float] | None = None,
+) -> str:
     """Compare encoder and blocks with the plain loop's on the same inputs; return "" if they agree, else the reason.
 
     What a neuron learns has no counterpart in a loop with a fixed one: its gradient is left out.
@@ -91,13 +109,15 @@ def check_parts(network: nn.Module, reference: TimeMajorNet, images: Tensor, pre
         images: Images ``(B, C, H, W)``.
         precision: Precision of the network.
         train: Compare in training mode, gradients included.
+        call: How to call a part of the network.
+        block_tolerances: For blocks, in the place of those of the precision.
     """
     network, reference = copy.deepcopy(network).train(train), copy.deepcopy(reference).train(train)
     device, dtype = images.device, AUTOCAST[precision] or torch.float32
-    for name, captured in _inputs_of_parts(reference, images):
+    for name, captured in inputs_of_parts(reference, images):
         inputs = [tensor.to(dtype) for tensor in captured]
         with precision_settings(precision, search=False), autocast(device, precision):
-            got = _run_part(network.get_submodule(name), inputs, train)
+            got = _run_part(network.get_submodule(name), inputs, train, call)
         with precision_settings("float32", search=False):
             expected = _run_part(reference.get_submodule(name), [tensor.float() for tensor in inputs], train)
         got = {quantity: value for quantity, value in got.items() if not LEARNED.search(quantity)}
@@ -107,7 +127,7 @@ def check_parts(network: nn.Module, reference: TimeMajorNet, images: Tensor, pre
             kind, right = quantity.partition(" ")[0], expected[quantity]
             differ = (value.float() != right).float().mean().item() if value.shape == right.shape else float("inf")
             error = differ if kind == "spikes" else relative_error(value, right)
-            allowed = TOLERANCES[precision][kind]
+            allowed = (block_tolerances if block_tolerances and name != "encoder" else TOLERANCES[precision])[kind]
             if not error <= allowed and kind == "gradients" and value.shape == right.shape:
                 with precision_settings(precision, search=False), autocast(device, precision):
                     rounded = _run_part(reference.get_submodule(name), inputs, train)[quantity]
@@ -174,7 +194,7 @@ def _near_threshold(current: Tensor, spec: Any) -> Tensor:
     return near
 
 
-def _inputs_of_parts(reference: TimeMajorNet, images: Tensor) -> list[tuple[str, list[Tensor]]]:
+def inputs_of_parts(reference: TimeMajorNet, images: Tensor) -> list[tuple[str, list[Tensor]]]:
     """Name and inputs of the encoder and every block in a forward pass of the reference."""
     captured: list[tuple[str, list[Tensor]]] = []
 
@@ -191,11 +211,16 @@ def _inputs_of_parts(reference: TimeMajorNet, images: Tensor) -> list[tuple[str,
     return captured
 
 
-def _run_part(part: nn.Module, inputs: Sequence[Tensor], train: bool) -> dict[str, Tensor]:
+def _run_part(
+    part: nn.Module,
+    inputs: Sequence[Tensor],
+    train: bool,
+    call: Callable[[nn.Module, Sequence[Tensor]], Any] = call_part,
+) -> dict[str, Tensor]:
     """Outputs of a part and, in training, its gradients, by kind and name."""
     leaves = [tensor.detach().requires_grad_(train) for tensor in inputs]
     with torch.set_grad_enabled(train):
-        result: Any = part(*leaves)
+        result = call(part, leaves)
     if isinstance(result, tuple):
         result = result[:2]  # without the packed spikes, which are the same spikes
         # A plain spiking block returns its spikes twice, in place of a membrane.

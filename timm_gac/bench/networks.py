@@ -109,6 +109,14 @@ def _packed(model: SpikingResNet, name: str, mode: str) -> nn.Module:
     return network
 
 
+def _in_8_bits(model: SpikingResNet, name: str, mode: str) -> nn.Module:
+    if mode != "train":
+        raise Unavailable("training in 8 bits is no inference: timm_gac_int8 has the same integers")
+    network = copy.deepcopy(model)
+    network.set_int8_convs(True)
+    return network
+
+
 def _fused(model: SpikingResNet, name: str, mode: str) -> nn.Module:
     if mode != "infer":
         raise Unavailable("batch norm is folded for inference only")
@@ -149,6 +157,14 @@ def _spikingjelly_learning(model: SpikingResNet, name: str, mode: str) -> nn.Mod
     _require_spikingjelly()
     _require_training(mode)
     return TimeMajorNet(model, SpikingJellyPLIF(model.spec)).to(model.conv1.weight)
+
+
+def describe(network: str, *, compiled: bool) -> str:
+    """What a row has to say about a network beside its name: how one that trains in 8 bits computes."""
+    if network != "timm_gac_8bit":
+        return ""
+    how = "torch.compile runs int8_conv2d, without kernels of one byte" if compiled else "kernels of one byte"
+    return f"int8 weights, float8 gradients: {how}"
 
 
 def _require_training(mode: str) -> None:
@@ -196,6 +212,7 @@ def _ann(model: SpikingResNet, name: str, mode: str) -> nn.Module:
 NETWORKS: dict[str, Callable[[SpikingResNet, str, str], nn.Module]] = {
     "timm_gac": _ours,
     "timm_gac_packed": _packed,
+    "timm_gac_8bit": _in_8_bits,
     "timm_gac_plif": _learning,
     "timm_gac_fused": _fused,
     "timm_gac_int8": _int8,
@@ -216,6 +233,7 @@ COMPILERS: dict[str, dict[str, Any] | None] = {"compile": None, "compile_no_layo
 LAUNCHES = {
     "timm_gac": ("", "+graph", "+compile"),
     "timm_gac_packed": ("", "+graph"),
+    "timm_gac_8bit": ("", "+graph", "+compile"),
     "timm_gac_plif": ("", "+graph"),
     "timm_gac_fused": ("", "+graph"),
     "timm_gac_int8": ("", "+graph"),

@@ -118,8 +118,9 @@ class ModelBenchConfig:
     A provider is a network and how it is launched, such as ``timm_gac``, ``timm_gac+graph`` (the whole step as one CUDA
     graph), ``loop+compile`` (torch.compile), ``spikingjelly+compile+graph`` or ``spikingjelly+compile_no_layout``
     (Inductor's layout_optimization=False). Networks: ``timm_gac``;
-    ``timm_gac_packed`` (packed spikes, training); ``timm_gac_fused`` (batch norm folded, inference); ``timm_gac_int8``
-    (quantised, inference; float parts in the precision); ``convolutions``, the convolutions alone as a lower bound of
+    ``timm_gac_packed`` (packed spikes, training); ``timm_gac_8bit`` (training in 8 bits, on GPUs with float8 tensor
+    cores); ``timm_gac_fused`` (batch norm folded, inference); ``timm_gac_int8`` (quantised, inference; float parts in
+    the precision); ``convolutions``, the convolutions alone as a lower bound of
     time; ``ann``, timm's ResNet of the same shape on T batches; ``spikingjelly`` and ``loop``, the time-major network
     with SpikingJelly's functional LIF or a plain loop; ``spikingjelly_memopt``, with SpikingJelly's memory optimiser
     too (training); ``timm_gac_plif``, with a learned decay and threshold a layer, and ``spikingjelly_plif``, with
@@ -219,12 +220,13 @@ class ModelBenchConfig:
 
         if self.providers:
             return list(self.providers)
-        training = ("timm_gac_packed", "timm_gac_plif", "spikingjelly_memopt", "spikingjelly_plif")
+        training = ("timm_gac_packed", "timm_gac_8bit", "timm_gac_plif", "spikingjelly_memopt", "spikingjelly_plif")
         inference = ("timm_gac_fused", "timm_gac_int8")
         skip = inference if case.mode == "train" else training
         kept = {network: launches for network, launches in LAUNCHES.items() if network not in skip}
         found = [network + launch for network, launches in kept.items() for launch in launches]
-        found = [name for name in found if "graph" not in name or on_cuda(self.device)]
+        on_gpu = on_cuda(self.device)  # and the kernels of 8 bits, which say themselves where a GPU is too old
+        found = [name for name in found if on_gpu or not ("graph" in name or "8bit" in name)]
         return sorted(found, key=lambda name: "compile" in name)
 
 

@@ -18,8 +18,9 @@ from ..runtime.dtypes import AUTOCAST
 from . import check as bench_check
 from . import steps as bench_steps
 from .baselines import LoopNeuron, TimeMajorNet
+from .definition import check_training
 from .harness import Row
-from .networks import COMPILERS, NETWORKS, Unavailable
+from .networks import COMPILERS, NETWORKS, Unavailable, describe
 from .profile import profile_step
 
 CHECK_BATCH = 4
@@ -113,6 +114,10 @@ class Session:
             return bench_check.check_integer(built, images, self.case.precision)
         reference = TimeMajorNet(self.model, LoopNeuron(self.model.spec)).to(self.device)
         reference = reference.to(memory_format=torch.channels_last)  # so that both sides call the same convolutions
+        if network == "timm_gac_8bit":  # weights and gradients are rounded: compared with the definition of that
+            return check_training(
+                built, model=self.model, reference=reference, images=images, precision=self.case.precision
+            )
         # SpikingJelly has no float64 kernels and is compared part by part only, with its memory optimiser or without.
         failure = "" if network.startswith("spikingjelly") else bench_check.check_logits(built, reference, images)
         if network in ("published", "timm_gac_fused"):  # they have other modules
@@ -150,6 +155,7 @@ class Session:
             )
             measured = bench_steps.measure_step(step, inputs, device, graph="graph" in provider, steps=self.steps)
         note = f"T passes: a batch of {copies}*{case.batch}" if copies > 1 else ""
+        note += describe(network, compiled="compile" in provider)
         if device.type == "cuda" and left > 0.05:
             note += f" {left:.2f} GiB were held before"
         speed = 1e3 * case.batch / measured["median_ms"]

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 from ...runtime.graphed import graphed
 from ...runtime.provenance import version_of
 from ..harness import Row
-from ..networks import Unavailable
+from ..networks import Unavailable, describe
 from ..session import Session
 from ..steps import free_memory, precision_settings
 from .clock import Clock, ResidentBatches, reset_memory
@@ -93,7 +93,8 @@ def measure_entry(session: Session, entry: str, seconds: float, epochs: int, row
         with training_is_checked(network):
             clock = Clock(device, seconds)
             run(trained, ResidentBatches(images, labels, case.batch, names).loader(clock), settings)
-        row |= clock.row(case.batch) | {"status": "ok", "note": "; ".join(notes)}
+        said = describe(name, compiled=way in COMPILING)
+        row |= clock.row(case.batch) | {"status": "ok", "note": "; ".join([said] * bool(said) + notes)}
     if device.type == "cuda" and left > 0.05:
         row["note"] += f" {left:.2f} GiB were held before"
 

@@ -15,15 +15,16 @@ if TYPE_CHECKING:
 ANCHOR = "step/timm_gac"  # measured in every call; `of_graphed_step` compares with it
 # Loop, network, and what is done to the network, in the order they run: those that compile come last.
 ENTRIES = (
-    *(ANCHOR, "step/timm_gac_packed"),
+    *(ANCHOR, "step/timm_gac_packed", "step/timm_gac_8bit"),
     *("plain/timm_gac", "plain/timm_gac+graphed", "plain/timm_gac_packed", "plain/timm_gac_packed+graphed"),
+    *("plain/timm_gac_8bit", "plain/timm_gac_8bit+graphed"),
     *("plain/spikingjelly", "plain/spikingjelly_memopt"),
     *("accelerate/timm_gac", "accelerate/timm_gac+graphed", "accelerate/spikingjelly"),
     *("timm/timm_gac", "timm/timm_gac+graphed", "timm/spikingjelly"),
     *("trainer/timm_gac", "trainer/timm_gac+graphed", "trainer/spikingjelly"),
     *("lightning/timm_gac", "lightning/timm_gac+graphed", "lightning/spikingjelly"),
     *("loader/npz", "loader/folder"),
-    *("plain/timm_gac+compile", "plain/ann+compile"),
+    *("plain/timm_gac+compile", "plain/timm_gac_8bit+compile", "plain/ann+compile"),
     *("plain/spikingjelly+compile", "plain/spikingjelly+compile_no_layout"),
     *("accelerate/spikingjelly+compile", "timm/timm_gac+compile", "plain/timm_gac+reduce_overhead"),
 )
@@ -36,9 +37,9 @@ class LoopBenchConfig:
     An entry is ``LOOP/NETWORK`` or ``LOOP/NETWORK+WAY``. Loops: ``step``, a whole step as one CUDA graph (GraphedStep);
     ``plain``, forward, backward and SGD; ``accelerate``, that of examples/finetune.py; ``timm``, timm's train.py;
     ``trainer``, transformers' Trainer; ``lightning``, its Trainer; ``loader``, this package's loader alone. Networks:
-    ``timm_gac``, ``timm_gac_packed``, ``ann``, ``spikingjelly``, ``spikingjelly_memopt``, as in `bench model`. Ways:
-    ``graphed``, `timm_gac.graphed`; ``compile``, torch.compile; ``compile_no_layout``, with Inductor's
-    layout_optimization=False; ``reduce_overhead``, torch.compile(mode="reduce-overhead").
+    ``timm_gac``, ``timm_gac_packed``, ``timm_gac_8bit``, ``ann``, ``spikingjelly``, ``spikingjelly_memopt``, as in
+    `bench model`. Ways: ``graphed``, `timm_gac.graphed`; ``compile``, torch.compile; ``compile_no_layout``, with
+    Inductor's layout_optimization=False; ``reduce_overhead``, torch.compile(mode="reduce-overhead").
 
     Args:
         model: A registered model of this package, or a model folder.
