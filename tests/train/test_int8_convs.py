@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 
 import timm_gac
 from gac_kernels import int8_weight
+from timm_gac.cli import main
 from timm_gac.hub import load_model, save_model_folder
 from timm_gac.inference.integer import SpikeConv
 from timm_gac.layers.convolution import SpikeConv2d
@@ -139,3 +140,17 @@ def test_a_recipe_asks_for_it_and_its_folder_holds_the_integers(npz, tmp_path):
     assert stored["fc.weight"].dtype == torch.float16
     report = json.loads((tmp_path / "run" / "eval.json").read_text())
     assert abs(report["top1"] - report["top1_before_storing"]) <= 0.1  # two of 17 images: float16 elsewhere
+    assert report["weights"] == "int8 network of the stored file"
+    main(["quantize", str(folder), str(tmp_path / "int8")])
+    main(["eval", str(tmp_path / "int8"), "--data", str(npz), "--json", str(tmp_path / "int8.json"), "--device", "cpu"])
+    deployed = json.loads((tmp_path / "int8.json").read_text())
+    assert deployed["top1"] == report["top1"]
+    assert deployed["loss"] == pytest.approx(report["loss"], rel=1e-5)
+
+
+def test_where_no_int8_network_can_be_made_the_run_says_so(npz, tmp_path, capsys):
+    recipe = Recipe(model="test_gac_msresnet", data=str(npz), epochs=1, batch_size=16, crop_padding=1, warmup_epochs=0,
+                    int8_convs=True, neuron="plif_channel")  # fmt: skip
+    train(recipe, RunOptions(out=tmp_path / "run", cpu=True))
+    assert "evaluated as it was trained, not as an int8 network" in capsys.readouterr().out
+    assert json.loads((tmp_path / "run" / "eval.json").read_text())["weights"] == "stored file"
