@@ -360,8 +360,8 @@ class IntegerSpikingResNet(SpikingResNet):
             )
         return stem
 
-    def _rate(self, spikes: Tensor) -> Tensor:
-        return self.rate(spikes, self.conv1.weight.dtype)
+    def _rate_dtype(self) -> torch.dtype:
+        return self.conv1.weight.dtype
 
     def _logits(self, spikes: Tensor) -> Tensor:
         return self.forward_head(spikes.to(self.conv1.weight.dtype))

@@ -81,8 +81,13 @@ def not_finite_marked(out: Tensor, x: Tensor, norm: nn.Module) -> Tensor:
         x: ``(B, ...)``, the network's input.
         norm: The stem's norm; in eval mode its running variance counts too.
     """
-    variance = None if norm.training else getattr(norm, "running_var", None)
+    variance = stem_variance(norm)
     if torch.is_grad_enabled():
         mark = mark_not_finite_(out.detach().new_zeros(out.shape[0], *[1] * (out.ndim - 1)), x, variance)
         return out + mark
     return mark_not_finite_(out, x, variance)
+
+
+def stem_variance(norm: nn.Module) -> Tensor | None:
+    """The running variance of the stem's norm, where it counts: in eval mode."""
+    return None if norm.training else getattr(norm, "running_var", None)

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from gac_kernels import IMAGENET, LIFSpec
 from gac_kernels.common.tiles import is_channels_last
 from gac_kernels.eight_bit.norm import Spikes, to_spikes
+from gac_kernels.spikes.firing_rate import marked_firing_rate
 
 from ..layers import eight_bit
 from ..layers.batch_statistics import call_norm
@@ -36,10 +37,11 @@ from ..runtime.weight_gradients import overlap_enabled, with_cast_weights
 from .arguments import block_class, check_model_args, lif_spec, with_neuron
 from .blocks import STAGES, MSBlock, SpikingBlock, Stage
 from .checkpoint import checkpoint_filter_fn as checkpoint_filter_fn  # timm expects it beside the model's class
-from .folding import FiringRate, fold_time, not_finite_marked, unfold_time
+from .folding import FiringRate, fold_time, not_finite_marked, stem_variance, unfold_time
 from .timm_network import TimmNetwork
 
 _ENCODER_FORWARDS = (GatedAttentionCoding.forward,)
+_RATE_FORWARDS = (FiringRate.forward,)
 
 
 class SpikingResNet(TimmNetwork):
@@ -359,7 +361,21 @@ class SpikingResNet(TimmNetwork):
 
     def _rate(self, spikes: Tensor) -> Tensor:
         """Mean over time: ``(T*B, C, H, W)`` -> ``(B, C, H, W)``."""
-        return self.rate(spikes)
+        dtype = self._rate_dtype()
+        return self.rate(spikes) if dtype is None else self.rate(spikes, dtype)
+
+    def _marks_rate(self, spikes: Tensor) -> bool:
+        """Whether one kernel may do the rate's work and mark it; it has no gradient."""
+        if torch.is_grad_enabled() or not isinstance(spikes, Tensor):  # under fx it is none
+            return False
+        if not may_skip(self.rate, _RATE_FORWARDS):
+            log_called(self.rate, _RATE_FORWARDS)
+            return False
+        return True
+
+    def _rate_dtype(self) -> torch.dtype | None:
+        """Dtype of firing rates; None for that of the spikes."""
+        return None
 
     def _forward_spikes(self, x: Tensor) -> Tensor:
         """Spikes of the last stage, time-folded: ``(T*B, C', H', W')``."""
@@ -421,7 +437,10 @@ class SpikingResNet(TimmNetwork):
         return compiled_first(self, self._features, x)
 
     def _features(self, x: Tensor) -> Tensor:
-        return not_finite_marked(self._rate(self._forward_spikes(x)), x, self.bn1)
+        spikes = self._forward_spikes(x)
+        if self._marks_rate(spikes):
+            return marked_firing_rate(spikes, self.num_steps, x, stem_variance(self.bn1), self._rate_dtype())
+        return not_finite_marked(self._rate(spikes), x, self.bn1)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Logits, or with ``pre_logits`` what the classifier would see, from features ``(N, C', H', W')``."""

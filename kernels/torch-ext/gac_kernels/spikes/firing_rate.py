@@ -17,20 +17,57 @@ from ..common.fake import register_fake
 from ..common.layout import as_layout, on_device
 from ..common.messages import shown
 from ..common.tiles import dense, is_channels_last
-from ..common.triton import cdiv, launchable, tl, triton
+from ..common.triton import cdiv, launchable, next_power_of_2, tl, triton
 from ..derivatives import register_derivatives
 from ..reference import firing_rate_reference
 from ..tuning import launch_config
+from .not_finite import DTYPES as MARKED_DTYPES
+from .not_finite import WARPS, blocks_of, mark_not_finite_, reads_sample, zeros_of
+
+
+@triton.jit
+def _rates(s_ptr, at, inside, frame, T: tl.constexpr, BLOCK: tl.constexpr):
+    count = tl.zeros((BLOCK,), tl.float32)
+    for t in range(T):
+        count += tl.load(s_ptr + tl.cast(t, tl.int64) * frame + at, mask=inside, other=0).to(tl.float32)
+    return count / T
 
 
 @triton.jit
 def _firing_rate_kernel(x_ptr, y_ptr, frame, T: tl.constexpr, BLOCK: tl.constexpr):
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = i < frame
-    count = tl.zeros((BLOCK,), tl.float32)
-    for t in range(T):
-        count += tl.load(x_ptr + tl.cast(t, tl.int64) * frame + i, mask=inside, other=0).to(tl.float32)
-    tl.store(y_ptr + i, (count / T).to(y_ptr.dtype.element_ty), mask=inside)
+    rate = _rates(x_ptr, i, inside, frame, T, BLOCK)
+    tl.store(y_ptr + i, rate.to(y_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _marked_firing_rate_kernel(
+    s_ptr,
+    x_ptr,
+    variance_ptr,
+    y_ptr,
+    frame,
+    places,
+    size,
+    channels,
+    shares,
+    T: tl.constexpr,
+    READ: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """One of ``shares`` programs of a sample, which divide the blocks of its rates; spikes are (T, B, places)."""
+    sample = (tl.program_id(0) // shares).to(tl.int64)
+    i = tl.program_id(0) % shares * BLOCK + tl.arange(0, BLOCK)
+    zeros = zeros_of(x_ptr, variance_ptr, sample, size, channels, READ)
+    rate = _rates(s_ptr, sample * places + i, i < places, frame, T, BLOCK)
+    zero = tl.sum(zeros, 0)
+    tl.store(y_ptr + sample * places + i, (rate + zero).to(y_ptr.dtype.element_ty), mask=i < places)
+    # None where programs are as many as blocks: of few samples.
+    for start in range(tl.program_id(0) % shares * BLOCK + shares * BLOCK, places, shares * BLOCK):
+        i = start + tl.arange(0, BLOCK)
+        rate = _rates(s_ptr, sample * places + i, i < places, frame, T, BLOCK)
+        tl.store(y_ptr + sample * places + i, (rate + zero).to(y_ptr.dtype.element_ty), mask=i < places)
 
 
 @triton.jit
@@ -181,3 +218,53 @@ def firing_rate(x: Tensor, num_steps: int, dtype: torch.dtype | None = None) -> 
     """
     _check(x, num_steps, dtype)
     return torch.ops.gac_kernels.firing_rate(x, num_steps, dtype)
+
+
+def marked_firing_rate(
+    spikes: Tensor, num_steps: int, x: Tensor, variance: Tensor | None = None, dtype: torch.dtype | None = None
+) -> Tensor:
+    """`firing_rate`, with NaN for each sample of a network's input, or for all, where a value is not finite.
+
+    Without gradient. On a GPU one kernel does both where samples of the input are small.
+
+    Args:
+        spikes: See `firing_rate`.
+        num_steps: T.
+        x: (B, ...), the network's input, floating-point.
+        variance: (C,), what counts for all samples; None for nothing.
+        dtype: See `firing_rate`.
+
+    Returns:
+        What `mark_not_finite_` makes of the rates, to the bit.
+
+    Raises:
+        ValueError: See `firing_rate`.
+    """
+    if type(spikes) is Tensor and spikes.device == x.device and reads_sample(x, variance):
+        rate = _firing_rate_fake(spikes, num_steps, dtype)
+        if rate.numel() and rate.dtype in MARKED_DTYPES and len(rate) == len(x):
+            _launch_marked(dense(spikes), num_steps, x, variance, rate)
+            return rate
+    return mark_not_finite_(torch.ops.gac_kernels.firing_rate(spikes, num_steps, dtype), x, variance)
+
+
+def _launch_marked(spikes: Tensor, num_steps: int, x: Tensor, variance: Tensor | None, rate: Tensor) -> None:
+    samples = len(x)
+    places, size = rate.numel() // samples, x.numel() // samples
+    block, shares = blocks_of(samples, places, x.device)
+    with on_device(spikes):
+        _marked_firing_rate_kernel[(samples * shares,)](
+            spikes,
+            x,
+            variance,
+            rate,
+            rate.numel(),
+            places,
+            size,
+            0 if variance is None else variance.numel(),
+            shares,
+            T=num_steps,
+            READ=next_power_of_2(size),
+            BLOCK=block,
+            num_warps=WARPS,
+        )
