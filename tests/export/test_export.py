@@ -6,8 +6,10 @@ import copy
 import json
 import os
 import shutil
+import struct
 import subprocess
 import sys
+import zipfile
 from collections import Counter
 from pathlib import Path
 
@@ -178,6 +180,18 @@ def test_a_compiled_package_answers_as_the_network(tmp_path: Path) -> None:
     report = compile_package(model, tmp_path / "a.pt2", images=images(4), batch_size=2)
     assert report.flips == 0 and report.largest_difference < 1e-5
     assert "generated code alone" in report.contents
+    assert stack_flags(tmp_path / "a.pt2") == [6]  # readable and writable, not executable: glibc 2.41 refuses that
+
+
+def stack_flags(package: Path) -> list[int]:
+    """What a package's library wants of the stack: the flags of its ELF program header GNU_STACK."""
+    with zipfile.ZipFile(package) as archive:
+        (name,) = (name for name in archive.namelist() if name.endswith(".so"))
+        elf = archive.read(name)
+    (start,) = struct.unpack_from("<Q", elf, 32)
+    size, count = struct.unpack_from("<HH", elf, 54)
+    headers = (struct.unpack_from("<II", elf, start + i * size) for i in range(count))
+    return [flags for kind, flags in headers if kind == 0x6474E551]
 
 
 CPP = Path(__file__).parents[2] / "examples" / "cpp" / "run_package.cpp"

@@ -84,6 +84,33 @@ def writers_kept() -> Iterator[None]:
 
 
 @contextmanager
+def stack_without_code() -> Iterator[None]:
+    """Link packages so that a process that loads one need not make its stack executable, within ``with``.
+
+    AOTInductor writes weights as assembly that does not say whether it wants code on the stack, and GNU's linker (2.40,
+    Debian 12's) takes that for a yes. glibc from 2.41 on refuses to load such a package; before, all stacks change.
+    """
+    if sys.platform != "linux":
+        yield
+        return
+    from torch._inductor import cpp_builder
+
+    original: Any = cpp_builder.get_cpp_torch_device_options
+
+    def options(*args: Any, **kwargs: Any) -> Any:
+        found = original(*args, **kwargs)
+        found[3].append("Wl,-z,noexecstack")  # flags of the linker; without the hyphen, as all there
+        return found
+
+    patched: Any = cpp_builder
+    patched.get_cpp_torch_device_options = options
+    try:
+        yield
+    finally:
+        patched.get_cpp_torch_device_options = original
+
+
+@contextmanager
 def vector_units_probed() -> Iterator[None]:
     """Try out the processor's vector units on a thread, while within ``with`` AOTInductor compiles kernels for a GPU.
 
@@ -119,7 +146,7 @@ def compile_program(program: torch.export.ExportedProgram, path: Path) -> None:
     # A precompiled header pays from the second package on, and the first waits for it.
     settings = {"aot_inductor.precompile_headers": False}
     on_gpu = any(tensor.is_cuda for tensor in program.state_dict.values())
-    with writers_kept(), vector_units_probed() if on_gpu else nullcontext():
+    with writers_kept(), stack_without_code(), vector_units_probed() if on_gpu else nullcontext():
         torch._inductor.aoti_compile_and_package(program, package_path=str(path), inductor_configs=settings)
 
 
