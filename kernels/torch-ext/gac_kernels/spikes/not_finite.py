@@ -54,8 +54,8 @@ def _mark_kernel(
 def mark_not_finite_(out: Tensor, x: Tensor, variance: Tensor | None = None) -> Tensor:
     """Add NaN to the outputs of each sample, or of all, where an input is not finite; in place, without gradient.
 
-    On a GPU small samples take one kernel. With PyTorch's two, 8-bit inference of 16 images took 3.7 % longer on an H200
-    than at a commit that had no mark. `marked_firing_rate` takes none.
+    On a GPU small samples take one kernel. With PyTorch's two, 8-bit inference of 16 images took 3.7 % longer on an
+    H200 than at a commit that had no mark. `marked_firing_rate` takes none.
 
     Args:
         out: (B, ...), floating-point.
