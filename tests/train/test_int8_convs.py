@@ -162,8 +162,16 @@ def test_a_recipe_asks_for_it_and_its_folder_holds_the_integers(npz, tmp_path):
 
 
 def test_where_no_int8_network_can_be_made_the_run_says_so(npz, tmp_path, capsys):
-    recipe = Recipe(model="test_gac_msresnet", data=str(npz), epochs=1, batch_size=16, crop_padding=1, warmup_epochs=0,
-                    int8_convs=True, neuron="plif_channel")  # fmt: skip
+    recipe = Recipe(
+        model="test_gac_msresnet",
+        data=str(npz),
+        epochs=1,
+        batch_size=16,
+        crop_padding=1,
+        warmup_epochs=0,
+        int8_convs=True,
+        neuron="plif_channel",
+    )
     train(recipe, RunOptions(out=tmp_path / "run", cpu=True))
     assert "evaluated as it was trained, not as an int8 network" in capsys.readouterr().out
     assert json.loads((tmp_path / "run" / "eval.json").read_text())["weights"] == "stored file"

@@ -27,7 +27,7 @@ _logger = logging.getLogger(__name__)
 _NEURONS = (BatchNormLIF.forward, MembraneBatchNormLIF.forward)
 _SHORTCUTS = (nn.Sequential.forward,)
 _FIRST_CAPABILITY = (8, 9)  # of GPUs with tensor cores for float8
-SWITCH = "TIMM_GAC_EIGHT_BIT_KERNELS"  # 0: the same numbers by plain PyTorch
+SWITCH = "TIMM_GAC_EIGHT_BIT_KERNELS"  # 0: float32 convolutions of the same integers
 
 
 def why_not(device: torch.device, dtype: torch.dtype, num_steps: int) -> str:

@@ -45,9 +45,8 @@ def finish(run: Run, say: Callable[[str], None]) -> None:
     deployed = _in_integers(stored, run.main, say) if run.recipe.int8_convs else stored
     result = evaluate(deployed, run.loaders.test.batches(0), amp_dtype=AUTOCAST[run.recipe.precision])
     if run.main:
-        _report(
-            run, trained, result, "int8 network of the stored file" if deployed is not stored else "stored file", say
-        )
+        weights = "stored file" if deployed is stored else "int8 network of the stored file"
+        _report(run=run, trained=trained, stored=result, weights=weights, say=say)
 
 
 def _in_integers(stored: Any, main: bool, say: Callable[[str], None]) -> Any:

@@ -93,7 +93,7 @@ class Recipe:
         precision: ``bfloat16`` and ``float16`` are autocast.
         int8_convs: Train the 3x3 convolutions of spikes in 8 bits: int8 weights forward, float8 gradients backward.
             The stored folder holds the integers. Its kernels want a GPU with float8 (Ada, Hopper or later); elsewhere
-            plain PyTorch gives the same numbers, slower than without.
+            float32 convolutions of the same integers do, slower than without.
         channels_last: Store weights and images channels-last.
         compile: Use torch.compile.
         cuda_graph: Run the whole step as one CUDA graph, on any number of CUDA devices; not with float16, stream or
