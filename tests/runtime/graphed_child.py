@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-
 import timm
 import torch
 import torch.distributed as dist
@@ -12,6 +10,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import timm_gac
 from graph_stand_in import StandIn
+from ranks import joined
 from timm_gac.runtime.graphed import Graphs
 
 
@@ -40,15 +39,9 @@ def train(graphed: bool, device: torch.device) -> tuple[dict[str, torch.Tensor],
     return network.state_dict(), torch.stack(losses), captured
 
 
-def main() -> None:
+def main(device: torch.device) -> None:
     """Compare both, on gloo and CPUs or on NCCL and a GPU each."""
-    on_gpus = sys.argv[1] == "gpus"
-    dist.init_process_group("nccl" if on_gpus else "gloo")
-    device = torch.device("cuda", dist.get_rank()) if on_gpus else torch.device("cpu")
-    if on_gpus:
-        torch.cuda.set_device(device)
-        torch.backends.cudnn.deterministic = True
-    else:
+    if device.type == "cpu":
         Graphs.backend = StandIn
         torch.cuda.is_available = lambda: True
     expected, expected_losses, _ = train(False, device)
@@ -60,11 +53,8 @@ def main() -> None:
     sums = [torch.zeros_like(losses) for _ in range(2)]
     dist.all_gather(sums, losses)
     assert not torch.equal(*sums)  # each process had images of its own
-    sys.stdout.write("same\n")
-    if on_gpus:
-        torch.cuda.synchronize()
-    dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main()
+    with joined() as device:
+        main(device)

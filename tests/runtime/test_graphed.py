@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import logging
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -27,6 +25,7 @@ from graphed_loops import (
     simple_loop,
     stand_in,  # noqa: F401  (a fixture of all tests here)
 )
+from ranks import run_ranks
 from timm_gac.runtime.graphed import graphed
 from warm import WarmPython
 
@@ -241,11 +240,4 @@ def test_accelerate_wraps_and_unwraps_it(request: pytest.FixtureRequest) -> None
 
 @pytest.mark.parametrize("where", ["cpu", pytest.param("gpus", marks=two_gpus)])
 def test_two_processes_with_ddp(where: str, warm_python: WarmPython) -> None:
-    child = [str(Path(__file__).with_name("graphed_child.py")), where]
-    if where == "cpu":
-        done = warm_python([str(Path(__file__).with_name("ranks.py")), *child])
-    else:
-        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-        done = subprocess.run([*launcher, *child], capture_output=True, text=True, timeout=280)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.count("same") == 2
+    run_ranks(warm_python, Path(__file__).with_name("graphed_child.py"), where)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import logging
-import sys
 
 import timm
 import torch
@@ -15,6 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from gac_kernels import use_backend
 from quick_interpreter import quicken
+from ranks import joined
 from timm_gac.bench.check import prepare_weights
 from timm_gac.bench.definition import layers_run
 from timm_gac.train.sync import synchronise_norms
@@ -38,14 +38,9 @@ def gradients(model: nn.Module, device: torch.device) -> tuple[int, dict[str, to
     return ran, {name.removeprefix("module."): p.grad for name, p in model.named_parameters()}
 
 
-def main() -> None:
+def main(device: torch.device) -> None:
     """DDP's gradients are the mean of both processes' own, from the kernels; SyncBatchNorm does without them."""
-    on_gpus = sys.argv[1] == "gpus"
-    dist.init_process_group("nccl" if on_gpus else "gloo")
-    device = torch.device("cuda", dist.get_rank()) if on_gpus else torch.device("cpu")
-    if on_gpus:
-        torch.cuda.set_device(device)
-        torch.backends.cudnn.deterministic = True
+    on_gpus = device.type == "cuda"
     torch.manual_seed(0)
     network = timm.create_model("test_gac_msresnet", num_classes=10, num_steps=2, int8_convs=True, **NARROW)
     with use_backend("eager"):
@@ -72,11 +67,9 @@ def main() -> None:
     synchronise_norms(network)
     ran, _ = forward(network, device)
     assert ran == 0 and ["share their statistics" in line for line in said] == [True], (ran, said)
-    sys.stdout.write("same\n")
-    dist.destroy_process_group()
 
 
 if __name__ == "__main__":
     quicken()
-    with use_backend("triton"):
-        main()
+    with joined() as device, use_backend("triton"):
+        main(device)

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -17,6 +14,7 @@ from safetensors.torch import load_file
 import timm_gac
 from gac_kernels import int8_weight
 from gac_kernels.common.triton import INTERPRETED
+from ranks import run_ranks
 from timm_gac.cli import main
 from timm_gac.hub import load_model, save_model_folder
 from timm_gac.inference.integer import SpikeConv
@@ -25,7 +23,6 @@ from timm_gac.train import Recipe
 from timm_gac.train.loop import RunOptions, train
 from warm import WarmPython
 
-TESTS = Path(__file__).parents[1]
 two_gpus = pytest.mark.skipif(
     torch.cuda.device_count() < 2 or torch.cuda.get_device_capability() < (8, 9),
     reason="needs two GPUs with float8 tensor cores",
@@ -180,13 +177,4 @@ def test_where_no_int8_network_can_be_made_the_run_says_so(npz, tmp_path, capsys
 @pytest.mark.parametrize("where", [pytest.param("cpu", marks=interpreter), pytest.param("gpus", marks=two_gpus)])
 def test_two_processes_with_ddp(where: str, warm_python: WarmPython) -> None:
     """DDP leaves the kernels of one byte in their place, and its gradients are the mean; SyncBatchNorm does not."""
-    child = [str(Path(__file__).with_name("eight_bit_child.py")), where]
-    path = os.pathsep.join([str(TESTS / "ops"), os.environ.get("PYTHONPATH", "")])
-    environment = dict(os.environ, PYTHONPATH=path)
-    if where == "cpu":
-        done = warm_python([str(TESTS / "runtime" / "ranks.py"), *child], env=environment)
-    else:
-        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-        done = subprocess.run([*launcher, *child], env=environment, capture_output=True, text=True, timeout=280)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.count("same") == 2
+    run_ranks(warm_python, Path(__file__).with_name("eight_bit_child.py"), where)
