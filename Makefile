@@ -32,6 +32,7 @@ $(STAMP): pyproject.toml
 		| grep --line-buffered -E '^(Collecting|Successfully|Installing collected|ERROR)' | stdbuf -oL cut -c 1-100; \
 		exit $${PIPESTATUS[0]}
 	@touch $@
+	@echo "Done. 'source $(VENV)/bin/activate' puts timm-gac on the path; 'make demo' tries it; 'make help' lists the rest."
 
 demo: $(STAMP)  ## Train, save, reload and draw a small spiking network on real handwritten digits
 	@$(BIN)/timm-gac demo $(ARGS)
@@ -58,7 +59,8 @@ wheel: $(STAMP)  ## Build the wheel, compare its requirements with its imports, 
 	$(BIN)/python tools/check_wheel.py build/wheel
 
 test-oldest:  ## Run all tests with the oldest supported versions: torch 2.11, timm 1.0.31 (.venv-oldest)
-	$(PYTHON) -m venv .venv-oldest
+	@echo "Setting up .venv-oldest (a few minutes the first time: PyTorch is large)"
+	@$(PYTHON) -m venv .venv-oldest
 	.venv-oldest/bin/python -m pip install --disable-pip-version-check --no-input --quiet \
 		--editable '.[test]' --constraint tests/oldest.txt
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} .venv-oldest/bin/python -m pytest -q -n $(WORKERS) --dist worksteal $(ARGS)
@@ -75,7 +77,7 @@ tokens: $(STAMP)  ## Count tokens, longest function and file, words of README.md
 
 docs: $(STAMP)  ## Build the documentation as a site in build/site
 	@$(BIN)/python -c 'import mkdocs, material, mkdocstrings_handlers.python' 2>/dev/null || $(call add,docs)
-	$(BIN)/python -m mkdocs build --strict --clean --site-dir build/site $(ARGS)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --clean --site-dir build/site $(ARGS)
 
 bench: $(STAMP)  ## Time the kernels against baselines on this machine
 	$(BIN)/timm-gac bench kernels $(ARGS)
@@ -93,11 +95,15 @@ space: $(STAMP)  ## Serve the demonstration Space on this machine, http://127.0.
 release: $(STAMP)  ## Build wheel and source distribution in dist/ and check them
 	@$(BIN)/python -c 'import twine' 2>/dev/null || $(call add,release)
 	rm -rf dist build/wheel build/lib build/bdist.*
-	$(BIN)/python -m build --wheel --outdir build/wheel
-	$(BIN)/python -m build --outdir dist  # the source distribution, and the wheel from it
+	@mkdir -p build
+	$(BIN)/python -m build --wheel --outdir build/wheel > build/release.log 2>&1 || { cat build/release.log; exit 1; }
+	@# The source distribution, and the wheel from it.
+	$(BIN)/python -m build --outdir dist > build/release.log 2>&1 || { cat build/release.log; exit 1; }
 	$(BIN)/python -m twine check --strict dist/*
 	$(BIN)/python tools/check_wheel.py dist --same-as build/wheel
-	tar -tzf dist/*.tar.gz
+	@echo "Files of the source distribution (tar -tzf dist/*.tar.gz names them):"
+	@tar -tzf dist/*.tar.gz | grep -v '/$$' | cut -d / -f 2 | sort | uniq -c
+	@ls -sh1 dist
 
 check-tag: $(STAMP)  ## Check that tag, version, CHANGELOG.md and dist/ are of one release
 	$(BIN)/python tools/publish.py --only package --check

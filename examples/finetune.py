@@ -1,7 +1,7 @@
 """Fine-tune a spiking network on pictures (FOLDER/train/CLASS/*, FOLDER/val/CLASS/*) with timm and accelerate.
 
 python examples/finetune.py FOLDER --model gac_msresnet34 --epochs 3
-accelerate launch --config_file examples/accelerate/several_gpus.yaml examples/finetune.py FOLDER
+accelerate launch --config_file examples/launch/several_gpus.yaml examples/finetune.py FOLDER
 """
 
 import argparse

@@ -16,6 +16,8 @@ from safetensors.torch import load_file
 from timm_gac.cli import digits
 from timm_gac.cli.demo_config import DemoConfig
 from timm_gac.cli.digits import create_demo_model, load_digits, run_demo, shift
+from timm_gac.cli.evaluate import EvaluateConfig, run_evaluate
+from timm_gac.data import open_test_set
 from timm_gac.inference.record import record_spikes
 
 # One epoch is far from enough for the 95 %: the status says so.
@@ -55,7 +57,7 @@ def test_reload_rebuilds_the_network_from_the_folder_alone(finished: tuple[Path,
     assert timm.data.resolve_model_data_config(model)["input_size"] == (1, 8, 8)
     for name, tensor in load_file(out / "model.safetensors").items():
         assert torch.equal(model.state_dict()[name], tensor), name
-    images, labels = load_digits(0)[1].tensors
+    images, labels = load_digits("test").tensors
     with torch.no_grad():
         accuracy = (model(images).argmax(1) == labels).float().mean().item()
     assert accuracy == pytest.approx(json.loads((out / "demo.json").read_text())["accuracy"])
@@ -78,6 +80,17 @@ def test_runs_again_over_its_own_folder_only(finished: tuple[Path, int, str], tm
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
 
 
+def test_eval_has_the_digits_that_the_demonstration_tests(finished: tuple[Path, int, str]) -> None:
+    """`eval demo --data digits` is the next command of the documentation: not a digit of training is in it."""
+    config = EvaluateConfig(data="digits", device="cpu", fold=False)
+    result = run_evaluate(str(finished[0]), config, Console(quiet=True))
+    demo = json.loads((finished[0] / "demo.json").read_text())
+    assert (result.images, result.top1) == (demo["test_digits"], pytest.approx(demo["accuracy"]))
+    cfg = create_demo_model(1).pretrained_cfg
+    seen = torch.cat([images for images, _ in open_test_set("digits", cfg, num_classes=10).batches(0)])
+    assert torch.equal(seen, load_digits("test").tensors[0])
+
+
 def test_status_tells_of_other_logits(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     create, quiet = timm.create_model, Console(quiet=True)
     monkeypatch.setattr(digits, "train", lambda model, *_: model.eval())
@@ -96,11 +109,12 @@ def test_status_tells_of_other_logits(monkeypatch: pytest.MonkeyPatch, tmp_path:
 
 
 def test_split_is_fixed_balanced_and_disjoint() -> None:
-    (train_images, train_labels), (test_images, test_labels) = (digits.tensors for digits in load_digits(0))
+    (train_images, train_labels), (test_images, test_labels) = (
+        load_digits(split).tensors for split in ("train", "test")
+    )
     assert (len(train_images), len(test_images)) == (1437, 360)
-    assert train_images.min() == -1 and train_images.max() == 1
+    assert train_images.min() == -1 and train_images.max() == pytest.approx(1)
     assert test_labels.bincount().min() >= 34 and train_labels.bincount().min() >= 138
-    assert torch.equal(load_digits(0)[1].tensors[0], test_images)
     seen = {image.numpy().tobytes() for image in train_images}
     assert not [1 for image in test_images if image.numpy().tobytes() in seen]
 

@@ -131,6 +131,21 @@ def test_a_folder_of_large_pictures_is_streamed_as_predict_prepares_them(tmp_pat
         open_test_set("folder", model.pretrained_cfg, **options | {"num_classes": 1})
 
 
+@pytest.mark.parametrize(("given", "size"), [([], 32), (["--batch-size", "5"], 5)])
+def test_batches_of_eval_on_a_cpu_are_small(given, size, folder, monkeypatch):
+    """The first sign of progress comes with the first batch: 256 images of 32x32 took a network 48 s on two cores."""
+    sizes = []
+    opened = timm_gac.data.open_test_set
+
+    def spy(*arguments, batch_size, **options):
+        sizes.append(batch_size)
+        return opened(*arguments, batch_size=batch_size, **options)
+
+    monkeypatch.setattr(timm_gac.data, "open_test_set", spy, raising=False)
+    assert cli.main(["eval", str(folder), "--data", "digits", "--images", "7", "--device", "cpu", *given]) == 0
+    assert sizes == [size]
+
+
 def test_predict_agrees_with_the_network(folder, pictures, tmp_path, capsys):
     bad = tmp_path / "bad.png"
     bad.write_bytes(b"no picture")
@@ -140,6 +155,7 @@ def test_predict_agrees_with_the_network(folder, pictures, tmp_path, capsys):
     assert status == 1  # two of the files could not be used
     text = capsys.readouterr().out
     assert text.count("skipped: expected a picture") == 2 and "after 2 of 3 steps" in text
+    assert text.splitlines()[0] == f"{folder}, T=3, {len(NAMES)} classes"
     content = json.loads(file.read_text())
     assert list(content["pictures"]) == list(map(str, pictures)) and len(content["skipped"]) == 2
     model = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()

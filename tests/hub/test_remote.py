@@ -157,7 +157,7 @@ def test_sources(model_folder: Path, tmp_path: Path) -> None:
     assert open_source(str(model_folder)) == open_source(f"local-dir:{model_folder}") == model_folder
     shutil.copytree(model_folder, tmp_path / "run" / "model")
     assert open_source(str(tmp_path / "run")) == tmp_path / "run" / "model"
-    with pytest.raises(ValueError, match="expected a model folder or ORG/NAME"):
+    with pytest.raises(ValueError, match=r"expected a model folder, ORG/NAME .* or a name of `timm-gac models`, got"):
         open_source("no such thing")
     with pytest.raises(ValueError, match="expected a repository of the Hub with a revision"):
         open_source(str(model_folder), revision="main")

@@ -45,7 +45,7 @@ def test_train_publish_fetch_compare_verify_fine_tune(tmp_path: Path) -> None:
     assert create_demo_model(4).num_classes == 10
     trained = tmp_path / "digits"
     run_demo(DemoConfig(out=trained, epochs=2))
-    images, labels = load_digits(0)[1][:16]
+    images, labels = load_digits("test")[:16]
     with torch.no_grad():
         logits = load_model(trained)(images)
     expected = tmp_path / "expected.safetensors"

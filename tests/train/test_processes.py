@@ -29,7 +29,7 @@ from timm_gac.train import Recipe, checkpoints
 from timm_gac.train.__main__ import main
 from timm_gac.train.setup import create_accelerator
 
-CONFIGS = Path(__file__).parents[2] / "examples" / "accelerate"
+CONFIGS = Path(__file__).parents[2] / "examples" / "launch"
 RANKS = Path(__file__).parents[1] / "runtime" / "ranks.py"
 
 

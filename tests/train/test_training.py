@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,7 +21,8 @@ from accelerate.state import AcceleratorState
 from safetensors.torch import load_file, save_file
 
 from children import Child
-from timm_gac.train import RECIPES, Recipe, checkpoints
+from timm_gac.analysis.evaluate import Evaluation
+from timm_gac.train import RECIPES, Recipe, checkpoints, finish
 from timm_gac.train.loop import RunOptions, Trainer, train
 from timm_gac.train.optim import MovingAverage, create_optimizer, freeze_stages, learning_rate
 from timm_gac.train.options import parse
@@ -112,6 +114,22 @@ def test_a_run_leaves_what_is_promised(recipe: Recipe, tmp_path: Path) -> None:
     assert not list(run.rglob("*.p[kt]*"))  # no pickle
     with pytest.raises(ValueError, match="give --resume"):
         train(recipe, options(run))
+
+
+def test_the_last_line_says_what_storing_changed(
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Weights are trained in float32 and stored in fewer bits: the last epoch's line may have another accuracy."""
+    evaluate = finish.evaluate
+
+    def other(*given: Any, **options: Any) -> Evaluation:
+        result = evaluate(*given, **options)
+        return replace(result, top1=result.top1 + 0.25)
+
+    monkeypatch.setattr(finish, "evaluate", other)
+    train(replace(recipe, epochs=1, mix_off_epochs=0, warmup_epochs=0, eval_every=1), options(tmp_path))
+    before = json.loads((tmp_path / "eval.json").read_text())["top1_before_storing"]
+    assert f"; {before:.2%} before its weights were stored in bfloat16), firing rate" in capsys.readouterr().out
 
 
 def test_it_learns(recipe: Recipe, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from .demo_config import DemoConfig
+from .output import check_packages
 from .sources import Options
 
 
@@ -17,6 +18,7 @@ def demo(config: Options[DemoConfig]) -> int:
     Args:
         config: How to train it.
     """
+    check_packages("matplotlib", "sklearn", "accelerate")  # before PyTorch, whose import takes seconds
     from .digits import run_demo
 
     return run_demo(config)

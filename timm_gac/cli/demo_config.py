@@ -20,7 +20,7 @@ class DemoConfig:
         batch_size: Digits per training step.
         lr: Peak learning rate.
         weight_decay: Weight decay of AdamW.
-        seed: Seed of the split, the weights and the order of the digits.
+        seed: Seed of the weights and of the order of the digits.
     """
 
     out: Path = Path("demo")

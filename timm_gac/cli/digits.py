@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import timm
 import torch
@@ -20,6 +20,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from ..analysis.inspect.figures import draw_trains, plain_axis
+from ..data import load_arrays
+from ..data.transforms import Normalizer
 from ..hub import save_model_folder
 from ..inference.record import record_spikes
 from ..runtime.figures import new_figure
@@ -27,12 +29,13 @@ from ..runtime.files import write_json
 from ..runtime.progress import progress_of
 from ..runtime.terminal import new_table, plain
 from .demo_config import DemoConfig
-from .output import check_packages, check_writable, create_console
+from .output import check_writable, create_console
 
 RESULT = "demo.json"  # also the mark of a folder that the demo made and may write again
 REQUIRED_ACCURACY = 0.95
 MODEL = "test_gac_msresnet"
 PIXELS = 8
+MEAN, STD = (0.5,), (0.5,)  # of pixels in [0, 1]
 
 
 def run_demo(config: DemoConfig, console: Console | None = None) -> int:
@@ -46,9 +49,8 @@ def run_demo(config: DemoConfig, console: Console | None = None) -> int:
     """
     console = console or create_console()
     check_folder(config.out, config.overwrite)
-    check_packages("matplotlib", "sklearn", "accelerate")
     started = time.perf_counter()
-    train_set, test_set = load_digits(config.seed)
+    train_set, test_set = load_digits("train"), load_digits("test")
     torch.manual_seed(config.seed)
     model = create_demo_model(config.num_steps)
     parameters = sum(parameter.numel() for parameter in model.parameters())
@@ -116,25 +118,22 @@ def check_folder(out: Path, overwrite: bool) -> None:
         )
 
 
-def load_digits(seed: int) -> tuple[TensorDataset, TensorDataset]:
-    """scikit-learn's 1,797 handwritten digits, a fifth of each class held out for testing.
+def load_digits(split: Literal["train", "test"]) -> TensorDataset:
+    """scikit-learn's 1,797 handwritten digits as ``--data digits`` has them: every fifth is for testing.
+
+    So `timm-gac eval demo --data digits` evaluates on digits that the network has not seen.
 
     Returns:
-        Training and test set, each images ``(N, 1, 8, 8)`` in [-1, 1] and labels ``(N,)``.
+        Images ``(N, 1, 8, 8)`` in [-1, 1], normalised as the network's ``pretrained_cfg`` says, and labels ``(N,)``.
     """
-    from sklearn.datasets import load_digits as sklearn_digits
-    from sklearn.model_selection import train_test_split
-
-    digits = sklearn_digits()
-    images = torch.from_numpy(digits.images).float().unsqueeze(1) / 8 - 1
-    labels = torch.from_numpy(digits.target).long()
-    held_in, held_out = train_test_split(range(len(labels)), test_size=0.2, stratify=labels, random_state=seed)
-    return TensorDataset(images[held_in], labels[held_in]), TensorDataset(images[held_out], labels[held_out])
+    digits = load_arrays("digits", split)
+    normalize = Normalizer(MEAN, STD, torch.device("cpu"), torch.float32)
+    return TensorDataset(normalize(digits.images), digits.labels)
 
 
 def create_demo_model(num_steps: int) -> nn.Module:
     """The tiny membrane-shortcut network with gated attention coding, for one channel of 8x8 pixels and ten classes."""
-    preprocessing = {"input_size": (1, PIXELS, PIXELS), "pool_size": (2, 2), "mean": (0.5,), "std": (0.5,)}
+    preprocessing = {"input_size": (1, PIXELS, PIXELS), "pool_size": (2, 2), "mean": MEAN, "std": STD}
     return timm.create_model(
         MODEL, num_classes=10, in_chans=1, num_steps=num_steps, pretrained_cfg_overlay=preprocessing
     )

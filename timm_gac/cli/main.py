@@ -74,12 +74,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         message = str(error)
     except ModuleNotFoundError as error:
-        package = str(error.name).partition(".")[0]
-        message = f"expected the package {package!r} for this, got none: pip install {PYPI.get(package, package)}"
+        message = _how_to_install([name.partition(".")[0] for name in str(error.name).split()])
     except KeyboardInterrupt:
         message = "interrupted"
     sys.stderr.write(f"timm-gac: {message}\n")
     return 2
+
+
+def _how_to_install(packages: list[str]) -> str:
+    plural = "s" if len(packages) > 1 else ""
+    called = " ".join(dict.fromkeys(PYPI.get(package, package) for package in packages))  # one extra may have several
+    return f"expected the package{plural} {', '.join(map(repr, packages))} for this, got none: pip install {called}"
 
 
 class _Announcer(importlib.abc.MetaPathFinder):

@@ -99,11 +99,11 @@ def check_packages(*names: str) -> None:
     """Refuse to begin without the packages that the end of the work needs.
 
     Raises:
-        ModuleNotFoundError: One is missing; `main` says how to install it.
+        ModuleNotFoundError: Some are missing, whose names it has, with spaces between; `main` says how to install them.
     """
-    for name in names:
-        if importlib.util.find_spec(name) is None:
-            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+    missing = [name for name in names if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ModuleNotFoundError(f"No module named {missing[0]!r}", name=" ".join(missing))
 
 
 def nearest(word: str, known: Sequence[str]) -> str:

@@ -163,7 +163,10 @@ def open_source(source: str, revision: str | None = None, api: HfApi | None = No
         return model_folder(path)
     if re.fullmatch(r"[\w.-]+/[\w.-]+(@.+)?", source):
         return fetch_model(source, revision, api)
-    raise ValueError(f"expected a model folder or ORG/NAME on the Hub, got {short(source)}: check the name")
+    raise ValueError(
+        f"expected a model folder, ORG/NAME on the Hub or a name of `timm-gac models`, got {short(source)}, which is "
+        "none: check the name, and the folder that the command runs in"
+    )
 
 
 def _exists(path: Path) -> bool:

@@ -106,7 +106,11 @@ def _report(run: Run, trained: Evaluation, stored: Evaluation, weights: str, say
     if run.options.results is not None:
         append_csv(run.options.results, RESULT_COLUMNS, [row])
     steps = ", ".join(f"{accuracy:.2%}" for accuracy in stored.top1_per_step)
-    before = f"; {trained.top1:.2%} in training's own arithmetic" if weights != "stored file" else ""
+    before = ""
+    if weights != "stored file":
+        before = f"; {trained.top1:.2%} in training's own arithmetic"
+    elif trained.top1 != stored.top1:
+        before = f"; {trained.top1:.2%} before its weights were stored in {recipe.stored_dtype}"
     say(
         f"done in {run.minutes:.1f} minutes: top-1 {stored.top1:.2%} of {stored.images:,} {recipe.eval_split} images "
         f"(after 1 to {recipe.num_steps} steps: {steps}{before}), firing rate {stored.firing_rate:.3f}; "
