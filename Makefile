@@ -54,7 +54,8 @@ test: $(STAMP)  ## Run all tests (on a GPU the kernels run on it, elsewhere in T
 
 wheel: $(STAMP)  ## Build the wheel, compare its requirements with its imports, import it from a second environment
 	rm -rf build/wheel build/lib build/bdist.*
-	$(BIN)/python -m build --wheel --outdir build/wheel > build-wheel.log 2>&1 || { cat build-wheel.log; exit 1; }
+	@echo "Building the wheel"
+	@$(BIN)/python -m build --wheel --outdir build/wheel > build-wheel.log 2>&1 || { cat build-wheel.log; exit 1; }
 	@rm build-wheel.log
 	$(BIN)/python tools/check_wheel.py build/wheel
 
@@ -96,9 +97,9 @@ release: $(STAMP)  ## Build wheel and source distribution in dist/ and check the
 	@$(BIN)/python -c 'import twine' 2>/dev/null || $(call add,release)
 	rm -rf dist build/wheel build/lib build/bdist.*
 	@mkdir -p build
-	$(BIN)/python -m build --wheel --outdir build/wheel > build/release.log 2>&1 || { cat build/release.log; exit 1; }
-	@# The source distribution, and the wheel from it.
-	$(BIN)/python -m build --outdir dist > build/release.log 2>&1 || { cat build/release.log; exit 1; }
+	@echo "Building the wheel, the source distribution, and the wheel from that (about a minute)"
+	@for out in "--wheel --outdir build/wheel" "--outdir dist"; do \
+		$(BIN)/python -m build $$out > build/release.log 2>&1 || { cat build/release.log; exit 1; }; done
 	$(BIN)/python -m twine check --strict dist/*
 	$(BIN)/python tools/check_wheel.py dist --same-as build/wheel
 	@echo "Files of the source distribution (tar -tzf dist/*.tar.gz names them):"

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import csv
+import io
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +16,7 @@ from gac_kernels import CIFAR, IMAGENET, lif
 from timm_gac.bench import harness as bench_harness
 from timm_gac.bench import kernels as benchmark
 from timm_gac.bench import ops as bench_ops
+from timm_gac.bench.harness import fit_table, rows_table
 from timm_gac.bench.kernels import COLUMNS, KernelBenchConfig, bench_kernels
 from timm_gac.bench.ops import OPS, Case
 
@@ -175,6 +178,32 @@ def test_table_renders_failed_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     console = Console(record=True, width=250)
     console.print(benchmark.kernel_table(bench_kernels(replace(TINY, ops=("lif",)))))
     assert "failed check" in console.export_text()
+
+
+def test_tables_fit_a_terminal() -> None:
+    columns = {"op": "", "dtype": "", "median_ms": ".3f", "p20_ms": ".3f", "p80_ms": ".3f", "peak_gib": ".2f"}
+    columns |= {"status": "", "note": ""}
+    times = {"median_ms": 10.0, "p20_ms": 9.0, "p80_ms": 1234567.5, "peak_gib": None}
+    rows = [{"op": op, "dtype": "float32", **times, "status": "ok", "note": op[:1]} for op in ("lif", "gac_encode")]
+
+    def shown(width: int, rows: list[dict[str, Any]]) -> tuple[str, list[str]]:
+        console = Console(width=width, file=io.StringIO())
+        table, left_out = fit_table(rows_table(rows, columns, "times"), console)
+        console.print(str(table.title), soft_wrap=True)
+        table.title = None
+        console.print(table)
+        return console.file.getvalue(), left_out
+
+    text, left_out = shown(100, rows)
+    title = "times, dtype float32, median ms 10.000, p20 ms 9.000, p80 ms 1234567.500, status ok"
+    assert left_out == [] and text.splitlines()[0] == title and "gib" not in text
+    rows[1] |= {"median_ms": 11.0, "p20_ms": 8.0, "p80_ms": 1.0}
+    text, left_out = shown(38, rows)
+    assert left_out == ["p80 ms", "note"] and "gac_encode" in text and "11.000" in text and "1234567" not in text
+    rows[1]["status"] = "failed check"
+    text, left_out = shown(60, rows)
+    assert left_out == ["p80 ms"] and "failed check" in text
+    assert shown(100, rows[:1])[0].count("float32") == 1  # a single row has nothing in common with others
 
 
 def test_unknown_names_are_refused() -> None:

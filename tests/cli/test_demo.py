@@ -108,13 +108,13 @@ def test_status_tells_of_other_logits(monkeypatch: pytest.MonkeyPatch, tmp_path:
     assert run_demo(DemoConfig(out=tmp_path / "other"), quiet) == 1
 
 
-def test_split_is_fixed_balanced_and_disjoint() -> None:
+def test_split_has_all_classes_and_is_disjoint() -> None:
     (train_images, train_labels), (test_images, test_labels) = (
         load_digits(split).tensors for split in ("train", "test")
     )
     assert (len(train_images), len(test_images)) == (1437, 360)
     assert train_images.min() == -1 and train_images.max() == pytest.approx(1)
-    assert test_labels.bincount().min() >= 34 and train_labels.bincount().min() >= 138
+    assert test_labels.bincount().min() >= 26 and train_labels.bincount().min() >= 126
     seen = {image.numpy().tobytes() for image in train_images}
     assert not [1 for image in test_images if image.numpy().tobytes() in seen]
 

@@ -7,7 +7,7 @@ import signal
 import statistics
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,13 +16,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..runtime.files import append_csv
+from ..runtime.terminal import new_table
 
 if TYPE_CHECKING:
+    from rich.console import Console
     from rich.table import Table
 
 Row = dict[str, Any]
 # Larger than the L2 cache of any GPU (50 MB on an H100), so that no repetition finds its input there.
 FLUSH_BYTES = 256 * 2**20
+NOTE_WIDTH = 40  # columns of a table's notes, which are folded
 
 
 @dataclass(frozen=True)
@@ -149,32 +152,79 @@ def append_rows(path: Path, columns: Sequence[str], rows: Iterable[Row], keep_by
     append_csv(path, columns, rounded, keep_bytes)
 
 
-def rows_table(rows: Iterable[Row], columns: dict[str, str], title: str) -> Table:
-    """A rich table of some columns of the rows.
+def rows_table(rows: Sequence[Row], columns: dict[str, str], title: str) -> Table:
+    """A rich table of some columns of the rows; what several rows all have in common stands in its title.
 
     Args:
         rows: Each row as a mapping from column to value.
-        columns: Column name to a format specification such as ``.3f``; an empty one for text.
+        columns: Column name to a format specification such as ``.3f``; an empty one for text. One that is empty in all
+            rows is left out.
         title: Printed above the table.
     """
-    from rich.table import Table
+    cells = {
+        name: ["" if row[name] is None else format(row[name], form) for row in rows] for name, form in columns.items()
+    }
+    found = {name: {cell for cell in column if cell} for name, column in cells.items()}
+    common = [name for name in columns if len(rows) > 1 and name != "note" and len(found[name]) == 1]
+    shown = [name for name in columns if found[name] and name not in common]
+    return _table_of(
+        ", ".join([title, *(f"{name.replace('_', ' ')} {found[name].pop()}" for name in common)]),
+        {name: cells[name] for name in shown},
+        {name for name in shown if columns[name]},
+    )
 
-    table = Table(title=title, title_justify="left")
-    for name, form in columns.items():
-        table.add_column(name.replace("_", " "), justify="right" if form else "left", overflow="fold")
-    for row in rows:
-        table.add_row(*("" if row[name] is None else format(row[name], form) for name, form in columns.items()))
+
+def _table_of(title: str, cells: Mapping[str, Sequence[Any]], numbers: Container[str]) -> Table:
+    table = new_table(title)
+    for name in cells:
+        table.add_column(
+            name.replace("_", "\n"),  # word below word: the entries are short
+            justify="right" if name in numbers else "left",
+            overflow="fold",
+            max_width=NOTE_WIDTH if name == "note" else None,
+        )
+    for row in zip(*cells.values(), strict=True):
+        table.add_row(*row)
     return table
 
 
 def show_table(table: Table) -> None:
-    """Print a table to the standard output."""
+    """Print a table to the standard output; on a terminal without the last columns where they have no room."""
     from rich.console import Console
 
-    console = Console()
+    console = Console(highlight=False)
     # Off a terminal rich assumes 80 columns and would fold every cell of a log.
     console.width = console.width if console.is_terminal else 220
+    table, left_out = fit_table(table, console)
+    title, table.title = table.title, None
+    console.print(title or "")  # in the table it would be folded to the width of that
     console.print(table)
+    if left_out:
+        console.print(f"no room for {', '.join(left_out)}: see --csv, or take a wider terminal", soft_wrap=True)
+
+
+def fit_table(table: Table, console: Console) -> tuple[Table, list[str]]:
+    """Leave out columns of a `rows_table`, the last first, until no entry has to be folded.
+
+    What is text says which row it is, and the first two numbers what it is about: they stay. So does a note that may
+    say why the status of a row is another than that of the rest.
+
+    Returns:
+        The table, and headings of the columns left out, in their order.
+    """
+    from rich.measure import Measurement
+
+    cells = {str(column.header).replace("\n", "_"): [*column.cells] for column in table.columns}
+    numbers = [name for name, column in zip(cells, table.columns, strict=True) if column.justify == "right"]
+    others = numbers[2:] + ["note"] * ("note" in cells and "status" not in cells)
+    left_out: list[str] = []
+    unbounded = console.options.update(max_width=10_000)
+    while others and Measurement.get(console, unbounded, table).maximum > console.width:
+        name = others.pop()
+        left_out.insert(0, name.replace("_", " "))
+        del cells[name]
+        table = _table_of(str(table.title), cells, numbers)
+    return table, left_out
 
 
 def first_error(error: BaseException) -> str:
