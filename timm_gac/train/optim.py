@@ -10,6 +10,7 @@ from timm.optim import param_groups_layer_decay, param_groups_weight_decay
 from torch import Tensor, nn
 
 from ..layers.encoder import GatedAttentionCoding
+from ..layers.learned import LearnedValues
 from .recipes import Recipe
 
 
@@ -25,8 +26,9 @@ def create_optimizer(model: Any, recipe: Recipe, device: torch.device) -> torch.
         groups = param_groups_layer_decay(
             model, weight_decay=recipe.weight_decay, no_weight_decay_list=tuple(skip), layer_decay=recipe.layer_decay
         )
-    if recipe.gate_lr != 1.0:
-        groups = _with_gate_lr(groups, model, recipe.gate_lr)
+    for factor, kind in ((recipe.gate_lr, GatedAttentionCoding), (recipe.neuron_lr, LearnedValues)):
+        if factor != 1.0:
+            groups = _with_factor(groups, model, kind, factor)
     # Tensors, because a CUDA graph would keep a number for ever; the groups' rates differ by their lr_scale.
     for group in groups:
         group["lr"] = torch.tensor(recipe.lr, device=device)
@@ -38,16 +40,24 @@ def create_optimizer(model: Any, recipe: Recipe, device: torch.device) -> torch.
     return torch.optim.AdamW(groups, lr=recipe.lr, fused=cuda, capturable=cuda)
 
 
-def _with_gate_lr(groups: list[dict[str, Any]], model: nn.Module, factor: float) -> list[dict[str, Any]]:
-    """The groups, those parameters of gated attention coding that are in them in groups of their own."""
-    encoders = [module for module in model.modules() if isinstance(module, GatedAttentionCoding)]
-    gate = {id(parameter) for encoder in encoders for parameter in encoder.parameters()}
+def _with_factor(
+    groups: list[dict[str, Any]], model: nn.Module, kind: type[nn.Module], factor: float
+) -> list[dict[str, Any]]:
+    """The groups, with those of their parameters that modules of one kind own in groups of their own.
+
+    An encoder's learned decay and threshold are the neuron's, not the encoder's.
+    """
+    owners = [module for module in model.modules() if isinstance(module, kind)]
+    chosen = {id(parameter) for owner in owners for parameter in owner.parameters()}
+    if kind is not LearnedValues:
+        neurons = [module for module in model.modules() if isinstance(module, LearnedValues)]
+        chosen -= {id(parameter) for neuron in neurons for parameter in neuron.parameters()}
     divided = []
     for group in groups:
         for inside, scale in ((False, 1.0), (True, factor)):
-            chosen = [parameter for parameter in group["params"] if (id(parameter) in gate) == inside]
-            if chosen:
-                divided.append(group | {"params": chosen, "lr_scale": group.get("lr_scale", 1.0) * scale})
+            part = [parameter for parameter in group["params"] if (id(parameter) in chosen) == inside]
+            if part:
+                divided.append(group | {"params": part, "lr_scale": group.get("lr_scale", 1.0) * scale})
     return divided
 
 

@@ -67,6 +67,7 @@ class Recipe:
         min_lr: Learning rate at the end of the cosine.
         warmup_epochs: Epochs of linear warm-up, at most half of the run.
         gate_lr: Learning rate of the encoder's attention as a factor of the others'.
+        neuron_lr: Learning rate of learned decays and thresholds as a factor of the others'.
         momentum: Momentum of SGD.
         weight_decay: Weight decay, which leaves out norms, biases and the encoder's attention.
         clip_grad: Largest norm of the gradient; 0 for no clipping.
@@ -162,6 +163,7 @@ class Recipe:
     stored_dtype: str = "float16"
     neuron: str = "lif"
     gate_lr: float = 1.0
+    neuron_lr: float = 1.0
 
     def __post_init__(self) -> None:
         for name, choices in _CHOICES.items():
@@ -174,8 +176,9 @@ class Recipe:
             raise ValueError(f"expected ema_decay in [0, 1), got {self.ema_decay!r}: give one such as 0.999, or 0")
         if not self.lr > 0:
             raise ValueError(f"expected lr > 0, got {self.lr!r}: give one such as 0.1")
-        if not 0.0 <= self.gate_lr < math.inf:
-            raise ValueError(f"expected gate_lr >= 0, got {self.gate_lr!r}: give one such as 0.1, or 0 to freeze it")
+        for name in ("gate_lr", "neuron_lr"):
+            if not 0.0 <= (factor := getattr(self, name)) < math.inf:
+                raise ValueError(f"expected {name} >= 0, got {factor!r}: give one such as 0.1, or 0 to freeze it")
         if not self.holdout <= 0.5:
             raise ValueError(f"expected holdout from 0 to 0.5, got {self.holdout!r}: give one such as 0.1")
         if self.holdout and self.stream:
