@@ -5,6 +5,8 @@
 #   steps      both at T = 1, 2 and 6, with energy
 #   published  both by the published recipe (250 epochs, batch 64, mean loss), in bfloat16 and a CUDA graph
 #   gates      the gate with less attention: 40 epochs, judged on a validation split of the training set
+#   eight_bits the first two seeds with convolutions in 8 bits, and the int8 network of each
+#   neurons    learned decay and threshold, at the rate of the weights and at a tenth of it
 #   formats    agreement between number formats, for the first run of `seeds`
 #
 # DATA is the .npz (cifar100.npz), OUT the folder of the runs (runs), RESULTS the table that gets a row a run. What is
@@ -73,12 +75,29 @@ for part in "$@"; do
       train gate_slow cifar100_fast --epochs 40 --holdout 0.1 --gate-lr 0.1
       train gate_direct cifar100_fast --epochs 40 --holdout 0.1 --model msresnet18_cifar
       ;;
+    eight_bits)
+      for seed in 0 1; do
+        train "gac_seed$seed" cifar100_fast --seed "$seed"
+        evaluate "gac_seed$seed"
+        train "int8_seed$seed" cifar100_fast --seed "$seed" --int8-convs
+        evaluate "int8_seed$seed"
+        [ -d "$OUT/int8_seed$seed/quantized" ] ||
+          timm-gac quantize "$OUT/int8_seed$seed" "$OUT/int8_seed$seed/quantized"
+        timm-gac eval "$OUT/int8_seed$seed/quantized" --data "$DATA" --json "$OUT/int8_seed$seed/quantized.json" --overwrite
+      done
+      ;;
+    neurons)
+      train plif cifar100_fast --neuron plif
+      train plif_slow cifar100_fast --neuron plif --neuron-lr 0.1
+      evaluate plif
+      evaluate plif_slow
+      ;;
     formats)
       timm-gac compare "$OUT/gac_seed0" --data "$DATA" --images 10000 --json "$OUT/formats.json" --overwrite \
         --formats float32 channels_last folded bfloat16 float16 int8 float64
       ;;
     *)
-      echo "expected parts among seeds, steps, published, gates, formats, got '$part'" >&2
+      echo "expected parts among seeds, steps, published, gates, eight_bits, neurons, formats, got '$part'" >&2
       exit 2
       ;;
   esac

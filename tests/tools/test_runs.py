@@ -15,7 +15,7 @@ from timm_gac.cli.evaluate import EvaluateConfig
 from timm_gac.train.options import parse
 
 SCRIPT = Path(__file__).resolve().parents[2] / "tools" / "runs.sh"
-PARTS = ("seeds", "steps", "published", "gates", "formats")
+PARTS = ("seeds", "steps", "published", "gates", "eight_bits", "neurons", "formats")
 # Instead of the real one: writes down what it was called with, and leaves what a run leaves.
 STUB = """#!/bin/sh
 echo "$@" >> "$LOG"
@@ -40,11 +40,15 @@ def test_every_command_is_taken(tmp_path: Path) -> None:
     code, commands = run(tmp_path, *PARTS)
     assert code == 0
     trained = [parse(words[1:], "timm-gac train") for words in commands if words[0] == "train"]
-    assert len({options.out for _, options in trained}) == len(trained) == 6 + 6 + 2 + 7
+    assert len({options.out for _, options in trained}) == len(trained) == 6 + 6 + 2 + 7 + 2 + 2
     assert {recipe.seed for recipe, _ in trained} == {0, 1, 2} and {recipe.num_steps for recipe, _ in trained} >= {1, 6}
     gates = [recipe for recipe, options in trained if "gate_" in str(options.out)]
     assert all(recipe.holdout == 0.1 and recipe.epochs == 40 for recipe in gates) and len(gates) == 7
     assert all(not recipe.holdout for recipe, options in trained if "gate_" not in str(options.out))
+    in_8_bits = [recipe.seed for recipe, _ in trained if recipe.int8_convs]
+    assert in_8_bits == [0, 1]
+    learning = [recipe.neuron_lr for recipe, _ in trained if recipe.neuron == "plif"]
+    assert learning == [1.0, 0.1]
     published = [recipe for recipe, options in trained if "published" in str(options.out)]
     assert {(recipe.epochs, recipe.batch_size, recipe.loss) for recipe in published} == {(250, 64, "mean")}
     for words in commands:
