@@ -53,3 +53,9 @@ def test_every_format_runs_and_leaves_the_network_alone(network: nn.Module) -> N
 def test_wrong_formats_are_refused(network: nn.Module, formats: tuple[str, ...]) -> None:
     with pytest.raises(ValueError, match="expected"):
         compare_formats(network, [], formats)
+
+
+def test_a_network_without_int8_is_told_what_to_compare() -> None:
+    ternary = timm.create_model("test_gac_msresnet", num_classes=5, neuron="ternary")
+    with pytest.raises(ValueError, match=r"for 8-bit inference, got 'ternary'.*--formats float32 folded"):
+        compare_formats(ternary, [], ("float32", "int8"))

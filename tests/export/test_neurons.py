@@ -64,6 +64,20 @@ def test_a_network_of_spikingjelly(needs) -> None:
     assert plif.learned.decay_logit.grad != 0 and not plif.learned.threshold_raw.requires_grad
 
 
+def test_what_is_frozen_or_wide_stays_so(needs) -> None:
+    """A frozen parameter is not thawed, and float64 is not rounded to float32."""
+    sj, snn = needs("spikingjelly.activation_based.neuron"), needs("snntorch")
+    node = sj.ParametricLIFNode(init_tau=3.7, decay_input=False, step_mode="m").double()
+    ours = LIF.from_spikingjelly(node)
+    assert ours.learned.decay.item() == pytest.approx(1.0 - node.w.sigmoid().item(), rel=1e-14)
+    node.w.requires_grad_(False)
+    cell = snn.Leaky(beta=0.5, threshold=0.8, reset_mechanism="zero", learn_beta=True, learn_threshold=True)
+    cell.beta.requires_grad_(False)
+    frozen = LIF.from_spikingjelly(node).learned, LIF.from_snntorch(cell).learned
+    assert [p.requires_grad for p in frozen[0].parameters()] == [False, False]
+    assert [p.requires_grad for p in frozen[1].parameters()] == [False, True]
+
+
 def test_what_spikingjelly_has_beyond_is_named(needs) -> None:
     sj, surrogate = (needs(f"spikingjelly.activation_based.{name}") for name in ("neuron", "surrogate"))
     for node, message in (

@@ -56,10 +56,20 @@ def test_they_start_at_the_spec(spec: LIFSpec) -> None:
     assert torch.equal(LIF(spec)(x), LIF(spec, learnable="layer")(x)) or spec not in (CIFAR, IMAGENET)
 
 
+def _set(decay: float, threshold: float) -> None:
+    LIF(learnable="layer").learned.set_values(torch.tensor([decay]), torch.tensor([threshold]))
+
+
 def test_what_cannot_be_learned_is_named() -> None:
     for call, message in (
         (lambda: LIF(LIFSpec(decay=1.0), learnable="layer"), "a decay between 0 and 1 to learn from, got 1.0"),
         (lambda: LIF(LIFSpec(decay=0.0), learnable="layer"), "a decay between 0 and 1 to learn from, got 0.0"),
+        (lambda: LIF(LIFSpec(decay=1.0 - 1e-10), learnable="layer"), r"in torch.float32, got \[1.0\] from the spec's"),
+        (lambda: LIF(LIFSpec(decay=1e-60), learnable="channel", channels=2), "in torch.float32, got .0.0. from"),
+        (lambda: LIF(LIFSpec(threshold=1e-60), learnable="layer"), "finite thresholds > 0 in torch.float32"),
+        (lambda: LIF(LIFSpec(threshold=1e60), learnable="layer"), "finite thresholds > 0 in torch.float32"),
+        (lambda: _set(1.0, 1.0), r"decays between 0 and 1 in torch.float32, got \[1.0\]"),
+        (lambda: _set(0.5, 0.0), r"finite thresholds > 0 in torch.float32, got \[0.0\]"),
         (lambda: LIF(learnable="channel"), "channels as an integer"),
         (lambda: LIF(learnable="neuron"), "learnable out of"),
         (lambda: LIFSpec(decay=nn.Parameter(torch.tensor(0.5))), "neuron='plif' of a network"),
@@ -109,6 +119,40 @@ def test_weights_with_and_without_load_into_each_other(neuron: str, caplog: pyte
     of_channels.load_state_dict(learning.state_dict(), assign=True)
     for parameter in of_channels.parameters():
         parameter.data.add_(1.0)  # an optimiser can write each of them
+
+
+def test_weights_of_channels_into_layers_are_their_mean(caplog: pytest.LogCaptureFixture, tmp_path) -> None:
+    """Also from a folder, with ``--init``; the state_dict that was given stays as it was."""
+    channels = network("plif_channel")
+    given = channels.state_dict()
+    layers = timm.create_model("test_gac_msresnet", num_classes=10, neuron="plif")
+    with caplog.at_level(logging.WARNING):
+        layers.load_state_dict(given)
+    assert [record.message for record in caplog.records] == [
+        "Took the mean over the channels of the learned decays and thresholds of 8 layers: create the network with "
+        "neuron='plif_channel' to keep one a channel"
+    ]
+    save_model_folder(channels, tmp_path / "model")
+    init = Recipe(model="test_gac_msresnet", neuron="plif", init=f"local-dir:{tmp_path / 'model'}")
+    for loaded in (layers, create_network(init, 10, 3)):
+        pairs = [(a, b) for a, b in zip(loaded.modules(), channels.modules(), strict=True)]
+        learned = [(a, b) for a, b in pairs if isinstance(b, LearnedValues)]
+        assert len(learned) == 8
+        for one, many in learned:
+            assert len(many.decay) > 1 and many.decay_logit is not one.decay_logit
+            torch.testing.assert_close(one.decay, many.decay.mean(0, keepdim=True))
+            torch.testing.assert_close(one.threshold, many.threshold.mean(0, keepdim=True))
+    assert all(torch.equal(given[name], value) for name, value in network("plif_channel").state_dict().items())
+
+
+@pytest.mark.parametrize("neuron", KINDS)
+def test_a_network_without_memory_starts_at_the_spec(neuron: str) -> None:
+    """Weights without learned values, assigned to a network on the meta device: nothing stays there."""
+    fixed = calibrate(timm.create_model("test_gac_msresnet", num_classes=10), [images()])
+    empty = timm.create_model("test_gac_msresnet", num_classes=10, neuron=neuron, device="meta").eval()
+    empty.load_state_dict(fixed.state_dict(), assign=True)
+    assert not any(tensor.is_meta for tensor in empty.state_dict().values())
+    assert torch.equal(empty(images()), fixed(images()))
 
 
 def test_gradients_keep_the_dtype_of_what_is_learned() -> None:

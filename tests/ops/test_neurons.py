@@ -172,6 +172,19 @@ def test_check_finds_a_wrong_derivative(device):
         testing.check_surrogate(LIFSpec(surrogate="test_wrong"))
 
 
+def test_check_says_where_the_definition_itself_is_not_finite(device):
+    """A step that grows beyond all numbers is no fault of an operator."""
+
+    def grows(x, state, n):
+        spikes, (v,) = _leak(x, state, n)
+        return spikes, (v * 1e30,)
+
+    growing = Neuron("test_growing", grows, _leak_kernel, _leak_grad)
+    register_neuron(growing, replace=True)
+    with pytest.raises(AssertionError, match=r"as the definition in PyTorch computes it.*not finite"):
+        testing.check_case("lif", LIFSpec(neuron="test_growing"), device)
+
+
 def _leak(x, state, n: Step):
     u = n.decay * state[0] + x
     s = n.spike(u - n.threshold)

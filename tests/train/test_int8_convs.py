@@ -19,6 +19,9 @@ from timm_gac.cli import main
 from timm_gac.hub import load_model, save_model_folder
 from timm_gac.inference.integer import SpikeConv
 from timm_gac.layers.convolution import SpikeConv2d
+from timm_gac.models import SpikingResNet
+from timm_gac.models.blocks import MSBlock
+from timm_gac.models.checkpoint import checkpoint_filter_fn
 from timm_gac.train import Recipe
 from timm_gac.train.loop import RunOptions, train
 from warm import WarmPython
@@ -84,6 +87,36 @@ def test_what_was_trained_is_what_is_deployed(block, tmp_path):
         assert torch.equal(again(images), quantized(images))
 
 
+@pytest.mark.parametrize("strict", [True, False])
+@pytest.mark.parametrize("arguments", [{}, {"int8_convs": True}, {"neuron": "plif"}])
+def test_a_stored_file_loads_as_a_state_dict(arguments, strict, tmp_path):
+    """Integers times scales, and not the integers as weights."""
+    network, images = trained()
+    file = save_model_folder(network, tmp_path / "model") / "model.safetensors"
+    other = timm.create_model("test_gac_msresnet", num_classes=5, **arguments)
+    keys = other.load_state_dict(load_file(file), strict=strict)
+    assert not keys.missing_keys and not keys.unexpected_keys
+    by_path = timm.create_model("test_gac_msresnet", num_classes=5, checkpoint_path=str(file), **arguments)
+    with torch.no_grad():
+        for loaded in (other, by_path):
+            torch.testing.assert_close(loaded.eval()(images), network(images), rtol=1e-5, atol=1e-6)
+
+
+def test_a_scale_of_a_block_of_ones_own_is_no_integers_scale():
+    class Scaled(MSBlock):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            self.output_scale = torch.nn.Parameter(torch.tensor(0.5))
+            self.weight_scale = torch.nn.Parameter(torch.tensor(2.0))
+
+    network = SpikingResNet(Scaled, (1, 1, 1), (8, 8, 8), (1, 1, 1), num_classes=5)
+    state = network.state_dict()
+    loaded = checkpoint_filter_fn(state, network)
+    assert loaded.keys() == state.keys() and all(map(torch.equal, loaded.values(), state.values()))
+    with pytest.raises(ValueError, match=r"an int8 weight of as many channels beside layer1\.0\.weight_scale"):
+        checkpoint_filter_fn(state, timm.create_model("test_gac_msresnet"))
+
+
 def test_folding_takes_the_integers():
     network, images = trained()
     folded = timm_gac.fuse_for_inference(copy.deepcopy(network))
@@ -127,6 +160,16 @@ def test_other_convolutions_are_refused():
         network.set_int8_convs()
     with pytest.raises(ValueError, match="folded or quantised"):
         timm_gac.fuse_for_inference(trained()[0]).set_int8_convs()
+
+
+@pytest.mark.parametrize("enable", [1, "no", None])
+def test_switches_take_true_or_false(enable):
+    """A folder would store anything else."""
+    network, _ = trained()
+    for switch in (network.set_int8_convs, network.set_spike_packing):
+        with pytest.raises(ValueError, match="expected enable as True or False"):
+            switch(enable)
+    assert network.int8_convs is True
 
 
 def test_a_recipe_asks_for_it_and_its_folder_holds_the_integers(npz, tmp_path):

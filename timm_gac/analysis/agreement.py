@@ -85,7 +85,10 @@ class _Format:
         if name == "folded":
             network = fuse_for_inference(network)
         elif name == "int8":
-            network = quantize(network)
+            try:
+                network = quantize(network)
+            except ValueError as error:
+                raise ValueError(f"{error}; or compare other formats, --formats float32 folded") from error
         elif name == "float64":
             network = network.double()
         elif name == "channels_last":

@@ -27,11 +27,11 @@ _SNNTORCH = {"atan": ("atan", "alpha", 2.0), "sigmoid": ("sigmoid", "slope", 4.0
 
 
 class Converted(NamedTuple):
-    """A neuron from elsewhere: its spec, and which of its numbers it learns."""
+    """A neuron from elsewhere: its spec, and the parameters of which its decay and threshold come where they learn."""
 
     spec: LIFSpec
-    learns_decay: bool = False
-    learns_threshold: bool = False
+    decay: torch.nn.Parameter | None = None
+    threshold: torch.nn.Parameter | None = None
 
 
 def _refuse(expected: str, got: object, remedy: str) -> ValueError:
@@ -87,7 +87,7 @@ def from_spikingjelly(node: Any) -> Converted:
         detach_reset=bool(node.detach_reset),
         reset="soft" if node.v_reset is None else "hard",
     )
-    return Converted(spec, learns_decay=kind == "ParametricLIFNode")
+    return Converted(spec, decay=node.w if kind == "ParametricLIFNode" else None)
 
 
 def to_spikingjelly(spec: LIFSpec) -> Any:
@@ -166,8 +166,8 @@ def from_snntorch(cell: Any) -> Converted:
         width=width,
         detach_reset=bool(cell.reset_delay),
     )
-    learns = (isinstance(cell.beta, torch.nn.Parameter), isinstance(cell.threshold, torch.nn.Parameter))
-    return Converted(spec, *learns)
+    learned = (value if isinstance(value, torch.nn.Parameter) else None for value in (cell.beta, cell.threshold))
+    return Converted(spec, *learned)
 
 
 def _surrogate(found: Any, table: dict[str, tuple[str, str, float]], name: str) -> tuple[str, float]:

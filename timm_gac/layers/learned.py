@@ -40,7 +40,8 @@ class LearnedValues(nn.Module):
         dtype: float64 for parameters in that; else they are float32.
 
     Raises:
-        ValueError: The spec's decay is 0 or 1, where a sigmoid has no gradient.
+        ValueError: The spec's decay is 0 or 1, where a sigmoid has no gradient, or rounds to one of these in the dtype;
+            or its threshold is beyond the dtype.
     """
 
     def __init__(
@@ -61,6 +62,9 @@ class LearnedValues(nn.Module):
         raw = _argument(
             F.softplus, spec.threshold + math.log(-math.expm1(-spec.threshold)), spec.threshold, dd["dtype"]
         )
+        self._start = {"decay_logit": logit, "threshold_raw": raw}
+        starts = torch.tensor([[logit], [raw]], dtype=dd["dtype"], device="cpu")
+        _check_values(starts[0].sigmoid(), F.softplus(starts[1]), near=spec)
         self.decay_logit = nn.Parameter(torch.full((count,), logit, **dd))
         self.threshold_raw = nn.Parameter(torch.full((count,), raw, **dd))
 
@@ -85,9 +89,20 @@ class LearnedValues(nn.Module):
 
     @torch.no_grad()
     def set_values(self, decay: Tensor, threshold: Tensor) -> None:
-        """Start anew from these values, of one element or ``(N,)``."""
-        self.decay_logit.copy_(torch.logit(decay.double()))
-        self.threshold_raw.copy_(threshold.double() + torch.log(-torch.expm1(-threshold.double())))
+        """Start anew from these values, of one element or ``(N,)``.
+
+        Raises:
+            ValueError: A decay is not between 0 and 1, or a threshold not finite and above 0, in the parameters' dtype.
+        """
+        dtype = self.decay_logit.dtype
+        logit, raw = _arguments(decay, threshold)
+        _check_values(logit.to(dtype).sigmoid(), F.softplus(raw.to(dtype)))
+        self.decay_logit.copy_(logit)
+        self.threshold_raw.copy_(raw)
+
+    def start(self, name: str) -> Tensor:
+        """What a parameter started at, on the CPU."""
+        return torch.full_like(self._parameters[name], self._start[name], device="cpu")  # type: ignore[arg-type]
 
     def fixed(self, spec: LIFSpec) -> LIFSpec | None:
         """The spec with the learned numbers in it; None where they differ by channel."""
@@ -161,6 +176,28 @@ def learned_values(layer: Any) -> dict[str, Tensor]:
     return learned.named() if isinstance(learned, LearnedValues) else {}
 
 
+def _arguments(decay: Tensor, threshold: Tensor) -> tuple[Tensor, Tensor]:
+    """The parameters whose values these are, in float64."""
+    decay, threshold = decay.double(), threshold.double()
+    return torch.logit(decay), threshold + torch.log(-torch.expm1(-threshold))
+
+
+def _check_values(decay: Tensor, threshold: Tensor, near: LIFSpec | None = None) -> None:
+    """Refuse values that no operator takes; ``near`` is the spec whose numbers they round."""
+    told = "" if near is None else f" from the spec's decay {near.decay!r} and threshold {near.threshold!r}"
+    if not bool(((decay > 0.0) & (decay < 1.0)).all()):
+        raise ValueError(
+            f"expected decays between 0 and 1 in {decay.dtype}, got {decay.flatten()[:8].tolist()}{told}: a sigmoid "
+            "learns no more there, start at one such as 0.5"
+        )
+    wide = near is not None and not near.threshold <= torch.finfo(threshold.dtype).max
+    if wide or not bool(((threshold > 0.0) & threshold.isfinite()).all()):
+        raise ValueError(
+            f"expected finite thresholds > 0 in {threshold.dtype}, got {threshold.flatten()[:8].tolist()}{told}: start "
+            "at one such as 1.0"
+        )
+
+
 def fit_learned_values(network: nn.Module, state_dict: Mapping[str, Any]) -> Mapping[str, Any]:
     """A state_dict with learned neurons, fitted to a network without, or the other way round; with a line in the log.
 
@@ -169,12 +206,15 @@ def fit_learned_values(network: nn.Module, state_dict: Mapping[str, Any]) -> Map
         state_dict: In its names.
 
     Returns:
-        The state_dict without what the network does not learn, or with the network's own values where it has none.
+        The state_dict without what the network does not learn, with the network's own values where it has none (what
+        they start at where the network is on the meta device), or with the mean over channels of decay and threshold
+        where the network learns one a layer.
     """
     own: dict[str, Tensor] = {}
     for name, module in network.named_modules():
         if isinstance(module, LearnedValues):
-            own |= {f"{name}.{key}": value for key, value in module.state_dict().items()}
+            values = module.state_dict().items()
+            own |= {f"{name}.{key}": module.start(key) if value.is_meta else value for key, value in values}
     given = [name for name in state_dict if _IS_LEARNED.search(name)]
     if own and not given:
         _logger.warning("Kept decays and thresholds of %d layers as they were: the weights have none", len(own) // 2)
@@ -186,7 +226,24 @@ def fit_learned_values(network: nn.Module, state_dict: Mapping[str, Any]) -> Map
             len(given) // 2,
         )
         return {name: value for name, value in state_dict.items() if name not in given}
-    return state_dict
+    means: dict[str, Tensor] = {}
+    for name in given:
+        value, layer = state_dict[name], name.rpartition(".")[0]
+        raw: Any = state_dict.get(f"{layer}.threshold_raw")
+        if name.endswith("decay_logit") and name in own and own[name].shape == (1,) and _of_channels(value, raw):
+            logit, raw = _arguments(value.double().sigmoid().mean(0, True), F.softplus(raw.double()).mean(0, True))
+            means |= {name: logit.to(value.dtype), f"{layer}.threshold_raw": raw.to(value.dtype)}
+    if means:
+        _logger.warning(
+            "Took the mean over the channels of the learned decays and thresholds of %d layers: create the network "
+            "with neuron='plif_channel' to keep one a channel",
+            len(means) // 2,
+        )
+    return {**state_dict, **means} if means else state_dict
+
+
+def _of_channels(logit: Any, raw: Any) -> bool:
+    return isinstance(logit, Tensor) and isinstance(raw, Tensor) and logit.dim() == 1 < len(logit) == len(raw)
 
 
 def _argument(function: Callable[[Tensor], Tensor], near: float, value: float, dtype: torch.dtype) -> float:

@@ -72,12 +72,12 @@ class LIF(nn.Module):
         """A neuron with the spikes and gradients of SpikingJelly's ``IFNode``, ``LIFNode`` or ``ParametricLIFNode``.
 
         It takes their place in a network: ``(T, B, ...)`` in and out, and nothing to reset. A ``ParametricLIFNode``
-        keeps learning its decay.
+        keeps learning its decay, where that was not frozen.
 
         Raises:
             ValueError: Something of it does not map; the message names it.
         """
-        return cls._converted(conversion.from_spikingjelly(node), node)
+        return cls._converted(conversion.from_spikingjelly(node))
 
     @classmethod
     def from_snntorch(cls, cell: nn.Module) -> LIF:
@@ -88,7 +88,7 @@ class LIF(nn.Module):
         Raises:
             ValueError: Something of it does not map; the message names it.
         """
-        return cls._converted(conversion.from_snntorch(cell), cell)
+        return cls._converted(conversion.from_snntorch(cell))
 
     def to_spikingjelly(self) -> Any:
         """SpikingJelly's ``LIFNode`` (``IFNode`` for a decay of 1) in multi-step mode, with the same spikes.
@@ -109,14 +109,14 @@ class LIF(nn.Module):
         return conversion.to_spikingjelly(spec)
 
     @classmethod
-    def _converted(cls, neuron: conversion.Converted, source: nn.Module) -> LIF:
-        spec, learns_decay, learns_threshold = neuron
-        learnable = "layer" if learns_decay or learns_threshold else None
-        devices = [parameter.device for parameter in source.parameters()]  # there are some where it learns
-        layer = cls(spec, learnable=learnable, device=devices[0] if devices else None)
-        if layer.learned is not None:
-            layer.learned.decay_logit.requires_grad_(learns_decay)
-            layer.learned.threshold_raw.requires_grad_(learns_threshold)
+    def _converted(cls, neuron: conversion.Converted) -> LIF:
+        sources = [value for value in (neuron.decay, neuron.threshold) if value is not None]
+        if not sources:
+            return cls(neuron.spec)
+        layer = cls(neuron.spec, learnable="layer", device=sources[0].device, dtype=sources[0].dtype)
+        assert layer.learned is not None
+        for own, source in ((layer.learned.decay_logit, neuron.decay), (layer.learned.threshold_raw, neuron.threshold)):
+            own.requires_grad_(source is not None and source.requires_grad)  # what was frozen stays frozen
         return layer
 
     def forward(self, x: Tensor) -> Tensor:

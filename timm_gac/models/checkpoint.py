@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from gac_kernels import int8_weight
 from ..layers.convolution import SpikeConv2d
 
 # Scales of a weight that is stored in int8 stand beside it, under its name with this at the end.
-_SCALE = "_scale"
+_SCALE = ".weight_scale"
 
 _WRAPPERS = ("state_dict", "model", "model_state_dict", "net")
 _REMEDY = {
@@ -65,18 +65,27 @@ def pack_int8_convs(model: nn.Module) -> dict[str, Tensor]:
         return {}
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
     for name in convs:
-        weight = f"{name}.weight"
-        state[weight], state[weight + _SCALE] = int8_weight(state[weight])
+        state[f"{name}.weight"], state[name + _SCALE] = int8_weight(state[f"{name}.weight"])
     return state
 
 
-def _unpack_int8_convs(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    unpacked = {name: tensor for name, tensor in state.items() if not name.endswith(_SCALE)}
-    for name in state.keys() - unpacked.keys():
-        weight = state.get(name.removesuffix(_SCALE))
-        if weight is None or weight.dtype != torch.int8 or state[name].shape != weight.shape[:1]:
+def unpack_int8_convs(state: Mapping[str, Any], own: Collection[str]) -> dict[str, Any]:
+    """A state_dict with the products of `pack_int8_convs`' integers and scales in the place of both.
+
+    Args:
+        state: In the names of the network that will load it.
+        own: Names of that network's tensors: a scale among them is the network's own.
+
+    Raises:
+        ValueError: A scale has no integers beside it.
+    """
+    scales = [name for name in state if name.endswith(_SCALE) and name not in own]
+    unpacked = {name: tensor for name, tensor in state.items() if name not in scales}
+    for name in scales:
+        weight, scale = state.get(name.removesuffix("_scale")), state[name]
+        if weight is None or weight.dtype != torch.int8 or scale.shape != weight.shape[:1]:
             raise ValueError(f"expected an int8 weight of as many channels beside {name}, got none: download it again")
-        unpacked[name.removesuffix(_SCALE)] = weight * state[name][(..., *[None] * (weight.dim() - 1))]
+        unpacked[name.removesuffix("_scale")] = weight * scale[(..., *[None] * (weight.dim() - 1))]
     return unpacked
 
 
@@ -117,4 +126,4 @@ def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: nn.Module) -> dic
     if "fc.weight" in merged and "conv1.bias" in merged and "bn1.weight" not in merged:
         kind = "quantised" if any(name.endswith(".conv2.scale") for name in merged) else "folded"
         raise ValueError(f"expected weights of a network with batch norms, got those of a {kind} one: {_REMEDY[kind]}")
-    return _unpack_int8_convs(merged)
+    return unpack_int8_convs(merged, model.state_dict().keys())

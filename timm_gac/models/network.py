@@ -20,6 +20,7 @@ from timm.models import create_model
 from torch import Tensor, nn
 
 from gac_kernels import IMAGENET, LIFSpec
+from gac_kernels.checks import check_flags
 from gac_kernels.common.tiles import is_channels_last
 from gac_kernels.eight_bit.norm import Spikes, to_spikes
 from gac_kernels.spikes.firing_rate import marked_firing_rate
@@ -37,6 +38,7 @@ from ..runtime.weight_gradients import overlap_enabled, with_cast_weights
 from .arguments import block_class, check_model_args, lif_spec, with_neuron
 from .blocks import STAGES, MSBlock, SpikingBlock, Stage
 from .checkpoint import checkpoint_filter_fn as checkpoint_filter_fn  # timm expects it beside the model's class
+from .checkpoint import unpack_int8_convs
 from .folding import FiringRate, fold_time, not_finite_marked, stem_variance, unfold_time
 from .timm_network import TimmNetwork
 
@@ -75,8 +77,8 @@ class SpikingResNet(TimmNetwork):
         gate: Which attention the gate of ``gac`` has, see `GatedAttentionCoding`.
         neuron: ``lif`` for the decay and threshold of ``spec``; ``plif`` to learn one of each a layer, beginning with
             these, ``plif_channel`` one of each a channel. Weights of one kind load into the others, with a line in the
-            log. Or the name of another neuron (``neuron`` of `LIFSpec`): ``ternary``, ``integer``, ``adaptive``, or one
-            of your own.
+            log where something is lost or kept: of ``plif_channel`` into ``plif`` the mean over channels. Or the name
+            of another neuron (``neuron`` of `LIFSpec`): ``ternary``, ``integer``, ``adaptive``, or one of your own.
 
     Raises:
         ValueError: An argument is out of range.
@@ -268,8 +270,14 @@ class SpikingResNet(TimmNetwork):
         return {name: value for name, value in self.model_args().items() if value != own[name]}
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """As of any module; weights of networks with other neurons (``neuron``) load too, with a line in the log."""
-        return super().load_state_dict(fit_learned_values(self, state_dict), strict=strict, assign=assign)
+        """As of any module; weights of networks with other neurons (``neuron``) load too, with a line in the log.
+
+        So does a stored file that holds the integers of a network trained in 8 bits.
+        """
+        state = fit_learned_values(self, state_dict)
+        if any(getattr(value, "dtype", None) == torch.int8 for value in state.values()) and not self.inference_only:
+            state = unpack_int8_convs(state, self.state_dict().keys())
+        return super().load_state_dict(state, strict=strict, assign=assign)
 
     def set_spike_packing(self, enable: bool = True) -> None:
         """Keep spikes of blocks as bits for the backward pass of the convolutions that read them.
@@ -278,8 +286,9 @@ class SpikingResNet(TimmNetwork):
         gradients are disabled. In networks with plain blocks the identity shortcuts still keep spikes as they are.
 
         Raises:
-            ValueError: Spikes of the network's neuron are not 0 or 1.
+            ValueError: Spikes of the network's neuron are not 0 or 1, or ``enable`` is not True or False.
         """
+        check_flags(enable=enable)
         if enable:
             self.spec.refuse_spikes("packed bits", "ternary", "levels")
         blocks = [module for module in self.modules() if isinstance(module, (MSBlock, SpikingBlock))]
@@ -295,8 +304,9 @@ class SpikingResNet(TimmNetwork):
 
         Raises:
             ValueError: The network is folded or quantised, has another convolution in the place of one of these, or
-                another neuron than ``lif``, for which there is no 8-bit inference.
+                another neuron than ``lif``, for which there is no 8-bit inference; or ``enable`` is not True or False.
         """
+        check_flags(enable=enable)
         if enable:
             self.spec.refuse_others("8-bit convolutions")
         if self.inference_only:

@@ -160,6 +160,11 @@ def check_case(name: str, spec: LIFSpec, device: torch.device | str = "cpu", dty
         expected, grads = _outputs(case.reference, case.inputs)
         towards = [torch.randn_like(out) for out in expected]
         wanted = torch.autograd.grad(expected, grads, towards)
+    values = [value.detach() for value in (*expected, *wanted)]
+    assert all(bool(value.isfinite().all()) for value in values), (
+        f"{name} as the definition in PyTorch computes it, {spec}: outputs or gradients are not finite, so this tells "
+        "nothing: bound what grows, such as an exponential, or scale the constants"
+    )
     assert bool((expected[-1] != 0).any()), f"{name}: no neuron fired, so this tells nothing: scale the threshold"
     for backend in backends(device, dtype):
         with use_backend(backend):
