@@ -13,7 +13,7 @@ import timm
 
 import timm_gac  # noqa: F401  (registers the models)
 from timm_gac import cli
-from timm_gac.cli.plugins import take_plugins
+from timm_gac.runtime.plugins import take_plugins
 from warm import WarmPython
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from timm_gac import cli
-from timm_gac.cli.plugins import take_plugins
+from timm_gac.runtime.plugins import take_plugins
+from timm_gac.train.__main__ import main as train_main
 from warm import WarmPython
 
 ROOT = Path(__file__).parents[2]
@@ -53,6 +54,21 @@ def test_a_file_is_imported_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         assert cli.main(["models", "test_gac_msresnet", "--plugin", str(file)]) == 0
     assert Path(f"{file}.log").read_text() == "x"
     del sys.modules["counting_plugin"]
+
+
+def test_the_trainer_as_a_module_takes_them(tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As ``accelerate launch -m timm_gac.train`` starts it."""
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    file = tmp_path / "trainer_plugin.py"
+    file.write_text(
+        "import dataclasses\nfrom gac_kernels import TERNARY, register_neuron\n"
+        "register_neuron(dataclasses.replace(TERNARY, name='test_of_the_trainer'), replace=True)\n"
+    )
+    show = ["digits", "--neuron", "test_of_the_trainer", "--show"]
+    assert train_main(show) == 2 and "--plugin" in capsys.readouterr().err
+    assert train_main([*show, "--plugin", str(file)]) == 0
+    assert "test_of_the_trainer" in capsys.readouterr().out
+    del sys.modules["trainer_plugin"]
 
 
 def test_trains_and_evaluates_a_neuron_of_ones_own(warm_python: WarmPython, tmp_path: Path) -> None:

@@ -117,8 +117,9 @@ def test_name_and_spec_say_the_same() -> None:
         (lambda model: membrane_of(torch.ones(2, 3), model.spec), "potentials against one threshold, got 'integer'"),
         (lambda model: network("plif", spec=model.spec), "learned decay and threshold, got 'integer'"),
         (lambda model: network("ternary", spec=model.spec), "expected one neuron, got 'ternary' and a spec"),
-        (lambda model: network("unheard"), "expected neuron 'lif' or .* 'adaptive', got 'unheard'"),
-        (lambda model: Recipe(neuron="unheard"), "expected neuron out of"),
+        (lambda model: network("unheard"), "expected neuron 'lif' or .* got 'unheard': .*import the module"),
+        (lambda model: Recipe(neuron="unheard"), "expected neuron out of .*import the module .*--plugin"),
+        (lambda model: SpikingResNet(**model.model_args() | {"neuron": "unheard"}), "import the module"),
     ],
 )
 def test_what_it_cannot_have_is_refused_by_name(call, message: str) -> None:

@@ -23,7 +23,7 @@ from gac_kernels import (
     testing,
     use_backend,
 )
-from gac_kernels.common.triton import tl, triton
+from gac_kernels.common.triton import HAS_TRITON, tl, triton
 from gac_kernels.registry import Step, kernel_constants, names_of, neuron_of, number_of
 from gac_kernels.spec import SURROGATES
 
@@ -49,6 +49,9 @@ EXPONENTIAL = Surrogate(
 @pytest.fixture(scope="module", autouse=True)
 def _registered():
     register_surrogate(EXPONENTIAL, replace=True)
+
+
+needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="needs Triton")
 
 
 def _spec(neuron: str, **fields) -> LIFSpec:
@@ -172,6 +175,46 @@ def test_check_finds_a_wrong_derivative(device):
         testing.check_surrogate(LIFSpec(surrogate="test_wrong"))
 
 
+@pytest.mark.parametrize(
+    ("returned", "states", "message"),
+    [
+        (lambda x, s: (s, x), 1, r"states=1, got \(Tensor, a Tensor\): return s, \(v,\)"),
+        (lambda x, s: (s, (x, x)), 1, r"states=1, got \(Tensor, \(Tensor, Tensor\)\)"),
+        (lambda x, s: (s, (x,)), 2, r"states=2, got \(Tensor, \(Tensor,\)\): return s, a tuple of 2"),
+        (lambda x, s: ((x,), s), 1, r"states=1, got \(tuple, a Tensor\)"),
+        (lambda x, s: s, 1, r"states=1, got a Tensor"),
+        (lambda x, s: (s, (0.5,)), 1, "tensors of the input's shape .*, got float"),
+        (lambda x, s: (s.sum(), (x,)), 1, r"tensors of the input's shape .*, got \(\)"),
+    ],
+)
+def test_what_a_step_may_return(returned, states, message, device):
+    """A state that is no tuple was taken apart along its first axis, and spread over the others."""
+    own = Neuron("test_returns", lambda x, _, n: returned(x, n.spike(x)), _leak_kernel, _leak_grad, states=states)
+    register_neuron(own, replace=True)
+    for function in (lif, lif_reference):
+        with use_backend("eager"), pytest.raises(ValueError, match=message):
+            function(torch.randn(3, 2, 4, device=device), LIFSpec(neuron="test_returns"))
+
+
+def test_spikes_are_those_declared():
+    testing.check_spikes(LIFSpec(neuron="ternary"))
+    testing.check_spikes(LIFSpec(neuron="integer"))
+    register_neuron(dataclasses.replace(neuron_of("ternary"), name="test_lying", spikes="binary"), replace=True)
+    with pytest.raises(AssertionError, match=r"spikes='binary' declares .*, got \[-1.0, 0.0, 1.0\]"):
+        testing.check_spikes(LIFSpec(neuron="test_lying"))
+
+
+def test_cases_fire_with_the_default_spec(device):
+    """A neuron behind gates too: the check of a good neuron must not fail by chance."""
+    with use_backend("eager"):
+        for seed in range(10):
+            torch.manual_seed(seed)
+            for spec in (LIFSpec(), *(LIFSpec(neuron=name) for name in NEURONS)):
+                for name in ("gac_fire", "gac_fire_varying"):
+                    case = testing.CASES[name](spec, device, torch.float32)
+                    assert case.reference(*case.inputs)[-1].any(), (name, spec.neuron, seed)
+
+
 def test_check_says_where_the_definition_itself_is_not_finite(device):
     """A step that grows beyond all numbers is no fault of an operator."""
 
@@ -262,6 +305,17 @@ def test_registration():
         (
             lambda: register_surrogate(dataclasses.replace(EXPONENTIAL, name="x", kernel=None)),
             "kernel of the surrogate",
+        ),
+        (lambda: register_surrogate(dataclasses.replace(EXPONENTIAL, name="x", integral=3)), "integral of the surr"),
+        pytest.param(
+            lambda: register_neuron(dataclasses.replace(neuron_of("ternary"), name="x", kernel_grad=_leak)),
+            "kernel_grad of the neuron 'x'.*put @triton.jit",
+            marks=needs_triton,
+        ),
+        pytest.param(
+            lambda: register_surrogate(dataclasses.replace(EXPONENTIAL, name="x", kernel=EXPONENTIAL.derivative)),
+            "kernel of the surrogate 'x'.*put @triton.jit",
+            marks=needs_triton,
         ),
         (lambda: register_neuron(dataclasses.replace(neuron_of("ternary"), name="lif")), "choose another"),
         (lambda: register_neuron(dataclasses.replace(neuron_of("ternary"), name="x", states=0)), "states of a"),

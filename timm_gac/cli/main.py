@@ -18,8 +18,8 @@ from typing import Any
 import tyro
 from tyro.extras import SubcommandApp
 
+from ..runtime.plugins import HELP, import_plugin, take_plugins
 from .output import nearest
-from .plugins import HELP, import_plugin, take_plugins
 
 # Command to its module and function here, in the order of the list that `timm-gac --help` shows.
 COMMANDS = {

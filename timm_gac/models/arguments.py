@@ -66,7 +66,8 @@ def check_model_args(args: Mapping[str, Any]) -> None:
             allowed = (*_CHOICES[name], *neuron_names()[1:]) if name == "neuron" else _CHOICES[name]
             if not any(type(value) is type(choice) and value == choice for choice in allowed):
                 choices = " or ".join(repr(choice) for choice in allowed)
-                raise ValueError(f"expected {name} {choices}, got {_short(value)}: choose one of these")
+                remedy = ", or import the module that registers it (--plugin of a command)" * (name == "neuron")
+                raise ValueError(f"expected {name} {choices}, got {_short(value)}: choose one of these{remedy}")
         elif name == "block":
             block_class(value)
         elif name == "spec":

@@ -1,9 +1,14 @@
-"""``python -m timm_gac.train RECIPE``, and with several processes ``accelerate launch -m timm_gac.train RECIPE``."""
+"""``python -m timm_gac.train RECIPE``, and with several processes ``accelerate launch -m timm_gac.train RECIPE``.
+
+``--plugin my_neuron.py`` is taken as by ``timm-gac``: each process imports the file first.
+"""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+
+from ..runtime.plugins import import_plugin, take_plugins
 
 
 def train_by(arguments: Sequence[str], program: str) -> int:
@@ -23,7 +28,10 @@ def train_by(arguments: Sequence[str], program: str) -> int:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Train; errors are one sentence and exit status 2."""
     try:
-        return train_by(sys.argv[1:] if arguments is None else arguments, "python -m timm_gac.train")
+        plugins, others = take_plugins(sys.argv[1:] if arguments is None else arguments)
+        for plugin in plugins:
+            import_plugin(plugin)
+        return train_by(others, "python -m timm_gac.train")
     except (ValueError, OSError) as error:
         sys.stderr.write(f"error: {error}\n")
         return 2

@@ -168,7 +168,10 @@ class Recipe:
     def __post_init__(self) -> None:
         for name, choices in _CHOICES.items():
             if getattr(self, name) not in choices and not (name == "neuron" and _is_registered(self.neuron)):
-                raise ValueError(f"expected {name} out of {choices}, got {getattr(self, name)!r}: choose one of these")
+                remedy = ", or import the module that registers it (--plugin my_neuron.py)" * (name == "neuron")
+                raise ValueError(
+                    f"expected {name} out of {choices}, got {getattr(self, name)!r}: choose one of these{remedy}"
+                )
         for name, least in _AT_LEAST.items():
             if not getattr(self, name) >= least:
                 raise ValueError(f"expected {name} of at least {least}, got {getattr(self, name)!r}: give a larger one")

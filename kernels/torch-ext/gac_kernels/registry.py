@@ -17,6 +17,10 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from .common.messages import shown
+from .common.triton import HAS_TRITON
+
+if HAS_TRITON:
+    from triton.runtime.jit import KernelInterface
 
 SPIKES = ("binary", "ternary", "levels")
 BUILT_IN = ("triangle", "rectangle", "atan", "sigmoid")
@@ -109,6 +113,11 @@ def register_surrogate(surrogate: Surrogate, replace: bool = False) -> Surrogate
         ValueError: The name or a function is none, or the name is taken.
     """
     _check(surrogate, Surrogate, ("derivative", "kernel"), _surrogates, replace, BUILT_IN)
+    if surrogate.integral is not None and not callable(surrogate.integral):
+        raise ValueError(
+            f"expected integral of the surrogate {surrogate.name!r} as a function or None, got "
+            f"{shown(surrogate.integral)}"
+        )
     _surrogates[surrogate.name] = surrogate
     _number_pairs()
     return surrogate
@@ -166,6 +175,11 @@ def _check(
         if not callable(getattr(value, field)):
             raise ValueError(
                 f"expected {field} of the {what} {name!r} as a function, got {shown(getattr(value, field))}"
+            )
+        if field.startswith("kernel") and HAS_TRITON and not isinstance(getattr(value, field), KernelInterface):
+            raise ValueError(
+                f"expected {field} of the {what} {name!r} as a function for Triton, got a plain one: put @triton.jit "
+                "above it"
             )
     if name in reserved or (name in known and not replace):
         advice = "choose another" if name in reserved else "choose another, or replace it with replace=True"

@@ -118,7 +118,8 @@ def _encoder(
     def case(spec: LIFSpec, device: torch.device, dtype: torch.dtype) -> Case:
         shape = (2, 3, 3, 2) if static else (num_steps, 2, 3, 3, 2)
         x = _current(spec, *shape, device=device, dtype=dtype)
-        scores = torch.randn(shape, device=device).to(dtype), torch.randn(2, num_steps, device=device).to(dtype)
+        # Above 0 in the mean: a neuron behind gates, which are below 1, has to reach its threshold too.
+        scores = [(torch.randn(size, device=device) + 1.5).to(dtype) for size in (shape, (2, num_steps))]
         return Case(lambda *inputs: op(*inputs, spec), lambda *inputs: reference(*inputs, spec), [x, *scores])
 
     return case
@@ -233,6 +234,21 @@ def check_smooth_twin(spec: LIFSpec) -> None:
     assert passed, f"{spec}: the smooth twin's gradient differs from differences of its values"
 
 
+def check_spikes(spec: LIFSpec) -> None:
+    """Compare the spikes of a neuron with what it declares: packed bits and estimates of energy rely on that.
+
+    Raises:
+        AssertionError: There are others.
+    """
+    declared = {"binary": (0.0, 1.0), "ternary": (-1.0, 0.0, 1.0)}.get(spec.spikes)
+    x = torch.linspace(-4.0, 4.0, 257, dtype=torch.float64).repeat(3, 1) * spec.threshold
+    spikes, _ = lif_reference(x, spec, return_state=True)
+    found = sorted(set(spikes.flatten().tolist()))
+    assert declared is None or {*found} <= {*declared}, (
+        f"{spec.neuron}: spikes={spec.spikes!r} declares {declared}, got {found[:8]}: declare 'ternary' or 'levels'"
+    )
+
+
 def check_operator(spec: LIFSpec, device: torch.device | str = "cpu") -> None:
     """`torch.library.opcheck` of ``lif`` with this neuron: shapes for torch.compile, and gradients.
 
@@ -260,6 +276,7 @@ def check_neuron(spec: LIFSpec, device: torch.device | str = "cpu") -> None:
         ValueError: The surrogate has no integral.
     """
     check_surrogate(spec)
+    check_spikes(spec)
     for variant in variants(spec):
         if not variant.detach_reset:  # which the twin's differences do not know
             check_smooth_twin(variant)

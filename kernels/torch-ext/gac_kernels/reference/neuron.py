@@ -179,9 +179,35 @@ def run_steps(
     given = Step(spec.threshold, spec.decay, spec.soft_reset, neuron.constants, spike, held)
     spikes = []
     for current in x:
-        s, states = neuron.step(current.to(dtype), states, given)
+        s, states = _stepped(neuron.step(current.to(dtype), states, given), current, neuron.states, spec.neuron)
         spikes.append(s)
-    return spikes, tuple(states)
+    return spikes, states
+
+
+def _stepped(result: Any, x: Tensor, states: int, name: str) -> tuple[Tensor, State]:
+    """What a step returned, checked: a state that is no tuple would be taken apart along its first axis."""
+    pair = isinstance(result, tuple) and len(result) == 2
+    if not pair or not isinstance(result[1], tuple) or len(result[1]) != states:
+        wanted = "(v,)" if states == 1 else f"a tuple of {states}"
+        got = f"({type(result[0]).__name__}, {_kinds(result[1])})" if pair else _kinds(result)
+        raise ValueError(
+            f"expected the step of neuron {name!r} to return spikes and a tuple with its states={states}, got {got}: "
+            f"return s, {wanted}, and register it with the number of its states"
+        )
+    for value in (result[0], *result[1]):
+        if not isinstance(value, Tensor) or value.shape != x.shape:
+            got = str(tuple(value.shape)) if isinstance(value, Tensor) else type(value).__name__
+            raise ValueError(
+                f"expected spikes and states of neuron {name!r} as tensors of the input's shape {tuple(x.shape)}, got "
+                f"{got}: compute each of them elementwise"
+            )
+    return result
+
+
+def _kinds(value: Any) -> str:
+    if not isinstance(value, tuple):
+        return f"a {type(value).__name__}"
+    return f"({', '.join(type(each).__name__ for each in value)}{',' * (len(value) == 1)})"
 
 
 def fire(

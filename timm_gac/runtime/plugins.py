@@ -1,4 +1,4 @@
-"""``--plugin``: files and modules of the user's own that any command imports before it does its work."""
+"""``--plugin``: files and modules of the user's own that any command, and the trainer as a module, imports first."""
 
 from __future__ import annotations
 
