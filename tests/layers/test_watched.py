@@ -273,10 +273,11 @@ def test_a_spike_convolution_takes_the_arguments_of_conv2d() -> None:
     assert torch.equal(convolve(biased, x, torch.empty(0, dtype=torch.uint8)), biased(x))
 
 
+@pytest.mark.parametrize("drop_path", [0.0, 0.3], ids=["", "drop_path"])  # PyTorch's own norm on shortcuts then
 @pytest.mark.parametrize("momentum", [0.1, None], ids=["momentum", "cumulative"])
 @pytest.mark.parametrize("reentrant", [False, True], ids=["non_reentrant", "reentrant"])
-def test_checkpointing_updates_statistics_once(reentrant: bool, momentum: float | None) -> None:
-    plain = network().train()
+def test_checkpointing_updates_statistics_once(reentrant: bool, momentum: float | None, drop_path: float) -> None:
+    plain = network(drop_path_rate=drop_path).train()
     for module in plain.modules():
         if isinstance(module, _BatchNorm):
             module.momentum = momentum
@@ -286,6 +287,7 @@ def test_checkpointing_updates_statistics_once(reentrant: bool, momentum: float 
     timm.layers.set_reentrant_ckpt(reentrant)
     try:
         for model in (plain, checked):
+            torch.manual_seed(0)
             model(images().requires_grad_()).square().sum().backward()
     finally:
         timm.layers.set_reentrant_ckpt(before)

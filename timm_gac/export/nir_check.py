@@ -7,11 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..inference.record import record_spikes
 from ..layers.encoder import DirectCoding
-from .nir_read import read_nir
 
 
 @dataclass(frozen=True)
@@ -41,15 +40,16 @@ class NIRReport:
 
 
 @torch.no_grad()
-def compare(model: Any, path: Path, currents: Tensor) -> NIRReport:
+def compare(model: Any, path: Path, written: nn.Module, currents: Tensor) -> NIRReport:
     """Compare a folded network with the file that it was written to.
 
     Args:
         model: The folded network, on the CPU.
         path: The file.
+        written: What was read from it.
         currents: ``(T, B, C, H, W)`` from `graph_input`.
     """
-    written = read_nir(path).eval()
+    written.eval()
     membrane = currents.flatten(0, 1)
     if isinstance(model.encoder, DirectCoding):
         membrane = model.conv1(membrane)

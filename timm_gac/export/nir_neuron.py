@@ -107,7 +107,10 @@ def neuron_spec(name: str, node: Any, dt: float) -> LIFSpec:
             )
         decay, gain = max(0.0, 1.0 - dt / tau), gain / tau
     if not (math.isfinite(gain) and gain > 0.0):
-        raise ValueError(f"expected a resistance above 0 in {name!r}, got an input factor of {gain:g}: change its sign")
+        raise ValueError(
+            f"expected a resistance above 0 in {name!r}, got an input factor of {gain:g}: write its sign into the weights "
+            "before it"
+        )
     threshold = _single(name, node, "v_threshold")
     return LIFSpec(
         threshold=threshold if math.isclose(gain, 1.0, rel_tol=_CLOSE) else threshold / gain,
@@ -127,7 +130,7 @@ def _single(name: str, node: Any, field: str) -> float:
     if values.size != 1:
         raise ValueError(
             f"expected one {field} for all neurons of {name!r}, got {values.size} different ones from {values[0]:g} to "
-            f"{values[-1]:g}: neurons of a layer share their constants here"
+            f"{values[-1]:g}: neurons of a layer share their constants here; run the file in snnTorch or SpikingJelly"
             if values.size
             else f"expected {field} of {name!r}, got none: write the file anew"
         )

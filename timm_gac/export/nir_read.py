@@ -32,7 +32,7 @@ class NIRNetwork(nn.Module):
 
     input_shape: tuple[int, ...] | None
 
-    def __init__(self, graph: Any, dt: float) -> None:
+    def __init__(self, graph: Any, dt: float, feeds_vectors: bool = False) -> None:
         super().__init__()
         self.metadata = dict(graph.metadata)
         order, sources = _ordered(graph)
@@ -47,14 +47,14 @@ class NIRNetwork(nn.Module):
             if name != self._input:
                 last = tuple(source for source in sources[name] if source not in kept)
                 kept.update(last)
-                self._plan.insert(0, (name, self._add(name, graph, dt), sources[name], last))
+                self._plan.insert(0, (name, self._add(name, graph, dt, feeds_vectors), sources[name], last))
 
-    def _add(self, name: str, graph: Any, dt: float) -> str:
+    def _add(self, name: str, graph: Any, dt: float, feeds_vectors: bool) -> str:
         child = name.replace(".", "_") or "_"
         while hasattr(self, child):
             child += "_"
         try:
-            layer = _layer(name, graph, dt)
+            layer = _layer(name, graph, dt, feeds_vectors)
         except ValueError as error:  # of a spec or a layer, which know no names
             if repr(name) in str(error):
                 raise
@@ -68,6 +68,7 @@ class NIRNetwork(nn.Module):
         if x.ndim < 3 or (self.input_shape is not None and x.shape[2:] != self.input_shape):
             shape = "..." if self.input_shape is None else ", ".join(map(str, self.input_shape))
             raise ValueError(f"expected (T, B, {shape}), got {tuple(x.shape)}: give the input of each step")
+        self._check_dtype(x)
         values = {self._input: x.flatten(0, 1)}
         for name, child, sources, last in self._plan:
             layer = getattr(self, child)
@@ -85,6 +86,47 @@ class NIRNetwork(nn.Module):
                 values[name] = layer(total)
         return values[self._output].unflatten(0, steps)
 
+    def _check_dtype(self, x: Tensor) -> None:
+        if torch.compiler.is_compiling() or torch.is_autocast_enabled(x.device.type):
+            return
+        own = next(self.parameters(), x).dtype
+        if own != x.dtype:
+            raise ValueError(f"expected x in {own} as the weights are, got {x.dtype}: convert it with .to({own})")
+
+
+@torch.no_grad()
+def _check_shapes(network: NIRNetwork) -> None:
+    """Run zeros of the shape that the file tells, so that a node which does not fit is named when the file is read."""
+    if network.input_shape is None:
+        return
+    seen: list[tuple[str, tuple[int, ...]]] = []
+    hooks = [
+        getattr(graph, child).register_forward_pre_hook(_noting(name, seen))
+        for graph in network.modules()
+        if isinstance(graph, NIRNetwork)
+        for name, child, _, _ in graph._plan
+    ]
+    try:
+        dtype = next(network.parameters(), torch.zeros(())).dtype
+        network(torch.zeros(1, 1, *network.input_shape, dtype=dtype))
+    except RuntimeError as error:
+        name, shape = seen[-1]
+        raise ValueError(
+            f"expected nodes that fit each other, got {shape} at {name!r}, which does not take it ({error}): mend the "
+            "graph, or the shape of its input"
+        ) from error
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _noting(name: str, seen: list[tuple[str, tuple[int, ...]]]) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+    def note(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        folded = 2 if isinstance(module, (LIF, NIRNetwork)) else 1  # (T, B, ...), or (T*B, ...)
+        seen.append((name, tuple(inputs[0].shape[folded:])))
+
+    return note
+
 
 def read_nir(source: str | Path | Any, dt: float | None = None) -> NIRNetwork:
     """Read a network from a NIR file, of this package or of another framework.
@@ -92,7 +134,7 @@ def read_nir(source: str | Path | Any, dt: float | None = None) -> NIRNetwork:
     It takes LIF and IF neurons with one set of constants a layer, CubaLIF whose synapse forgets within a step, Conv1d,
     Conv2d, Linear, Affine, Scale, AvgPool2d, SumPool2d and Flatten, sums (several edges into a node) and graphs in a
     graph. Of a Flatten, axes count from the first of a sample, as NIR has it; one before a Linear or Affine, which take
-    vectors, flattens all axes, however its writer counted.
+    vectors, flattens all axes, however its writer counted, also where neurons or a Scale stand between.
 
     Args:
         source: The file, or a ``nir.NIRGraph``.
@@ -103,8 +145,8 @@ def read_nir(source: str | Path | Any, dt: float | None = None) -> NIRNetwork:
         The network, with weights that can be trained: in float64 if all of the file's are, else in float32.
 
     Raises:
-        ValueError: The file is no NIR, or has a node that does not run here, a cycle, or neurons that differ within a
-            layer; the message names the node.
+        ValueError: The file is no NIR, or has a node that does not run here or does not fit what comes before it, a
+            cycle, or neurons that differ within a layer; the message names the node.
 
     Examples:
         >>> import timm_gac.export
@@ -126,6 +168,7 @@ def read_nir(source: str | Path | Any, dt: float | None = None) -> NIRNetwork:
     network = NIRNetwork(graph, step)
     if any(parameter.dtype != torch.float64 for parameter in network.parameters()):
         network.float()
+    _check_shapes(network)
     return network
 
 
@@ -156,7 +199,7 @@ def _ordered(graph: Any) -> tuple[list[str], dict[str, tuple[str, ...]]]:
         sources[end] += (start,)
     for name, before in sources.items():
         if not before and type(graph.nodes[name]).__name__ != "Input":
-            raise ValueError(f"expected an edge into {name!r}, got none: connect it to the input")
+            raise ValueError(f"expected an edge into {name!r}, got none: connect it to the input or remove it")
     try:
         return list(TopologicalSorter(sources).static_order()), sources
     except CycleError as error:
@@ -176,26 +219,45 @@ def _only(graph: Any, kind: str) -> str:
     return names[0]
 
 
-def _layer(name: str, graph: Any, dt: float) -> nn.Module:
+def _layer(name: str, graph: Any, dt: float, vectors: bool) -> nn.Module:
     node = graph.nodes[name]
     kind = type(node).__name__
     if kind == "NIRGraph":
-        return NIRNetwork(node, dt)
+        return NIRNetwork(node, dt, _feeds_vectors(name, graph, vectors))
     if kind == "Output":
         return nn.Identity()
     if kind in NEURONS:
         return LIF(neuron_spec(name, node, dt))
-    if kind == "Flatten" and _feeds_vectors(name, graph):
+    if kind == "Flatten" and _feeds_vectors(name, graph, vectors):
         return nn.Flatten()
     if kind not in _LAYERS:
         known = ", ".join(sorted([*_LAYERS, *NEURONS]))
-        raise ValueError(f"expected nodes out of {known}, got {name!r} of kind {kind}: it does not run here")
+        raise ValueError(
+            f"expected nodes out of {known}, got {name!r} of kind {kind}: it does not run here; "
+            "replace it, or run the file in the framework that wrote it"
+        )
     return _LAYERS[kind](name, node)
 
 
-def _feeds_vectors(name: str, graph: Any) -> bool:
-    after = [type(graph.nodes[end]).__name__ for start, end in graph.edges if start == name]
-    return any(kind in ("Affine", "Linear") for kind in after)
+def _feeds_vectors(name: str, graph: Any, outside: bool) -> bool:
+    """Whether what a node puts out gets to a node of vectors as it is: at once, or behind elementwise ones.
+
+    ``outside`` is the answer for what leaves the graph.
+    """
+    for end in [end for start, end in graph.edges if start == name]:
+        node = graph.nodes[end]
+        kind = type(node).__name__
+        if kind in ("Affine", "Linear"):
+            return True
+        if kind == "NIRGraph":
+            found = _feeds_vectors(_only(node, "Input"), node, _feeds_vectors(end, graph, outside))
+        elif kind == "Output":
+            found = outside
+        else:
+            found = kind in ("Scale", *NEURONS) and _feeds_vectors(end, graph, outside)
+        if found:
+            return True
+    return False
 
 
 def _parameter(value: Any) -> nn.Parameter:
@@ -207,20 +269,36 @@ def _integers(value: Any, count: int) -> tuple[int, ...]:
     return tuple(int(one) for one in np.broadcast_to(np.asarray(value), (count,)))
 
 
+def _bias(name: str, node: Any, weight: Tensor) -> Any:
+    """The bias of a node, None where it has none."""
+    if getattr(node, "bias", None) is None:
+        return None
+    bias = _parameter(node.bias)
+    if bias.shape != weight.shape[:1]:
+        raise ValueError(
+            f"expected the bias of {name!r} as ({weight.shape[0]},), got {tuple(bias.shape)}: write the file anew"
+        )
+    return bias
+
+
 def _convolution(name: str, node: Any) -> nn.Module:
     weight = _parameter(node.weight)
     axes = weight.ndim - 2
     kind: Any = nn.Conv1d if type(node).__name__ == "Conv1d" else nn.Conv2d
     if axes != (1 if kind is nn.Conv1d else 2):
         raise ValueError(
-            f"expected the weight of {name!r} with {4 - (kind is nn.Conv1d)} axes, got {tuple(weight.shape)}"
+            f"expected the weight of {name!r} with {4 - (kind is nn.Conv1d)} axes, got {tuple(weight.shape)}: "
+            "write the file anew"
         )
+    strides = _integers(node.stride, axes)
+    if node.padding == "same" and any(stride != 1 for stride in strides):
+        raise ValueError(f"expected padding in numbers for the stride {strides} of {name!r}, got 'same': give it so")
     groups = int(node.groups)
     layer = kind(
         weight.shape[1] * groups,
         weight.shape[0],
         tuple(weight.shape[2:]),
-        stride=_integers(node.stride, axes),
+        stride=strides,
         padding=node.padding if isinstance(node.padding, str) else _integers(node.padding, axes),
         dilation=_integers(node.dilation, axes),
         groups=groups,
@@ -228,8 +306,7 @@ def _convolution(name: str, node: Any) -> nn.Module:
         device="meta",  # without initial values
     )
     layer.weight = weight
-    if node.bias is not None:
-        layer.bias = _parameter(node.bias)
+    layer.bias = _bias(name, node, weight)
     return layer
 
 
@@ -241,8 +318,7 @@ def _linear(name: str, node: Any) -> nn.Module:
         )
     layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
     layer.weight = weight
-    if getattr(node, "bias", None) is not None:
-        layer.bias = _parameter(node.bias)
+    layer.bias = _bias(name, node, weight)
     return layer
 
 
@@ -250,7 +326,13 @@ def _pool(name: str, node: Any) -> nn.Module:
     window = {field: _integers(getattr(node, field), 2) for field in ("kernel_size", "stride", "padding")}
     if window == {"kernel_size": (1, 1), "stride": (1, 1), "padding": (0, 0)}:
         return nn.Identity()
-    return nn.AvgPool2d(**window, divisor_override=1 if type(node).__name__ == "SumPool2d" else None)  # type: ignore[arg-type]
+    height, width = window["padding"]
+    outside: list[nn.Module] = []
+    if any(2 * pad > size for pad, size in zip(window["padding"], window["kernel_size"], strict=True)):
+        # PyTorch pools at most half of a window of padding; zeros before it are the same.
+        outside, window["padding"] = [nn.ZeroPad2d((width, width, height, height))], (0, 0)
+    pool = nn.AvgPool2d(**window, divisor_override=1 if type(node).__name__ == "SumPool2d" else None)  # type: ignore[arg-type]
+    return nn.Sequential(*outside, pool) if outside else pool
 
 
 def _flatten(name: str, node: Any) -> nn.Module:

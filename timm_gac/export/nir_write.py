@@ -23,11 +23,12 @@ from ..layers.encoder import DirectCoding
 from ..layers.neuron import LIF
 from ..models.blocks import Stage
 from ..models.network import SpikingResNet
-from ..runtime.files import write_bytes
+from ..runtime.files import replace_file
 from ..runtime.modes import eval_mode
 from .nir_check import NIRReport, compare
 from .nir_neuron import DT, neuron_node
-from .report import check_images, check_new, with_channels
+from .nir_read import read_nir
+from .report import check_images, check_network, check_new, with_channels
 
 
 @torch.no_grad()
@@ -101,10 +102,12 @@ def write_nir(
     graph = _graph(folded, size, label_names)
     content = io.BytesIO()
     nir.write(content, graph)
-    write_bytes(path, content.getvalue())
     if images is None:
         images = torch.randn(2, *size, generator=torch.Generator().manual_seed(0))
-    return compare(folded, path, graph_input(folded, images.to(folded.conv1.weight)))
+    with replace_file(path) as stream:  # a file that cannot be run does not appear
+        stream.write(content.getvalue())
+        stream.flush()
+        return compare(folded, path, read_nir(stream.name), graph_input(folded, images.to(folded.conv1.weight)))
 
 
 def nir_graph(
@@ -117,6 +120,7 @@ def nir_graph(
 
 def _folded(model: nn.Module) -> Any:
     """A folded copy of a network on the CPU, in float32 or float64."""
+    check_network(model)
     if hasattr(model, "quantization"):
         raise ValueError(
             "expected a floating-point network, got one with 8-bit weights: NIR knows no integers; export the network "

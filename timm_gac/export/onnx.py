@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,10 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.export import ExportedProgram
 
-from ..runtime.files import write_bytes
+from ..runtime.files import replace_file
 from ..runtime.modes import eval_mode
 from .program import PerStep, export_program
-from .report import ExportReport, check_new, compare, cycled, description, example_images
+from .report import ExportReport, check_network, check_new, compare, cycled, description, example_images
 
 # The newest that torch.onnx writes. ONNX Runtime reads it from 1.22 on.
 OPSET = 23
@@ -66,10 +66,11 @@ def write_onnx(
         >>> model = timm.create_model("test_gac_msresnet").eval()
         >>> report = timm_gac.export.write_onnx(model, "test.onnx")  # doctest: +SKIP
     """
-    import onnxruntime
+    import onnxruntime  # noqa: F401 (missing, it is so before the work)
 
     path = Path(path)
     check_new(path, overwrite)
+    check_network(model)
     if not 20 <= opset <= OPSET:
         raise ValueError(f"expected an opset from 20 to {OPSET}, got {opset}: PyTorch writes no other")
     weight = next(model.parameters())
@@ -78,16 +79,31 @@ def write_onnx(
     network = model if weight.device.type == "cpu" else copy.deepcopy(model).cpu()
     images = example_images(network, images, frames)
     program = export_program(network, cycled(images, batch_size or 2), batch_size=batch_size, per_step=per_step)
-    write_bytes(path, _serialised(program, opset, description(model, label_names)))
-    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-
-    def run(some: Tensor) -> Tensor:
-        return torch.from_numpy(session.run(None, {"images": some.numpy()})[0])
-
     contents = f"ONNX of opset {opset}"
-    with eval_mode(network):
+    with replace_file(path) as stream, eval_mode(network):  # a file that cannot be run does not appear
+        stream.write(_serialised(program, opset, description(model, label_names)))
+        stream.flush()
+        run = _runtime(Path(stream.name))
         shown = PerStep(network) if per_step else network
         return compare(path, contents, shown, images, run, batch_size)
+
+
+def _runtime(file: Path) -> Callable[[Tensor], Tensor]:
+    """What ONNX Runtime computes of a file, images to logits.
+
+    Raises:
+        ValueError: It cannot read the file.
+    """
+    import onnxruntime
+
+    try:
+        session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
+    except Exception as error:  # its own, each derived from Exception
+        raise ValueError(
+            f"expected a file that ONNX Runtime {onnxruntime.__version__} reads, got one that it refuses "
+            f"({' '.join(str(error).split())}): install a newer one, or write opset 20"
+        ) from error
+    return lambda images: torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
 
 
 def _serialised(program: ExportedProgram, opset: int, about: dict[str, Any]) -> bytes:

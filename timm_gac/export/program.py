@@ -19,7 +19,7 @@ from gac_kernels.embedding import EMBEDDED, embedded_kernels, why_not_embedded
 from ..runtime.files import replace_file, write_bytes
 from ..runtime.modes import eval_mode
 from .inductor import PackageProcess, Phases, check_compiler, compile_program
-from .report import ExportReport, check_new, compare, cycled, description, example_images
+from .report import ExportReport, check_network, check_new, compare, cycled, description, example_images
 
 DESCRIPTION = "timm_gac.json"  # the file within a .pt2 that says what the network is
 
@@ -153,11 +153,13 @@ def write_program(
     check_new(path, overwrite)
     program, images = _prepared(model, images, frames, batch_size, per_step, plain)
     about = json.dumps(description(model, label_names))
-    with replace_file(path) as stream:
-        torch.export.save(program, stream, extra_files={DESCRIPTION: about})
-    run = torch.export.load(path).module()
     contents = "exported program for PyTorch alone" if plain else "exported program for PyTorch with gac_kernels"
-    return _checked(path, contents, model, per_step, images, run, batch_size)
+    with replace_file(path) as stream:  # a file that cannot be run does not appear
+        torch.export.save(program, stream, extra_files={DESCRIPTION: about})
+        stream.flush()
+        with open(stream.name, "rb") as written:
+            run = torch.export.load(written).module()
+        return _checked(path, contents, model, per_step, images, run, batch_size)
 
 
 def compile_package(
@@ -200,6 +202,7 @@ def compile_package(
     """
     path = Path(path)
     check_new(path, overwrite)
+    check_network(model)
     embedded = plain and model.spec.neuron == "lif" and not why_not_embedded(next(model.parameters()))
     # Kernels and convolutions on a GPU want weights channels-last; of others each call would make a copy.
     network = copy.deepcopy(model).to(memory_format=torch.channels_last) if embedded else model

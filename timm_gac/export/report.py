@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..runtime.finite import check_finite
+
 _NOISE = 8  # images of noise that a file is checked on where none are given
 _BATCH = 32  # images a call
 
@@ -44,12 +46,32 @@ def check_new(path: Path, overwrite: bool) -> None:
     """Refuse to replace a file unasked.
 
     Raises:
-        ValueError: The file is there and ``overwrite`` is not set, or it is a folder.
+        ValueError: The file is there and ``overwrite`` is not set, it is a folder, or its folder is a file.
     """
     if path.is_dir():
         raise ValueError(f"expected a file, got the folder {str(path)!r}: name a file in it")
+    for folder in path.parents:
+        if folder.exists() and not folder.is_dir():
+            raise ValueError(f"expected a folder for {path.name!r}, got the file {str(folder)!r}: choose another")
     if path.exists() and not overwrite:
         raise ValueError(f"expected a new file, got {str(path)!r}, which is there: choose another, or overwrite=True")
+
+
+def check_network(model: Any) -> None:
+    """Refuse what is no network of this package, one in a wrapper, and one that is not finite or holds no values.
+
+    Raises:
+        ValueError: It is one of these.
+    """
+    inner = next((name for name in ("_orig_mod", "module") if isinstance(getattr(model, name, None), nn.Module)), None)
+    kind = type(model).__name__
+    if inner is not None:
+        raise ValueError(f"expected the network itself, got it inside {kind}: give its .{inner}")
+    if not isinstance(model, nn.Module) or not hasattr(model, "forward_steps"):
+        raise ValueError(f"expected a spiking network of this package, got {kind}: see timm-gac models")
+    if any(tensor.is_meta for tensor in model.state_dict().values()):
+        raise ValueError("expected a network with weights, got one on the device 'meta': create it on the CPU")
+    check_finite(model, "to export")
 
 
 def example_images(model: Any, images: Tensor | None, frames: bool) -> Tensor:
@@ -64,8 +86,7 @@ def example_images(model: Any, images: Tensor | None, frames: bool) -> Tensor:
         ValueError: It is no network of this package, the images have other channels, or there are none and the network
             does not say their size.
     """
-    if not hasattr(model, "num_steps"):
-        raise ValueError(f"expected a spiking network of this package, got {type(model).__name__}: see timm-gac models")
+    check_network(model)
     if images is None:
         size = (getattr(model, "pretrained_cfg", None) or {}).get("input_size")
         if size is None:
@@ -83,7 +104,9 @@ def check_images(model: Any, images: Tensor) -> None:
     Raises:
         ValueError: There are none, or they have another number of axes or channels.
     """
-    if not len(images):
+    if not isinstance(images, Tensor):
+        raise ValueError(f"expected images as a torch.Tensor, got {type(images).__name__}: convert them")
+    if images.ndim == 0 or not len(images):
         raise ValueError("expected at least 1 image, got none: give some, or None for noise")
     channels = getattr(model, "in_chans", None)
     if images.ndim not in (4, 5) or channels not in (None, images.shape[-3]):
@@ -126,8 +149,10 @@ def compare(
     for some in images.split(batch_size or _BATCH):
         given = some if batch_size is None else cycled(some, batch_size)
         expected, found = (y[: len(some)].cpu().double() for y in (network(given), run(given)))
-        # A NaN in one of the two is a difference like no other.
-        difference = max(difference, float((expected - found).abs().nan_to_num(nan=float("inf")).max()))
+        # A NaN in one of the two is a difference like no other; NaN in both, as of images with NaN, is none.
+        both = (expected == found) | (expected.isnan() & found.isnan())
+        apart = (expected - found).abs().nan_to_num(nan=float("inf")).masked_fill(both, 0.0)
+        difference = max(difference, float(apart.max()))
         differs = expected.argmax(-1) != found.argmax(-1)
         flips += int(differs.flatten(1).any(1).sum() if differs.ndim > 1 else differs.sum())
     return ExportReport(path, contents, len(images), difference, flips)

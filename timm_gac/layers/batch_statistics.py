@@ -97,12 +97,18 @@ def is_synchronised(norm: nn.Module) -> bool:
 
 @contextmanager
 def keep_running_statistics(module: nn.Module) -> Iterator[None]:
-    """Forward passes in training leave the running statistics of a module's batch norms alone, within ``with``."""
-    norms = [norm for norm in module.modules() if isinstance(norm, _BatchNorm) and norm.track_running_stats]
-    for norm in norms:
-        norm.track_running_stats = False
+    """Forward passes in training leave the running statistics of a module's batch norms as they are, after ``with``.
+
+    They are put back, not left out: PyTorch's own batch norms save them for the backward pass, and a recomputation has
+    to save as many tensors as the first pass did.
+    """
+    names = ("running_mean", "running_var", "num_batches_tracked")
+    norms = [norm for norm in module.modules() if isinstance(norm, _BatchNorm) and norm.training]
+    found = [getattr(norm, name) for norm in norms if norm.track_running_stats for name in names]
+    buffers = [buffer for buffer in found if isinstance(buffer, Tensor)]
+    before = [buffer.clone() for buffer in buffers]
     try:
         yield
-    finally:
-        for norm in norms:
-            norm.track_running_stats = True
+    finally:  # also where a recomputation stops early, by an exception
+        for buffer, old in zip(buffers, before, strict=True):
+            buffer.data.copy_(old)  # what a norm has saved is not read by its backward pass
