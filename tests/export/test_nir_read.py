@@ -132,6 +132,12 @@ VECTOR = torch.from_numpy(array(4))
             (3, 4),
             lambda x: x.flatten(1) @ torch.from_numpy(array(3, 12)).T,
         ),
+        # More padding than half of a window, which PyTorch's pools refuse.
+        (
+            [nir.SumPool2d(np.array([2, 1]), np.array([2, 2]), np.array([3, 1]))],
+            (2, 6, 7),
+            lambda x: F.avg_pool2d(F.pad(x, (1, 1, 3, 3)), (2, 1), 2) * 2,
+        ),
         ([chain(nir.Scale(scale=array(4)), lif())], (4,), None),
     ],
 )
@@ -143,6 +149,52 @@ def test_layers(nodes: list[nir.NIRNode], shape: tuple[int, ...], expected, tmp_
     else:
         wanted = expected(x.flatten(0, 1)).unflatten(0, (3, 2))
     torch.testing.assert_close(found, wanted, rtol=0, atol=1e-12)
+
+
+def test_flatten_gives_vectors_behind_neurons_and_out_of_a_graph_too() -> None:
+    """The first axis counts from the batch, as snnTorch and SpikingJelly have it."""
+    flatten, linear = nir.Flatten(np.array([3, 4]), 1, -1), nir.Linear(weight=array(3, 12))
+    x = torch.randn(5, 2, 3, 4, dtype=torch.float64)
+    expected = torch.from_numpy(euler(lif(12), x.flatten(2).numpy(), DT)).double() @ linear_weight(linear)
+    inner = chain(flatten, lif(12), shape=(3, 4))
+    for nodes in ((flatten, lif(12), linear), (inner, linear), (flatten, chain(lif(12), linear, shape=(12,)))):
+        found = read_nir(chain(*nodes, shape=(3, 4)))(x)
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+    assert read_nir(inner)(x).shape == (5, 2, 3, 4)  # nothing says that vectors are wanted
+
+
+def linear_weight(node: nir.Linear) -> torch.Tensor:
+    return torch.from_numpy(node.weight).T
+
+
+@pytest.mark.parametrize(
+    ("graph", "message"),
+    [
+        (chain(nir.Linear(array(3, 5))), r"got \(4,\) at 'linear', which does not take it \(mat1 and mat2"),
+        (chain(nir.Conv2d(weight=KERNEL, **CONV), shape=(3, 6, 7)), r"got \(3, 6, 7\) at 'conv2d', which does not"),
+        (chain(chain(nir.Scale(array(3)))), r"got \(4,\) at 'scale', which does not take it"),
+        (chain(nir.Affine(array(4, 4), np.ones(3))), r"expected the bias of 'affine' as \(4,\), got \(3,\)"),
+        (
+            chain(nir.Conv2d(weight=KERNEL, **CONV | dict(bias=np.ones(2))), shape=(4, 6, 7)),
+            r"expected the bias of 'conv2d' as \(4,\), got \(2,\)",
+        ),
+        (
+            chain(nir.Conv2d(weight=KERNEL, **CONV | dict(padding="same")), shape=(4, 6, 7)),
+            r"expected padding in numbers for the stride \(2, 1\) of 'conv2d', got 'same'",
+        ),
+    ],
+)
+def test_nodes_that_do_not_fit_are_named_when_the_file_is_read(graph: nir.NIRGraph, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        read_nir(graph)
+
+
+def test_an_input_of_another_dtype_is_one_sentence() -> None:
+    network = read_nir(chain(nir.Linear(weight=array(4, 4)), lif()))
+    with pytest.raises(ValueError, match=r"expected x in torch\.float64 as the weights are, got torch\.float32"):
+        network(torch.zeros(2, 1, 4))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert network.float()(torch.zeros(2, 1, 4)).shape == (2, 1, 4)
 
 
 def test_edges_into_a_node_are_summed_and_weights_learn(tmp_path: Path) -> None:
@@ -227,9 +279,9 @@ def test_sums_of_two_shapes_are_refused_and_dtypes_made_one() -> None:
     network = read_nir(graph_of("in>wide in>narrow wide>out", **{"in": IN}, wide=wide, narrow=nir.Linear(array(1, 4))))
     assert network(torch.zeros(2, 3, 4)).dtype == torch.float32
     edges = "in>wide in>narrow wide>out narrow>out"
-    network = read_nir(graph_of(edges, **{"in": IN}, wide=wide, narrow=nir.Linear(array(1, 4))))
+    graph = graph_of(edges, **{"in": IN}, wide=wide, narrow=nir.Linear(array(1, 4)))
     with pytest.raises(ValueError, match=r"one shape from all edges into 'out', got \((1|4),\) and \((1|4),\)"):
-        network(torch.zeros(2, 3, 4))
+        read_nir(graph)
     with pytest.raises(ValueError, match="expected dt > 0, got 'soon'"):
         read_nir(graph_of("in>wide wide>out", **{"in": IN}, wide=wide), dt="soon")  # type: ignore[arg-type]
 

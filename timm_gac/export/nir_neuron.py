@@ -108,8 +108,8 @@ def neuron_spec(name: str, node: Any, dt: float) -> LIFSpec:
         decay, gain = max(0.0, 1.0 - dt / tau), gain / tau
     if not (math.isfinite(gain) and gain > 0.0):
         raise ValueError(
-            f"expected a resistance above 0 in {name!r}, got an input factor of {gain:g}: write its sign into the weights "
-            "before it"
+            f"expected a resistance above 0 in {name!r}, got an input factor of {gain:g}: write its sign into the "
+            "weights before it"
         )
     threshold = _single(name, node, "v_threshold")
     return LIFSpec(

@@ -291,7 +291,7 @@ def _convolution(name: str, node: Any) -> nn.Module:
             "write the file anew"
         )
     strides = _integers(node.stride, axes)
-    if node.padding == "same" and any(stride != 1 for stride in strides):
+    if isinstance(node.padding, str) and node.padding == "same" and any(stride != 1 for stride in strides):
         raise ValueError(f"expected padding in numbers for the stride {strides} of {name!r}, got 'same': give it so")
     groups = int(node.groups)
     layer = kind(

@@ -28,9 +28,10 @@ from ..runtime.modes import eval_mode
 from .nir_check import NIRReport, compare
 from .nir_neuron import DT, neuron_node
 from .nir_read import read_nir
-from .report import check_images, check_network, check_new, with_channels
+from .report import check_images, check_network, check_new, with_channels, without_autocast
 
 
+@without_autocast
 @torch.no_grad()
 def graph_input(model: Any, x: Tensor) -> Tensor:
     """What the graph of a network takes at each step.
@@ -59,6 +60,7 @@ def graph_input(model: Any, x: Tensor) -> Tensor:
         return x.unsqueeze(0).expand(model.num_steps, -1, -1, -1, -1)
 
 
+@without_autocast
 def write_nir(
     model: nn.Module,
     path: str | Path,
@@ -110,6 +112,7 @@ def write_nir(
         return compare(folded, path, read_nir(stream.name), graph_input(folded, images.to(folded.conv1.weight)))
 
 
+@without_autocast
 def nir_graph(
     model: nn.Module, input_size: tuple[int, int, int] | None = None, label_names: tuple[str, ...] = ()
 ) -> Any:

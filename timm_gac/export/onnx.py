@@ -18,13 +18,24 @@ from torch.export import ExportedProgram
 from ..runtime.files import replace_file
 from ..runtime.modes import eval_mode
 from .program import PerStep, export_program
-from .report import ExportReport, check_network, check_new, compare, cycled, description, example_images
+from .report import (
+    ExportReport,
+    check_batch_size,
+    check_network,
+    check_new,
+    compare,
+    cycled,
+    description,
+    example_images,
+    without_autocast,
+)
 
 # The newest that torch.onnx writes. ONNX Runtime reads it from 1.22 on.
 OPSET = 23
 _LIMIT = 2**31 - 2**20  # bytes of a file with its weights inside
 
 
+@without_autocast
 def write_onnx(
     model: Any,
     path: str | Path,
@@ -71,7 +82,8 @@ def write_onnx(
     path = Path(path)
     check_new(path, overwrite)
     check_network(model)
-    if not 20 <= opset <= OPSET:
+    check_batch_size(batch_size)
+    if not isinstance(opset, int) or not 20 <= opset <= OPSET:
         raise ValueError(f"expected an opset from 20 to {OPSET}, got {opset}: PyTorch writes no other")
     weight = next(model.parameters())
     if weight.dtype not in (torch.float32, torch.float64):

@@ -19,7 +19,17 @@ from gac_kernels.embedding import EMBEDDED, embedded_kernels, why_not_embedded
 from ..runtime.files import replace_file, write_bytes
 from ..runtime.modes import eval_mode
 from .inductor import PackageProcess, Phases, check_compiler, compile_program
-from .report import ExportReport, check_network, check_new, compare, cycled, description, example_images
+from .report import (
+    ExportReport,
+    check_batch_size,
+    check_network,
+    check_new,
+    compare,
+    cycled,
+    description,
+    example_images,
+    without_autocast,
+)
 
 DESCRIPTION = "timm_gac.json"  # the file within a .pt2 that says what the network is
 
@@ -41,6 +51,7 @@ class PerStep(nn.Module):
         return logits
 
 
+@without_autocast
 @torch.no_grad()
 def export_program(
     model: nn.Module, images: Tensor, *, batch_size: int | None = None, per_step: bool = False, plain: bool = True
@@ -49,8 +60,7 @@ def export_program(
 
     Args:
         model: A network of this package: floating-point, folded or quantised. It is left as it is.
-        images: To trace it with, ``(B, C, H, W)`` or event frames ``(B, T, C, H, W)``; B is ``batch_size``, or 2 or
-            more.
+        images: To trace it with, ``(B, C, H, W)`` or event frames ``(B, T, C, H, W)``, any B.
         batch_size: The program's batch size; None for any.
         per_step: Its output are the logits of each step.
         plain: Replace this package's operators by PyTorch's own. Without it the program wants `gac_kernels`.
@@ -58,14 +68,18 @@ def export_program(
     Raises:
         ValueError: An operator is left that has no plain form, or ``batch_size`` is below 1.
     """
-    if batch_size is not None and batch_size < 1:
-        raise ValueError(f"expected batch_size >= 1, got {batch_size}: give None for any")
+    check_batch_size(batch_size)
+    if any(tensor.is_inference() for tensor in model.state_dict().values()):
+        raise ValueError(
+            "expected a network that autograd knows, got one made in torch.inference_mode: make it outside"
+        )
     if plain and getattr(model, "int8_convs", False) and not getattr(model, "inference_only", False):
         raise ValueError(
             "expected a network with int8_convs folded or quantised, got one that trains in 8 bits: fold a copy with "
             "timm_gac.fuse_for_inference, whose answers are the same up to rounding, or call timm_gac.quantize (on the "
             "command line leave out --no-fold)"
         )
+    images = cycled(images, batch_size or max(len(images), 2))  # of 1 image torch.export would make a batch size of 1
     shapes = ({0: Dim("batch", min=1)},) if batch_size is None else None
     with eval_mode(model):
         network = PerStep(model).eval() if per_step else model
@@ -100,6 +114,7 @@ def _prepared(
     model: Any, images: Tensor | None, frames: bool, batch_size: int | None, per_step: bool, plain: bool
 ) -> tuple[ExportedProgram, Tensor]:
     """The program, and the images to check it with."""
+    check_batch_size(batch_size)
     images = example_images(model, images, frames)
     traced = cycled(images, batch_size or 2)
     return export_program(model, traced, batch_size=batch_size, per_step=per_step, plain=plain), images
@@ -110,6 +125,7 @@ def _checked(path: Path, contents: str, model: Any, per_step: bool, images: Tens
         return compare(path, contents, PerStep(model) if per_step else model, images, run, batch)
 
 
+@without_autocast
 def write_program(
     model: Any,
     path: str | Path,
@@ -157,11 +173,12 @@ def write_program(
     with replace_file(path) as stream:  # a file that cannot be run does not appear
         torch.export.save(program, stream, extra_files={DESCRIPTION: about})
         stream.flush()
-        with open(stream.name, "rb") as written:
+        with Path(stream.name).open("rb") as written:
             run = torch.export.load(written).module()
         return _checked(path, contents, model, per_step, images, run, batch_size)
 
 
+@without_autocast
 def compile_package(
     model: Any,
     path: str | Path,

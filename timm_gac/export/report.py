@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,7 @@ from ..runtime.finite import check_finite
 
 _NOISE = 8  # images of noise that a file is checked on where none are given
 _BATCH = 32  # images a call
+_P, _R = ParamSpec("_P"), TypeVar("_R")
 
 
 @dataclass(frozen=True)
@@ -74,6 +76,29 @@ def check_network(model: Any) -> None:
     check_finite(model, "to export")
 
 
+def without_autocast(function: Callable[_P, _R]) -> Callable[_P, _R]:
+    """The function outside the caller's autocast: a file computes in the dtype of the network's weights."""
+
+    @functools.wraps(function)
+    def run(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+        with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
+            return function(*args, **kwargs)
+
+    return run
+
+
+def check_batch_size(batch_size: Any) -> None:
+    """Refuse a batch size that is no number of images.
+
+    Raises:
+        ValueError: It is neither None nor an integer of at least 1.
+    """
+    if batch_size is None:
+        return
+    if not isinstance(batch_size, int) or isinstance(batch_size, bool) or batch_size < 1:
+        raise ValueError(f"expected batch_size as an integer >= 1, got {batch_size!r}: give None for any")
+
+
 def example_images(model: Any, images: Tensor | None, frames: bool) -> Tensor:
     """Images to trace and to check a network with, on its device and in its dtype.
 
@@ -93,6 +118,10 @@ def example_images(model: Any, images: Tensor | None, frames: bool) -> Tensor:
             raise ValueError("expected a network with a pretrained_cfg, got one without an input size: give images")
         shape = (_NOISE, *((model.num_steps,) if frames else ()), *with_channels(model, size))
         images = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    elif frames and getattr(images, "ndim", 5) != 5:
+        raise ValueError(
+            f"expected frames (B, T, C, H, W) with frames=True, got {tuple(images.shape)}: leave one of the two out"
+        )
     check_images(model, images)
     weight = next(model.parameters())
     return images.to(weight.device, weight.dtype)
