@@ -52,7 +52,6 @@ def made_in_inference_mode() -> nn.Module:
         (nn.Identity, "expected a spiking network of this package, got Identity"),
         (lambda: LIF(CIFAR, 4), "expected a spiking network of this package, got LIF"),
         (lambda: network(device="meta"), "got one on the device 'meta'"),
-        (made_in_inference_mode, "got one made in torch.inference_mode"),
         (not_finite, r"expected finite weights to export, .* in fc\.bias"),
     ],
 )
@@ -123,3 +122,22 @@ def test_nan_in_both_answers_is_no_difference_and_in_one_is() -> None:
     assert same.largest_difference == 0 and same.flips == 0
     other = compare(Path("a"), "", nn.Identity(), x, torch.nan_to_num, None)
     assert other.largest_difference == float("inf")
+
+
+def test_a_program_of_any_batch_size_is_traced_with_one_image(tmp_path: Path) -> None:
+    model = network()
+    program = export_program(model, images(1)).module()
+    for count in (1, 3):
+        assert torch.equal(program(images(count)), model(images(count)))
+    fixed = export_program(model, images(4), batch_size=2).module()
+    assert torch.equal(fixed(images(2)), model(images(2)))
+    with pytest.raises(ValueError, match=r"made in torch\.inference_mode"):
+        export_program(made_in_inference_mode(), images(2))
+
+
+def test_what_nir_cannot_hold_has_a_way_out_and_averages_of_any_name_are_held(tmp_path: Path) -> None:
+    for changes in ({"neuron": "ternary"}, {"neuron": "plif_channel"}, {"global_pool": "max"}):
+        with pytest.raises(ValueError, match="export to ONNX"):
+            write_nir(network(**changes), tmp_path / "a.nir", images=images(2))
+    assert not list(tmp_path.iterdir())
+    assert write_nir(network(global_pool="fastavg"), tmp_path / "a.nir", images=images(2)).flips == 0

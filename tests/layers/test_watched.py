@@ -307,6 +307,8 @@ def test_swapped_axes_and_wrong_specs_are_sentences() -> None:
         network()(torch.zeros(T, 3, 3, 8, 8))
     with pytest.raises(ValueError, match="swap its first two axes"):
         GatedAttentionCoding(3, T)(torch.zeros(5, T, 3, 4, 4))
+    with pytest.raises(ValueError, match=r"got \(3, 8, 8\): give an image its batch axis"):
+        network()(torch.zeros(3, 8, 8))
     for wrong in (lambda: LIF(0.5), lambda: LIF(tau=2.0)):
         with pytest.raises(ValueError, match=r"expected spec as a LIFSpec.*LIFSpec\(decay=0.5"):
             wrong()

@@ -35,7 +35,11 @@ def neuron_node(name: str, spec: LIFSpec, shape: tuple[int, ...]) -> Any:
     """
     import nir
 
-    spec.refuse_others("a NIR file")
+    if not spec.is_lif:
+        raise ValueError(
+            f"expected neuron 'lif' for a NIR file, got {spec.neuron!r} in {name}: NIR knows none such, export to "
+            "ONNX or a .pt2 file"
+        )
     if spec.surrogate not in SURROGATES:
         raise ValueError(
             f"expected a surrogate out of {SURROGATES} for NIR, got {spec.surrogate!r} in {name}: readers would not "

@@ -209,7 +209,7 @@ class _Graph:
         if spec is None:
             raise ValueError(
                 f"expected one decay and threshold a layer, got one a channel in {name}: a layer read from NIR has "
-                "one, train with neuron='plif'"
+                "one, train with neuron='plif', or export to ONNX or a .pt2 file"
             )
         return self.add(name, neuron_node(name, spec, shape), shape, *sources)
 
@@ -270,8 +270,10 @@ def _add_classifier(graph: _Graph, model: Any, spikes: str) -> str:
     pool, classifier = model.global_pool.pool_type, model.fc
     _check("fc", classifier, (nn.Linear.forward, nn.Identity.forward))
     _, height, width = graph.shape(spikes)
-    if pool not in ("", "avg"):
-        raise ValueError(f"expected global_pool='avg', got {pool!r}, which NIR does not know: train with 'avg'")
+    if pool not in ("", "avg", "fastavg"):
+        raise ValueError(
+            f"expected global_pool='avg', got {pool!r}, which NIR does not know: train with 'avg', or export to ONNX"
+        )
     if isinstance(classifier, nn.Identity):
         return graph.average("global_pool", (height, width), spikes) if pool else spikes
     weight = classifier.weight[:, :, None, None].expand(-1, -1, height, width) / (height * width)

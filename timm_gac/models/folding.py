@@ -29,6 +29,8 @@ def fold_time(x: Tensor, num_steps: int) -> Tensor:
         advice = "create the model with num_steps equal to the number of frames"
         if x.ndim == 5 and x.shape[0] == num_steps:
             advice = "swap its first two axes with x.transpose(0, 1)"
+        elif x.ndim == 3:
+            advice = "give an image its batch axis with x.unsqueeze(0)"
         raise ValueError(
             f"expected images (B, C, H, W) or frames (B, T, C, H, W) with T = num_steps = {num_steps}, got "
             f"{tuple(x.shape)}: {advice}"
