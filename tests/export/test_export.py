@@ -148,9 +148,7 @@ def test_onnx_runtime_computes_the_same_integers_from_the_same_gated_current(nee
     shapes = ({0: T * torch.export.Dim("batch", min=1)},)
     program = torch.export.export(Inside(model).eval(), (gated[0],), dynamic_shapes=shapes)
     path = tmp_path / "inside.onnx"
-    timm_gac.export.onnx.write_bytes(
-        path, timm_gac.export.onnx._serialised(program.run_decompositions(decomposition_table()), 23, {})
-    )
+    path.write_bytes(timm_gac.export.onnx._serialised(program.run_decompositions(decomposition_table()), 23, {}))
     for x in gated:
         expected, found = Inside(model)(x), run_onnx(needs, path, x)
         assert sum(int(spikes.sum()) for spikes in expected if spikes.dtype == torch.int8) > 1000

@@ -15,7 +15,8 @@ from ..runtime.finite import check_finite
 
 _NOISE = 8  # images of noise that a file is checked on where none are given
 _BATCH = 32  # images a call
-_P, _R = ParamSpec("_P"), TypeVar("_R")
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
 
 
 @dataclass(frozen=True)
