@@ -30,6 +30,7 @@ from timm_gac.bench.harness import measure_saved_bytes, time_limit
 from timm_gac.bench.model import COLUMNS, ModelBenchConfig
 from timm_gac.bench.networks import NETWORKS, ConvolutionsOnly, Unavailable
 from timm_gac.bench.profile import KINDS, kind_of
+from timm_gac.models.published import Encoding
 
 TINY = ModelBenchConfig(
     model="test_gac_msresnet",
@@ -113,6 +114,18 @@ def test_baselines_compute_the_same(name: str, size: int, networks: tuple[str, .
             if key.endswith(".w"):  # whose sigmoid is 1 - decay in float64 too
                 torch.nn.init.constant_(value, math.log(1 / model.spec.decay - 1))
         assert (built(images.double()) - logits).norm() <= 1e-9 * logits.norm(), network
+
+
+def test_gradients_of_baselines_divide_by_no_count_of_maxima() -> None:
+    """Inductor found none in bfloat16, and compiled baselines trained to NaN."""
+    model = timm.create_model("test_gac_msresnet")
+    encoders = (
+        (TimeMajorNet(model, LoopNeuron(CIFAR)).encoder, torch.randn(2, model.conv1.out_channels, 8, 8)),
+        (Encoding(4, 8, CIFAR), torch.randn(2, 4, 8, 8, 8)),
+    )
+    for encoder, stem in encoders:
+        names = {str(node.target) for node in torch.export.export(encoder, (stem,)).graph.nodes}
+        assert "aten.max.dim" in names and "aten.amax.default" not in names, names
 
 
 def test_memory_optimiser_saves_memory_and_nothing_else() -> None:
