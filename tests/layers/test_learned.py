@@ -213,6 +213,19 @@ def test_integers(name: str, sizes: dict, tmp_path, caplog: pytest.LogCaptureFix
             timm_gac.quantize(network("plif_channel"))
 
 
+@pytest.mark.parametrize(("decay", "told"), [(0.4985, True), (0.5, False)])
+def test_a_decay_rounded_to_a_power_of_two_is_told(decay: float, told: bool, caplog: pytest.LogCaptureFixture) -> None:
+    """Membranes stay exact then, but the decay is another; nothing is said where nothing moved."""
+    model = timm.create_model("test_gac_msresnet", num_classes=10, neuron="plif")
+    for module in model.modules():
+        if isinstance(module, LearnedValues):
+            module.set_values(torch.tensor([decay]), torch.tensor([1.0]))
+    with caplog.at_level(logging.WARNING):
+        quantised = timm_gac.quantize(model)
+    assert quantised.layer1[0].conv1.spec.decay == 0.5
+    assert ("by at most 0.0015" in caplog.text) == told and "float64" not in caplog.text
+
+
 def test_the_trainer_asks_for_them_and_does_not_decay_them() -> None:
     assert _CHOICES["neuron"] == (*NEURONS, "ternary", "integer", "adaptive")
     recipe = Recipe(model="test_gac_msresnet", neuron="plif", channels_last=False)

@@ -148,15 +148,18 @@ def _report_learned(model: SpikingResNet, network: IntegerSpikingResNet) -> None
     """Say in the log what rounding changed in learned neurons, and that exactness is lost."""
     learned = [module.learned for module in model.modules() if isinstance(module, LIF) and module.learned is not None]
     rounded = [module.spec for module in network.modules() if isinstance(module, SpikeConv | IntegerLIF)]
-    if not learned or all(math.frexp(spec.decay)[0] == 0.5 for spec in rounded):  # powers of two: still exact
+    if not learned:
         return
     moved = max(abs(value.decay.item() - spec.decay) for value, spec in zip(learned, rounded, strict=True))
+    exact = all(math.frexp(spec.decay)[0] == 0.5 for spec in rounded)  # powers of two
+    if exact and moved == 0.0:
+        return
     _logger.warning(
-        "Rounded the learned decays of %d layers to multiples of 1/%d, by at most %.4f, and thresholds to the grid: "
-        "float32 rounds membranes with these decays, so spikes can differ from those of float64",
+        "Rounded the learned decays of %d layers to multiples of 1/%d, by at most %.4f, and thresholds to the grid%s",
         len(learned),
         DECAY_STEPS,
         moved,
+        "" if exact else ": float32 rounds membranes with these decays, so spikes can differ from those of float64",
     )
 
 
