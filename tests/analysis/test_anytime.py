@@ -16,7 +16,7 @@ from timm_gac.analysis.anytime import measure_anytime
 from timm_gac.analysis.coding import entropy_bits, measure_coding
 from timm_gac.analysis.evaluate import evaluate
 from timm_gac.energy import measure_energy
-from timm_gac.hub import calibrate
+from timm_gac.hub import calibrate, save_model_folder
 from timm_gac.inference.early_exit import early_exit
 
 
@@ -129,3 +129,10 @@ def test_command_compares_two_networks(tmp_path: Path, capsys):
     assert all((out / name).read_bytes()[:4] == b"\x89PNG" for name in ("anytime.png", "coding.png"))
     assert cli.main(arguments) == 2 and "--overwrite" in capsys.readouterr().err
     assert cli.main([*arguments[:4], "--confidences", "2"]) == 2
+
+
+def test_a_network_without_an_estimate_of_energy_is_sent_to_eval(tmp_path, capsys) -> None:
+    integer = timm.create_model("test_gac_msresnet", num_classes=10, in_chans=1, neuron="integer")
+    folder = save_model_folder(integer, tmp_path / "model")
+    assert cli.main(["anytime", str(folder), "--data", "digits"]) == 2
+    assert "got those of neuron 'integer'" in (told := capsys.readouterr().err) and "timm-gac eval" in told

@@ -127,6 +127,10 @@ def _measure(model: str, config: AnytimeConfig) -> tuple[AnytimeReport, CodingRe
 
     device = resolve_device(config.device)
     opened = open_network(model, config.num_steps, config.seed, device)
+    try:
+        opened.network.spec.refuse_spikes("an estimate of energy", "levels")
+    except ValueError as error:  # this command has no answer without one
+        raise ValueError(f"{error}; timm-gac eval has the accuracy after each step") from error
     images, labels = open_labelled(
         config.data,
         opened.network,
