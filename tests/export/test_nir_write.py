@@ -61,7 +61,9 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     files = []
     for name, (model, images) in cases.items():
         report = write_nir(model, folder / f"{name}.nir", images=images[:1])
-        assert report.flips == 0 and report.spikes > 1000 and report.largest_difference < 1e-5
+        # The classifier adds up to 32,768 products, which oneDNN of PyTorch 2.14 does one after the other.
+        largest = float(model.eval()(images[:1]).abs().max())
+        assert report.flips == 0 and report.spikes > 1000 and report.largest_difference < 1e-5 * max(largest, 1.0)
         files += [str(report.path), str(write_expected(model, images, folder / f"{name}.npz"))]
     return files
 
@@ -79,7 +81,7 @@ def test_every_spike_in_another_framework(library: str, written: list[str], need
     assert len(results) == 3
     for result in results:
         assert set(result["differ"].values()) == {0} and result["spikes"] > 10_000, result
-        assert result["logits"] < 1e-5
+        assert result["logits"] < 1e-5 * max(result["largest"], 1.0)
 
 
 @pytest.mark.parametrize(
