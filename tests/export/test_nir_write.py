@@ -61,7 +61,7 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     files = []
     for name, (model, images) in cases.items():
         report = write_nir(model, folder / f"{name}.nir", images=images[:1])
-        # The classifier adds up 32,768 products: of such sums near 5, oneDNN in PyTorch 2.14 had 1e-5 wrong, without it 3e-6.
+        # The classifier adds up 32,768 products: such sums near 5 were 1e-5 off with oneDNN in PyTorch 2.14, else 3e-6.
         largest = float(model.eval()(images[:1]).abs().max())
         assert report.flips == 0 and report.spikes > 1000 and report.largest_difference < 1e-5 * max(largest, 1.0)
         files += [str(report.path), str(write_expected(model, images, folder / f"{name}.npz"))]
