@@ -32,6 +32,33 @@ def script(tmp_path: Path) -> Path:
     return tmp_path / "script.py"
 
 
+def test_plugins_before_the_script_are_imported(script: Path, warm_python: WarmPython) -> None:
+    (script.parent / "mine.py").write_text(
+        "from gac_kernels import INTEGER, register_neuron\n"
+        "import dataclasses\n"
+        "register_neuron(dataclasses.replace(INTEGER, name='mine'))\n"
+    )
+    script.write_text(
+        "import sys, timm\nprint(timm.create_model('test_gac_msresnet', neuron='mine').spec.neuron, *sys.argv[1:])\n"
+    )
+    done = warm_python(["-m", "timm_gac.run", "--plugin", str(script.parent / "mine.py"), str(script), "--plugin", "x"])
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["mine", "--plugin", "x"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--plugin"], "expected a file or a module after --plugin, got nothing"),
+        (["--plugin", "none.py", "SCRIPT"], "expected a Python file for --plugin, got 'none.py'"),
+        (["--plugin=json"], "expected a script, got none"),
+    ],
+)
+def test_plugins_that_are_none_are_told(script: Path, capsys, arguments: list[str], message: str) -> None:
+    assert main([str(script) if word == "SCRIPT" else word for word in arguments]) == 2
+    assert message in capsys.readouterr().err
+
+
 def test_a_script_finds_the_models(script: Path, warm_python: WarmPython) -> None:
     done = warm_python(["-m", "timm_gac.run", str(script), "--model", "test_gac_msresnet"])
     assert done.returncode == 3, done.stderr

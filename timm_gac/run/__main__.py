@@ -14,10 +14,13 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
 
-HELP = """usage: python -m timm_gac.run SCRIPT [ARGUMENT ...]
+from ..runtime.plugins import OPTION, import_plugin, take_plugins
+
+HELP = """usage: python -m timm_gac.run [--plugin FILE] SCRIPT [ARGUMENT ...]
 
 Run a Python script with the models of timm_gac registered in timm.
 
+  --plugin     a Python file or a module to import first, such as one that registers a neuron; more than once if need be
   SCRIPT       a script, such as validate.py, benchmark.py or inference.py of a clone of pytorch-image-models
   ARGUMENT     what follows is the script's own, --help included
 
@@ -29,14 +32,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a script; 0 unless the script raises `SystemExit` itself, 2 where there is no script to run.
 
     Args:
-        arguments: The script and its arguments; those of the process where None.
+        arguments: Plugins, the script and its arguments; those of the process where None.
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
     if given[:1] in (["-h"], ["--help"]):
         sys.stdout.write(HELP)
         return 0
-    if problem := _problem(given):
-        sys.stderr.write(f"timm_gac.run: {problem}\n")
+    ahead = 0  # what comes before the script; behind it --plugin is the script's own
+    while ahead < len(given) and given[ahead].partition("=")[0] == OPTION:
+        ahead += 1 if "=" in given[ahead] else 2
+    try:
+        plugins, _ = take_plugins(given[:ahead])
+        given = given[ahead:]
+        if problem := _problem(given):
+            raise ValueError(problem)
+        for plugin in plugins:
+            import_plugin(plugin)
+    except ValueError as error:
+        sys.stderr.write(f"timm_gac.run: {error}\n")
         return 2
     import timm_gac  # noqa: F401 (registers the models)
     from gac_kernels.decompositions import registered_decompositions
