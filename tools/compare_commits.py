@@ -183,5 +183,5 @@ def main(arguments: list[str] | None = None) -> int:
 if __name__ == "__main__":
     try:
         sys.exit(main())
-    except ValueError as error:
+    except (ValueError, RuntimeError) as error:
         sys.exit(f"compare_commits: {error}")

@@ -117,7 +117,7 @@ def test_baselines_compute_the_same(name: str, size: int, networks: tuple[str, .
 
 
 def test_gradients_of_baselines_divide_by_no_count_of_maxima() -> None:
-    """Inductor found none in bfloat16, and compiled baselines trained to NaN."""
+    """As that of amax does, with which compiled baselines trained to NaN in bfloat16."""
     model = timm.create_model("test_gac_msresnet")
     encoders = (
         (TimeMajorNet(model, LoopNeuron(CIFAR)).encoder, torch.randn(2, model.conv1.out_channels, 8, 8)),

@@ -101,8 +101,8 @@ class PlainEncoder(nn.Module):
     def forward(self, stem: Tensor) -> Tensor:
         """Gated spikes."""
         wide = stem.to(torch.promote_types(stem.dtype, torch.float32))
-        # Not amax: its gradient goes to the elements that equal the maximum, over their number. Inductor compared
-        # rounded elements with an unrounded maximum, found none, and training in bfloat16 got NaN from 0 / 0.
+        # Not amax: compiled by Inductor in bfloat16 its gradient was NaN (PyTorch 2.11 on a GPU, 2.14 on a CPU). It
+        # goes to the elements that equal the maximum, over their number, which rounding probably made 0.
         pools = torch.stack([wide.mean((1, 2, 3)), wide.flatten(1).max(1).values])  # (2, B)
         pools = pools.unsqueeze(2).expand(-1, -1, self.num_steps).to(stem.dtype)
         temporal = self.temporal["fc2"](F.relu(self.temporal["fc1"](pools))).sum(0)  # (B, T)

@@ -108,7 +108,7 @@ def run_evaluate(model: str, config: EvaluateConfig, console: Console | None = N
         data_dir=config.data_dir,
         image_size=config.image_size,
         images=config.images,
-        batch_size=config.batch_size or (32 if device.type == "cpu" else 256),
+        batch_size=(32 if device.type == "cpu" else 256) if config.batch_size is None else config.batch_size,
         num_workers=config.num_workers,
         device=device,
         progress=True,

@@ -98,7 +98,7 @@ class Encoding(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Gated spikes of the frames."""
         average = x.mean((2, 3, 4), keepdim=True)  # [B, T, 1, 1, 1]
-        # Not amax, whose gradient Inductor may divide by zero: see timm_gac/bench/baselines.py.
+        # Not amax, whose gradient can be NaN under Inductor: see timm_gac/bench/baselines.py.
         peak = x.flatten(2).max(2).values[..., None, None, None]
         temporal = self.TA["sharedMLP"](average) + self.TA["sharedMLP"](peak)
         return torch.sigmoid(temporal * per_frame(self.SCA["sharedMLP"], x)) * fire(x, self.spec)

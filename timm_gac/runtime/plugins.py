@@ -1,4 +1,4 @@
-"""``--plugin``: files and modules of the user's own that any command, and the trainer as a module, imports first."""
+"""``--plugin``: files and modules of the user's own that commands and ``python -m`` of this package import first."""
 
 from __future__ import annotations
 

@@ -26,9 +26,11 @@ def create_optimizer(model: Any, recipe: Recipe, device: torch.device) -> torch.
         groups = param_groups_layer_decay(
             model, weight_decay=recipe.weight_decay, no_weight_decay_list=tuple(skip), layer_decay=recipe.layer_decay
         )
-    for factor, kind in ((recipe.gate_lr, GatedAttentionCoding), (recipe.neuron_lr, LearnedValues)):
+    neurons = _owned(model, LearnedValues)
+    gate = _owned(model, GatedAttentionCoding) - neurons  # an encoder's neuron is no part of its attention
+    for factor, parameters in ((recipe.gate_lr, gate), (recipe.neuron_lr, neurons)):
         if factor != 1.0:
-            groups = _with_factor(groups, model, kind, factor)
+            groups = _with_factor(groups, parameters, factor)
     # Tensors, because a CUDA graph would keep a number for ever; the groups' rates differ by their lr_scale.
     for group in groups:
         group["lr"] = torch.tensor(recipe.lr, device=device)
@@ -40,18 +42,14 @@ def create_optimizer(model: Any, recipe: Recipe, device: torch.device) -> torch.
     return torch.optim.AdamW(groups, lr=recipe.lr, fused=cuda, capturable=cuda)
 
 
-def _with_factor(
-    groups: list[dict[str, Any]], model: nn.Module, kind: type[nn.Module], factor: float
-) -> list[dict[str, Any]]:
-    """The groups, with those of their parameters that modules of one kind own in groups of their own.
-
-    An encoder's learned decay and threshold are the neuron's, not the encoder's.
-    """
+def _owned(model: nn.Module, kind: type[nn.Module]) -> set[int]:
+    """Ids of the parameters of modules of one kind."""
     owners = [module for module in model.modules() if isinstance(module, kind)]
-    chosen = {id(parameter) for owner in owners for parameter in owner.parameters()}
-    if kind is not LearnedValues:
-        neurons = [module for module in model.modules() if isinstance(module, LearnedValues)]
-        chosen -= {id(parameter) for neuron in neurons for parameter in neuron.parameters()}
+    return {id(parameter) for owner in owners for parameter in owner.parameters()}
+
+
+def _with_factor(groups: list[dict[str, Any]], chosen: set[int], factor: float) -> list[dict[str, Any]]:
+    """The groups, with some of their parameters, by id, in groups of their own whose rate has a factor."""
     divided = []
     for group in groups:
         for inside, scale in ((False, 1.0), (True, factor)):
