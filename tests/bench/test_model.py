@@ -73,10 +73,10 @@ def test_rows_and_their_arithmetic() -> None:
 
 
 def test_providers_that_cannot_take_part_say_why() -> None:
-    providers = ("timm_gac+graph", "ann", "published", "timm_gac_fused")
+    providers = ("timm_gac+graph", "published", "timm_gac_fused")
     rows, _ = bench_model.bench_model(replace(TINY, modes=("train",), providers=providers))
-    assert [row["status"] for row in rows] == ["skipped"] * 4
-    reasons = ("CUDA device", "stem of 64 channels, this model one of 16", "no test_gac_msresnet", "inference only")
+    assert [row["status"] for row in rows] == ["skipped"] * 3
+    reasons = ("CUDA device", "no test_gac_msresnet", "inference only")
     for row, reason in zip(rows, reasons, strict=True):
         assert reason in row["note"] and row["median_ms"] is None and row["roofline_fraction"] is None
     assert bench_model.exit_code(rows) == 0
@@ -262,7 +262,7 @@ def test_floor_runs_every_convolution_and_its_gradients() -> None:
 
 
 def test_ann_has_the_shape_of_the_spiking_network() -> None:
-    for name, size in (("gac_msresnet18_cifar", 8), ("gac_msresnet34", 32)):
+    for name, size in (("gac_msresnet18_cifar", 8), ("gac_msresnet34", 32), ("test_gac_msresnet", 8)):
         model = timm.create_model(name)
         shapes: dict[str, list[tuple[int, ...]]] = {}
         for kind, network in (("ann", NETWORKS["ann"](model, name, "infer")), ("ours", model)):
@@ -273,7 +273,13 @@ def test_ann_has_the_shape_of_the_spiking_network() -> None:
                     module.register_forward_hook(lambda m, i, o, s=sizes: s.append((*m.weight.shape, *o.shape[2:])))
             with torch.no_grad():
                 network.eval()(torch.randn(1, 3, size, size))
-        assert sorted(shapes["ann"]) == sorted(shapes["ours"]) and len(shapes["ann"]) >= 16
+        assert sorted(shapes["ann"]) == sorted(shapes["ours"]) and len(shapes["ann"]) >= 6
+
+
+def test_ann_of_a_shape_that_timm_has_not_is_unavailable() -> None:
+    model = timm.create_model("test_gac_msresnet", strides=(1, 1, 2))
+    with pytest.raises(Unavailable, match="timm's ResNet has no such shape: expected strides 1 or 2 of the first"):
+        NETWORKS["ann"](model, "test_gac_msresnet", "train")
 
 
 def test_ann_is_given_every_pass_and_counted_by_images(monkeypatch: pytest.MonkeyPatch) -> None:

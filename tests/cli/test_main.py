@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import timm
 
 import timm_gac
 from timm_gac import cli, hub
 from timm_gac.bench import kernels as benchmark
 from timm_gac.cli.main import _Announcer
+from timm_gac.models.build import registered_names
 from warm import WarmPython
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -167,7 +167,9 @@ def test_models_lists_every_model_with_its_parameters(
     monkeypatch.setenv("COLUMNS", "80")
     assert cli.main(["models"]) == 0
     text = capsys.readouterr().out
-    assert [name for name in timm.list_models(module="spiking_resnet") if f"{name} " not in text] == []
+    assert [name for name in registered_names() if f"{name} " not in text] == []
+    row = next(line for line in text.splitlines() if line.split()[:1] == ["ann_resnet18_cifar"])
+    assert row.split() == ["ann_resnet18_cifar", "ANN", "-", "12,548,260", "-", "100", "3x32x32", "-"]
     row = next(line for line in text.splitlines() if line.split()[:1] == ["gac_msresnet34"])
     assert row.split() == [
         "gac_msresnet34",

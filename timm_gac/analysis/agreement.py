@@ -18,6 +18,7 @@ from torch import Tensor
 from ..inference.fold import fuse_for_inference
 from ..inference.quantize import quantize
 from ..inference.record import forward_hooks, neuron_layers
+from ..models.ann_resnet import refuse_ann
 from ..runtime.dtypes import autocast
 
 MARGINS = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0)  # logits of the winning class above the second
@@ -146,11 +147,12 @@ def compare_formats(
         progress: Called with the number of images after each batch and format.
 
     Raises:
-        ValueError: A format is unknown or there are fewer than two, there are no images, or the network cannot be
-            folded or quantised.
+        ValueError: A format is unknown or there are fewer than two, there are no images, or the network is an ANN or
+            cannot be folded or quantised.
     """
     if len(formats) < 2 or len(set(formats)) < len(formats):
         raise ValueError(f"expected two or more different formats, got {list(formats)}: name some of {FORMATS}")
+    refuse_ann(model, "the layers in which spikes begin to differ")
     made = [_Format(name, model) for name in formats]
     labels, fires, values, names = list[Tensor](), list[Tensor](), list[Tensor](), list[str]()
     for images, classes in batches:

@@ -10,7 +10,6 @@ from typing import Any
 
 import timm
 import torch
-from timm.models.resnet import BasicBlock, ResNet
 from torch import Tensor, nn
 
 from gac_kernels import pad_frames
@@ -20,6 +19,7 @@ from ..inference.fold import fuse_for_inference
 from ..inference.integer import IntegerSpikingResNet
 from ..inference.quantize import quantize
 from ..layers.learned import LearnedValues
+from ..models.ann_resnet import ann_like
 from ..models.blocks import STAGES
 from ..models.checkpoint import canonical_name
 from ..models.network import SpikingResNet
@@ -196,16 +196,10 @@ def _published(model: SpikingResNet, name: str, mode: str) -> nn.Module:
 
 
 def _ann(model: SpikingResNet, name: str, mode: str) -> nn.Module:
-    stem, stages = model.conv1, [getattr(model, stage) for stage in STAGES if len(getattr(model, stage))]
-    if stem.out_channels != 64:
-        raise Unavailable(f"timm's ResNet has a stem of 64 channels, this model one of {stem.out_channels}")
-    layers, channels = [len(stage) for stage in stages], [stage[0].conv1.out_channels for stage in stages]
-    network = ResNet(BasicBlock, layers, model.num_classes, model.in_chans, channels=channels)
-    for missing in STAGES[len(stages) :]:
-        network.add_module(missing, nn.Identity())
-    if stem.kernel_size == (3, 3):  # for small images: no stride and no pooling in the stem
-        network.conv1, network.maxpool = like(stem), nn.Identity()
-    return network
+    try:
+        return ann_like(model)
+    except ValueError as error:
+        raise Unavailable(f"timm's ResNet has no such shape: {error}") from error
 
 
 # Name of a network to what builds it from (model, its registered name, mode); order of the default benchmark.

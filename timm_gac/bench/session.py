@@ -13,6 +13,7 @@ import torch
 from ..hub import load_model
 from ..inference.integer import IntegerSpikingResNet
 from ..inference.quantize import dequantize
+from ..models.ann_resnet import refuse_ann
 from ..models.network import SpikingResNet
 from ..runtime.dtypes import AUTOCAST
 from . import check as bench_check
@@ -45,6 +46,7 @@ def open_stored(case: Case) -> SpikingResNet:
         ValueError: The folder is damaged, or its network has another T than the case.
     """
     network: Any = load_model(Path(case.model))
+    refuse_ann(network, "this benchmark, in which `ann` is a provider")
     if network.num_steps != case.num_steps:
         raise ValueError(
             f"expected num_steps={network.num_steps} as {case.model} has, got {case.num_steps}: give --num-steps"

@@ -126,7 +126,7 @@ def _measure(model: str, config: AnytimeConfig) -> tuple[AnytimeReport, CodingRe
     from ..runtime.progress import progress_of
 
     device = resolve_device(config.device)
-    opened = open_network(model, config.num_steps, config.seed, device)
+    opened = open_network(model, config.num_steps, config.seed, device).require_spiking("answers at every time step")
     try:
         opened.network.spec.refuse_spikes("an estimate of energy", "levels")
     except ValueError as error:  # this command has no answer without one

@@ -73,6 +73,7 @@ def run_compare(model: str, config: CompareConfig, console: Console | None = Non
 
     console, device = console or create_console(), resolve_device(config.device)
     opened = open_network(model, config.num_steps, device=device).require_trained()
+    opened.require_spiking("the layers in which spikes begin to differ")
     images, labels = open_labelled(
         config.data,
         opened.network,

@@ -74,7 +74,7 @@ def run_energy(model: str, config: EnergyConfig, console: Console | None = None)
     from ..energy.output import layer_table, totals_table, write_chart, write_csv, write_json
     from ..runtime.progress import progress_of
 
-    opened, batches = open_calibrated(model, config.data, config)
+    opened, batches = open_calibrated(model, config.data, config, "an estimate of energy")
     with progress_of("measuring", sum(map(len, batches))) as advance:
         report = measure_energy(
             opened.network,

@@ -146,7 +146,7 @@ def run_evaluate(model: str, config: EvaluateConfig, console: Console | None = N
             "split": config.split,
             "num_steps": len(result.top1_per_step),
             "precision": config.precision,
-            "mean_firing_rate": result.firing_rate,
+            **({"mean_firing_rate": result.firing_rate} if result.firing_rates else {}),
             **provenance(device, resolve_backend(device)),
         }
         write_json(config.json, content)
@@ -165,7 +165,8 @@ def tables(result: Evaluation, title: str) -> list[Table]:
             f"top-1 among the set's {result.present_classes} classes", f"{result.top1_among_present_classes:.2%}"
         )
     scores.add_row("top-5", f"{result.top5:.2%}")
-    for step, accuracy in enumerate(result.top1_per_step, start=1):
+    steps = result.top1_per_step if len(result.top1_per_step) > 1 else ()  # an ANN has no other answer
+    for step, accuracy in enumerate(steps, start=1):
         scores.add_row(f"top-1 after {step} of {len(result.top1_per_step)} steps", f"{accuracy:.2%}")
     scores.add_row("cross entropy (nats)", f"{result.loss:.4f}")
     scores.add_row(f"expected calibration error ({ECE_BINS} bins)", f"{result.ece:.4f}")

@@ -109,6 +109,10 @@ def run_export(model: str, out: Path, config: ExportConfig, console: Any = None)
 
     device = resolve_device(config.device) if suffix == ".pt2" else "cpu"
     opened = open_network(model, config.num_steps, config.seed, device)
+    if suffix == ".nir":
+        opened.require_spiking("a NIR file")
+    if config.frames:
+        opened.require_spiking("event frames")
     network: Any = opened.network
     images: Any = None
     if config.data is not None:

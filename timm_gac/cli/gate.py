@@ -81,7 +81,7 @@ def run_gate(model: str, config: GateConfig, console: Console | None = None) -> 
     from ..runtime.provenance import provenance
 
     console, device = console or create_console(), resolve_device(config.device)
-    opened = open_network(model, config.num_steps, config.seed, device)
+    opened = open_network(model, config.num_steps, config.seed, device).require_spiking("what a gate does")
     names = (opened.label_names if opened.trained else ()) if config.replace else None
     source: dict[str, Any] = {"data_dir": config.data_dir, "label_names": names}
     images, labels = open_labelled(config.data, opened.network, config.images, split=config.split, **source)

@@ -73,7 +73,7 @@ def run_inspect(model: str, image: str, config: InspectConfig, console: Console 
     """
     from ..analysis.inspect import inspect_network, write_inspection
 
-    opened, batches = open_calibrated(model, image, config)
+    opened, batches = open_calibrated(model, image, config, "a page of spikes and membranes")
     inspection = inspect_network(opened.network, batches, opened.origin, opened.label_names)
     console = console or create_console()
     for file in write_inspection(inspection, config.out):

@@ -33,7 +33,7 @@ def quantize(
     from ..hub import open_network, save_quantized
 
     check_writable(out_folder, "OUT_FOLDER")
-    opened = open_network(model).require_trained()
+    opened = open_network(model).require_trained().require_spiking("8-bit inference")
     folder = save_quantized(opened.network, out_folder, clip, overwrite, exact_sums)
     size = sum(file.stat().st_size for file in folder.iterdir()) / 2**20
     load = f"timm_gac.hub.load_model('{folder}')"

@@ -103,22 +103,23 @@ def check_costs(name: str) -> None:
     cost_table(name)
 
 
-def open_calibrated(model: str, data: str, config: Any) -> tuple[OpenedNetwork, list[Tensor]]:
+def open_calibrated(model: str, data: str, config: Any, what: str) -> tuple[OpenedNetwork, list[Tensor]]:
     """A network and images for it in batches on its device, whose batch-norm statistics random weights get.
 
     Args:
         model: As for `timm_gac.hub.open_network`.
         data: As for `open_images`.
         config: `AnyNetworkOptions` and `SetOptions`, with ``images`` and ``batch_size``.
+        what: For what a spiking network is wanted, in words.
 
     Raises:
-        ValueError: There is no such network, image or device.
+        ValueError: There is no such network, image or device, or it is an ANN.
     """
     from ..hub import open_network
     from ..runtime.device import resolve_device
 
     device = resolve_device(config.device)
-    opened = open_network(model, config.num_steps, config.seed, device)
+    opened = open_network(model, config.num_steps, config.seed, device).require_spiking(what)
     images = open_images(data, opened.network, config.images, config.data_dir, config.split)
     batches = [batch.to(device) for batch in images.split(config.batch_size)]
     opened.calibrate_untrained(batches)
@@ -129,11 +130,12 @@ def fold_network(network: Any, precision: str) -> Any:
     """Fold a network's batch norms into its convolutions where that gives the same answers up to rounding, and say so.
 
     That is in float32. In 16 bits the folded weights would be rounded to others than the published figures were
-    measured with; a quantised or already folded network is left as it is.
+    measured with; an ANN, a quantised or an already folded network is left as it is.
     """
     from ..inference.fold import fuse_for_inference
+    from ..models import ANNResNet
 
-    if precision != "float32" or getattr(network, "inference_only", False):
+    if precision != "float32" or getattr(network, "inference_only", False) or isinstance(network, ANNResNet):
         return network
     try:
         folded = fuse_for_inference(network)

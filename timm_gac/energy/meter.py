@@ -15,6 +15,7 @@ from gac_kernels import LIFSpec
 
 from ..inference.record import forward_hooks
 from ..layers.encoder import GatedAttentionCoding
+from ..models.ann_resnet import refuse_ann
 from .counter import LAYERS, Counter
 from .report import EnergyReport
 from .tables import EnergyCosts, cost_table
@@ -36,8 +37,8 @@ class EnergyMeter:
         num_steps: Number of time steps T, where the network has no ``num_steps``.
 
     Raises:
-        ValueError: The network is compiled, has no layers to count or spikes of several levels, which no convention of
-            operations covers; or T is not known.
+        ValueError: The network is compiled or an ANN of this package, has no layers to count or spikes of several
+            levels, which no convention of operations covers; or T is not known.
 
     Examples:
         >>> meter = EnergyMeter(model)  # doctest: +SKIP
@@ -49,6 +50,7 @@ class EnergyMeter:
     def __init__(self, model: nn.Module, num_steps: int | None = None) -> None:
         if hasattr(model, "_orig_mod"):
             raise ValueError("expected a plain module, got a compiled one: measure the module given to torch.compile")
+        refuse_ann(model, "an estimate of energy, which has that of the ANN of the same shape beside it")
         steps = getattr(model, "num_steps", None) if num_steps is None else num_steps
         if not isinstance(steps, int) or steps < 1:
             raise ValueError(f"expected num_steps of at least 1, got {steps!r}: give num_steps")

@@ -21,6 +21,7 @@ from ..inference.fold import FoldedBlock, FoldedConv2d, FoldedLIF, FoldedStem, f
 from ..layers.checks import Forwards, why_called
 from ..layers.encoder import DirectCoding
 from ..layers.neuron import LIF
+from ..models.ann_resnet import refuse_ann
 from ..models.blocks import Stage
 from ..models.network import SpikingResNet
 from ..runtime.files import replace_file
@@ -129,6 +130,7 @@ def _folded(model: nn.Module) -> Any:
             "expected a floating-point network, got one with 8-bit weights: NIR knows no integers; export the network "
             "that it was made of"
         )
+    refuse_ann(model, "a NIR file")
     if not isinstance(model, SpikingResNet):
         raise ValueError(f"expected a spiking network of this package, got {type(model).__name__}: see timm-gac models")
     for name, module in model.named_modules():

@@ -220,7 +220,8 @@ def compile_package(
     path = Path(path)
     check_new(path, overwrite)
     check_network(model)
-    embedded = plain and model.spec.neuron == "lif" and not why_not_embedded(next(model.parameters()))
+    neuron = model.spec.neuron if hasattr(model, "spec") else None  # an ANN has none, nor operators to embed
+    embedded = plain and neuron == "lif" and not why_not_embedded(next(model.parameters()))
     # Kernels and convolutions on a GPU want weights channels-last; of others each call would make a copy.
     network = copy.deepcopy(model).to(memory_format=torch.channels_last) if embedded else model
     phases = Phases()

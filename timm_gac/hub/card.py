@@ -75,7 +75,8 @@ def card_data(facts: Facts, name: str) -> ModelCardData:
             for metric, value in accuracies
             if value is not None
         ]
-    tags = ["image-classification", "timm", "transformers", "spiking-neural-network", "neuromorphic"]
+    tags = ["image-classification", "timm", "transformers"]
+    tags += [] if facts.ann else ["spiking-neural-network", "neuromorphic"]
     terms: dict[str, Any] = dict(facts.license)
     return ModelCardData(
         **terms,
@@ -93,6 +94,11 @@ def _summary(facts: Facts) -> str:
     shortcut = "membrane shortcuts" if facts.membrane_shortcut else "plain spiking blocks"
     coding = "gated attention coding" if facts.gated else "direct coding"
     trained = f", trained on {facts.dataset[1]}" if facts.dataset else ""
+    if facts.ann:
+        return (
+            f"An ordinary ResNet (`{facts.architecture}`, an ANN){trained}, of the shape of a spiking one and for "
+            "comparison with it. It has ReLUs, and neither spikes nor time steps."
+        )
     return (
         f"A spiking ResNet (`{facts.architecture}`) with {coding} and {shortcut}{trained}. It sees an image for "
         f"T = {facts.num_steps} time steps; its neurons send zeros and ones."
@@ -117,6 +123,8 @@ with torch.no_grad():
 ```
 
 timm and transformers know no integer networks and refuse these weights."""
+    per_step = f"(1, {facts.num_steps}, {facts.num_classes}): the logits of each time step"
+    steps = "" if facts.ann else f"\n    steps = model.forward_steps(images)  # {per_step}"
     return f"""\
 ## Use
 
@@ -130,8 +138,7 @@ import torch
 model = timm.create_model("hf-hub:{repo_id}", pretrained=True).eval()
 images = torch.randn(1, {channels}, {height}, {width})  # prepared by timm.data.create_transform
 with torch.no_grad():
-    logits = model(images)  # (1, {facts.num_classes})
-    steps = model.forward_steps(images)  # (1, {facts.num_steps}, {facts.num_classes}): the logits of each time step
+    logits = model(images)  # (1, {facts.num_classes}){steps}
 ```
 
 Pin a revision with `hf-hub:{repo_id}@REVISION`. With transformers:
@@ -171,10 +178,10 @@ def _model(facts: Facts) -> str:
     rows = [
         ("architecture", f"`{facts.architecture}`"),
         ("parameters", f"{facts.parameters:,}"),
-        ("time steps T", facts.num_steps),
-        ("neuron", _neuron(facts.spec, facts.neuron)),
         ("classes", facts.num_classes),
     ]
+    if facts.spec is not None:
+        rows[2:2] = [("time steps T", facts.num_steps), ("neuron", _neuron(facts.spec, facts.neuron))]
     if facts.quantization:
         rows.append(("quantisation", ", ".join(f"{key} {value}" for key, value in facts.quantization.items())))
     shown = {"input_size": "input (C, H, W)", "crop_pct": "crop", "interpolation": "interpolation"}
@@ -200,7 +207,7 @@ def _results(facts: Facts) -> str:
         rows.append(("weights stored as", stored))
     rows += [
         (f"top-1 accuracy after {step} of {facts.num_steps} time steps", f"{value:.2%}")
-        for step, value in enumerate(facts.step_accuracies, start=1)
+        for step, value in enumerate(() if facts.ann else facts.step_accuracies, start=1)
     ]
     if not rows:
         return ""
@@ -312,9 +319,14 @@ def _limits(facts: Facts) -> str:
     lines = [
         f"- It sorts images of {height}x{width} pixels into {facts.num_classes} classes and always names one of them, "
         "whatever the image shows.",
-        steps,
-        "- A GPU rounds differently from a CPU; a membrane near its threshold may then spike on one of them only, so "
-        "single logits can differ.",
+    ]
+    if not facts.ann:
+        lines += [
+            steps,
+            "- A GPU rounds differently from a CPU; a membrane near its threshold may then spike on one of them only, "
+            "so single logits can differ.",
+        ]
+    lines += [
         "- It has not been examined for bias or robustness to other data: do not use it for decisions about people.",
     ]
     if facts.license.get("license") == "other":

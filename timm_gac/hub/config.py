@@ -14,7 +14,9 @@ import timm
 from timm.models import PretrainedCfg, is_model_in_modules
 
 from ..inference.quantize import SCHEMES
+from ..models.ann_resnet import check_ann_args
 from ..models.arguments import check_model_args
+from ..models.build import MODULES
 from ..runtime.files import parse_json, write_json
 
 CONFIG = "config.json"
@@ -128,7 +130,7 @@ def check_config(config: Any) -> None:
         raise ValueError(f"expected {CONFIG} as a JSON object, got {type(config).__name__}: it is no model's")
     folder_format(config)
     name = config.get("architecture")
-    if not isinstance(name, str) or "." in name or not is_model_in_modules(name, ["spiking_resnet"]):
+    if not isinstance(name, str) or "." in name or not is_model_in_modules(name, MODULES):
         raise ValueError(
             f"expected an architecture of this package in {CONFIG}, got {short(name)}: see `timm-gac models`"
         )
@@ -137,7 +139,8 @@ def check_config(config: Any) -> None:
     check_model_args({"num_classes": classes})
     if not isinstance(args, dict):
         raise ValueError(f"expected model_args as an object, got {type(args).__name__}: {CONFIG} is malformed")
-    check_model_args(args)
+    check_args = check_ann_args if is_ann(name) else check_model_args
+    check_args(args)
     if args.get("num_classes", classes) != classes:
         raise ValueError(
             f"expected one number of classes, got {classes} and, in model_args, {args['num_classes']}: correct {CONFIG}"
@@ -154,13 +157,18 @@ def check_config(config: Any) -> None:
         check_labels(labels, classes)
 
 
+def is_ann(architecture: str) -> bool:
+    """Whether the registered network of this name is an ANN (`ANNResNet`), without time steps."""
+    return is_model_in_modules(architecture, ["ann_resnet"])
+
+
 @lru_cache
 def _own_args(architecture: str) -> dict[str, Any]:
     return timm.create_model(architecture, device="meta").model_args()
 
 
 def complete_args(config: Mapping[str, Any], in_chans: int | None = None) -> dict[str, Any]:
-    """All arguments of the network of a config.json, see `SpikingResNet.model_args`.
+    """All arguments of the network of a config.json, see ``model_args`` of its class.
 
     Args:
         config: The parsed file.
@@ -175,7 +183,8 @@ def count_weights(args: Mapping[str, Any]) -> int:
     """Number of weights of the convolutions and the classifier of a network with these arguments."""
     width = args["stem_width"]
     count = args["in_chans"] * width * args["stem_kernel"] ** 2
-    count += 2 * 16 * width**2 if args["encoder"] == "gac" and args["gate"] in ("full", "spatial") else 0
+    # An ANN has no encoder.
+    count += 2 * 16 * width**2 if args.get("encoder") == "gac" and args["gate"] in ("full", "spatial") else 0
     for blocks, channels in zip(args["layers"], args["channels"], strict=False):
         if blocks:
             count += 9 * channels * (width + (2 * blocks - 1) * channels)
@@ -187,7 +196,7 @@ def check_size(args: Mapping[str, Any], height: int, width: int) -> None:
     """Refuse a network that a small file would make reserve gigabytes.
 
     Args:
-        args: All arguments of the network, see `SpikingResNet.model_args`.
+        args: All arguments of the network, see ``model_args`` of its class; without ``num_steps`` for one step.
         height: Of its images.
         width: Of its images.
 
@@ -204,7 +213,7 @@ def check_size(args: Mapping[str, Any], height: int, width: int) -> None:
         if blocks:
             reduction *= stride
             values = max(values, channels * -(-height // reduction) * -(-width // reduction))
-    steps = args["num_steps"]
+    steps = args.get("num_steps", 1)
     if steps * values > MAX_VALUES:
         raise ValueError(
             f"expected layers of at most {MAX_VALUES:,} values over all time steps, got {steps * values:,} for "

@@ -43,7 +43,7 @@ class Facts:
         parameters: Number of parameters, rounded ones too.
         gated: Whether its encoder is gated attention coding.
         membrane_shortcut: Whether its blocks have membrane shortcuts.
-        spec: Its neuron.
+        spec: Its neuron; None of an ANN.
         preprocessing: Fields of pretrained_cfg that say how an image is prepared.
         license: ``license`` of the weights, ``license_name`` and ``license_link`` as far as its config names them.
         label_names: Names of the classes, empty if unknown.
@@ -61,7 +61,7 @@ class Facts:
     parameters: int
     gated: bool
     membrane_shortcut: bool
-    spec: LIFSpec
+    spec: LIFSpec | None
     preprocessing: Mapping[str, Any]
     license: Mapping[str, str] = field(default_factory=dict)
     label_names: tuple[str, ...] = ()
@@ -71,6 +71,11 @@ class Facts:
     energy: Mapping[str, Any] = field(default_factory=dict)
     files: Mapping[str, Path] = field(default_factory=dict)
     neuron: str = "lif"
+
+    @property
+    def ann(self) -> bool:
+        """Whether it is an ANN, without neurons that spike and time steps."""
+        return self.spec is None
 
     @property
     def dataset(self) -> tuple[str, str] | None:
@@ -207,12 +212,12 @@ def gather(folder: Path, run: Path) -> Facts:
         num_steps=model.num_steps,
         parameters=sum(parameter.numel() for parameter in model.parameters())
         + sum(module.weight.numel() for module in model.modules() if isinstance(module, SpikeConv)),
-        gated=isinstance(model.encoder, GatedAttentionCoding),
+        gated=isinstance(getattr(model, "encoder", None), GatedAttentionCoding),
         membrane_shortcut=any(
             isinstance(module, MSBlock) or (isinstance(module, IntegerBlock) and module.membrane_shortcut)
             for module in model.modules()
         ),
-        spec=model.spec,
+        spec=getattr(model, "spec", None),
         preprocessing={name: cfg[name] for name in shown if name in cfg},
         license=license_of(config),
         label_names=tuple(names) if isinstance(names, list | tuple) else (),

@@ -16,6 +16,7 @@ from torch import nn
 
 from ..inference.integer import IntegerSpikingResNet
 from ..inference.quantize import quantize, quantize_as
+from ..models.ann_resnet import ANNResNet
 from ..models.checkpoint import pack_int8_convs
 from ..models.network import SpikingResNet
 from ..models.weights import TRAINED_ON
@@ -102,9 +103,11 @@ def _rebuilding_args(model: nn.Module) -> dict[str, Any]:
     Raises:
         ValueError: What they rebuild has other tensors.
     """
-    if not isinstance(model, SpikingResNet) or not hasattr(model, "pretrained_cfg"):
+    if not isinstance(model, (SpikingResNet, ANNResNet)) or not hasattr(model, "pretrained_cfg"):
         raise ValueError(f"expected a network made by timm.create_model, got {type(model).__name__}: make it so")
-    args: dict[str, Any] = {"num_steps": model.num_steps} | model.changed_args()
+    args: dict[str, Any] = model.changed_args()
+    if isinstance(model, SpikingResNet):
+        args = {"num_steps": model.num_steps} | args
     if not isinstance(model, IntegerSpikingResNet):
         rebuilt = timm.create_model(model.pretrained_cfg["architecture"], device="meta", **args)
         expected = {name: tensor.shape for name, tensor in rebuilt.state_dict().items()}

@@ -13,9 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from ..layers.neuron import BatchNormLIF
+from ..models.ann_resnet import refuse_ann
+from ..models.build import registered_names
 from ..runtime.finite import check_finite
 from ..runtime.modes import restored_modes
-from .config import CONFIG, read_config
+from .config import CONFIG, is_ann, read_config
 from .folder import load_model
 from .remote import fetch_model, open_source
 
@@ -64,6 +66,18 @@ class OpenedNetwork:
             )
         return self
 
+    def require_spiking(self, what: str) -> OpenedNetwork:
+        """This network, where it is a spiking one.
+
+        Args:
+            what: For what, in words.
+
+        Raises:
+            ValueError: It is an ANN.
+        """
+        refuse_ann(self.network, what)
+        return self
+
     def calibrate_untrained(self, batches: Iterable[Tensor]) -> None:
         """Give random weights batch-norm statistics of these images; trained ones stay as they are.
 
@@ -102,12 +116,14 @@ def open_network(
 
 
 def _is_registered(model: str) -> bool:
-    return model.partition(".")[0] in timm.list_models(module="spiking_resnet")
+    return model.partition(".")[0] in registered_names()
 
 
 def _open_registered(model: str, num_steps: int | None, seed: int) -> OpenedNetwork:
     tag = model.partition(".")[2]
     steps = {} if num_steps is None else {"num_steps": num_steps}
+    if steps and is_ann(model.partition(".")[0]):
+        raise ValueError(f"expected no num_steps for {model}, an ANN without time steps, got {num_steps}: leave it out")
     torch.manual_seed(seed)
     try:
         network: Any = timm.create_model(model, pretrained=bool(tag), **steps).eval()

@@ -16,6 +16,7 @@ from gac_kernels import int8_weight
 from ..layers.convolution import Conv2d, SpikeConv2d
 from ..layers.neuron import BatchNormLIF, MembraneBatchNormLIF
 from ..layers.shared_norm import NORM_FORWARDS
+from ..models.ann_resnet import refuse_ann
 from ..models.blocks import STAGES, MSBlock, SpikingBlock
 from ..models.network import SpikingResNet
 
@@ -32,6 +33,7 @@ def check_foldable(model: nn.Module) -> list[MSBlock | SpikingBlock]:
         ValueError: The model is no spiking network of this package, is folded or quantised already, has a batch norm
             without running statistics, or has a module of another kind in the place of a block, convolution or norm.
     """
+    refuse_ann(model, "folding and quantising")
     if not isinstance(model, SpikingResNet):
         raise ValueError(f"expected a spiking network of this package, got {type(model).__name__}: see timm-gac models")
     if model.inference_only:

@@ -19,6 +19,7 @@ from gac_kernels.registry import states_by
 
 from ..layers.learned import learned_values
 from ..layers.neuron_layer import NeuronLayer
+from ..models.ann_resnet import refuse_ann
 from ..models.folding import not_finite_marked
 from ..models.network import SpikingResNet
 from .record import neuron_layers
@@ -134,6 +135,7 @@ def forward_early_exit(model: nn.Module, images: Tensor, confidence: float) -> l
 
 
 def _checked(model: nn.Module) -> SpikingResNet:
+    refuse_ann(model, "early exit")
     if not isinstance(model, SpikingResNet):
         raise ValueError(
             f"expected a plain spiking ResNet of this package for early exit, got {type(model).__name__}: see "

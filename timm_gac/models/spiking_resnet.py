@@ -11,24 +11,17 @@ from __future__ import annotations
 
 from typing import Any
 
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models import generate_default_cfgs, register_model
 from timm.models._features import FeatureGetterNet
 
 from gac_kernels import CIFAR, IMAGENET
 
 from .arguments import check_model_args
 from .blocks import MSBlock, SpikingBlock
+from .build import build_network, cifar_cfg, imagenet_cfg
 from .checkpoint import checkpoint_filter_fn
 from .network import SpikingResNet
-from .weights import (
-    HUB_ORGANISATION,
-    WEIGHTS,
-    check_available,
-    describe_weights,
-    explain_missing,
-    weights_cfg,
-)
+from .weights import weights_cfg
 
 __all__ = ["SpikingResNet"]
 
@@ -37,28 +30,9 @@ def _create_spiking_resnet(variant: str, pretrained: bool = False, **kwargs: Any
     check_model_args({"layers": kwargs["layers"]})
     if kwargs.get("features_only"):
         _check_feature_class(kwargs.get("feature_cls", "getter"))
-    stages = len(kwargs["layers"])
-    # Of a Hub repository timm would else read a pickle where it finds no safetensors.
-    overlay = {"hf_hub_filename": WEIGHTS} | (kwargs.pop("pretrained_cfg_overlay", None) or {})
-    own, default = default_cfgs[variant].cfgs.get(""), default_cfgs[variant].default
-    if not pretrained and kwargs.get("pretrained_cfg") is None and own and own.num_classes != default.num_classes:
-        # Untrained it has the architecture's own classes and input, whatever its default weights were trained on.
-        kwargs["pretrained_cfg"] = own
-    fields = _pretrained_fields(variant, kwargs.get("pretrained_cfg"))
-    if pretrained:
-        check_available(fields, overlay)
-    with explain_missing(_repository(variant, fields)):
-        network: SpikingResNet = build_model_with_cfg(
-            SpikingResNet,
-            variant,
-            pretrained,
-            pretrained_filter_fn=checkpoint_filter_fn,
-            pretrained_cfg_overlay=overlay,
-            feature_cfg=dict(out_indices=tuple(range(stages + 1)), feature_cls="getter"),
-            **kwargs,
-        )
-    if pretrained:
-        describe_weights(network)
+    network: SpikingResNet = build_network(
+        SpikingResNet, variant, pretrained, default_cfgs, filter_fn=checkpoint_filter_fn, **kwargs
+    )
     return network
 
 
@@ -72,50 +46,15 @@ def _check_feature_class(kind: Any) -> None:
         )
 
 
-def _pretrained_fields(variant: str, cfg: Any) -> dict[str, Any]:
-    """Fields of what timm passes on as pretrained_cfg: a tag, fields, an object, or nothing for the default tag."""
-    if isinstance(cfg, dict):
-        return cfg
-    if cfg and not isinstance(cfg, str):
-        return vars(cfg)
-    tag = cfg or next(iter(default_cfgs[variant].tags))
-    known = default_cfgs[variant].cfgs.get(tag)
-    return {"tag": tag} | (vars(known) | {"tag": tag} if known else {})
-
-
-def _repository(variant: str, fields: dict[str, Any]) -> str:
-    """Where timm looks for weights on the Hub."""
-    tag = fields.get("tag")
-    return fields.get("hf_hub_id") or f"{HUB_ORGANISATION}/{variant}" + (f".{tag}" if tag else "")
+_PAPER = "arXiv:2308.06582"
 
 
 def _cfg(**kwargs: Any) -> dict[str, Any]:
-    imagenet = dict(
-        num_classes=1000,
-        input_size=(3, 224, 224),
-        pool_size=(7, 7),
-        crop_pct=0.875,
-        interpolation="bicubic",
-        mean=IMAGENET_DEFAULT_MEAN,
-        std=IMAGENET_DEFAULT_STD,
-        first_conv="conv1",
-        classifier="fc",
-        license="apache-2.0",
-        paper_ids="arXiv:2308.06582",
-    )
-    return imagenet | kwargs
+    return imagenet_cfg(**dict(paper_ids=_PAPER) | kwargs)
 
 
 def _cifar_cfg(**kwargs: Any) -> dict[str, Any]:
-    cifar = dict(
-        num_classes=100,
-        input_size=(3, 32, 32),
-        pool_size=(8, 8),
-        crop_pct=1.0,
-        mean=(0.50708, 0.48655, 0.44092),
-        std=(0.26733, 0.25644, 0.27615),
-    )
-    return _cfg(**cifar | kwargs)
+    return cifar_cfg(**dict(paper_ids=_PAPER) | kwargs)
 
 
 _IMAGENET_NAMES = ("msresnet18", "msresnet34", "spiking_resnet18", "spiking_resnet34")

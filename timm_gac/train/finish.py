@@ -105,16 +105,19 @@ def _report(run: Run, trained: Evaluation, stored: Evaluation, weights: str, say
     append_csv(out / "result.csv", RESULT_COLUMNS, [row])
     if run.options.results is not None:
         append_csv(run.options.results, RESULT_COLUMNS, [row])
-    steps = ", ".join(f"{accuracy:.2%}" for accuracy in stored.top1_per_step)
-    before = ""
+    notes = []
+    if stored.firing_rates:  # an ANN has none, nor steps
+        accuracies = ", ".join(f"{accuracy:.2%}" for accuracy in stored.top1_per_step)
+        notes.append(f"after 1 to {recipe.num_steps} steps: {accuracies}")
     if weights != "stored file":
-        before = f"; {trained.top1:.2%} in training's own arithmetic"
+        notes.append(f"{trained.top1:.2%} in training's own arithmetic")
     elif trained.top1 != stored.top1:
-        before = f"; {trained.top1:.2%} before its weights were stored in {recipe.stored_dtype}"
+        notes.append(f"{trained.top1:.2%} before its weights were stored in {recipe.stored_dtype}")
+    said = f" ({'; '.join(notes)})" if notes else ""
+    said += f", firing rate {stored.firing_rate:.3f}" if stored.firing_rates else ""
     say(
-        f"done in {run.minutes:.1f} minutes: top-1 {stored.top1:.2%} of {stored.images:,} {recipe.eval_split} images "
-        f"(after 1 to {recipe.num_steps} steps: {steps}{before}), firing rate {stored.firing_rate:.3f}; "
-        f"model in {out / 'model'}"
+        f"done in {run.minutes:.1f} minutes: top-1 {stored.top1:.2%} of {stored.images:,} {recipe.eval_split} images"
+        f"{said}; model in {out / 'model'}"
     )
 
 

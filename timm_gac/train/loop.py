@@ -41,11 +41,11 @@ class Trainer:
     """
 
     def __init__(self, recipe: Recipe, options: RunOptions) -> None:
-        self.recipe, self.options = recipe, options
+        self.options = options
         self.state = Run(recipe, options)
-        self.accelerator = self.state.accelerator
+        self.recipe, self.accelerator = self.state.recipe, self.state.accelerator
         self.progress = Progress(
-            recipe=recipe,
+            recipe=self.recipe,
             total=self.state.total_steps,
             done=self.state.step,
             visible=self.state.main,
@@ -167,9 +167,8 @@ class Trainer:
         row = self._row(epoch, evaluation)
         state.rows.append(row)
         if evaluation is not None:
-            self._track(
-                {"test/top1": evaluation.top1, "test/loss": evaluation.loss, "firing_rate": evaluation.firing_rate}
-            )
+            rate = {"firing_rate": evaluation.firing_rate} if evaluation.firing_rates else {}
+            self._track({"test/top1": evaluation.top1, "test/loss": evaluation.loss} | rate)
         if state.main:
             write_metrics(self.options.out / "metrics.csv", state.rows)
             if evaluation is not None:
@@ -192,10 +191,12 @@ class Trainer:
             "images_per_s": f"{self.progress.images_per_s:.1f}",
             "minutes": f"{self.state.minutes:.3f}",
         }
-        tested = {"test_loss": "loss", "test_top1": "top1", "firing_rate": "firing_rate"}
-        return row | {
-            column: "" if evaluation is None else f"{getattr(evaluation, name):.5f}" for column, name in tested.items()
-        }
+        tested = dict.fromkeys(("test_loss", "test_top1", "firing_rate"), "")
+        if evaluation is not None:
+            tested |= {"test_loss": f"{evaluation.loss:.5f}", "test_top1": f"{evaluation.top1:.5f}"}
+            if evaluation.firing_rates:  # an ANN has none
+                tested["firing_rate"] = f"{evaluation.firing_rate:.5f}"
+        return row | tested
 
     def _must_stop(self) -> bool:
         limit = self.options.stop_after_minutes * 60.0

@@ -67,7 +67,8 @@ class Progress:
         test = ""
         if row["test_top1"]:
             self._accuracy = f", top-1 {float(row['test_top1']):.2%}"
-            self._accuracy += f", firing rate {float(row['firing_rate']):.3f}"
+            if row["firing_rate"]:
+                self._accuracy += f", firing rate {float(row['firing_rate']):.3f}"
             test = self._accuracy
         left = minutes / max(row["step"], 1) * (self.total - row["step"])
         self.say(

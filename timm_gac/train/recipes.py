@@ -41,8 +41,8 @@ class Recipe:
     """A training recipe. Every field is an option of ``timm-gac train``.
 
     Args:
-        model: Name of a registered model.
-        num_steps: Time steps T.
+        model: Name of a registered model; an ANN, such as ``ann_resnet18_cifar``, too.
+        num_steps: Time steps T; of an ANN 1, whatever is given.
         gate: Which attention the gate of gated attention coding has: ``full``, ``spatial`` or ``temporal`` alone,
             ``half`` (always 0.5) or ``open`` (always 1: plain spikes).
         data: Training data: an .npz file with images and labels, or a name that timm.data.create_dataset takes.
@@ -76,7 +76,8 @@ class Recipe:
         ema_decay: Decay per step of the exponential moving average of the weights; 0 for none.
         report: Whether the moving average (``ema``) or the ``model`` itself is evaluated and stored.
         loss: ``mean``: cross entropy of the mean logits; ``tet``: mean over time steps of each step's cross entropy
-            (Deng et al., ICLR 2022), with a regulariser that pulls logits towards the threshold.
+            (Deng et al., ICLR 2022), with a regulariser that pulls logits towards the threshold; for an ANN ``mean``,
+            which is plain cross entropy there.
         tet_lambda: Weight of that regulariser.
         label_smoothing: Label smoothing of the targets.
         crop_padding: Random crops after padding by so many pixels.

@@ -41,6 +41,7 @@ from .setup import (
     describe_input,
     prepare,
     read_sets,
+    settled,
 )
 from .step import PerStepLogits, TrainStep
 from .sync import synchronise_norms
@@ -59,6 +60,7 @@ class Run:
             do not fit together.
 
     Attributes:
+        recipe: The recipe as `settled`.
         network: The network; ``model`` is accelerate's wrapper of it.
         frozen: Names of the network's children that are not trained.
         raw_optimizer: The optimiser; ``optimizer`` is accelerate's wrapper of it.
@@ -83,7 +85,8 @@ class Run:
             raise
 
     def _set_up(self) -> None:
-        recipe, options = self.recipe, self.options
+        recipe = self.recipe = settled(self.recipe)
+        options = self.options
         found = latest_checkpoint(options.out / "checkpoints")
         if options.device == "cuda" and not torch.cuda.is_available():
             raise ValueError("expected a CUDA device, got none: give --device cpu, or auto")
@@ -104,7 +107,7 @@ class Run:
             average=self.average,
             recipe=recipe,
             steps_per_epoch=self.steps_per_epoch,
-            threshold=float(self.network.spec.threshold),
+            threshold=float(self.network.spec.threshold) if hasattr(self.network, "spec") else 0.0,
         )
         if found is not None:
             self._resume(found)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import threading
 import weakref
@@ -20,6 +21,8 @@ from torch import nn
 from ..data import DeviceLoader, ImageArrays, StreamLoader, create_stream_loaders, load_arrays
 from ..data.arrays import split_arrays
 from ..data.dataset import read_class_names
+from ..hub.config import is_ann, read_config
+from ..hub.remote import fetch_model
 from ..runtime.collectives import share_tensors
 from .recipes import Recipe
 
@@ -27,6 +30,7 @@ _logger = logging.getLogger(__name__)
 
 MIXED_PRECISION = {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}
 EVAL_BATCH = 512
+_SPIKING = ("gate", "neuron", "pack_spikes", "int8_convs")  # fields that an ANN cannot do anything with
 _STATES: tuple[Any, ...] = (AcceleratorState, PartialState, GradientState)
 _RUNNING = threading.Lock()
 _newest: weakref.ReferenceType[Accelerator] | None = None
@@ -138,6 +142,36 @@ def _not_on_cpu(recipe: Recipe) -> str:
     )
 
 
+def settled(recipe: Recipe) -> Recipe:
+    """The recipe as it is run and recorded: for an ANN with one time step and plain cross entropy.
+
+    Raises:
+        ValueError: It asks an ANN for what only spiking networks have.
+    """
+    if not is_ann(_architecture(recipe)):
+        return recipe
+    unlike = {name: getattr(Recipe, name) for name in _SPIKING if getattr(recipe, name) != getattr(Recipe, name)}
+    if unlike:
+        name, default = next(iter(unlike.items()))
+        option = "--" + name.replace("_", "-")
+        instead = f"leave {option} out" if default is not False else f"give --no-{name.replace('_', '-')}"
+        raise ValueError(
+            f"expected a spiking network for {name}={getattr(recipe, name)!r}, got {_architecture(recipe)}, an ANN: "
+            f"{instead}, or choose another --model"
+        )
+    return dataclasses.replace(recipe, num_steps=1, loss="mean")
+
+
+def _architecture(recipe: Recipe) -> str:
+    """Name of the registered network that a recipe trains: that of its initial weights where it has any."""
+    name = recipe.init or recipe.model
+    if name.startswith("local-dir:"):
+        return str(read_config(Path(name.removeprefix("local-dir:")))["architecture"])
+    if name.startswith("hf-hub:"):
+        return str(read_config(fetch_model(name.removeprefix("hf-hub:")))["architecture"])
+    return name.partition(".")[0]
+
+
 def create_network(recipe: Recipe, num_classes: int, in_chans: int) -> Any:
     """The recipe's network in float32, with its initial weights.
 
@@ -146,10 +180,12 @@ def create_network(recipe: Recipe, num_classes: int, in_chans: int) -> Any:
     """
     options: dict[str, Any] = dict(
         num_classes=num_classes,
-        num_steps=recipe.num_steps,
         drop_rate=recipe.drop_rate,
         drop_path_rate=recipe.drop_path_rate,
     )
+    ann = is_ann(_architecture(recipe))
+    if not ann:
+        options["num_steps"] = recipe.num_steps
     if recipe.gate != "full":
         options["gate"] = recipe.gate
     if recipe.neuron != "lif":
@@ -161,7 +197,7 @@ def create_network(recipe: Recipe, num_classes: int, in_chans: int) -> Any:
     except (RuntimeError, TypeError) as error:
         name = recipe.init or recipe.model
         raise ValueError(f"expected a model of this package, got {name!r} ({error}): see `timm-gac models`") from error
-    if recipe.init is not None and hasattr(network, "model_args"):
+    if recipe.init is not None and hasattr(network, "model_args") and not ann:
         args = network.model_args()
         for name in ("gate", "neuron"):
             if args[name] != getattr(recipe, name):

@@ -16,6 +16,7 @@ from ...inference.early_exit import mean_logits
 from ...inference.record import forward_hooks, gate_scores, membrane_of, neuron_layers
 from ...layers.learned import learned_values
 from ...layers.neuron_layer import NeuronLayer
+from ...models.ann_resnet import refuse_ann
 
 BINS, LOW, HIGH = 70, -3.0, 4.0  # of membrane histograms, in thresholds; the threshold is the edge of a bin
 
@@ -223,8 +224,9 @@ def inspect_network(
         label_names: Names of the classes, in order; where left out, those of the model's configuration.
 
     Raises:
-        ValueError: The model has no per-step logits, is in training mode, or there are no images.
+        ValueError: The model is an ANN or has no per-step logits, is in training mode, or there are no images.
     """
+    refuse_ann(model, "a record of spikes and membranes")
     if not hasattr(model, "forward_steps") or not hasattr(model, "encoder"):
         raise ValueError(f"expected a network of this package, got {type(model).__name__}: see timm-gac models")
     if model.training:

@@ -1,0 +1,153 @@
+"""An ANN of a spiking network's shape trains by the same recipes, and leaves nothing of steps, neurons and spikes."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from safetensors.torch import load_file
+
+from timm_gac import cli
+from timm_gac.hub import load_model, prepare_folder
+from timm_gac.hub.prepare import PublishConfig
+from timm_gac.models import ANNResNet
+from timm_gac.train import Recipe, checkpoints
+from timm_gac.train.loop import RunOptions, Trainer, train
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerator() -> Iterator[None]:
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.fixture
+def recipe(npz: Path) -> Recipe:
+    return Recipe(
+        model="test_ann_resnet",
+        data=str(npz),
+        dataset="toy",
+        epochs=4,
+        batch_size=16,
+        lr=0.05,
+        warmup_epochs=1,
+        loss="tet",
+        ema_decay=0.9,
+        report="ema",
+        drop_rate=0.1,
+        crop_padding=1,
+        eval_every=2,
+        stored_dtype="float32",
+    )
+
+
+def options(out: Path, **changes: object) -> RunOptions:
+    return replace(RunOptions(out=out, cpu=True, log_steps=2, checkpoint_steps=3), **changes)
+
+
+def weights(out: Path) -> dict[str, torch.Tensor]:
+    return load_file(checkpoints.latest_checkpoint(out / "checkpoints") / checkpoints.TENSORS)
+
+
+def test_a_run_leaves_nothing_of_steps_and_spikes(
+    recipe: Recipe, npz: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "ann"
+    assert train(replace(recipe, epochs=8), options(out)) == 0
+    said = capsys.readouterr().out
+    assert "firing rate" not in said and "steps:" not in said and "top-1" in said
+    rows = list(csv.DictReader((out / "metrics.csv").open()))
+    assert [row["firing_rate"] for row in rows] == [""] * 8 and float(rows[-1]["test_top1"]) >= 0.75  # chance is 0.25
+    assert not (out / "firing_rates.csv").exists()
+    config = json.loads((out / "config.json").read_text())
+    assert config["num_steps"] == config["recipe"]["num_steps"] == 1 and config["recipe"]["loss"] == "mean"
+    (row,) = csv.DictReader((out / "result.csv").open())
+    assert row["num_steps"] == "1" and row["model"] == "test_ann_resnet"
+    evaluation = json.loads((out / "eval.json").read_text())
+    assert evaluation["top1_per_step"] == [evaluation["top1"]] and evaluation["firing_rates"] == {}
+    average = weights(out)
+    loaded = load_model(out / "model")
+    assert isinstance(loaded, ANNResNet)
+    for name, tensor in loaded.state_dict().items():
+        assert torch.equal(tensor, average[f"ema.{name}"]), name
+    answers, report = tmp_path / "answers.npz", tmp_path / "eval.json"
+    given = ["eval", str(out), "--data", str(npz), "--answers", str(answers), "--json", str(report), "--device", "cpu"]
+    assert cli.main(given) == 0
+    text = capsys.readouterr().out
+    assert "steps" not in text and "spikes" not in text
+    read = np.load(answers)
+    assert read["answers"].shape == (17, 1)
+    assert (read["answers"][:, -1] == read["labels"]).mean() == pytest.approx(evaluation["top1"])
+    assert "mean_firing_rate" not in json.loads(report.read_text())
+    prepare_folder(out, tmp_path / "published", PublishConfig(repo_id="org/ann"))
+    card = (tmp_path / "published" / "README.md").read_text()
+    assert "time step" not in card.replace("neither spikes nor time steps", "") and "Firing rates" not in card
+
+
+def test_tet_is_plain_cross_entropy(recipe: Recipe, tmp_path: Path) -> None:
+    """Whatever the regulariser's weight: an ANN has no threshold."""
+    runs = {"tet": replace(recipe, tet_lambda=0.5), "mean": replace(recipe, loss="mean")}
+    for name, changed in runs.items():
+        train(replace(changed, epochs=2), options(tmp_path / name))
+    tet, mean = weights(tmp_path / "tet"), weights(tmp_path / "mean")
+    assert all(torch.equal(tet[name], mean[name]) for name in mean)
+
+
+def test_stopped_and_resumed_is_bit_for_bit_the_same(
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train(recipe, options(tmp_path / "whole"))
+    trainer = Trainer(recipe, options(tmp_path / "parts", checkpoint_steps=100))
+    monkeypatch.setattr(trainer, "_must_stop", lambda: trainer.state.step == 6)
+    assert trainer.run() == 0
+    assert train(recipe, options(tmp_path / "parts", resume=True)) == 0
+    whole, parts = weights(tmp_path / "whole"), weights(tmp_path / "parts")
+    assert all(torch.equal(whole[name], parts[name]) for name in whole)
+
+
+def test_fine_tuning_takes_its_weights(recipe: Recipe, tmp_path: Path) -> None:
+    train(replace(recipe, epochs=1), options(tmp_path / "first"))
+    start = f"local-dir:{tmp_path / 'first' / 'model'}"
+    changes = dict(init=start, model="gac_msresnet18_cifar", freeze_stages=2, layer_decay=0.7, loss="tet")
+    tuned = Trainer(replace(recipe, **changes), options(tmp_path / "second")).state
+    assert isinstance(tuned.network, ANNResNet) and tuned.recipe.num_steps == 1
+    stored = load_file(tmp_path / "first" / "model" / "model.safetensors")
+    assert torch.equal(tuned.network.fc.weight, stored["fc.weight"])
+    learning = {name.split(".")[0] for name, weight in tuned.network.named_parameters() if weight.requires_grad}
+    assert learning == {"layer2", "layer3", "fc"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (dict(gate="half"), r"gate='half', got test_ann_resnet, an ANN: leave --gate out"),
+        (dict(neuron="plif"), "neuron='plif', got test_ann_resnet, an ANN: leave --neuron out"),
+        (dict(pack_spikes=True), "pack_spikes=True, got test_ann_resnet, an ANN: give --no-pack-spikes"),
+        (dict(int8_convs=True), "int8_convs=True, got test_ann_resnet, an ANN: give --no-int8-convs"),
+    ],
+)
+def test_what_only_spiking_networks_have_is_refused(
+    recipe: Recipe, tmp_path: Path, changes: dict, message: str
+) -> None:
+    with pytest.raises(ValueError, match=f"expected a spiking network for {message}"):
+        train(replace(recipe, **changes), options(tmp_path))
+    assert not (tmp_path / "config.json").exists()
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        dict(optimizer="adamw", lr=1e-3, clip_grad=1.0),
+        dict(grad_accumulation=2, precision="bfloat16", report="model"),
+        dict(sync_bn=True, drop_path_rate=0.2, channels_last=False),
+    ],
+)
+def test_options_of_a_recipe_run(recipe: Recipe, tmp_path: Path, changes: dict) -> None:
+    assert train(replace(recipe, epochs=2, **changes), options(tmp_path)) == 0
