@@ -4,6 +4,9 @@ Every kernel runs on every shape of a network's 3x3 convolutions, and is compare
 Then each is timed at the whole batch beside cuDNN and the norms in bfloat16, and so are whole training steps as CUDA
 graphs in both precisions. Without a GPU the checks alone run, in Triton's interpreter (TRITON_INTERPRET=1).
 
+``--parts plain`` trains in a plain loop, kernel by kernel: ten steps have to leave the same bits when Triton launches
+all kernels (TIMM_GAC_DIRECT_LAUNCH=0) and when `common.launch` does, and both are timed in turn.
+
 It ends with 1 where a check fails.
 """
 
@@ -11,10 +14,13 @@ from __future__ import annotations
 
 import argparse
 import json
+import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +28,14 @@ import timm
 import torch
 
 from gac_kernels import tuning
+from gac_kernels.common import launch
 from timm_gac.bench.eight_bit import Case, build, cases_of, shapes_of
 from timm_gac.bench.harness import measure_time
-from timm_gac.bench.steps import make_step, measure_step
+from timm_gac.bench.steps import make_step, measure_step, synchronize, time_block
 
 FOUND = "result "
+STEPS = 10  # of which all bits are compared
+ROUNDS = 5  # of times in turn
 
 
 def options(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -37,7 +46,7 @@ def options(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--num-steps", type=int, default=4)
     parser.add_argument("--batch", type=int, default=128, help="for times")
     parser.add_argument("--check-batch", type=int, default=32)
-    parser.add_argument("--parts", default="check,step,time", help="in this order; profile adds the step's kernels")
+    parser.add_argument("--parts", default="check,step,time", help="in this order; also: plain, profile (with step)")
     parser.add_argument("--only", default="", help="cases whose name has one of these words in it, by commas")
     parser.add_argument("--jobs", type=int, default=1, help="processes that compile and check side by side")
     parser.add_argument("--seconds", type=float, default=1e9, help="no case is begun after so many")
@@ -125,17 +134,22 @@ def time_cases(cases: list[Case], args: argparse.Namespace, until: float) -> dic
     return found
 
 
-def step_of(args: argparse.Namespace, int8: bool) -> tuple[Any, tuple[torch.Tensor, ...]]:
-    """A training step in bfloat16, with convolutions in 8 bits or not, and its inputs."""
-    device = torch.device("cuda")
+def network_of(args: argparse.Namespace, int8: bool) -> tuple[Any, tuple[torch.Tensor, ...]]:
+    """A network with convolutions in 8 bits or not, and images and labels."""
+    device, _ = device_and_dtype()
     torch.manual_seed(0)
     network = timm.create_model(args.model, num_classes=100, num_steps=args.num_steps)
     network = network.to(device, memory_format=torch.channels_last)
     network.set_int8_convs(int8)
     images = torch.randn(args.batch, 3, args.image_size, args.image_size, device=device)
     labels = torch.randint(100, (args.batch,), device=device)
-    step = make_step(network, "train", "bfloat16", device, compiled=False)
-    return step, (images.contiguous(memory_format=torch.channels_last), labels)
+    return network, (images.contiguous(memory_format=torch.channels_last), labels)
+
+
+def step_of(network: Any) -> Any:
+    """A training step, in bfloat16 on a GPU."""
+    device, _ = device_and_dtype()
+    return make_step(network, "train", "bfloat16" if device.type == "cuda" else "float32", device, compiled=False)
 
 
 def time_steps(args: argparse.Namespace, variants: list[dict[str, dict[str, int]]], until: float) -> dict[str, Any]:
@@ -150,7 +164,9 @@ def time_steps(args: argparse.Namespace, variants: list[dict[str, dict[str, int]
         tuning.DEFAULTS |= {op: defaults[op] | config for op, config in changed.items()}
         tuning.launch_config.cache_clear()
         tuning.shape_config.cache_clear()
-        step, inputs = step_of(args, int8)
+        launch.forget_launches()
+        network, inputs = network_of(args, int8)
+        step = step_of(network)
         row = measure_step(step, inputs, torch.device("cuda"), graph=True, steps=40, seconds=2.0)
         row["images_per_s"] = round(args.batch / row["median_ms"] * 1e3)
         label = f"{name} {json.dumps(changed) if changed else ''}".strip()
@@ -161,6 +177,94 @@ def time_steps(args: argparse.Namespace, variants: list[dict[str, dict[str, int]
             found["profile"] = profile(step, inputs)
         tuning.DEFAULTS |= defaults
     return found
+
+
+def steps_bits(args: argparse.Namespace) -> dict[str, torch.Tensor]:
+    """What training steps in 8 bits leave: each loss, then parameters, their gradients and running statistics."""
+    network, inputs = network_of(args, int8=True)
+    step = step_of(network)
+    found = {f"loss {i}": step(*inputs).clone() for i in range(STEPS)}
+    for name, value in network.named_parameters():
+        found[name] = value.detach().clone()
+        if value.grad is not None:
+            found[f"gradient at {name}"] = value.grad.clone()
+    return found | {name: value.clone() for name, value in network.named_buffers()}
+
+
+def differing(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> list[str]:
+    """Names of tensors that have not the same bits; a NaN is the same as itself."""
+    if a.keys() != b.keys():
+        return sorted(a.keys() ^ b.keys())
+    return [
+        name
+        for name in a
+        if not torch.equal(a[name].reshape(-1).view(torch.uint8), b[name].reshape(-1).view(torch.uint8))
+    ]
+
+
+@contextmanager
+def launches_of_triton() -> Iterator[Counter[str]]:
+    """Launches by way of Triton's own look at the arguments, by kernel."""
+    from triton.runtime.jit import JITFunction
+
+    seen: Counter[str] = Counter()
+    run: Any = JITFunction.run
+
+    def count(kernel: Any, *args: Any, **kwargs: Any) -> Any:
+        seen[getattr(kernel, "__name__", str(kernel))] += 1
+        return run(kernel, *args, **kwargs)
+
+    JITFunction.run = count  # type: ignore[method-assign]
+    try:
+        yield seen
+    finally:
+        JITFunction.run = run  # type: ignore[method-assign]
+
+
+def check_plain(args: argparse.Namespace) -> dict[str, Any]:
+    """Plain loops with launches by Triton and past it: whether their bits are the same, and their times in turn."""
+    device, _ = device_and_dtype()
+    cudnn = torch.backends.cudnn
+    cudnn.benchmark, cudnn.deterministic = False, True
+    began = time.time()
+    with launch.by_triton():
+        first, again = steps_bits(args), steps_bits(args)
+    direct = steps_bits(args)
+    result: dict[str, Any] = {"direct": launch.DIRECT, "tensors": len(first)}
+    wrong = ""
+    if device.type == "cuda" and not launch.DIRECT:
+        wrong = "nothing is launched past Triton here: unset TIMM_GAC_DIRECT_LAUNCH"
+    elif not_repeated := differing(first, again):
+        wrong = f"Triton's own launches do not repeat their bits, so nothing can be said: {not_repeated[:8]}"
+    elif differ := differing(first, direct):
+        wrong = f"{len(differ)} of {len(first)} tensors have other bits: {differ[:8]}"
+    print(f"plain, {STEPS} steps: {wrong or f'the same bits in {len(first)} tensors'}, {time.time() - began:.0f} s",
+          flush=True)  # fmt: skip
+    del first, again, direct
+    cudnn.benchmark, cudnn.deterministic = True, False
+    variants = {"16 bits": (False, False), "8 bits by Triton": (True, True), "8 bits": (True, False)}
+    times: dict[str, list[float]] = {label: [] for label in variants}
+    built = {int8: network_of(args, int8) for int8 in (False, True)}
+    steps = {int8: step_of(network) for int8, (network, _) in built.items()}
+    length = 20 if device.type == "cuda" else 1
+    for _ in range(ROUNDS):
+        for label, (int8, slow) in variants.items():
+            with launch.by_triton() if slow else nullcontext():
+                for _ in range(3):  # launches are prepared anew
+                    steps[int8](*built[int8][1])
+                synchronize(device)
+                times[label].append(time_block(steps[int8], built[int8][1], device, length))
+    for label, found in times.items():
+        median = statistics.median(found)
+        result[label] = {"ms": [round(ms, 3) for ms in found], "images_per_s": round(args.batch / median * 1e3)}
+        print(f"plain, {label}: {result[label]['images_per_s']} images/s, {median:.2f} ms a step "
+              f"({min(found):.2f} to {max(found):.2f})", flush=True)  # fmt: skip
+    with launches_of_triton() as seen:
+        steps[True](*built[True][1])
+        synchronize(device)
+    result["launched by Triton in a step"] = dict(seen)
+    print("plain, launched by Triton in a step all the same:", dict(seen) or "none", flush=True)
+    return result | {"wrong": wrong}
 
 
 def profile(step: Any, inputs: tuple[torch.Tensor, ...]) -> list[tuple[str, int, int]]:
@@ -202,12 +306,15 @@ def main() -> int:
             print(f"{len(results['checks'])} cases checked, {time.time() - began:.0f} s", flush=True)
         elif part == "step":
             results["steps"] = time_steps(args, variants.get("step", []), until)
+        elif part == "plain":
+            results["plain"] = check_plain(args)
         elif part == "time":
             right = {name for name, row in results.get("checks", {}).items() if not row["wrong"]}
             results["times"] = time_cases([c for c in cases if "checks" not in results or str(c) in right], args, until)
     if args.json:
         args.json.write_text(json.dumps(results, indent=1))
-    return int(any(row["wrong"] for row in results.get("checks", {}).values()))
+    checked = [*results.get("checks", {}).values(), results.get("plain", {"wrong": ""})]
+    return int(any(row["wrong"] for row in checked))
 
 
 if __name__ == "__main__":

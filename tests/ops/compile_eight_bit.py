@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import re
 import sys
 
@@ -12,6 +11,7 @@ from triton.runtime import driver
 from compile_for_hopper import Hopper
 from gac_kernels import CIFAR
 from gac_kernels.common import tiles
+from gac_kernels.common.launch import forget_launches
 from gac_kernels.convolution.hopper.plan import Plan
 from gac_kernels.eight_bit import convolution, hopper, norm, weight_gradient, weights
 
@@ -51,8 +51,6 @@ def tensor(channels: int, size: int, dtype: torch.dtype, frames: int = 8) -> tor
 if __name__ == "__main__":
     driver.set_active(Hopper())
     tiles.multiprocessors = hopper.multiprocessors = weight_gradient.multiprocessors = lambda _: 132
-    for module in (convolution, hopper, norm, weight_gradient, weights):
-        module.on_device = lambda _: contextlib.nullcontext()
     for module, name in (
         (weights, "_scale_kernel"),
         (weights, "_round_kernel"),
@@ -68,23 +66,46 @@ if __name__ == "__main__":
     kernel, of_weight, gluon = convolution.conv_kernel, weight_gradient.weight_gradient_kernel, hopper.sums_kernel
     ones, grads = torch.ones(128), tensor(128, 8, torch.float8_e4m3fn)
     rounded = weights.round_weight(torch.zeros(128, 128, 3, 3))
-    convolution.conv_kernel = _CompileOnly(kernel, "forward")
-    _, partial = convolution.forward(tensor(128, 8, torch.int8), rounded, 1, torch.bfloat16)
+
+    def multiply(label: str, x: torch.Tensor, size: int, stride: int) -> torch.Tensor | None:
+        """A convolution in plain Triton, as the device is no Hopper GPU; returns its statistics."""
+        convolution.conv_kernel = _CompileOnly(kernel, label)
+        forget_launches()
+        if x.dtype == torch.int8:
+            return convolution.forward(x, rounded, stride, torch.bfloat16)[1]
+        convolution.input_gradient(x, rounded, ones[:1], (size, size), stride, torch.bfloat16)
+        return None
+
+    partial = multiply("forward", tensor(128, 8, torch.int8), 8, 1)
     convolution.finish_statistics(partial, ones, ones, 0.1, None, (ones, ones, 1e-5))
-    convolution.conv_kernel = _CompileOnly(kernel, "input_gradient")
-    convolution.input_gradient(grads, rounded, ones[:1], (8, 8), 1, torch.bfloat16)
-    convolution.conv_kernel = _CompileOnly(kernel, "input_gradient, stride 2")
-    convolution.input_gradient(grads, rounded, ones[:1], (16, 16), 2, torch.bfloat16)
+    multiply("input_gradient", grads, 8, 1)
+    multiply("input_gradient, stride 2", grads, 16, 2)
     weight_gradient.weight_gradient_kernel = _CompileOnly(of_weight, "weight_gradient")
     turned = torch.zeros(8, 8, 128, 128, dtype=torch.int32)
     weight_gradient.weight_gradient(turned, turned, ones, ones[:1], torch.zeros(128, 128, 3, 3), 1)
     shared = "--rows-shared" in sys.argv  # which Triton 3.8 refuses
     plan = Plan(tile=(8, 1, 8), block_n=128, block_k=64, ring=3, steps=1, copies=2, shared=shared)
-    hopper.sums_kernel = _CompileOnly(gluon, "hopper forward")
     out = tensor(128, 8, torch.bfloat16)
-    hopper.launch(plan, tensor(128, 8, torch.int8), rounded.integers, ones, None, out, 4, 1, True, False)
-    hopper.sums_kernel = _CompileOnly(gluon, "hopper input_gradient")
-    hopper.launch(plan, grads, rounded.turned, None, ones[:1], out, 4, 1, False, True)
+    for label, x, weight, stats in (
+        ("hopper forward", tensor(128, 8, torch.int8), rounded.integers, True),
+        ("hopper input_gradient", grads, rounded.turned, False),
+    ):
+        hopper.sums_kernel = _CompileOnly(gluon, label)
+        prepared = hopper.prepare_launch(
+            plan,
+            x.shape,
+            out.shape,
+            x.dtype,
+            out.dtype,
+            x.device,
+            num_steps=4,
+            stride=1,
+            stats=stats,
+            promote=not stats,
+        )
+        sums = torch.zeros(prepared.parts, 3, 128) if stats else None
+        scale, divisor = (ones, None) if stats else (None, ones[:1])
+        prepared.launch(x, x, weight, out, scale, divisor, sums)
     # So many images that a program has all of its block, and threads store words.
     x, own = tensor(128, 2, torch.bfloat16, 128), norm.Norm(ones, ones, ones, ones, 1e-5, torch.ones(2, 128))
     norm.to_spikes(x, 4)

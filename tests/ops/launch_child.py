@@ -28,9 +28,27 @@ class Launcher:
 
     def __call__(self, *arguments: Any) -> None:
         place, rest = arguments[:6], arguments[9:]  # between them: Triton's launch metadata and hooks
-        addresses = [x.data_ptr() if isinstance(x, Tensor) else x for x in rest]
+        addresses = [x.data_ptr() if isinstance(x, Tensor) else fields(x) for x in rest]
         made_by_triton = any(isinstance(x, Tensor) for x in rest)
         calls.append((self.name, [str(x) for x in (*place[:4], *place[5:], *addresses)], made_by_triton))
+
+
+def fields(x: Any) -> Any:
+    """A tensor descriptor's, with an address for its tensor; anything else as it is."""
+    return {**vars(x), "base": x.base.data_ptr()} if hasattr(x, "block_shape") else x
+
+
+def pretend() -> None:
+    """Let Triton find a GPU that is none, on which tensors of the CPU lie."""
+    Hopper.launcher_cls = Launcher  # type: ignore[attr-defined]
+    Hopper.utils = SimpleNamespace(  # type: ignore[attr-defined]
+        load_binary=lambda *_: (object(), 1, 32, 0, 1024),
+        unload_module=lambda _: None,
+        get_device_properties=lambda _: {"max_shared_mem": 232448},
+    )
+    driver.set_active(Hopper())
+    launch_module.DIRECT = True
+    launch_module._current_device = lambda: None  # type: ignore[assignment]  # the index of torch.device("cpu")
 
 
 def seen(function: Callable[[], Any]) -> list[tuple[str, list[Any], bool]]:
@@ -60,15 +78,7 @@ def vectors(count: int) -> list[Tensor]:
 
 
 if __name__ == "__main__":
-    Hopper.launcher_cls = Launcher  # type: ignore[attr-defined]
-    Hopper.utils = SimpleNamespace(  # type: ignore[attr-defined]
-        load_binary=lambda *_: (object(), 1, 32, 0, 1024),
-        unload_module=lambda _: None,
-        get_device_properties=lambda _: {"max_shared_mem": 232448},
-    )
-    driver.set_active(Hopper())
-    launch_module.DIRECT = True
-    launch_module._current_device = lambda: None  # type: ignore[assignment]  # the index of torch.device("cpu")
+    pretend()
     shared = torch.zeros(4096)
     torch.empty = lambda *size, **_: shared[: size[0]]  # the same memory in each run
     number, neuron = torch.tensor(0), (1.0, 0.5, 0, 1.0, True, False)

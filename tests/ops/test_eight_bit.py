@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from gac_kernels import CIFAR, IMAGENET, LIFSpec, batch_stats, int8_conv2d, int8_conv2d_reference, use_backend
+from gac_kernels.common.launch import forget_launches
 from gac_kernels.common.triton import INTERPRETED, tl, triton
 from gac_kernels.convolution.hopper.plan import Plan
 from gac_kernels.eight_bit import convolution, hopper, layer, norm, rounding
@@ -286,15 +287,17 @@ def test_an_edge_is_no_spikes(device):
     [(4, 4, 128, 128, 16, 16, 1), (3, 5, 64, 96, 7, 9, 1), (4, 70, 128, 32, 1, 1, 1), (4, 3, 64, 128, 28, 14, 2)],
     ids=str,
 )
-def test_hopper_kernel(shape, config, shared, device, monkeypatch, poisoned):
+def test_hopper_kernel(shape, config, shared, device, monkeypatch, poisoned, request):
     if not shared:  # as with a Triton that refuses it
         monkeypatch.setitem(
             hopper._refusals, (device if device.index is not None else torch.device(device.type, 0), True), "refused"
         )
     monkeypatch.setattr(hopper, "multiprocessors", lambda _: 3)  # so that programs have many tiles
     plans = []
-    plan_call = hopper.plan_call
-    monkeypatch.setattr(hopper, "plan_call", lambda *args: plans.append(plan_call(*args)) or plans[-1])
+    plan_of = hopper.plan_of
+    monkeypatch.setattr(hopper, "plan_of", lambda *args: plans.append(plan_of(*args)) or plans[-1])
+    forget_launches()
+    request.addfinalizer(forget_launches)  # those for three multiprocessors
     spikes, weight, grad = inputs(shape, device)
     rounded, stride = round_weight(weight), shape[-1]
     launch = dict(zip(("COPIES", "STEPS", "PROMOTE"), config, strict=True))

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import logging
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..common.layout import on_device
+from ..common.launch import Launch, prepared
 from ..common.triton import cdiv, next_power_of_2
 from ..tuning import shape_config
 from . import hopper
@@ -18,76 +19,115 @@ _logger = logging.getLogger(__name__)
 _FINISH = {"BLOCK_P": 256, "BLOCK_C": 8, "num_warps": 8}
 
 
-def _empty(frames: int, channels: int, height: int, width: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    size = (frames, channels, height, width)
-    return torch.empty(size, dtype=dtype, device=device, memory_format=torch.channels_last)
+class _Call(NamedTuple):
+    """What decides about a launch.
+
+    Attributes:
+        op: Whose launch parameters it takes.
+        shape: (N, C, H, W) of the operand.
+        out_shape: (N, C', H', W') of the output.
+        operand: Dtype of the operand.
+        dtype: Of the output.
+        device: Of all.
+        stride: 1 or 2.
+        transposed: An input gradient at stride 2.
+        stats: Whether statistics are wanted.
+        num_steps: T.
+        items: Launch parameters in the place of the tuned ones.
+    """
+
+    op: str
+    shape: torch.Size
+    out_shape: tuple[int, int, int, int]
+    operand: torch.dtype
+    dtype: torch.dtype
+    device: torch.device
+    stride: int
+    transposed: bool
+    stats: bool
+    num_steps: int
+    items: tuple[tuple[str, int], ...] | None
+
+    def config(self, op: str) -> dict[str, int]:
+        """Launch parameters of one of the kernels."""
+        if self.items is not None:
+            return dict(self.items)
+        channels, (height, width) = self.shape[1], self.shape[2:] if self.transposed else self.out_shape[2:]
+        name = f"{channels}-{self.out_shape[1]}" + (":s2" if self.stride == 2 else "")
+        return dict(shape_config(op, (name, f"{name}@{height}x{width}"), self.device))
 
 
-def _config(op: str, channels: int, out_channels: int, size: tuple[int, int], stride: int, device: torch.device):
-    name = f"{channels}-{out_channels}" + (":s2" if stride == 2 else "")
-    return dict(shape_config(op, (name, f"{name}@{size[0]}x{size[1]}"), device))
+@prepared
+def _of_hopper(call: _Call) -> hopper.Prepared | str:
+    return hopper.prepare(
+        shape=call.shape,
+        out_shape=torch.Size(call.out_shape),
+        operand=call.operand,
+        dtype=call.dtype,
+        device=call.device,
+        num_steps=call.num_steps,
+        stride=call.stride,
+        stats=call.stats,
+        config=call.config(f"{call.op}_hopper"),
+    )
 
 
-def _run(
-    op: str,
-    x: Tensor,
-    w: Tensor,
-    scale: Tensor | None,
-    divisor: Tensor | None,
-    out: Tensor,
-    stride: int,
-    transposed: bool,
-    stats: bool,
-    num_steps: int,
-    config: dict[str, int] | None,
-) -> Tensor | None:
-    """In Gluon where that applies, else in plain Triton."""
-    frames, channels, height, width = x.shape
-    out_channels, out_height, out_width = out.shape[1:]
-    size = (height, width) if transposed else (out_height, out_width)
-    if not transposed:
-        of_hopper = config or _config(f"{op}_hopper", channels, out_channels, size, stride, x.device)
-        refused, partial = hopper.run(x, w, scale, divisor, out, num_steps, stride, stats, of_hopper)
-        if not refused:
-            return partial
-        _logger.debug("%s of %s runs in plain Triton: %s", op, tuple(x.shape), refused)
-    config = dict(config or _config(op, channels, out_channels, size, stride, x.device))
+@prepared
+def _of_triton(call: _Call) -> tuple[Launch, int]:
+    """The kernel in plain Triton, and of how many parts its statistics are."""
+    frames, channels, height, width = call.shape
+    _, out_channels, out_height, out_width = call.out_shape
+    config = call.config(call.op)
     # No larger than the channels need; 32 is the depth of one tensor core instruction, 16 its least width.
     block_k = min(config.pop("BLOCK_K"), max(32, next_power_of_2(channels)))
     block_n = min(config.pop("BLOCK_N"), max(16, next_power_of_2(out_channels)))
-    promoted = config.pop("PROMOTE", 1) and x.dtype != torch.int8
-    if transposed:
+    promoted = config.pop("PROMOTE", 1) and call.operand != torch.int8
+    if call.transposed:
         rows, kinds = frames * cdiv(out_height, 2) * cdiv(out_width, 2), 4
     else:
         rows, kinds = frames * out_height * out_width, 1
     tiles = cdiv(rows, config["BLOCK_M"])
-    partial = torch.empty((tiles, 3, out_channels), dtype=torch.float32, device=x.device) if stats else None
-    with on_device(x):
-        conv_kernel[(tiles * cdiv(out_channels, block_n), kinds)](
-            x,
-            w,
-            scale,
-            divisor,
-            out,
-            partial,
-            frames,
-            height,
-            width,
-            out_height,
-            out_width,
-            channels,
-            out_channels,
-            STRIDE=stride,
-            TRANSPOSED=transposed,
-            STATS=stats,
-            IMPRECISE=block_k if promoted else None,
-            WHOLE_K=channels % block_k == 0,
-            WHOLE_N=out_channels % block_n == 0,
-            BLOCK_N=block_n,
-            BLOCK_K=block_k,
-            **config,
-        )
-    return partial
+    launch = Launch(
+        conv_kernel,
+        (tiles * cdiv(out_channels, block_n), kinds),
+        call.device,
+        (frames, height, width, out_height, out_width, channels, out_channels),
+        STRIDE=call.stride,
+        TRANSPOSED=call.transposed,
+        STATS=call.stats,
+        IMPRECISE=block_k if promoted else None,
+        WHOLE_K=channels % block_k == 0,
+        WHOLE_N=out_channels % block_n == 0,
+        BLOCK_N=block_n,
+        BLOCK_K=block_k,
+        **config,
+    )
+    return launch, tiles
+
+
+def _run(
+    call: _Call, x: Tensor, w: Tensor, scale: Tensor | None, divisor: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """In Gluon where that applies, else in plain Triton."""
+    out = torch.empty(call.out_shape, dtype=call.dtype, device=call.device, memory_format=torch.channels_last)
+    while not call.transposed:
+        found = _of_hopper(call)
+        if isinstance(found, str):
+            _logger.debug("%s of %s runs in plain Triton: %s", call.op, tuple(call.shape), found)
+            break
+        partial = _partial(found.parts, call)
+        if hopper.run(found, x, w, out, scale, divisor, partial):
+            return out, partial
+        _of_hopper.cache_clear()  # others of its plans do not compile either
+    launch, parts = _of_triton(call)
+    partial = _partial(parts, call)
+    launch(x, w, scale, divisor, out, partial)
+    return out, partial
+
+
+def _partial(parts: int, call: _Call) -> Tensor | None:
+    size = (parts, 3, call.out_shape[1])
+    return torch.empty(size, dtype=torch.float32, device=call.device) if call.stats else None
 
 
 def forward(
@@ -114,12 +154,21 @@ def forward(
         (N, C', H', W') channels-last, and (parts, 3, C') float32 or None.
     """
     frames, _, height, width = spikes.shape
-    size = (frames, len(weight.integers), (height - 1) // stride + 1, (width - 1) // stride + 1)
-    out = _empty(*size, dtype, spikes.device)
-    partial = _run(
-        "eight_bit_forward", spikes, weight.integers, weight.scale, None, out, stride, False, stats, num_steps, config
+    out_shape = (frames, weight.integers.shape[0], (height - 1) // stride + 1, (width - 1) // stride + 1)
+    call = _Call(
+        "eight_bit_forward",
+        spikes.shape,
+        out_shape,
+        spikes.dtype,
+        dtype,
+        spikes.device,
+        stride,
+        transposed=False,
+        stats=stats,
+        num_steps=num_steps,
+        items=None if config is None else tuple(config.items()),
     )
-    return out, partial
+    return _run(call, spikes, weight.integers, weight.scale, None)
 
 
 def finish_statistics(
@@ -147,26 +196,25 @@ def finish_statistics(
     memory = torch.empty((4, channels), dtype=torch.float32, device=partial.device)
     mean, var, found = memory[0], memory[1], None if affine is None else memory[2:]
     weight, bias, eps = affine or (None, None, 0.0)
-    with on_device(partial):
-        finish_statistics_kernel[(cdiv(channels, _FINISH["BLOCK_C"]),)](
-            partial,
-            mean,
-            var,
-            running_mean,
-            running_var,
-            num_batches,
-            weight,
-            bias,
-            found,
-            momentum,
-            parts,
-            channels,
-            EPS=eps,
-            UPDATE=running_mean is not None,
-            COUNT=num_batches is not None,
-            **_FINISH,
-        )
+    launch = _finish(parts, channels, momentum, eps, running_mean is not None, num_batches is not None, partial.device)
+    launch(partial, mean, var, running_mean, running_var, num_batches, weight, bias, found)
     return mean, var, found
+
+
+@prepared
+def _finish(
+    parts: int, channels: int, momentum: float, eps: float, update: bool, count: bool, device: torch.device
+) -> Launch:
+    return Launch(
+        finish_statistics_kernel,
+        (cdiv(channels, _FINISH["BLOCK_C"]),),
+        device,
+        (momentum, parts, channels),
+        EPS=eps,
+        UPDATE=update,
+        COUNT=count,
+        **_FINISH,
+    )
 
 
 def input_gradient(
@@ -194,18 +242,17 @@ def input_gradient(
     Returns:
         (N, C, H, W) channels-last.
     """
-    out = _empty(len(gradient), len(weight.turned), *size, dtype, gradient.device)
-    _run(
+    call = _Call(
         "eight_bit_input_gradient",
-        gradient,
-        weight.turned,
-        None,
-        divisor,
-        out,
+        gradient.shape,
+        (gradient.shape[0], weight.turned.shape[0], *size),
+        gradient.dtype,
+        dtype,
+        gradient.device,
         stride,
-        stride == 2,
-        False,
-        num_steps,
-        config,
+        transposed=stride == 2,
+        stats=False,
+        num_steps=num_steps,
+        items=None if config is None else tuple(config.items()),
     )
-    return out
+    return _run(call, gradient, weight.turned, None, divisor)[0]

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import logging
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..common.layout import on_device
+from ..common.launch import Descriptor, Launch
 from ..common.tiles import multiprocessors
 from ..convolution.hopper.launch import GLUON_ERROR as _GLUON_ERROR
 from ..convolution.hopper.plan import SHARED_MEMORY, Call, Plan, pair_plan
@@ -30,25 +31,65 @@ _SCRATCH = 6 * 1024  # bytes: barriers, and sums over warps
 _DTYPES = {torch.int8: "int8", torch.float8_e4m3fn: "float8e4nv", torch.float16: "float16", torch.bfloat16: "bfloat16"}
 
 
-def plan_call(x: Tensor, out: Tensor, num_steps: int, stride: int, config: dict[str, int]) -> Plan | str:
-    """How a call is divided among programs, or why this kernel cannot take it.
+class Prepared(NamedTuple):
+    """A launch of the kernel.
+
+    Attributes:
+        launch: Of the operand twice, weight, output, scale, divisor and partial sums.
+        parts: Of how many parts the statistics are.
+        kind: Its GPU, and whether its plan shares rows: those that compile or do not compile together.
+    """
+
+    launch: Launch
+    parts: int
+    kind: tuple[torch.device, bool]
+
+
+def prepare(
+    shape: torch.Size,
+    out_shape: torch.Size,
+    operand: torch.dtype,
+    dtype: torch.dtype,
+    device: torch.device,
+    num_steps: int,
+    stride: int,
+    stats: bool,
+    config: dict[str, int],
+) -> Prepared | str:
+    """The launch of the kernel for a call, or why it cannot take it.
 
     Args:
-        x: (T*B, C, H, W) of one byte an element.
-        out: (T*B, C', H', W').
+        shape: (T*B, C, H, W) of the operand, of one byte an element.
+        out_shape: (T*B, C', H', W').
+        operand: Dtype of the operand, int8 or float8 e4m3.
+        dtype: Of the output.
+        device: Of all.
         num_steps: T, or any number that divides the frames.
         stride: 1 or 2.
+        stats: Whether statistics are wanted.
         config: Launch parameters COPIES, STEPS and, for float8, PROMOTE; see `tuning`.
     """
     if GLUON_ERROR:
         return f"this Triton has no Gluon for it ({GLUON_ERROR})"
-    if x.device.type != "cuda" or torch.version.hip or torch.cuda.get_device_capability(x.device) != _CAPABILITY:
-        return "it is written for compute capability 9.0"
-    if out.dtype not in _DTYPES or out.element_size() != 2:
-        return f"the output is {out.dtype}, not 16 bits"
+    if reason := wrong_device(device):
+        return reason
+    if dtype not in _DTYPES or dtype.itemsize != 2:
+        return f"the output is {dtype}, not 16 bits"
     if not config.get("COPIES", 0):
         return "its launch parameters leave it to plain Triton"
-    return plan_of(x.shape, out.shape, num_steps, stride, config, lambda shared: _refusals.get((x.device, shared), ""))
+    failure = functools.partial(_refusal, device)
+    plan = plan_of(shape, out_shape, num_steps, stride, config, failure)
+    if isinstance(plan, str):
+        return plan
+    promote = bool(config.get("PROMOTE", 1))
+    return prepare_launch(plan, shape, out_shape, operand, dtype, device, num_steps, stride, stats, promote)
+
+
+def wrong_device(device: torch.device) -> str:
+    """Why a device cannot run the kernel; empty where it can."""
+    if device.type != "cuda" or torch.version.hip or torch.cuda.get_device_capability(device) != _CAPABILITY:
+        return "it is written for compute capability 9.0"
+    return ""
 
 
 def plan_of(
@@ -99,133 +140,123 @@ def _with_room(plan: Plan, stride: int) -> Plan | None:
 _refusals: dict[tuple[torch.device, bool], str] = {}
 
 
+def _refusal(device: torch.device, shared: bool) -> str:
+    return _refusals.get((device, shared), "")
+
+
 def run(
+    prepared: Prepared,
     x: Tensor,
     weight: Tensor,
+    out: Tensor,
     scale: Tensor | None,
     divisor: Tensor | None,
-    out: Tensor,
-    num_steps: int,
-    stride: int,
-    stats: bool,
-    config: dict[str, int],
-) -> tuple[str, Tensor | None]:
-    """Launch the kernel if it takes a call; arguments as of `launch` and `plan_call`.
+    partial: Tensor | None,
+) -> bool:
+    """Launch the kernel, and say whether it was; where it does not compile, no later call is prepared that way.
 
-    Returns:
-        Why it does not take the call, empty where it does; and what `launch` returned.
+    Args:
+        prepared: What `prepare` gave.
+        x: (T*B, C, H, W) int8 or float8 e4m3, dense channels-last, as the output.
+        weight: (C', 3, 3, C) in the same dtype.
+        out: (T*B, C', H', W') float16 or bfloat16, which is written.
+        scale: (C',) float32, or None.
+        divisor: One float32 value, or None.
+        partial: (parts, 3, C') float32, what `convolution.finish_statistics` takes, where statistics are wanted.
     """
-    while True:
-        plan = plan_call(x, out, num_steps, stride, config)
-        if isinstance(plan, str):
-            return plan, None
-        try:
-            return "", launch(
-                plan, x, weight, scale, divisor, out, num_steps, stride, stats, bool(config.get("PROMOTE", 1))
-            )
-        except Exception as error:  # whatever the compiler raises: there is another way to compute the same
-            first = str(error).partition("\n")[0]
-            reason = f"its kernel does not compile with this Triton ({type(error).__name__}: {first})"
-            _refusals[x.device, plan.shared] = reason
-            _logger.warning("training in 8 bits runs slower on this GPU than it could: %s", reason)
+    try:
+        prepared.launch(x, x, weight, out, scale, divisor, partial)
+    except Exception as error:  # whatever the compiler raises: there is another way to compute the same
+        first = str(error).partition("\n")[0]
+        reason = f"its kernel does not compile with this Triton ({type(error).__name__}: {first})"
+        _refusals[prepared.kind] = reason
+        _logger.warning("training in 8 bits runs slower on this GPU than it could: %s", reason)
+        return False
+    return True
 
 
-def _descriptor(tensor: Tensor, shape: list[int], strides: list[int], block: list[int]) -> Any:
-    layout = gl.NVMMASharedLayout.get_default_for(block, getattr(gl, _DTYPES[tensor.dtype]))
-    return TensorDescriptor(tensor, shape, strides, block, layout)
+def _descriptor(dtype: torch.dtype, shape: list[int], strides: list[int], block: list[int]) -> Descriptor:
+    layout = gl.NVMMASharedLayout.get_default_for(block, getattr(gl, _DTYPES[dtype]))
+    return Descriptor(TensorDescriptor, shape, strides, block, layout)
 
 
-def _steps_descriptor(tensor: Tensor, num_steps: int, block: list[int]) -> Any:
+def _steps_descriptor(dtype: torch.dtype, size: torch.Size, num_steps: int, block: list[int]) -> Descriptor:
     """(T*B, C, H, W), channels-last, as rows, steps, images, columns and channels."""
-    samples, channels, height, width = tensor.shape
+    samples, channels, height, width = size
     batch, row = samples // num_steps, width * channels
     strides = [row, batch * height * row, height * row, channels, 1]
-    return _descriptor(tensor, [height, num_steps, batch, width, channels], strides, block)
+    return _descriptor(dtype, [height, num_steps, batch, width, channels], strides, block)
 
 
-def _pairs_descriptor(tensor: Tensor, num_steps: int, block: list[int]) -> Any:
+def _pairs_descriptor(dtype: torch.dtype, size: torch.Size, num_steps: int, block: list[int]) -> Descriptor:
     """The same as pairs of rows, row of the pair, images, pairs of columns, column of the pair and channel."""
-    samples, channels, height, width = tensor.shape
+    samples, channels, height, width = size
     row = width * channels
     shape = [height // 2, 2, samples, width // 2, 2 * channels]
-    return _descriptor(tensor, shape, [2 * row, row, height * row, 2 * channels, 1], block)
+    return _descriptor(dtype, shape, [2 * row, row, height * row, 2 * channels, 1], block)
 
 
-def launch(
+def prepare_launch(
     plan: Plan,
-    x: Tensor,
-    weight: Tensor,
-    scale: Tensor | None,
-    divisor: Tensor | None,
-    out: Tensor,
+    shape: torch.Size,
+    out_shape: torch.Size,
+    operand: torch.dtype,
+    dtype: torch.dtype,
+    device: torch.device,
     num_steps: int,
     stride: int,
     stats: bool,
     promote: bool,
-) -> Tensor | None:
-    """Write the output; returns what `convolution.finish_statistics` takes, (parts, 3, C'), where that is wanted.
+) -> Prepared:
+    """The launch by a plan.
 
     Args:
-        plan: What `plan_call` gave.
-        x: (T*B, C, H, W) int8 or float8 e4m3, dense channels-last, as the output.
-        weight: (C', 3, 3, C) in the same dtype.
-        scale: (C',) float32, or None.
-        divisor: One float32 value, or None.
-        out: (T*B, C', H', W') float16 or bfloat16.
-        num_steps: T.
-        stride: 1 or 2.
-        stats: Whether statistics are wanted.
+        plan: What `plan_of` gave.
+        shape: As the following ones of `prepare`.
+        out_shape: There too.
+        operand: There too.
+        dtype: There too.
+        device: There too.
+        num_steps: There too.
+        stride: There too.
+        stats: There too.
         promote: Add sums of float8 products up in float32 on the way.
     """
-    channels, (out_channels, height, width) = x.shape[1], out.shape[1:]
-    batch = out.shape[0] // num_steps
+    samples, out_channels, height, width = out_shape
+    channels, batch = shape[1], samples // num_steps
     _, tiles_h, tiles_w = plan.tiles(batch, height, width)
     tiles_n = out_channels // plan.block_n
     outer = [plan.tile[0], 1, *plan.tile[1:], plan.block_n]
     taken = [*outer[:-1], plan.block_k]
     describe = _steps_descriptor if stride == 1 else _pairs_descriptor
-    pixels = describe(x, num_steps, taken)
-    edge = describe(x, num_steps, [2 // stride, *taken[1:]]) if plan.shared else pixels
-    flat = weight.reshape(out_channels, 9 * channels)
-    weights = _descriptor(flat, list(flat.shape), [9 * channels, 1], [plan.block_n, plan.block_k])
+    pixels = describe(operand, shape, num_steps, taken)
+    edge = describe(operand, shape, num_steps, [2 // stride, *taken[1:]]) if plan.shared else pixels
+    blocks = [plan.block_n, plan.block_k]
+    weights = _descriptor(operand, [out_channels, 9 * channels], [9 * channels, 1], blocks)
     pairs = plan.programs(batch, out_channels, height, width)
     # A multiple of the channel blocks: each program keeps its block of channels, and so its weights.
-    at_once = max(multiprocessors(x.device) // tiles_n, 1) * tiles_n
+    at_once = max(multiprocessors(device) // tiles_n, 1) * tiles_n
     programs = min(pairs, at_once)
-    partial = None
-    if stats:
-        partial = torch.empty((2 * (programs // tiles_n), 3, out_channels), dtype=torch.float32, device=x.device)
-    with on_device(x):
-        sums_kernel[(programs,)](
-            pixels,
-            edge,
-            weights,
-            _steps_descriptor(out, num_steps, outer),
-            scale,
-            divisor,
-            partial,
-            batch,
-            height,
-            width,
-            channels,
-            tiles_h,
-            tiles_w,
-            tiles_n,
-            pairs,
-            T=num_steps,
-            STRIDE=stride,
-            CHUNKS=channels // plan.block_k,
-            STEPS=plan.steps,
-            STATS=stats,
-            PROMOTE=promote and x.dtype != torch.int8,
-            BH=plan.tile[0],
-            NB=plan.tile[1],
-            BW=plan.tile[2],
-            BN=plan.block_n,
-            BK=plan.block_k,
-            SHARED=plan.shared,
-            COPIES=plan.copies,
-            RING=plan.ring,
-            num_warps=4,
-        )
-    return partial
+    launch = Launch(
+        sums_kernel,
+        (programs,),
+        device,
+        (batch, height, width, channels, tiles_h, tiles_w, tiles_n, pairs),
+        (pixels, edge, weights, _steps_descriptor(dtype, out_shape, num_steps, outer)),
+        T=num_steps,
+        STRIDE=stride,
+        CHUNKS=channels // plan.block_k,
+        STEPS=plan.steps,
+        STATS=stats,
+        PROMOTE=promote and operand != torch.int8,
+        BH=plan.tile[0],
+        NB=plan.tile[1],
+        BW=plan.tile[2],
+        BN=plan.block_n,
+        BK=plan.block_k,
+        SHARED=plan.shared,
+        COPIES=plan.copies,
+        RING=plan.ring,
+        num_warps=4,
+    )
+    return Prepared(launch, 2 * (programs // tiles_n), (device, plan.shared))

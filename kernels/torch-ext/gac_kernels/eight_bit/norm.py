@@ -8,10 +8,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..common.layout import on_device
-from ..common.tiles import FINISH, channel_tiles
+from ..common.launch import Launch, prepared
+from ..common.tiles import FINISH, is_channels_last, tiles_of
 from ..common.triton import cdiv, next_power_of_2
 from ..norm import eager
+from ..norm.launch import kept
 from ..norm.norm_lif_kernels import reduce_kernel
 from ..registry import kernel_constants
 from ..tuning import launch_config
@@ -62,10 +63,25 @@ def empty_turned(like: Tensor, num_steps: int) -> Tensor:
     return torch.empty(size, dtype=torch.int32, device=like.device)
 
 
-def _geometry(op: str, x: Tensor, num_steps: int, config: dict[str, int] | None) -> tuple[Any, tuple, dict[str, int]]:
+class _Place(NamedTuple):
+    """A dense channels-last tensor, and launch parameters in the place of the tuned ones."""
+
+    shape: torch.Size
+    element_size: int
+    device: torch.device
+    num_steps: int
+    items: tuple[tuple[str, int], ...] | None
+
+
+def _place(x: Tensor, num_steps: int, config: dict[str, int] | None) -> _Place:
+    items = None if config is None else tuple(config.items())
+    return _Place(x.shape, x.element_size(), x.device, num_steps, items)
+
+
+def _geometry(op: str, place: _Place) -> tuple[Any, tuple, dict[str, int]]:
     """Grid, sizes (images, channels, pixels) and constants of a kernel that writes turned bytes."""
-    config = dict(config or launch_config(op, num_steps, x.element_size(), x.device))
-    samples, channels, height, width = x.shape
+    (samples, channels, height, width), element_size, device, num_steps, items = place
+    config = dict(items or launch_config(op, num_steps, element_size, device))
     batch = samples // num_steps
     config["BLOCK_B"] = min(config["BLOCK_B"], max(4, next_power_of_2(batch)))
     config["BLOCK_C"] = min(config["BLOCK_C"], next_power_of_2(channels))
@@ -76,10 +92,14 @@ def _geometry(op: str, x: Tensor, num_steps: int, config: dict[str, int] | None)
 def to_spikes(x: Tensor, num_steps: int, config: dict[str, int] | None = None) -> Spikes:
     """Spikes of a floating dtype (T*B, C, H, W), dense channels-last, in 8 bits."""
     spikes = Spikes(torch.empty_like(x, dtype=torch.int8), empty_turned(x, num_steps))
-    grid, sizes, meta = _geometry("eight_bit_bytes", x, num_steps, config)
-    with on_device(x):
-        bytes_kernel[grid](x, *spikes, *sizes, **meta)
+    _to_bytes(_place(x, num_steps, config))(x, *spikes)
     return spikes
+
+
+@prepared
+def _to_bytes(place: _Place) -> Launch:
+    grid, sizes, meta = _geometry("eight_bit_bytes", place)
+    return Launch(bytes_kernel, grid, place.device, sizes, **meta)
 
 
 def norm_and_fire(
@@ -107,30 +127,32 @@ def norm_and_fire(
         config: Launch parameters in the place of the tuned ones.
     """
     membrane = torch.empty_like(x) if keep_membrane else None
-    whole = torch.empty_like(x) if full else None
-    spikes = None if full else Spikes(torch.empty_like(x, dtype=torch.int8), empty_turned(x, num_steps))
-    threshold, decay, _, _, _, soft_reset = neuron
-    grid, sizes, meta = _geometry("eight_bit_norm_fwd", x, num_steps, config)
-    with on_device(x):
-        forward_kernel[grid](
-            x,
-            residual,
-            *norm.tensors,
-            norm.affine,
-            *res_norm.tensors,
-            *(spikes or (None, None)),
-            whole,
-            membrane,
-            *sizes,
-            EPS=norm.eps,
-            R_EPS=res_norm.eps,
-            THRESHOLD=threshold,
-            DECAY=decay,
-            SOFT=soft_reset,
-            **meta,
-        )
-    found: Any = whole if full else spikes
-    return found, membrane
+    launch = _forward(_place(x, num_steps, config), norm.eps, res_norm.eps, *neuron[:2], neuron[5])
+    before = (x, residual, *norm.tensors, norm.affine, *res_norm.tensors)
+    if full:
+        whole = torch.empty_like(x)
+        launch(*before, None, None, whole, membrane)
+        return whole, membrane
+    spikes = Spikes(torch.empty_like(x, dtype=torch.int8), empty_turned(x, num_steps))
+    launch(*before, *spikes, None, membrane)
+    return spikes, membrane
+
+
+@prepared
+def _forward(place: _Place, eps: float, res_eps: float, threshold: float, decay: float, soft_reset: bool) -> Launch:
+    grid, sizes, meta = _geometry("eight_bit_norm_fwd", place)
+    return Launch(
+        forward_kernel,
+        grid,
+        place.device,
+        sizes,
+        EPS=eps,
+        R_EPS=res_eps,
+        THRESHOLD=threshold,
+        DECAY=decay,
+        SOFT=soft_reset,
+        **meta,
+    )
 
 
 class Gradients(NamedTuple):
@@ -187,108 +209,115 @@ def backward(
         group: Name of their group.
         config: Launch parameters of the second pass in the place of the tuned ones.
     """
-    normed = res_norm.mean is not None
     source = residual if membrane is None else membrane
     written = has_residual or source is not None or grad_spikes is None
-    channels, size = x.shape[1], x.element_size()
-    device = x.device
-    ga = torch.empty_like(x) if written else x.new_empty(0)
-    gw, gb, grw, grb = (
-        None if v is None else torch.empty_like(v) for v in (norm.weight, norm.bias, res_norm.weight, res_norm.bias)
+    given = (residual is not None, membrane is not None, grad_spikes is not None, grad_membrane is not None)
+    place, device, channels_last = _place(x, num_steps, config), x.device, is_channels_last(x)
+    normed = res_norm.mean is not None
+    launches = kept(_backward, neuron)(place, channels_last, norm.eps, res_norm.eps, neuron, given, normed, written)
+    nothing = x.new_empty(0)
+    ga = torch.empty_like(x) if written else nothing
+    of_norm, of_res_norm = _empty_affine(norm), _empty_affine(res_norm)
+    partial, factors, bound = [torch.empty(size, dtype=torch.float32, device=device) for size in launches.sizes]
+    launches.reduce(
+        grad_spikes, grad_membrane, x, source, residual, *norm.tensors, *res_norm.tensors, ga, partial, nothing, None
     )
-    sum_count = 3 if normed else 2
-    kind = "_normed" if normed else "_residual" if source is not None else ""
-    config_of_sums = launch_config(f"norm_lif_bwd_reduce{kind}", num_steps, size, device)
+    sums = torch.empty((3, x.shape[1]), dtype=torch.float32, device=device) if group else None
+    affine = (*norm.tensors, res_norm.weight, res_norm.mean, res_norm.var)
+    finished = (partial, *affine, conv_scale, total, sums, *of_norm, *of_res_norm, bound, factors)
+    if sums is None:
+        launches.finish(*finished)
+    else:
+        launches.begin_finish(*finished)
+        dist.all_reduce(sums, group=eager.resolve_group(group))
+        launches.end_finish(*finished)
+    plain = torch.empty_like(x, dtype=torch.float8_e4m3fn)
+    turned, divisor = empty_turned(x, num_steps), torch.empty(1, dtype=torch.float32, device=device)
+    first = ga if written else grad_spikes
+    launches.apply(first, x, residual, factors, bound, divisor, plain.view(torch.uint8), turned, ga)
+    return Gradients(plain, turned, divisor, ga if has_residual else nothing, of_norm, of_res_norm)
+
+
+def _empty_affine(norm: Norm) -> tuple[Tensor | None, Tensor | None]:
+    """Unwritten gradients at weight and bias, None where there is none."""
+    weight, bias = norm.weight, norm.bias
+    return None if weight is None else torch.empty_like(weight), None if bias is None else torch.empty_like(bias)
+
+
+class _Backward(NamedTuple):
+    """Launches of a backward pass.
+
+    Attributes:
+        reduce: Sums and largest values of each channel.
+        finish: What they make of a channel's gradient.
+        begin_finish: The same in two parts, between which processes add up.
+        end_finish: The second one.
+        apply: Gradients.
+        sizes: Of partial sums, factors and bounds in float32.
+    """
+
+    reduce: Launch
+    finish: Launch
+    begin_finish: Launch
+    end_finish: Launch
+    apply: Launch
+    sizes: tuple[tuple[int, ...], ...]
+
+
+@prepared
+def _backward(
+    place: _Place,
+    channels_last: bool,
+    eps: float,
+    res_eps: float,
+    neuron: tuple,
+    given: tuple[bool, bool, bool, bool],
+    normed: bool,
+    written: bool,
+) -> _Backward:
+    shape, size, device, num_steps, _ = place
+    residual, membrane, has_gs, has_gy = given
+    channels, sums = shape[1], (3 if normed else 2) + 2
+    kind = "_normed" if normed else "_residual" if residual or membrane else ""
+    config = launch_config(f"norm_lif_bwd_reduce{kind}", num_steps, size, device)
     # The largest values take registers: of up to 168 or 208 a thread (sm_90, T=4) as many programs fit at once.
-    config_of_sums = config_of_sums | {"PER_SM": min(config_of_sums["PER_SM"], 2 if normed else 3)}
-    tiles = channel_tiles(x, num_steps, config_of_sums)
+    config = config | {"PER_SM": min(config["PER_SM"], 2 if normed else 3)}
+    tiles = tiles_of(shape, channels_last, num_steps, config, device)
     programs, count = tiles.grid[0], tiles.rows * num_steps
-    partial = torch.empty((programs, sum_count + 2, channels), dtype=torch.float32, device=device)
-    factors, bound = torch.empty((8, channels), dtype=torch.float32, device=device), partial.new_empty(channels)
-    sums = torch.empty((3, channels), dtype=torch.float32, device=device) if group else None
     names = ("THRESHOLD", "DECAY", "SURROGATE", "WIDTH", "DETACH", "SOFT")
     shared: dict[str, Any] = dict(zip(names, neuron, strict=True)) | {"NORMED": normed}
-    eps: dict[str, Any] = dict(EPS=norm.eps, R_EPS=res_norm.eps, SUMS=sum_count + 2)
+    of_norms: dict[str, Any] = dict(EPS=eps, R_EPS=res_eps, SUMS=sums)
+    reduce = Launch(
+        reduce_kernel,
+        tiles.grid,
+        device,
+        (tiles.rows, channels, tiles.spatial, shape.numel() // num_steps, tiles.tiles),
+        T=num_steps,
+        STEPS=num_steps,
+        RESIDUAL=residual,
+        KEEP=membrane,
+        HAS_GS=has_gs,
+        HAS_GY=has_gy,
+        WRITE=written,
+        MAXES=True,
+        **of_norms,
+        **shared | kernel_constants(neuron[2], backward=True),
+        **tiles.meta,
+    )
 
-    def finish(first: bool, last: bool) -> None:
-        finish_kernel[(cdiv(channels, FINISH["BLOCK_C"]),)](
-            partial,
-            *norm.tensors,
-            res_norm.weight,
-            res_norm.mean,
-            res_norm.var,
-            conv_scale,
-            total,
-            sums,
-            gw,
-            gb,
-            grw,
-            grb,
-            bound,
-            factors,
-            programs,
-            channels,
-            count,
-            NORMED=normed,
-            FIRST=first,
-            LAST=last,
-            **eps,
-            **FINISH,
-        )
+    def finish(first: bool, last: bool) -> Launch:
+        grid, numbers = (cdiv(channels, FINISH["BLOCK_C"]),), (programs, channels, count)
+        flags = dict(NORMED=normed, FIRST=first, LAST=last)
+        return Launch(finish_kernel, grid, device, numbers, **flags, **of_norms, **FINISH)
 
-    with on_device(x):
-        reduce_kernel[tiles.grid](
-            grad_spikes,
-            grad_membrane,
-            x,
-            source,
-            residual,
-            *norm.tensors,
-            *res_norm.tensors,
-            ga,
-            partial,
-            x.new_empty(0),
-            None,
-            tiles.rows,
-            channels,
-            tiles.spatial,
-            x.numel() // num_steps,
-            tiles.tiles,
-            T=num_steps,
-            STEPS=num_steps,
-            RESIDUAL=residual is not None,
-            KEEP=membrane is not None,
-            HAS_GS=grad_spikes is not None,
-            HAS_GY=grad_membrane is not None,
-            WRITE=written,
-            MAXES=True,
-            **eps,
-            **shared | kernel_constants(neuron[2], backward=True),
-            **tiles.meta,
-        )
-        if sums is None:
-            finish(True, True)
-        else:
-            finish(True, False)
-            dist.all_reduce(sums, group=eager.resolve_group(group))
-            finish(False, True)
-        plain = torch.empty_like(x, dtype=torch.float8_e4m3fn)
-        turned, divisor = empty_turned(x, num_steps), torch.empty(1, dtype=torch.float32, device=device)
-        grid, sizes, meta = _geometry("eight_bit_norm_bwd_apply", x, num_steps, config)
-        apply_kernel[grid](
-            ga if written else grad_spikes,
-            x,
-            residual,
-            factors,
-            bound,
-            divisor,
-            plain.view(torch.uint8),
-            turned,
-            ga,
-            *sizes,
-            RECOMPUTE=not written,
-            ALL_C=next_power_of_2(channels),
-            **shared,
-            **meta,
-        )
-    return Gradients(plain, turned, divisor, ga if has_residual else x.new_empty(0), (gw, gb), (grw, grb))
+    grid, sizes, meta = _geometry("eight_bit_norm_bwd_apply", place)
+    all_channels = next_power_of_2(channels)
+    apply = Launch(apply_kernel, grid, device, sizes, RECOMPUTE=not written, ALL_C=all_channels, **shared, **meta)
+    return _Backward(
+        reduce,
+        finish(True, True),
+        finish(True, False),
+        finish(False, True),
+        apply,
+        ((programs, sums, channels), (8, channels), (channels,)),
+    )

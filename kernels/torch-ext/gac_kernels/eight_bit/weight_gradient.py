@@ -7,12 +7,12 @@ image's edge, and what lies outside is never multiplied. `turned_size` says how 
 
 from __future__ import annotations
 
-from typing import Any
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..common.layout import on_device
+from ..common.launch import Descriptor, Launch, prepared
 from ..common.tiles import multiprocessors
 from ..common.triton import cdiv, next_power_of_2, tl, triton
 from ..tuning import shape_config
@@ -116,9 +116,10 @@ def _finish_kernel(
     tl.store(out_ptr + at, tl.div_rn(total, scale).to(out_ptr.dtype.element_ty), mask=inside)
 
 
-def _descriptor(turned: Tensor, rows: int, columns: int) -> Any:
-    flat = turned.view(torch.float8_e4m3fn).flatten(0, 2)
-    return TensorDescriptor(flat, list(flat.shape), [flat.shape[1], 1], [rows, columns])
+def _descriptor(size: torch.Size, rows: int, columns: int) -> Descriptor:
+    height, width, channels, words = size
+    shape, strides = [height * width * channels, 4 * words], [4 * words, 1]
+    return Descriptor(TensorDescriptor, shape, strides, [rows, columns], dtype=torch.float8_e4m3fn)
 
 
 def weight_gradient(
@@ -144,46 +145,64 @@ def weight_gradient(
     Returns:
         ``out``.
     """
-    out_height, out_width, out_channels, words = gradient.shape
-    height, width, channels, _ = spikes.shape
-    if config is None:
+    device, items = gradient.device, None if config is None else tuple(config.items())
+    launches = _launches(gradient.shape, spikes.shape, out.stride(), stride, device, items)
+    partial = torch.empty(launches.size, dtype=torch.float32, device=device)
+    launches.multiply(gradient, spikes, partial)
+    launches.finish(partial, scale, divisor, out)
+    return out
+
+
+class _Launches(NamedTuple):
+    """Launches of a weight's gradient, and the size of the partial sums between them."""
+
+    multiply: Launch
+    finish: Launch
+    size: tuple[int, ...]
+
+
+@prepared
+def _launches(
+    gradient: torch.Size,
+    spikes: torch.Size,
+    strides: tuple[int, ...],
+    stride: int,
+    device: torch.device,
+    items: tuple[tuple[str, int], ...] | None,
+) -> _Launches:
+    out_height, out_width, out_channels, words = gradient
+    height, width, channels, _ = spikes
+    if items is None:
         name = f"{channels}-{out_channels}" + (":s2" if stride == 2 else "")
         keys = (name, f"{name}@{out_height}x{out_width}")
-        config = shape_config("eight_bit_weight_gradient", keys, gradient.device)
-    config = dict(config)
+        config = dict(shape_config("eight_bit_weight_gradient", keys, device))
+    else:
+        config = dict(items)
     block_m = min(config.pop("BLOCK_M"), max(64, next_power_of_2(out_channels)))
     block_n = min(config.pop("BLOCK_N"), max(16, next_power_of_2(channels)))
     block_k = min(config.pop("BLOCK_K"), max(32, next_power_of_2(4 * words)))
     promoted = config.pop("PROMOTE", 1)
     tiles = cdiv(out_channels, block_m) * cdiv(channels, block_n) * 9
     # As many programs as fit at once, of equal length.
-    at_once = config.pop("PER_SM", 1) * multiprocessors(gradient.device)
+    at_once = config.pop("PER_SM", 1) * multiprocessors(device)
     splits = max(1, min(config.pop("SPLITS", 0) or at_once // tiles, out_height * out_width))
-    partial = torch.empty((splits, out_channels, 9, channels), dtype=torch.float32, device=gradient.device)
-    with on_device(gradient):
-        weight_gradient_kernel[(tiles, splits)](
-            _descriptor(gradient, block_m, block_k),
-            _descriptor(spikes, block_n, block_k),
-            partial,
-            height,
-            width,
-            out_height,
-            out_width,
-            channels,
-            out_channels,
-            4 * words,
-            STRIDE=stride,
-            IMPRECISE=block_k if promoted else None,
-            BLOCK_M=block_m,
-            BLOCK_N=block_n,
-            BLOCK_K=block_k,
-            **config,
-        )
-        size = partial[0].numel()
-        _finish_kernel[(cdiv(size, _BLOCK),)](
-            partial, scale, divisor, out, splits, size, channels, *out.stride(), B=_BLOCK, num_warps=4
-        )
-    return out
+    multiply = Launch(
+        weight_gradient_kernel,
+        (tiles, splits),
+        device,
+        (height, width, out_height, out_width, channels, out_channels, 4 * words),
+        (_descriptor(gradient, block_m, block_k), _descriptor(spikes, block_n, block_k)),
+        STRIDE=stride,
+        IMPRECISE=block_k if promoted else None,
+        BLOCK_M=block_m,
+        BLOCK_N=block_n,
+        BLOCK_K=block_k,
+        **config,
+    )
+    size = out_channels * 9 * channels
+    numbers = (splits, size, channels, *strides)
+    finish = Launch(_finish_kernel, (cdiv(size, _BLOCK),), device, numbers, B=_BLOCK, num_warps=4)
+    return _Launches(multiply, finish, (splits, out_channels, 9, channels))
 
 
 def turn(x: Tensor, num_steps: int) -> Tensor:

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..common.layout import on_device
+from ..common.launch import Launch, prepared
 from ..common.triton import cdiv, tl, triton
 from ..reference.int8_conv2d import LEVELS
 from .rounding import e4m3_code, to_integer
@@ -85,32 +85,39 @@ def round_weight(weight: Tensor) -> EightBitWeight:
     Args:
         weight: float32, float16 or bfloat16, any strides, on a device where Triton runs.
     """
-    weight = weight.detach()
+    weight, device = weight.detach(), weight.device
     out_channels, channels = weight.shape[:2]
-    integers = torch.empty((out_channels, 3, 3, channels), dtype=torch.int8, device=weight.device)
-    turned = torch.empty((channels, 3, 3, out_channels), dtype=torch.float8_e4m3fn, device=weight.device)
-    scale = torch.empty(out_channels, dtype=torch.float32, device=weight.device)
+    integers = torch.empty((out_channels, 3, 3, channels), dtype=torch.int8, device=device)
+    turned = torch.empty((channels, 3, 3, out_channels), dtype=torch.float8_e4m3fn, device=device)
+    scale = torch.empty(out_channels, dtype=torch.float32, device=device)
     if weight.stride(2) != 3 * weight.stride(3):  # a tap's number times one stride has to be its place
         weight = weight.contiguous()
-    stride_o, stride_c, stride_h, stride_w = weight.stride()
-    grid = (cdiv(out_channels, 32), cdiv(channels, 64), 9)
-    with on_device(weight):
-        _scale_kernel[(out_channels,)](
-            weight, scale, 9 * channels, stride_o, stride_c, stride_w, channels, BLOCK=1024, num_warps=4
-        )
-        _round_kernel[grid](
-            weight,
-            scale,
-            integers,
-            turned.view(torch.uint8),
-            out_channels,
-            channels,
-            stride_o,
-            stride_c,
-            stride_h,
-            stride_w,
-            BLOCK_O=32,
-            BLOCK_C=64,
-            num_warps=4,
-        )
+    find_scale, round_to_integers = _launches(out_channels, channels, weight.stride(), device)
+    find_scale(weight, scale)
+    round_to_integers(weight, scale, integers, turned.view(torch.uint8))
     return EightBitWeight(integers, turned, scale)
+
+
+@prepared
+def _launches(
+    out_channels: int, channels: int, strides: tuple[int, ...], device: torch.device
+) -> tuple[Launch, Launch]:
+    stride_o, stride_c, _, stride_w = strides
+    find_scale = Launch(
+        _scale_kernel,
+        (out_channels,),
+        device,
+        (9 * channels, stride_o, stride_c, stride_w, channels),
+        BLOCK=1024,
+        num_warps=4,
+    )
+    round_to_integers = Launch(
+        _round_kernel,
+        (cdiv(out_channels, 32), cdiv(channels, 64), 9),
+        device,
+        (out_channels, channels, *strides),
+        BLOCK_O=32,
+        BLOCK_C=64,
+        num_warps=4,
+    )
+    return find_scale, round_to_integers

@@ -21,7 +21,7 @@ from .norm_lif_kernels import apply_kernel, finish_kernel, forward_kernel, reduc
 Place = tuple[torch.Size, bool, int, torch.device]  # of a dense tensor: shape, channels-last, bytes an element, device
 
 
-def _kept(prepare: Any, neuron: tuple) -> Any:
+def kept(prepare: Any, neuron: tuple) -> Any:
     """``prepare``, which keeps what it made.
 
     Not for a registered neuron or surrogate, which another may replace, nor for sizes that are symbols.
@@ -38,7 +38,7 @@ def forward_triton(
 ) -> None:
     """Write spikes and, where they have elements, the input current and the spikes' bits; see `eager.forward`."""
     norm, res_norm = packed(norm), packed(res_norm)
-    launch = _kept(_forward, neuron)(
+    launch = kept(_forward, neuron)(
         _place(x),
         num_steps,
         eps,
@@ -126,7 +126,7 @@ def backward_triton(
     norm, res_norm = packed(norm), packed(res_norm)
     source = residual if membrane is None else membrane
     normed, written = res_norm[2] is not None, ga.numel() > 0
-    launches = _kept(_backward, neuron)(
+    launches = kept(_backward, neuron)(
         _place(x),
         num_steps,
         eps,
