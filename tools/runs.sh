@@ -7,7 +7,8 @@
 #   gates      the gate with less attention: 40 epochs, judged on a validation split of the training set
 #   eight_bits the first two seeds with convolutions in 8 bits, and the int8 network of each
 #   neurons    learned decay and threshold, at the rate of the weights and at a tenth of it
-#   formats    agreement between number formats, for the first run of `seeds`
+#   formats    agreement between number formats, for the first run of `seeds`; and of 40 epochs with and without noise
+#              on the currents: as much as a layer's own rounding, and five times that
 #
 # DATA is the .npz (cifar100.npz), OUT the folder of the runs (runs), RESULTS the table that gets a row a run. What is
 # finished is left alone and what was begun goes on, so the same command may be given again. `eval` reads the stored
@@ -95,6 +96,11 @@ for part in "$@"; do
     formats)
       timm-gac compare "$OUT/gac_seed0" --data "$DATA" --images 10000 --json "$OUT/formats.json" --overwrite \
         --formats float32 channels_last folded bfloat16 float16 int8 float64
+      for noise in 0.0 0.02 0.1; do
+        train "noise_$noise" cifar100_fast --epochs 40 --current-noise "$noise"
+        timm-gac compare "$OUT/noise_$noise" --data "$DATA" --images 10000 --json "$OUT/noise_$noise/formats.json" \
+          --overwrite --formats float32 bfloat16 float16 int8
+      done
       ;;
     *)
       echo "expected parts among seeds, steps, published, gates, eight_bits, neurons, formats, got '$part'" >&2

@@ -40,7 +40,7 @@ def test_every_command_is_taken(tmp_path: Path) -> None:
     code, commands = run(tmp_path, *PARTS)
     assert code == 0
     trained = [parse(words[1:], "timm-gac train") for words in commands if words[0] == "train"]
-    assert len({options.out for _, options in trained}) == len(trained) == 6 + 6 + 2 + 7 + 2 + 2
+    assert len({options.out for _, options in trained}) == len(trained) == 6 + 6 + 2 + 7 + 2 + 2 + 3
     assert {recipe.seed for recipe, _ in trained} == {0, 1, 2} and {recipe.num_steps for recipe, _ in trained} >= {1, 6}
     gates = [recipe for recipe, options in trained if "gate_" in str(options.out)]
     assert all(recipe.holdout == 0.1 and recipe.epochs == 40 for recipe in gates) and len(gates) == 7
@@ -49,12 +49,17 @@ def test_every_command_is_taken(tmp_path: Path) -> None:
     assert in_8_bits == [0, 1]
     learning = [recipe.neuron_lr for recipe, _ in trained if recipe.neuron == "plif"]
     assert learning == [1.0, 0.1]
+    noisy = [(recipe.current_noise, recipe.epochs) for recipe, options in trained if "noise_" in str(options.out)]
+    assert noisy == [(0.0, 40), (0.02, 40), (0.1, 40)]
+    assert all(not recipe.current_noise for recipe, options in trained if "noise_" not in str(options.out))
     published = [recipe for recipe, options in trained if "published" in str(options.out)]
     assert {(recipe.epochs, recipe.batch_size, recipe.loss) for recipe in published} == {(250, 64, "mean")}
     for words in commands:
         config = {"eval": EvaluateConfig, "compare": CompareConfig}.get(words[0])
         if config is not None:
             tyro.cli(config, args=words[2:])
+    compared = [words[1] for words in commands if words[0] == "compare"]
+    assert compared == ["runs/gac_seed0", "runs/noise_0.0", "runs/noise_0.02", "runs/noise_0.1"]
     assert sorted(len(words) for words in commands if words[0] == "gain") == [4, 8]
 
 

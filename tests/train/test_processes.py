@@ -178,6 +178,22 @@ def test_a_run_goes_on_with_another_number_of_processes(warm_python, where, whol
     assert_close(where, tensors(out), tensors(whole / str(before)), rtol=1e-2, atol=1e-4)
 
 
+def test_processes_draw_other_noise_and_a_resumed_one_the_same(warm_python, where, npz, tmp_path):
+    noise = ["--current-noise", "0.2"]
+    more = [*RUN, *noise, "--checkpoint-steps", "1", "--keep-checkpoints", "9"]
+    run(warm_python, where, 2, npz, tmp_path / "2", 16, *more)
+    expected = tensors(tmp_path / "2")
+    kind = "cpu" if where == "cpu" else "cuda"
+    assert not torch.equal(expected[f"rng.0.{kind}"], expected[f"rng.1.{kind}"])
+    part_of(tmp_path, tmp_path / "run", 2, 2)
+    run(warm_python, where, 2, npz, tmp_path / "run", 16, *RUN, *noise, "--resume")
+    found = tensors(tmp_path / "run")
+    if where == "cpu":
+        assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in found)
+    else:
+        assert_close(where, found, expected, rtol=1e-2, atol=1e-4)
+
+
 def test_another_batch_of_all_processes_is_refused(whole, npz, tmp_path, capsys):
     part_of(whole, tmp_path / "run", 2, 3)
     assert main(arguments("cpu", npz, tmp_path / "run", 8, *RUN, "--resume")) == 2

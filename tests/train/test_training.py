@@ -22,6 +22,7 @@ from safetensors.torch import load_file, save_file
 
 from children import Child
 from timm_gac.analysis.evaluate import Evaluation
+from timm_gac.models import SpikingResNet
 from timm_gac.train import RECIPES, Recipe, checkpoints, finish
 from timm_gac.train.loop import RunOptions, Trainer, train
 from timm_gac.train.optim import MovingAverage, create_optimizer, freeze_stages, learning_rate
@@ -154,6 +155,38 @@ def test_stopped_and_resumed_is_bit_for_bit_the_same(
         for part in ("whole", "parts")
     ]
     assert losses[0] == losses[1]
+
+
+def test_noise_on_currents_is_resumed_bit_for_bit_and_absent_where_the_network_is_evaluated(
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    noisy = replace(recipe, current_noise=0.2, drop_rate=0.0)
+    train(noisy, options(tmp_path / "whole"))
+    trainer = Trainer(noisy, options(tmp_path / "parts", checkpoint_steps=100))
+    assert trainer.state.network.encoder.current_noise == trainer.state.network.layer1[0].bn1.lif.current_noise == 0.2
+    monkeypatch.setattr(trainer, "_must_stop", lambda: trainer.state.step == 5)
+    assert trainer.run() == 0
+    first, second = trainer.state.test(), trainer.state.test()
+    assert first.loss == second.loss
+    torch.manual_seed(99)
+    assert train(noisy, options(tmp_path / "parts", resume=True)) == 0
+    assert same(weights(tmp_path / "whole"), weights(tmp_path / "parts"))
+    train(replace(noisy, current_noise=0.0), options(tmp_path / "plain"))
+    assert not same(weights(tmp_path / "whole"), weights(tmp_path / "plain"))
+    model = timm.create_model(f"local-dir:{tmp_path / 'whole' / 'model'}", pretrained=True)
+    assert model.encoder.current_noise == 0.0  # the folder is as any other
+
+
+@pytest.mark.parametrize("wrong", [-0.1, float("inf"), float("nan")])
+def test_a_wrong_noise_is_refused(wrong: float) -> None:
+    with pytest.raises(ValueError, match=r"expected .*current_noise"):
+        Recipe(current_noise=wrong)
+
+
+def test_a_model_without_noise_is_told_so(recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(SpikingResNet, "set_current_noise")
+    with pytest.raises(ValueError, match=r"noise on currents, got 'test_gac_msresnet': give --current-noise 0"):
+        train(replace(recipe, current_noise=0.1), options(tmp_path))
 
 
 def arguments(recipe: Recipe, out: Path, *more: str) -> list[str]:

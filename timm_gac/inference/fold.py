@@ -306,6 +306,7 @@ def fuse_for_inference(model: nn.Module, dtype: torch.dtype | None = None) -> nn
     plain_weights(model)
     network: Any = model
     network.set_spike_packing(False)
+    network.set_current_noise(0.0)
     stem = FoldedStem(network.conv1, fold_batch_norm(network.conv1, network.bn1))
     network.conv1 = _with_hooks(stem, network.conv1)
     network.bn1 = _with_hooks(nn.Identity(), network.bn1)

@@ -110,6 +110,7 @@ def quantize_as(scheme: str, model: nn.Module, clip: str = "mse") -> IntegerSpik
     dtype, device = model.conv1.weight.dtype, model.conv1.weight.device
     network = IntegerSpikingResNet.like(model, quantization)
     network.eval()
+    network.set_current_noise(0.0)
     plain_weights(network)
     network.double()  # so that weights are rounded once, to int8
     parts: Any = network

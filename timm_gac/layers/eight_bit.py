@@ -21,6 +21,7 @@ from .checks import may_skip
 from .convolution import SpikeConv2d
 from .lif import LIF
 from .neuron import BatchNormLIF, MembraneBatchNormLIF
+from .noise import adds_noise
 from .shared_norm import NORM_FORWARDS
 
 _logger = logging.getLogger(__name__)
@@ -64,6 +65,8 @@ def takes_layer(conv: nn.Module, neuron: nn.Module) -> str:
         return "neurons learn their decay or threshold"
     if neuron.drop_path > 0.0:
         return "blocks are dropped"
+    if adds_noise(neuron.lif):
+        return "noise is added to currents"
     running = [neuron._buffers.get(name) for name in ("running_mean", "running_var")]
     if any(value is not None and not value.is_contiguous() for value in running):
         return "running statistics have gaps in memory"

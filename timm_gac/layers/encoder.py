@@ -17,6 +17,7 @@ from .checks import check_num_steps, fixed_num_steps
 from .convolution import Conv2d
 from .learned import LearnedValues, learned_values, make_learned
 from .neuron_layer import at_least_float32
+from .noise import adds_noise, draw_noise
 from .weight_decay import warn_of_decay
 
 _logger = logging.getLogger(__name__)
@@ -198,6 +199,7 @@ class GatedAttentionCoding(nn.Module):
     returns_pair = False
     spikes_dtype = None  # that of its input
     num_steps = fixed_num_steps()
+    current_noise = 0.0  # see SpikingResNet.set_current_noise
     learned: LearnedValues | None
 
     def __init__(
@@ -239,16 +241,27 @@ class GatedAttentionCoding(nn.Module):
     def forward(self, stem: Tensor) -> Tensor:
         """Gated spikes ``(T, B, C, H, W)``, real-valued in [0, 1), in the dtype of ``stem``."""
         spatial, temporal = self._scores(stem)
+        if adds_noise(self):
+            return self._encode_noisy(stem, spatial, temporal)
         gate = gac_encode if stem.ndim == 4 else gated_lif
         return gate(stem, spatial, temporal, self.spec, **learned_values(self))
+
+    def _encode_noisy(self, stem: Tensor, spatial: Tensor, temporal: Tensor) -> Tensor:
+        """The output with noise on the neuron's current, so that frames of an image differ; its scores see none."""
+        frames, scores = (at_least_float32(x) for x in (stem, spatial))  # 16 bits would round a small noise away
+        if stem.ndim == 4:
+            frames, scores = (x.expand(self.num_steps, *x.shape) for x in (frames, scores))
+        frames = frames + draw_noise(self, frames, axis=2)
+        return gated_lif(frames, scores, temporal, self.spec, **learned_values(self)).to(stem.dtype)
 
     def encode_and_fire(
         self, stem: Tensor, spikes_dtype: torch.dtype | None = None, second: nn.Module | None = None
     ) -> tuple[Tensor, Tensor]:
         """Gated spikes, and the spikes of a neuron with the same spec that integrates them, ``(T, B, C, H, W)`` each.
 
-        What `forward` and a `LIF` behind it give, in one pass. The second spikes are in ``spikes_dtype``: the dtype of
-        ``stem`` if None, or torch.int8. ``second`` is that neuron, where it learns its decay and threshold.
+        What `forward` and a `LIF` behind it give, in one pass and without noise. The second spikes are in
+        ``spikes_dtype``: the dtype of ``stem`` if None, or torch.int8. ``second`` is that neuron, where it learns its
+        decay and threshold.
         """
         spatial, temporal = self._scores(stem)
         of_second = {f"second_{name}": value for name, value in learned_values(second).items()}

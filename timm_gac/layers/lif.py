@@ -15,6 +15,7 @@ from . import conversion
 from .checks import check_num_steps, fixed_num_steps
 from .learned import LearnedValues, learned_values, make_learned
 from .neuron_layer import at_least_float32
+from .noise import adds_noise, draw_noise
 
 
 @register_notrace_module
@@ -42,6 +43,7 @@ class LIF(nn.Module):
     returns_pair = False
     spikes_dtype = None  # that of its input
     num_steps = fixed_num_steps()
+    current_noise = 0.0  # see SpikingResNet.set_current_noise
 
     learned: LearnedValues | None
 
@@ -130,8 +132,13 @@ class LIF(nn.Module):
                 )
             x = x.unflatten(0, [num_steps, x.shape[0] // num_steps])
         learned: Any = learned_values(self)
-        spikes = lif(x, self.spec, **learned)
+        current = x
+        if adds_noise(self):
+            current = at_least_float32(x)  # 16 bits would round a small noise away
+            current = current + draw_noise(self, current, axis=2)
+        spikes = lif(current, self.spec, **learned)
         assert isinstance(spikes, Tensor)  # a pair only where the state is asked for
+        spikes = spikes if current is x else spikes.to(x.dtype)
         return spikes if num_steps is None else spikes.flatten(0, 1)
 
     def input_current(self, inputs: tuple[Any, ...], num_steps: int) -> Tensor:

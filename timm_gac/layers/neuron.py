@@ -26,6 +26,7 @@ from .checks import check_num_steps, fixed_num_steps, log_called, may_skip
 from .learned import LearnedValues
 from .lif import LIF
 from .neuron_layer import add_residual, at_least_float32, spikes_of
+from .noise import adds_noise, draw_noise
 from .shared_norm import NORM_FORWARDS, share_norm
 
 _NEURON_FORWARDS = (LIF.forward,)
@@ -189,11 +190,20 @@ class BatchNormLIF(_NormBase):
             of_residual = (residual_norm.weight, residual_norm.bias, *statistics)
             res_eps = residual_norm.eps
         learned = getattr(neuron, "learned", None)
+        noise = draw_noise(neuron, x, axis=1) if adds_noise(neuron) else None
+        again = noise is not None and (residual is not None or keep_membrane)
+        residual = noise if residual is None and not again else residual
         operands = (x, residual, self.weight, self.bias, mean, var, total, norm.eps, num_steps)
-        options = (batch, keep_membrane, group, *of_residual, res_eps, pack)
+        options = (batch, keep_membrane or again, group, *of_residual, res_eps, pack and not again)
         values = () if learned is None else (learned.values(x.shape[1]),)
         norm_lif = torch.ops.gac_kernels.norm_lif
         spikes, membrane, bits = norm_lif(*operands, *neuron.spec.op_arguments, *options, *values)
+        if again:
+            # The membrane stays without noise, which would add up along the shortcuts; a second pass, of the neuron
+            # alone, sums both in float32.
+            operands = (membrane, noise, *[None] * 5, 0.0, num_steps)
+            options = (False, False, "", *[None] * 4, 0.0, pack)
+            spikes, _, bits = norm_lif(*operands, *neuron.spec.op_arguments, *options, *values)
         return membrane, spikes, bits if pack else None
 
     def _takes_in(self, x: Tensor, residual: Tensor, norm: nn.Module) -> bool:

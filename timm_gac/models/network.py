@@ -20,7 +20,7 @@ from timm.models import create_model
 from torch import Tensor, nn
 
 from gac_kernels import IMAGENET, LIFSpec
-from gac_kernels.checks import check_flags
+from gac_kernels.checks import check_finite, check_flags
 from gac_kernels.common.tiles import is_channels_last
 from gac_kernels.eight_bit.norm import Spikes, to_spikes
 from gac_kernels.spikes.firing_rate import marked_firing_rate
@@ -33,6 +33,8 @@ from ..layers.encoder import DirectCoding, GatedAttentionCoding
 from ..layers.learned import NEURONS, fit_learned_values
 from ..layers.lif import LIF
 from ..layers.neuron import BatchNormLIF
+from ..layers.neuron_layer import NeuronLayer
+from ..layers.noise import adds_noise
 from ..runtime.first_call import compiled_first
 from ..runtime.weight_gradients import overlap_enabled, with_cast_weights
 from .arguments import block_class, check_model_args, lif_spec, with_neuron
@@ -322,6 +324,36 @@ class SpikingResNet(TimmNetwork):
             conv.int8 = enable
         self.int8_convs = enable
 
+    def set_current_noise(self, share: float) -> None:
+        """Add Gaussian noise to the input current of all neurons, in training only; 0 for none.
+
+        The unit is the threshold: rounding flips a spike where it moves a membrane across the threshold, and what a
+        batch norm puts out is measured in thresholds too. The noise is independent in every element and time step.
+        A batch norm's statistics, the encoder's gate and the membrane that a shortcut carries on are of values without
+        it, as in evaluation. Packed spikes work; 8-bit convolutions then run without their kernels.
+
+        Args:
+            share: Standard deviation of the noise as a share of a neuron's threshold, of a learned one as it is now.
+
+        Raises:
+            ValueError: ``share`` is no finite number >= 0; or, where it is not 0, the network is folded or quantised,
+                or has other neurons than this package's.
+        """
+        check_finite("share", share, 0.0)
+        layers: list[Any] = [module for module in self.modules() if isinstance(module, (LIF, GatedAttentionCoding))]
+        if share and self.inference_only:
+            raise ValueError("expected a network that trains, got one that is folded or quantised: create it anew")
+        for module in self.modules() if share else ():
+            neuron = module.lif if isinstance(module, BatchNormLIF) else module
+            other = isinstance(neuron, NeuronLayer) or neuron is not module
+            if other and not isinstance(neuron, (LIF, GatedAttentionCoding)):
+                name = type(neuron).__name__
+                raise ValueError(
+                    f"expected LIF in the place of all neurons for noise on currents, got {name}: put it back"
+                )
+        for layer in layers:
+            layer.current_noise = float(share)
+
     def _stem(self, x: Tensor) -> Tensor:
         """What the encoder takes: ``(B, C, H, W)`` for images, ``(T, B, C, H, W)`` for event frames."""
         if self.training and self.inference_only and torch.is_grad_enabled() and isinstance(x, Tensor):  # none under fx
@@ -345,9 +377,11 @@ class SpikingResNet(TimmNetwork):
     def _fires_in_encoder(self, x: Tensor) -> bool:
         """Whether the encoder may do the first neuron's work.
 
-        Not where somebody watches one of the two, nor under fx, for which both are leaves.
+        Not where somebody watches one of the two or noise is added, nor under fx, for which both are leaves.
         """
         encoder, neuron = self.encoder, self.lif
+        if adds_noise(encoder) or adds_noise(neuron):
+            return False
         if not (
             isinstance(x, Tensor)
             and isinstance(encoder, GatedAttentionCoding)

@@ -22,7 +22,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
 _AT_LEAST: dict[str, float] = {
     **dict.fromkeys(("num_steps", "epochs", "batch_size", "grad_accumulation", "eval_every"), 1),
     **dict.fromkeys(("warmup_epochs", "min_lr", "weight_decay", "momentum", "clip_grad", "mix_off_epochs"), 0),
-    **dict.fromkeys(("freeze_stages", "seed", "tet_lambda", "holdout"), 0),
+    **dict.fromkeys(("freeze_stages", "seed", "tet_lambda", "holdout", "current_noise"), 0),
 }
 # Fields of the augmentation, and those that the last epochs do without.
 _WEAK = ("crop_padding", "crop_scale", "flip", "label_smoothing")
@@ -92,6 +92,8 @@ class Recipe:
         mix_off_epochs: Number of last epochs without mixing, trivial augment and erasing.
         drop_rate: Dropout before the classifier.
         drop_path_rate: Stochastic depth.
+        current_noise: Standard deviation of Gaussian noise on the input current of all neurons, in training only, as a
+            share of the threshold; 0 for none.
         precision: ``bfloat16`` and ``float16`` are autocast.
         int8_convs: Train the 3x3 convolutions of spikes in 8 bits: int8 weights forward, float8 gradients backward.
             The stored folder holds the integers. Its kernels want a GPU with float8 (Ada, Hopper or later); elsewhere
@@ -165,6 +167,7 @@ class Recipe:
     neuron: str = "lif"
     gate_lr: float = 1.0
     neuron_lr: float = 1.0
+    current_noise: float = 0.0
 
     def __post_init__(self) -> None:
         for name, choices in _CHOICES.items():
@@ -183,6 +186,8 @@ class Recipe:
         for name in ("gate_lr", "neuron_lr"):
             if not 0.0 <= (factor := getattr(self, name)) < math.inf:
                 raise ValueError(f"expected {name} >= 0, got {factor!r}: give one such as 0.1, or 0 to freeze it")
+        if not self.current_noise < math.inf:
+            raise ValueError(f"expected a finite current_noise, got {self.current_noise!r}: give one such as 0.02")
         if not self.holdout <= 0.5:
             raise ValueError(f"expected holdout from 0 to 0.5, got {self.holdout!r}: give one such as 0.1")
         if self.holdout and self.stream:

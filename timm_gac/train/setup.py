@@ -206,6 +206,10 @@ def create_network(recipe: Recipe, num_classes: int, in_chans: int) -> Any:
         if not hasattr(network, "set_spike_packing"):
             raise ValueError(f"expected a model that packs spikes, got {recipe.model!r}: give --no-pack-spikes")
         network.set_spike_packing(True)
+    if recipe.current_noise:
+        if not hasattr(network, "set_current_noise"):
+            raise ValueError(f"expected a model with noise on currents, got {recipe.model!r}: give --current-noise 0")
+        network.set_current_noise(recipe.current_noise)
     if hasattr(network, "set_int8_convs"):
         network.set_int8_convs(recipe.int8_convs)  # also where the initial weights were trained otherwise
     elif recipe.int8_convs:
