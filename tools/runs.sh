@@ -8,7 +8,7 @@
 #   eight_bits the first two seeds with convolutions in 8 bits, and the int8 network of each
 #   neurons    learned decay and threshold, at the rate of the weights and at a tenth of it
 #   formats    agreement between number formats, for the first run of `seeds`; and of 40 epochs with and without noise
-#              on the currents: as much as a layer's own rounding, and five times that
+#              on the currents: a little more than a layer's own rounding, and ten times that
 #
 # DATA is the .npz (cifar100.npz), OUT the folder of the runs (runs), RESULTS the table that gets a row a run. What is
 # finished is left alone and what was begun goes on, so the same command may be given again. `eval` reads the stored
@@ -96,7 +96,7 @@ for part in "$@"; do
     formats)
       timm-gac compare "$OUT/gac_seed0" --data "$DATA" --images 10000 --json "$OUT/formats.json" --overwrite \
         --formats float32 channels_last folded bfloat16 float16 int8 float64
-      for noise in 0.0 0.02 0.1; do
+      for noise in 0.0 0.01 0.1; do
         train "noise_$noise" cifar100_fast --epochs 40 --current-noise "$noise"
         timm-gac compare "$OUT/noise_$noise" --data "$DATA" --images 10000 --json "$OUT/noise_$noise/formats.json" \
           --overwrite --formats float32 bfloat16 float16 int8

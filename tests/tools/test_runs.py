@@ -50,7 +50,7 @@ def test_every_command_is_taken(tmp_path: Path) -> None:
     learning = [recipe.neuron_lr for recipe, _ in trained if recipe.neuron == "plif"]
     assert learning == [1.0, 0.1]
     noisy = [(recipe.current_noise, recipe.epochs) for recipe, options in trained if "noise_" in str(options.out)]
-    assert noisy == [(0.0, 40), (0.02, 40), (0.1, 40)]
+    assert noisy == [(0.0, 40), (0.01, 40), (0.1, 40)]
     assert all(not recipe.current_noise for recipe, options in trained if "noise_" not in str(options.out))
     published = [recipe for recipe, options in trained if "published" in str(options.out)]
     assert {(recipe.epochs, recipe.batch_size, recipe.loss) for recipe in published} == {(250, 64, "mean")}
@@ -59,7 +59,7 @@ def test_every_command_is_taken(tmp_path: Path) -> None:
         if config is not None:
             tyro.cli(config, args=words[2:])
     compared = [words[1] for words in commands if words[0] == "compare"]
-    assert compared == ["runs/gac_seed0", "runs/noise_0.0", "runs/noise_0.02", "runs/noise_0.1"]
+    assert compared == ["runs/gac_seed0", "runs/noise_0.0", "runs/noise_0.01", "runs/noise_0.1"]
     assert sorted(len(words) for words in commands if words[0] == "gain") == [4, 8]
 
 

@@ -187,7 +187,7 @@ class Recipe:
             if not 0.0 <= (factor := getattr(self, name)) < math.inf:
                 raise ValueError(f"expected {name} >= 0, got {factor!r}: give one such as 0.1, or 0 to freeze it")
         if not self.current_noise < math.inf:
-            raise ValueError(f"expected a finite current_noise, got {self.current_noise!r}: give one such as 0.02")
+            raise ValueError(f"expected a finite current_noise, got {self.current_noise!r}: give one such as 0.01")
         if not self.holdout <= 0.5:
             raise ValueError(f"expected holdout from 0 to 0.5, got {self.holdout!r}: give one such as 0.1")
         if self.holdout and self.stream:
