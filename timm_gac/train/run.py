@@ -97,8 +97,6 @@ class Run:
         torch.backends.cudnn.benchmark = True  # all batches have one shape: the search pays off in a few steps
         self._create_network_and_loaders()
         self._create_optimizer()
-        if recipe.current_noise and self.accelerator.num_processes > 1:  # one seed for all would draw the same noise
-            torch.manual_seed(mixed_seed(recipe.seed, 0, self.accelerator.process_index))
         self.step, self.minutes, self.rows = 0, 0.0, list[dict[str, Any]]()
         self.finite_step = 0
         self.evaluation: Evaluation | None = None
