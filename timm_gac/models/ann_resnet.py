@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from .arguments import check_model_args
 from .blocks import STAGES
 from .build import build_network, cifar_cfg, imagenet_cfg
+from .checkpoint import checkpoint_filter_fn
 from .network import SpikingResNet
 
 __all__ = ["ANNResNet"]
@@ -208,7 +209,9 @@ def refuse_ann(model: Any, what: str) -> None:
 
 
 def _create_ann_resnet(variant: str, pretrained: bool = False, **kwargs: Any) -> ANNResNet:
-    network: ANNResNet = build_network(ANNResNet, variant, pretrained, default_cfgs, **kwargs)
+    network: ANNResNet = build_network(
+        ANNResNet, variant, pretrained, default_cfgs, filter_fn=checkpoint_filter_fn, **kwargs
+    )
     return network
 
 
