@@ -25,6 +25,7 @@ from safetensors.torch import load_file
 import shared_step
 from timm_gac.bench.ops import relative_error
 from timm_gac.bench.processes import GRADIENT_TOLERANCE, launch
+from timm_gac.hub import save_model_folder
 from timm_gac.train import Recipe, checkpoints
 from timm_gac.train.__main__ import main
 from timm_gac.train.setup import create_accelerator
@@ -192,6 +193,25 @@ def test_processes_draw_other_noise_and_a_resumed_one_the_same(warm_python, wher
         assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in found)
     else:
         assert_close(where, found, expected, rtol=1e-2, atol=1e-4)
+
+
+def test_two_processes_have_the_gradients_of_one_with_a_teacher(warm_python, where, whole, npz, tmp_path):
+    """Of a teacher that is sure of its answers, which changes them much."""
+    torch.manual_seed(0)
+    teacher = timm.create_model("test_ann_resnet", num_classes=4)
+    with torch.no_grad():
+        teacher.fc.weight *= 20
+    save_model_folder(teacher, tmp_path / "teacher")
+    for processes in (1, 2):
+        more = [*RUN, "--checkpoint-steps", "1", "--keep-checkpoints", "9"]
+        more += ["--teacher", str(tmp_path / "teacher"), "--distill-temperature", "1"]
+        run(warm_python, where, processes, npz, tmp_path / str(processes), 32 // processes, *more)
+    files = [path / "checkpoints" / "step_00000001" for path in (tmp_path / "1", tmp_path / "2", whole / "1")]
+    one, two, alone = (load_file(file / checkpoints.TENSORS) for file in files)
+    assert_close(where, two, one, rtol=1e-3, atol=1e-5)
+    buffers = [name for name in one if name.endswith("momentum_buffer")]  # the gradient itself, after one step
+    change = sum((one[name] - alone[name]).norm() for name in buffers) / sum(alone[name].norm() for name in buffers)
+    assert change > 0.2
 
 
 def test_another_batch_of_all_processes_is_refused(whole, npz, tmp_path, capsys):

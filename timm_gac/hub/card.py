@@ -295,7 +295,13 @@ def _recipe(tree: Mapping[str, Any], prefix: str = "", depth: int = 2) -> list[t
 
 def _training(facts: Facts) -> str:
     parts = []
-    rows = _recipe(facts.training)
+    lesson = facts.training.get("distilled_from")
+    if isinstance(lesson, Mapping):
+        parts.append(_lesson(lesson))
+    settings = {key: value for key, value in facts.training.items() if key != "distilled_from"}
+    if not settings.get("teacher"):  # what would set the loss of one is of no effect
+        settings = {key: value for key, value in settings.items() if not key.startswith("distill_")}
+    rows = _recipe(settings)
     if rows:
         table = _table(("recipe", "value"), rows)
         kept = (
@@ -309,6 +315,17 @@ def _training(facts: Facts) -> str:
     if CURVE in facts.files:
         parts.append(f"![Loss and accuracy by epoch]({CURVE})")
     return "## Training\n\n" + "\n\n".join(parts) if parts else ""
+
+
+def _lesson(lesson: Mapping[str, Any]) -> str:
+    """From which network a model was distilled, and how."""
+    steps = f", T = {lesson['num_steps']}" if "num_steps" in lesson else ", an ANN"
+    return (
+        f"It was distilled (Hinton et al., arXiv:1503.02531) from `{_cell(lesson.get('name'))}` "
+        f"(`{_cell(lesson.get('architecture'))}`{steps}): {_cell(lesson.get('weight'))} of its loss is the divergence "
+        f"from that teacher's probabilities at temperature {_cell(lesson.get('temperature'))}. So its accuracy is not "
+        "that of training on labels alone."
+    )
 
 
 def _limits(facts: Facts) -> str:

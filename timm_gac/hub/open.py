@@ -110,7 +110,7 @@ def open_network(
         network = load_model(open_source(model))
         if num_steps is not None and network.num_steps != num_steps:
             raise ValueError(f"expected num_steps={network.num_steps} as {model} has, got {num_steps}: leave it out")
-        opened = OpenedNetwork(name=model, network=network, origin=f"of {_public_name(model)}", trained=True)
+        opened = OpenedNetwork(name=model, network=network, origin=f"of {public_name(model)}", trained=True)
     opened.network.to(device)
     return opened
 
@@ -137,7 +137,7 @@ def _open_registered(model: str, num_steps: int | None, seed: int) -> OpenedNetw
     return OpenedNetwork(name=model, network=network, origin=origin, trained=bool(tag))
 
 
-def _public_name(model: str) -> str:
+def public_name(model: str) -> str:
     """A folder by its name alone: the folders above it are not to be published with the figures."""
     path = Path(model.removeprefix("local-dir:"))
     if not path.is_dir():

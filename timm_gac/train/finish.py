@@ -99,6 +99,7 @@ def _report(run: Run, trained: Evaluation, stored: Evaluation, weights: str, say
         "top1_before_storing": trained.top1,
         "epoch": recipe.epochs,
         "reported": recipe.report,
+        **run.lesson(),
     }
     write_json(out / "eval.json", stored.to_dict() | about | where)
     row = _result_row(run, stored) | {name: where[name] for name in (*PROVENANCE, "timm", "accelerate")}
@@ -132,7 +133,7 @@ def _result_row(run: Run, stored: Evaluation) -> dict[str, Any]:
     return {
         "model": recipe.model,
         "dataset": recipe.dataset,
-        "recipe": run.options.recipe_name,
+        "recipe": run.options.recipe_name + (f", distilled from {run.teacher.about['name']}" if run.teacher else ""),
         "top1": f"{stored.top1:.4f}",
         "top5": f"{stored.top5:.4f}",
         "epochs": recipe.epochs,

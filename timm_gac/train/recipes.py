@@ -107,6 +107,14 @@ class Recipe:
         seed: Seed of weights, order and augmentation.
         eval_every: Epochs between evaluations on the test set, or the split set aside; the last one is reported.
         stored_dtype: Dtype of the weights in the final model folder.
+        teacher: Trained network to distil from: a model or run folder, ORG/NAME on the Hub, or a registered name.tag;
+            None for none. It answers each batch as the student sees it, augmented and mixed, at its own number of time
+            steps, and must have the same classes and input channels.
+        distill_weight: Share, from 0 to 1, of the distillation loss in the whole (Hinton et al., arXiv 1503.02531): the
+            divergence of the student's probabilities, with ``tet`` of those of each step, from the teacher's. The rest
+            is the loss of the labels. Of no effect without a teacher.
+        distill_temperature: Temperature that divides the logits of both in that loss, whose square multiplies it. Of no
+            effect without a teacher.
         neuron: ``lif``: decay and threshold as published; ``plif``: they are learned, one of each a layer, or
             ``plif_channel``, one of each a channel; ``ternary``, ``integer`` or ``adaptive``: see `LIFSpec`; or one
             of your own that is registered.
@@ -168,6 +176,9 @@ class Recipe:
     gate_lr: float = 1.0
     neuron_lr: float = 1.0
     current_noise: float = 0.0
+    teacher: str | None = None
+    distill_weight: float = 0.5
+    distill_temperature: float = 4.0
 
     def __post_init__(self) -> None:
         for name, choices in _CHOICES.items():
@@ -188,6 +199,12 @@ class Recipe:
                 raise ValueError(f"expected {name} >= 0, got {factor!r}: give one such as 0.1, or 0 to freeze it")
         if not self.current_noise < math.inf:
             raise ValueError(f"expected a finite current_noise, got {self.current_noise!r}: give one such as 0.01")
+        if not 0.0 <= self.distill_weight <= 1.0:
+            raise ValueError(f"expected distill_weight from 0 to 1, got {self.distill_weight!r}: give one such as 0.5")
+        if not 0.0 < self.distill_temperature < math.inf:
+            raise ValueError(
+                f"expected distill_temperature > 0, got {self.distill_temperature!r}: give one such as 4, or 1"
+            )
         if not self.holdout <= 0.5:
             raise ValueError(f"expected holdout from 0 to 0.5, got {self.holdout!r}: give one such as 0.1")
         if self.holdout and self.stream:

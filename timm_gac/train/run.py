@@ -26,6 +26,7 @@ from .checkpoints import (
     restore_optimizer,
     save_checkpoint,
 )
+from .distill import check_same_teacher, open_teacher
 from .fingerprint import check_same_data, describe_data
 from .finite import count_not_finite, not_finite, tensors_of
 from .lock import RunLock
@@ -62,6 +63,7 @@ class Run:
     Attributes:
         recipe: The recipe as `settled`.
         network: The network; ``model`` is accelerate's wrapper of it.
+        teacher: Network that it is distilled from; None if the recipe has none.
         frozen: Names of the network's children that are not trained.
         raw_optimizer: The optimiser; ``optimizer`` is accelerate's wrapper of it.
         average: Moving average of the weights; None if the recipe has none.
@@ -108,6 +110,7 @@ class Run:
             recipe=recipe,
             steps_per_epoch=self.steps_per_epoch,
             threshold=float(self.network.spec.threshold) if hasattr(self.network, "spec") else 0.0,
+            teacher=self.teacher,
         )
         if found is not None:
             self._resume(found)
@@ -136,6 +139,14 @@ class Run:
         train, test = (self.loaders.train, self.loaders.test) if sets is None else sets
         self.data = {"train": describe_data(train), recipe.eval_split: describe_data(test)}
         self.network.to(self.device)
+        with self.accelerator.main_process_first():  # one process downloads it, the others find it
+            self.teacher = open_teacher(
+                recipe=recipe,
+                given=self.network.pretrained_cfg,
+                num_classes=num_classes,
+                label_names=self.loaders.label_names,
+                device=self.device,
+            )
 
     def _create_optimizer(self) -> None:
         recipe = self.recipe
@@ -198,6 +209,13 @@ class Run:
         """The moving average if the recipe reports it; None if it reports the network itself."""
         return self.average.state if self.average is not None and self.recipe.report == "ema" else None
 
+    def lesson(self) -> dict[str, Any]:
+        """What config.json and eval.json say of distillation; empty without a teacher."""
+        if self.teacher is None:
+            return {}
+        settings = {name: getattr(self.recipe, f"distill_{name}") for name in ("weight", "temperature")}
+        return {"distilled_from": self.teacher.about | settings}
+
     def test(self) -> Evaluation:
         """Evaluate the network, or its moving average if the recipe reports that, on the test or validation split."""
         state = self.reported_state()
@@ -224,6 +242,7 @@ class Run:
             "scaler": None if scaler is None else scaler.state_dict(),
             "recipe": self.recipe.to_dict(),
             "data": self.data,
+            "teacher": None if self.teacher is None else self.teacher.about,
             "sums": self.accelerator.reduce(self.train_step.sums.clone(), "sum").tolist(),
         }
         if self.main:
@@ -235,6 +254,7 @@ class Run:
         checkpoint = load_checkpoint(found)
         if self.main and isinstance(checkpoint.state.get("data"), dict):
             check_same_data(checkpoint.state["data"], self.data)
+        check_same_teacher(checkpoint.state.get("teacher"), self.teacher)
         try:
             self._restore(checkpoint)
         except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
@@ -281,6 +301,7 @@ class Run:
             **environment(self.device, self.recipe.precision),
             "processes": self.accelerator.num_processes,
             "label_names": list(self.loaders.label_names),
+            **self.lesson(),
         }
 
 

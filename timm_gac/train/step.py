@@ -17,6 +17,7 @@ from gac_kernels import compile_ahead
 from ..runtime.collectives import average_gradients
 from ..runtime.first_call import SWITCH, may_compile_ahead
 from ..runtime.graphs import GraphedStep
+from .distill import Teacher, distillation_loss
 from .optim import MovingAverage, learning_rate, set_learning_rate
 from .recipes import Recipe
 
@@ -64,6 +65,7 @@ class TrainStep:
         recipe: Recipe of the run.
         steps_per_epoch: Steps per epoch, for the schedule.
         threshold: Threshold of the network's neurons, for TET.
+        teacher: Teacher to distil from, if any, on the device of the run.
     """
 
     def __init__(
@@ -75,9 +77,11 @@ class TrainStep:
         recipe: Recipe,
         steps_per_epoch: int,
         threshold: float,
+        teacher: Teacher | None = None,
     ) -> None:
         self.accelerator, self.model, self.optimizer, self.average = accelerator, model, optimizer, average
         self.recipe, self.steps_per_epoch, self.threshold = recipe, steps_per_epoch, threshold
+        self.teacher = teacher
         self.sums = torch.zeros(3, dtype=torch.float32, device=accelerator.device)  # loss, matches, images
         self.total_steps = recipe.epochs * steps_per_epoch
         self._last = False
@@ -140,12 +144,19 @@ class TrainStep:
 
     def _loss(self, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """The loss, and the mean logits of all steps."""
+        recipe = self.recipe
         with self.accelerator.autocast():
             logits = self.model(images)
+            taught = None if self.teacher is None else self.teacher(images)
         logits = logits.float()
-        if self.recipe.loss == "tet":
-            return tet_loss(logits, targets, self.recipe.tet_lambda, self.threshold), logits.mean(1)
-        return F.cross_entropy(logits, targets), logits
+        if recipe.loss == "tet":
+            loss, mean = tet_loss(logits, targets, recipe.tet_lambda, self.threshold), logits.mean(1)
+        else:
+            loss, mean = F.cross_entropy(logits, targets), logits
+        if taught is not None:
+            share = recipe.distill_weight
+            loss = (1.0 - share) * loss + share * distillation_loss(logits, taught, recipe.distill_temperature)
+        return loss, mean
 
     def _step(self, images: Tensor, targets: Tensor) -> None:
         with self._accumulate():
