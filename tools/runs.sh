@@ -1,7 +1,9 @@
 #!/bin/sh
 # The runs behind the figures of docs/results.md, as plain commands: sh tools/runs.sh PART...
 #
-#   seeds      gated attention coding and direct coding at T=4, three seeds each, and the gain by a paired bootstrap
+#   seeds      gated attention coding and direct coding at T=4 and the ANN of the same shape, three seeds each, and the
+#              gain over direct coding and over the ANN by a paired bootstrap
+#   distilled  the ANN by the recipe of `seeds`, and gated attention coding with it as teacher, the same seed
 #   steps      both at T = 1, 2 and 6, with energy
 #   published  both by the published recipe (250 epochs, batch 64, mean loss), in bfloat16 and a CUDA graph
 #   gates      the gate with less attention: 40 epochs, judged on a validation split of the training set
@@ -43,6 +45,11 @@ pair() { # SUFFIX RECIPE [OPTION...]: both codings
   evaluate "direct_$suffix"
 }
 
+ann() { # SEED: the ANN of the same shape, by the same recipe
+  train "ann_seed$1" cifar100_fast --seed "$1" --model ann_resnet18_cifar
+  evaluate "ann_seed$1"
+}
+
 answers() { # CODING SUFFIX...: the files of the runs
   coding=$1
   shift
@@ -52,9 +59,19 @@ answers() { # CODING SUFFIX...: the files of the runs
 for part in "$@"; do
   case $part in
     seeds)
-      for seed in 0 1 2; do pair "seed$seed" cifar100_fast --seed "$seed"; done
-      # shellcheck disable=SC2046  # one word a file
-      timm-gac gain $(answers gac seed0 seed1 seed2) --against $(answers direct seed0 seed1 seed2)
+      for seed in 0 1 2; do
+        pair "seed$seed" cifar100_fast --seed "$seed"
+        ann "$seed"
+      done
+      for other in direct ann; do
+        # shellcheck disable=SC2046  # one word a file
+        timm-gac gain $(answers gac seed0 seed1 seed2) --against $(answers "$other" seed0 seed1 seed2)
+      done
+      ;;
+    distilled)
+      ann 0
+      train gac_distilled cifar100_fast --seed 0 --teacher "$OUT/ann_seed0"
+      evaluate gac_distilled
       ;;
     steps)
       for steps in 1 2 6; do
@@ -103,7 +120,7 @@ for part in "$@"; do
       done
       ;;
     *)
-      echo "expected parts among seeds, steps, published, gates, eight_bits, neurons, formats, got '$part'" >&2
+      echo "expected parts among seeds, distilled, steps, published, gates, eight_bits, neurons, formats, got '$part'" >&2
       exit 2
       ;;
   esac

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shlex
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ from timm_gac.cli.evaluate import EvaluateConfig
 from timm_gac.train.options import parse
 
 SCRIPT = Path(__file__).resolve().parents[2] / "tools" / "runs.sh"
-PARTS = ("seeds", "steps", "published", "gates", "eight_bits", "neurons", "formats")
+PARTS = ("seeds", "distilled", "steps", "published", "gates", "eight_bits", "neurons", "formats")
 # Instead of the real one: writes down what it was called with, and leaves what a run leaves.
 STUB = """#!/bin/sh
 echo "$@" >> "$LOG"
@@ -40,7 +41,7 @@ def test_every_command_is_taken(tmp_path: Path) -> None:
     code, commands = run(tmp_path, *PARTS)
     assert code == 0
     trained = [parse(words[1:], "timm-gac train") for words in commands if words[0] == "train"]
-    assert len({options.out for _, options in trained}) == len(trained) == 6 + 6 + 2 + 7 + 2 + 2 + 3
+    assert len({options.out for _, options in trained}) == len(trained) == 9 + 1 + 6 + 2 + 7 + 2 + 2 + 3
     assert {recipe.seed for recipe, _ in trained} == {0, 1, 2} and {recipe.num_steps for recipe, _ in trained} >= {1, 6}
     gates = [recipe for recipe, options in trained if "gate_" in str(options.out)]
     assert all(recipe.holdout == 0.1 and recipe.epochs == 40 for recipe in gates) and len(gates) == 7
@@ -52,6 +53,15 @@ def test_every_command_is_taken(tmp_path: Path) -> None:
     noisy = [(recipe.current_noise, recipe.epochs) for recipe, options in trained if "noise_" in str(options.out)]
     assert noisy == [(0.0, 40), (0.01, 40), (0.1, 40)]
     assert all(not recipe.current_noise for recipe, options in trained if "noise_" not in str(options.out))
+    anns = {str(options.out): recipe for recipe, options in trained if recipe.model.startswith("ann_")}
+    assert list(anns) == [f"runs/ann_seed{seed}" for seed in range(3)]
+    spiking = {str(options.out): recipe for recipe, options in trained}
+    for seed, recipe in enumerate(anns.values()):  # nothing but the network differs
+        assert recipe == replace(spiking[f"runs/gac_seed{seed}"], model="ann_resnet18_cifar") and recipe.seed == seed
+    taught = spiking["runs/gac_distilled"]
+    assert taught == replace(spiking["runs/gac_seed0"], teacher="runs/ann_seed0")
+    evaluated = {words[1] for words in commands if words[0] == "eval"}
+    assert {"runs/gac_distilled", *anns} <= evaluated
     published = [recipe for recipe, options in trained if "published" in str(options.out)]
     assert {(recipe.epochs, recipe.batch_size, recipe.loss) for recipe in published} == {(250, 64, "mean")}
     for words in commands:
@@ -60,7 +70,13 @@ def test_every_command_is_taken(tmp_path: Path) -> None:
             tyro.cli(config, args=words[2:])
     compared = [words[1] for words in commands if words[0] == "compare"]
     assert compared == ["runs/gac_seed0", "runs/noise_0.0", "runs/noise_0.01", "runs/noise_0.1"]
-    assert sorted(len(words) for words in commands if words[0] == "gain") == [4, 8]
+    assert sorted(len(words) for words in commands if words[0] == "gain") == [4, 8, 8]
+
+
+def test_distilled_alone_trains_its_teacher_first(tmp_path: Path) -> None:
+    code, commands = run(tmp_path, "distilled")
+    outs = [words[words.index("--out") + 1] for words in commands if words[0] == "train"]
+    assert code == 0 and outs == ["runs/ann_seed0", "runs/gac_distilled"]
 
 
 def test_what_is_finished_is_left_alone_and_a_wrong_part_refused(tmp_path: Path) -> None:
