@@ -131,6 +131,7 @@ def test_fine_tuning_takes_its_weights(recipe: Recipe, tmp_path: Path) -> None:
         (dict(neuron="plif"), "neuron='plif', got test_ann_resnet, an ANN: leave --neuron out"),
         (dict(pack_spikes=True), "pack_spikes=True, got test_ann_resnet, an ANN: give --no-pack-spikes"),
         (dict(int8_convs=True), "int8_convs=True, got test_ann_resnet, an ANN: give --no-int8-convs"),
+        (dict(current_noise=0.1), "current_noise=0.1, got test_ann_resnet, an ANN: leave --current-noise out"),
     ],
 )
 def test_what_only_spiking_networks_have_is_refused(
