@@ -13,7 +13,7 @@ from gac_kernels import CIFAR
 from gac_kernels.common import tiles
 from gac_kernels.common.launch import forget_launches
 from gac_kernels.convolution.hopper.plan import Plan
-from gac_kernels.eight_bit import convolution, hopper, norm, weight_gradient, weights
+from gac_kernels.eight_bit import convolution, hopper, norm, transposed, weight_gradient, weights
 
 CL = torch.channels_last
 
@@ -79,10 +79,16 @@ if __name__ == "__main__":
     partial = multiply("forward", tensor(128, 8, torch.int8), 8, 1)
     convolution.finish_statistics(partial, ones, ones, 0.1, None, (ones, ones, 1e-5))
     multiply("input_gradient", grads, 8, 1)
-    multiply("input_gradient, stride 2", grads, 16, 2)
+    transposed.transposed_kernel = _CompileOnly(transposed.transposed_kernel, "input_gradient, stride 2")
+    multiply("input_gradient", grads, 16, 2)
     weight_gradient.weight_gradient_kernel = _CompileOnly(of_weight, "weight_gradient")
     turned = torch.zeros(8, 8, 128, 128, dtype=torch.int32)
     weight_gradient.weight_gradient(turned, turned, ones, ones[:1], torch.zeros(128, 128, 3, 3), 1)
+    weight_gradient.weight_gradient_pairs_kernel = _CompileOnly(
+        weight_gradient.weight_gradient_pairs_kernel, "weight_gradient, pairs"
+    )
+    few = torch.zeros(8, 8, 64, 128, dtype=torch.int32)
+    weight_gradient.weight_gradient(few, few, ones[:64], ones[:1], torch.zeros(64, 64, 3, 3), 1)
     shared = "--rows-shared" in sys.argv  # which Triton 3.8 refuses
     plan = Plan(tile=(8, 1, 8), block_n=128, block_k=64, ring=3, steps=1, copies=2, shared=shared)
     out = tensor(128, 8, torch.bfloat16)

@@ -92,6 +92,9 @@ def cases(of: dict[str, Tensor]) -> dict[str, Callable[[], Any]]:
             of["gradient"], weight, of["divisor"], (2 * SIZE, 2 * SIZE), 2, torch.bfloat16, T, plain
         ),
         "weight gradient": lambda: weight_gradient(
+            of["turned_gradient"], of["turned"], of["scale"], of["divisor"], of["weight"], 1, plain
+        ),
+        "weight gradient by pairs": lambda: weight_gradient(
             of["turned_gradient"], of["turned"], of["scale"], of["divisor"], of["weight"], 1
         ),
         "bytes": lambda: norm.to_spikes(x, T),

@@ -158,6 +158,22 @@ def test_weight_gradient(shape, layout, device, poisoned):
     assert torch.equal(again, out)
 
 
+@pytest.mark.parametrize("shape", [(4, 3, 64, 64, 5, 6), (6, 5, 32, 64, 4, 7), (3, 2, 64, 32, 1, 3)], ids=str)
+def test_weight_gradient_by_pairs_of_pixels(shape, device, poisoned):
+    spikes, weight, grad = inputs((*shape, 1), device)
+    _, scale = int8_weight_reference(weight)
+    g, divisor = in_e4m3(grad, scale)
+    _, expected = int8_conv2d_gradients_reference(grad, spikes, weight)
+    config = {"PAIRS": 1, "BLOCK_K": 64, "PROMOTE": 0, "num_warps": 8, "num_stages": 2}
+    of_spikes, turned = turn(to_e4m3(spikes.float()), shape[0]), turn(g, shape[0])
+    for per_sm in (1, 7):  # one split and several
+        out = torch.empty_like(weight)
+        weight_gradient(turned, of_spikes, scale, divisor, out, 1, config | {"PER_SM": per_sm})
+        close(out, expected, 0.0 if INTERPRETED else 1e-3)
+    tuned = weight_gradient(turned, of_spikes, scale, divisor, torch.empty_like(weight), 1)
+    close(tuned, expected, 0.0 if INTERPRETED else 1e-3)
+
+
 # T, B, C, H, W; keep the membrane, residual, its norm, spikes in their dtype
 NORMS = [
     ((4, 3, 40, 3, 4), False, False, False, False),
@@ -327,6 +343,16 @@ def test_hopper_plans_fit_into_shared_memory():
     assert "even sizes" in hopper.plan_of(torch.Size((4, 32, 7, 8)), out_shape, 4, 2, steps, lambda _: "")
 
 
+def test_units_of_work_leave_few_multiprocessors_idle():
+    def steps(channels, size, frames=256):
+        shape = torch.Size((frames, channels, size, size))
+        return hopper.steps_per_unit(shape, shape, 4, 1, {"COPIES": 2, "STEPS": 1}, 132)
+
+    # 1,568 and 392 units of four steps keep 132 busy; 196 are two rounds for 1.5, and 100 one round for 0.76.
+    assert [steps(64, 56), steps(128, 28), steps(256, 14), steps(512, 7)] == [4, 4, 2, 1]
+    assert [steps(256, 16, 512), steps(512, 8, 512)] == [4, 4]
+
+
 @pytest.mark.skipif(bool(hopper.GLUON_ERROR), reason="this Triton has no Gluon")
 def test_compiles_for_hopper_anywhere():
     """Triton compiles for a GPU that is not there; products are wgmma on bytes, and e4m3 is rounded by hardware."""
@@ -341,6 +367,7 @@ def test_compiles_for_hopper_anywhere():
         "input_gradient": "wgmma.e4m3",
         "input_gradient, stride 2": "wgmma.e4m3",
         "weight_gradient": "wgmma.e4m3 tma",
+        "weight_gradient, pairs": "wgmma.e4m3 tma",
         "hopper forward": "wgmma.s8 tma",
         "hopper input_gradient": "wgmma.e4m3 tma",
         "apply_kernel": "cvt.e4m3",

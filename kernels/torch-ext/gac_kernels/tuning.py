@@ -33,6 +33,7 @@ DEFAULTS: dict[str, dict[str, int]] = {
     "spike_conv_hopper": {"COPIES": 3, "STEPS": 1},
     "eight_bit_forward": {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 128, "num_warps": 4, "num_stages": 3},
     "eight_bit_input_gradient": {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 128, "num_warps": 8, "num_stages": 3},
+    "eight_bit_input_gradient_s2": {"BLOCK_M": 128, "BLOCK_N": 64, "BLOCK_K": 64, "num_warps": 8, "num_stages": 2},
     "eight_bit_forward_hopper": {"COPIES": 2, "STEPS": 1},
     "eight_bit_input_gradient_hopper": {"COPIES": 2, "STEPS": 1, "PROMOTE": 1},
     "eight_bit_weight_gradient": {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 128, "num_warps": 4, "num_stages": 3},
@@ -40,6 +41,8 @@ DEFAULTS: dict[str, dict[str, int]] = {
 # PER_SM: programs that fit at once. Without PROMOTE sums stay in tensor cores, 0.01 to 0.03 % off (see `conv_kernels`),
 # while rounding a gradient to e4m3 costs 2.7 %; adding them up on the way takes half as long again.
 DEFAULTS["eight_bit_weight_gradient"] |= {"PER_SM": 2, "PROMOTE": 0}
+DEFAULTS["eight_bit_weight_gradient_pairs"] = {"BLOCK_K": 128, "num_warps": 8, "num_stages": 3}
+DEFAULTS["eight_bit_weight_gradient_pairs"] |= {"PAIRS": 1, "PER_SM": 1, "PROMOTE": 0}
 # REVERSE: each kernel walks against the one before it, convolution > statistics > forward, convolution > reduce >
 # apply, since the L2 cache holds what was touched last. Without statistics in between, forward walks the other way.
 # PER_SM: as many programs as registers allow at once, since one more would wait for all others; a key with T wins. REGS

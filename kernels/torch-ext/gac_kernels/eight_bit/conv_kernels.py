@@ -1,8 +1,7 @@
 """3x3 convolutions with operands of one byte as plain Triton: implicit matrix products over channels.
 
 The forward pass multiplies spikes and weights as int8, sums of which are exact. The input gradient multiplies e4m3
-gradients and weights with taps in reverse order; of a convolution with stride 2 each of the four kinds of pixels (row
-and column even or odd) has taps of its own, 9 in all.
+gradients and weights with taps in reverse order; that of a convolution with stride 2 is in `transposed`.
 
 Hopper's tensor cores keep about 14 bits of a sum of float8 products, aligned to its largest term, and cut the others
 off: over the up to 4,608 products of a sum here that is up to a percent, always towards 0, where the float32 sums of
@@ -39,7 +38,6 @@ def conv_kernel(
     C,
     N,
     STRIDE: tl.constexpr,
-    TRANSPOSED: tl.constexpr,
     STATS: tl.constexpr,
     IMPRECISE: tl.constexpr,
     WHOLE_K: tl.constexpr,
@@ -50,9 +48,8 @@ def conv_kernel(
 ):
     """BLOCK_M output pixels by BLOCK_N channels: sums times scale (of channels) and through divisor (a scalar).
 
-    x is (frames, H, W, C) and w (N, 3, 3, C), int8 or float8 e4m3, y (frames, OH, OW, N). With TRANSPOSED, y is the
-    input of a convolution with stride 2. With STATS, partial (tiles, 3, N) gets count, mean and sum of squares around
-    the mean of what is stored.
+    x is (frames, H, W, C) and w (N, 3, 3, C), int8 or float8 e4m3, y (frames, OH, OW, N). With STATS, partial
+    (tiles, 3, N) gets count, mean and sum of squares around the mean of what is stored.
     """
     SUM: tl.constexpr = tl.int32 if x_ptr.dtype.element_ty == tl.int8 else tl.float32
     # Neighbouring programs share pixels and differ in channels: the second finds the pixels in the L2 cache.
@@ -61,47 +58,25 @@ def conv_kernel(
     row = tile * BLOCK_M + tl.arange(0, BLOCK_M)
     n = (tl.program_id(0) % blocks_n) * BLOCK_N + tl.arange(0, BLOCK_N)
     k = tl.arange(0, BLOCK_K)
-    if TRANSPOSED:
-        odd_h = 1 - tl.program_id(1) // 2  # first the kind with the most taps
-        odd_w = 1 - tl.program_id(1) % 2
-        rows_h = (OH + 1 - odd_h) // 2
-        rows_w = (OW + 1 - odd_w) // 2
-        taps_w = 1 + odd_w
-        taps = (1 + odd_h) * taps_w
-    else:
-        rows_h = OH
-        rows_w = OW
-        taps_w = 3
-        taps = 9
-    rows = frames * rows_h * rows_w
+    rows = frames * OH * OW
     exists = row < rows
     in_n = n < N
-    frame = row // (rows_h * rows_w)
-    oh = row % (rows_h * rows_w) // rows_w
-    ow = row % rows_w
-    if TRANSPOSED:
-        top = oh
-        left = ow
-        oh = 2 * oh + odd_h
-        ow = 2 * ow + odd_w
-    else:
-        top = oh * STRIDE - 1
-        left = ow * STRIDE - 1
+    frame = row // (OH * OW)
+    oh = row % (OH * OW) // OW
+    ow = row % OW
+    top = oh * STRIDE - 1
+    left = ow * STRIDE - 1
     corner = ((frame.to(tl.int64) * H + top) * W + left) * C  # [M], the window's first pixel, maybe in the padding
     acc = tl.zeros((BLOCK_M, BLOCK_N), SUM)
     zeros_a = tl.zeros((BLOCK_M, BLOCK_K), x_ptr.dtype.element_ty)
     zeros_b = tl.zeros((BLOCK_K, BLOCK_N), x_ptr.dtype.element_ty)
-    for step in range(taps * tl.cdiv(C, BLOCK_K)):
-        tap = step % taps
-        first = step // taps * BLOCK_K
-        dh = tap // taps_w
-        dw = tap % taps_w
+    for step in range(9 * tl.cdiv(C, BLOCK_K)):
+        tap = step % 9
+        first = step // 9 * BLOCK_K
+        dh = tap // 3
+        dw = tap % 3
         ih = top + dh
         iw = left + dw
-        if TRANSPOSED:  # an even row has the middle tap alone, an odd one the first and the last
-            weight = (1 - odd_h + 2 * dh * odd_h) * 3 + 1 - odd_w + 2 * dw * odd_w
-        else:
-            weight = tap
         inside = (exists & (ih >= 0) & (ih < H) & (iw >= 0) & (iw < W))[:, None]
         of_weight = in_n[None, :]
         if WHOLE_N:
@@ -110,7 +85,7 @@ def conv_kernel(
             inside = inside & (first + k < C)[None, :]
             of_weight = of_weight & (first + k < C)[:, None]
         pixels = x_ptr + ((dh * W + dw) * C + first) + corner[:, None] + k[None, :]
-        weights = w_ptr + (weight * C + first) + n[None, :] * (9 * C) + k[:, None]
+        weights = w_ptr + (tap * C + first) + n[None, :] * (9 * C) + k[:, None]
         a = tl.load(pixels, mask=inside, other=zeros_a)  # [M, K]
         b = tl.load(weights, mask=of_weight, other=zeros_b)  # [K, N]
         acc = tl.dot(a, b, acc, out_dtype=SUM, max_num_imprecise_acc=IMPRECISE)

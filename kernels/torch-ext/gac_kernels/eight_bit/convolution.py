@@ -13,6 +13,7 @@ from ..common.triton import cdiv, next_power_of_2
 from ..tuning import shape_config
 from . import hopper
 from .conv_kernels import conv_kernel, finish_statistics_kernel
+from .transposed import prepare_transposed
 from .weights import EightBitWeight
 
 _logger = logging.getLogger(__name__)
@@ -53,7 +54,7 @@ class _Call(NamedTuple):
         if self.items is not None:
             return dict(self.items)
         channels, (height, width) = self.shape[1], self.shape[2:] if self.transposed else self.out_shape[2:]
-        name = f"{channels}-{self.out_shape[1]}" + (":s2" if self.stride == 2 else "")
+        name = f"{channels}-{self.out_shape[1]}" + (":s2" if self.stride == 2 and not self.transposed else "")
         return dict(shape_config(op, (name, f"{name}@{height}x{width}"), self.device))
 
 
@@ -82,18 +83,13 @@ def _of_triton(call: _Call) -> tuple[Launch, int]:
     block_k = min(config.pop("BLOCK_K"), max(32, next_power_of_2(channels)))
     block_n = min(config.pop("BLOCK_N"), max(16, next_power_of_2(out_channels)))
     promoted = config.pop("PROMOTE", 1) and call.operand != torch.int8
-    if call.transposed:
-        rows, kinds = frames * cdiv(out_height, 2) * cdiv(out_width, 2), 4
-    else:
-        rows, kinds = frames * out_height * out_width, 1
-    tiles = cdiv(rows, config["BLOCK_M"])
+    tiles = cdiv(frames * out_height * out_width, config["BLOCK_M"])
     launch = Launch(
         conv_kernel,
-        (tiles * cdiv(out_channels, block_n), kinds),
+        (tiles * cdiv(out_channels, block_n),),
         call.device,
         (frames, height, width, out_height, out_width, channels, out_channels),
         STRIDE=call.stride,
-        TRANSPOSED=call.transposed,
         STATS=call.stats,
         IMPRECISE=block_k if promoted else None,
         WHOLE_K=channels % block_k == 0,
@@ -105,12 +101,21 @@ def _of_triton(call: _Call) -> tuple[Launch, int]:
     return launch, tiles
 
 
+@prepared
+def _of_transposed(call: _Call) -> Launch:
+    """The kernel of an input gradient at stride 2."""
+    return prepare_transposed(call.shape, call.out_shape, call.device, call.config(f"{call.op}_s2"))
+
+
 def _run(
     call: _Call, x: Tensor, w: Tensor, scale: Tensor | None, divisor: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
     """In Gluon where that applies, else in plain Triton."""
     out = torch.empty(call.out_shape, dtype=call.dtype, device=call.device, memory_format=torch.channels_last)
-    while not call.transposed:
+    if call.transposed:
+        _of_transposed(call)(x, w, divisor, out)
+        return out, None
+    while True:
         found = _of_hopper(call)
         if isinstance(found, str):
             _logger.debug("%s of %s runs in plain Triton: %s", call.op, tuple(call.shape), found)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -78,6 +79,7 @@ def prepare(
     if not config.get("COPIES", 0):
         return "its launch parameters leave it to plain Triton"
     failure = functools.partial(_refusal, device)
+    num_steps = steps_per_unit(shape, out_shape, num_steps, stride, config, multiprocessors(device))
     plan = plan_of(shape, out_shape, num_steps, stride, config, failure)
     if isinstance(plan, str):
         return plan
@@ -134,6 +136,32 @@ def _with_room(plan: Plan, stride: int) -> Plan | None:
     room = SHARED_MEMORY - pixels - stored - 4 * 4 * plan.block_n - _SCRATCH
     ring = min(plan.ring, room // (plan.block_n * plan.block_k))
     return plan._replace(ring=ring) if ring >= 3 else None
+
+
+def steps_per_unit(
+    shape: torch.Size, out_shape: torch.Size, num_steps: int, stride: int, config: dict[str, int], processors: int
+) -> int:
+    """How many frames, as if they were steps, a unit of work has: T, or a divisor where that leaves less idle.
+
+    A program takes units in turn, each for all of its steps, so a GPU is busy for as many steps as the longest program
+    has. 256 channels of 14x14 pixels and 64 images are 196 units of 4 steps for 132 multiprocessors, 8 steps for the
+    longest, but 392 units of 2 steps, 6 for the longest. Each unit begins its copies anew, so 5 % decide for T.
+    """
+
+    def longest(steps: int) -> float:
+        plan = plan_of(shape, out_shape, steps, stride, config, lambda _: "")
+        if isinstance(plan, str):
+            return math.inf
+        _, out_channels, height, width = out_shape
+        tiles_n = out_channels // plan.block_n
+        units = plan.programs(shape[0] // steps, out_channels, height, width)
+        return steps * math.ceil(units / (max(processors // tiles_n, 1) * tiles_n))
+
+    found = num_steps
+    for steps in range(num_steps - 1, 0, -1):
+        if num_steps % steps == 0 and longest(steps) < 0.95 * longest(found):
+            found = steps
+    return found
 
 
 # Of a GPU, and plans that share rows or do not: why they are not used, from the first call that did not compile.

@@ -23,6 +23,7 @@ except ImportError:  # no Triton: nothing here runs
     TensorDescriptor = None
 
 _BLOCK = 1024
+_PAIRED = (32, 64)  # channels that `weight_gradient_pairs_kernel` takes
 
 
 def turned_size(num_steps: int, batch: int, channels: int, height: int, width: int) -> tuple[int, int, int, int]:
@@ -90,6 +91,49 @@ def weight_gradient_kernel(
 
 
 @triton.jit
+def weight_gradient_pairs_kernel(
+    g_desc,
+    x_desc,
+    partial_ptr,
+    H,
+    OH,
+    pairs,
+    K,
+    C: tl.constexpr,
+    N: tl.constexpr,
+    IMPRECISE: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """A share of the sum for one row of taps, of few channels and with stride 1: partial (2 * splits, N, 9, C).
+
+    Two pixels of the gradient meet the four pixels of the input that lie around them: of these eight products six are
+    wanted, three taps for each pixel, which are parts of their own. So six products take six tiles of memory, not
+    twelve, and with at most 64 channels it is memory that a tap at a time waits for.
+    """
+    row = tl.program_id(0)
+    first_h, count_h = _first_and_count(row, H, OH, 1)
+    split, splits = tl.program_id(1), tl.num_programs(1)
+    steps = tl.maximum(count_h, 0) * pairs
+    begin = steps * split // splits
+    chunks = tl.cdiv(K, BLOCK_K)
+    acc = tl.zeros((2 * N, 4 * C), tl.float32)
+    for step in range((steps * (split + 1) // splits - begin) * chunks):
+        pair = begin + step // chunks
+        k = step % chunks * BLOCK_K
+        oh = first_h + pair // pairs
+        ow = pair % pairs * 2
+        # Pixels beyond the edges are zeros: copies fill up so what is outside of their tensor.
+        g = g_desc.load([oh, ow * N, k]).reshape(2 * N, BLOCK_K)
+        x = x_desc.load([oh + row - 1, (ow - 1) * C, k]).reshape(4 * C, BLOCK_K)
+        acc = tl.dot(g, x.T, acc, max_num_imprecise_acc=IMPRECISE)
+    m = tl.arange(0, 2 * N)[:, None]
+    c = tl.arange(0, 4 * C)[None, :]
+    column = c // C - m // N
+    at = (split * 2 + m // N).to(tl.int64) * (N * 9 * C) + (m % N * 9 + row * 3 + column) * C + c % C
+    tl.store(partial_ptr + at, acc, mask=(column >= 0) & (column < 3))
+
+
+@triton.jit
 def _finish_kernel(
     partial_ptr,
     scale_ptr,
@@ -122,6 +166,14 @@ def _descriptor(size: torch.Size, rows: int, columns: int) -> Descriptor:
     return Descriptor(TensorDescriptor, shape, strides, [rows, columns], dtype=torch.float8_e4m3fn)
 
 
+def _row_descriptor(size: torch.Size, pixels: int, columns: int) -> Descriptor:
+    """Of rows of pixels, so that a copy does not go on in the next row."""
+    height, width, channels, words = size
+    shape, strides = [height, width * channels, 4 * words], [4 * width * channels * words, 4 * words, 1]
+    block = [1, pixels * channels, columns]
+    return Descriptor(TensorDescriptor, shape, strides, block, dtype=torch.float8_e4m3fn)
+
+
 def weight_gradient(
     gradient: Tensor,
     spikes: Tensor,
@@ -140,7 +192,7 @@ def weight_gradient(
         divisor: One float32 value, a power of two.
         out: (C', C, 3, 3), any strides.
         stride: 1 or 2.
-        config: Launch parameters in the place of the tuned ones.
+        config: Launch parameters in the place of the tuned ones; with PAIRS those of two pixels at a time.
 
     Returns:
         ``out``.
@@ -170,14 +222,32 @@ def _launches(
     device: torch.device,
     items: tuple[tuple[str, int], ...] | None,
 ) -> _Launches:
-    out_height, out_width, out_channels, words = gradient
-    height, width, channels, _ = spikes
+    out_height, out_width, out_channels, _ = gradient
+    channels = spikes[2]
     if items is None:
         name = f"{channels}-{out_channels}" + (":s2" if stride == 2 else "")
         keys = (name, f"{name}@{out_height}x{out_width}")
-        config = dict(shape_config("eight_bit_weight_gradient", keys, device))
+        paired = stride == 1 and channels in _PAIRED and out_channels in _PAIRED
+        op = "eight_bit_weight_gradient_pairs" if paired else "eight_bit_weight_gradient"
+        config = dict(shape_config(op, keys, device))
     else:
         config = dict(items)
+    if config.pop("PAIRS", 0):
+        multiply, splits = _in_pairs(gradient, spikes, device, config)
+    else:
+        multiply, splits = _by_taps(gradient, spikes, stride, device, config)
+    size = out_channels * 9 * channels
+    numbers = (splits, size, channels, *strides)
+    finish = Launch(_finish_kernel, (cdiv(size, _BLOCK),), device, numbers, B=_BLOCK, num_warps=4)
+    return _Launches(multiply, finish, (splits, out_channels, 9, channels))
+
+
+def _by_taps(
+    gradient: torch.Size, spikes: torch.Size, stride: int, device: torch.device, config: dict[str, int]
+) -> tuple[Launch, int]:
+    """The launch of `weight_gradient_kernel`, and the number of its partial sums."""
+    out_height, out_width, out_channels, words = gradient
+    height, width, channels, _ = spikes
     block_m = min(config.pop("BLOCK_M"), max(64, next_power_of_2(out_channels)))
     block_n = min(config.pop("BLOCK_N"), max(16, next_power_of_2(channels)))
     block_k = min(config.pop("BLOCK_K"), max(32, next_power_of_2(4 * words)))
@@ -199,10 +269,32 @@ def _launches(
         BLOCK_K=block_k,
         **config,
     )
-    size = out_channels * 9 * channels
-    numbers = (splits, size, channels, *strides)
-    finish = Launch(_finish_kernel, (cdiv(size, _BLOCK),), device, numbers, B=_BLOCK, num_warps=4)
-    return _Launches(multiply, finish, (splits, out_channels, 9, channels))
+    return multiply, splits
+
+
+def _in_pairs(
+    gradient: torch.Size, spikes: torch.Size, device: torch.device, config: dict[str, int]
+) -> tuple[Launch, int]:
+    """The same of `weight_gradient_pairs_kernel`."""
+    out_height, out_width, out_channels, words = gradient
+    height, _, channels, _ = spikes
+    block_k = min(config.pop("BLOCK_K"), max(32, next_power_of_2(4 * words)))
+    pairs = cdiv(out_width, 2)
+    splits = max(1, min(config.pop("PER_SM") * multiprocessors(device) // 3, out_height * pairs))
+    promoted = config.pop("PROMOTE", 1)
+    launch = Launch(
+        weight_gradient_pairs_kernel,
+        (3, splits),
+        device,
+        (height, out_height, pairs, 4 * words),
+        (_row_descriptor(gradient, 2, block_k), _row_descriptor(spikes, 4, block_k)),
+        C=channels,
+        N=out_channels,
+        IMPRECISE=block_k if promoted else None,
+        BLOCK_K=block_k,
+        **config,
+    )
+    return launch, 2 * splits
 
 
 def turn(x: Tensor, num_steps: int) -> Tensor:
