@@ -32,6 +32,7 @@ from gac_kernels.common import launch
 from timm_gac.bench.eight_bit import Case, build, cases_of, shapes_of
 from timm_gac.bench.harness import measure_time
 from timm_gac.bench.steps import make_step, measure_step, synchronize, time_block
+from timm_gac.runtime.capture import captured
 
 FOUND = "result "
 STEPS = 10  # of which all bits are compared
@@ -110,10 +111,7 @@ def in_graph_us(run: Callable[[], Any], device: torch.device) -> float:
     with torch.cuda.stream(stream):
         run()
     torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=stream):
-        for _ in range(4):
-            run()
+    graph, _ = captured(lambda: [run() for _ in range(4)], device, stream)
     return round(1e3 * measure_time(graph.replay, device, target_ms=4.0, warmup_ms=1.0).median_ms / 4, 1)
 
 

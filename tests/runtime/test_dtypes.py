@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from timm_gac.runtime.dtypes import AUTOCAST, DTYPES, autocast
+from timm_gac.runtime.dtypes import AUTOCAST, DTYPES, autocast, computing, float32_as
 
 
 def test_the_tables_agree_with_torch() -> None:
@@ -25,3 +25,44 @@ def test_autocast_computes_in_the_precision(precision: str) -> None:
 def test_an_unknown_precision_is_refused() -> None:
     with pytest.raises(ValueError, match=r"expected a precision out of .*'bfloat16'.*, got 'half': choose one"):
         autocast(torch.device("cpu"), "half")
+
+
+@pytest.mark.parametrize("newer", [False, True])
+def test_float32_as_is_over_after_the_block(newer: bool) -> None:
+    """Whichever of PyTorch's two ways to switch TensorFloat-32 has been used."""
+    cudnn = torch.backends.cudnn
+
+    def switch(on: bool) -> None:
+        if newer:
+            cudnn.conv.fp32_precision = cudnn.rnn.fp32_precision = "tf32" if on else "ieee"
+        else:
+            cudnn.allow_tf32 = on
+
+    try:
+        for outside in (True, False):
+            switch(outside)
+            before = cudnn.conv.fp32_precision
+            for inside in (True, False):
+                with pytest.raises(KeyError, match="of the block"), float32_as("tf32" if inside else "ieee"):
+                    assert (cudnn.conv.fp32_precision == "tf32") == inside
+                    raise KeyError("of the block")
+            assert cudnn.conv.fp32_precision == before
+            assert newer or cudnn.allow_tf32 == outside
+    finally:
+        cudnn.allow_tf32 = True
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="TensorFloat-32 is a GPU's")
+def test_float32_on_a_gpu_is_float32() -> None:
+    torch.manual_seed(0)
+    conv = torch.nn.Conv2d(64, 64, 3, padding=1, bias=False)
+    x = torch.randn(8, 64, 16, 16)
+    exact = torch.nn.functional.conv2d(x.double(), conv.weight.double(), padding=1)
+    conv, x, device = conv.cuda(), x.cuda(), torch.device("cuda")
+
+    def error(context) -> float:
+        with context, torch.no_grad():
+            return ((conv(x).cpu().double() - exact).norm() / exact.norm()).item()
+
+    assert error(computing(device, None)) < 1e-6 and error(autocast(device, "float32")) < 1e-6
+    assert 1e-5 < error(autocast(device, "tf32")) < 1e-3

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 
 import pytest
 import timm
@@ -11,6 +12,7 @@ import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import timm_gac  # noqa: F401 (registers the models)
+from timm_gac.runtime.capture import garbage_kept
 from timm_gac.runtime.graphs import GraphedStep
 
 cuda_only = pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a CUDA device")
@@ -84,6 +86,68 @@ def test_autocast_around_the_step_is_refused() -> None:
         with pytest.raises(ValueError, match="within the step"):
             run(x)
     assert not run.captured and run(x).tolist() == [2, 2, 2]
+
+
+class Cycle:
+    """Garbage that only the collector finds, and that says when."""
+
+    def __init__(self, gone: list[str], held: object = None) -> None:
+        self.me, self.gone, self.held = self, gone, held
+
+    def __del__(self) -> None:
+        self.gone.append("gone")
+
+
+@pytest.fixture
+def eager_collector():
+    """Collects at every allocation, almost."""
+    before = gc.get_threshold()
+    gc.set_threshold(1, 1, 1)
+    yield
+    gc.set_threshold(*before)
+
+
+def test_no_garbage_is_collected_in_a_capture(eager_collector) -> None:
+    gone: list[str] = []
+    with garbage_kept():
+        Cycle(gone)
+        kept = [[] for _ in range(1000)]
+        assert gone == [] and len(kept) == 1000
+    assert gc.isenabled()
+    gc.collect()
+    assert gone == ["gone"]
+    gc.disable()
+    try:
+        with garbage_kept():
+            pass
+        assert not gc.isenabled()
+    finally:
+        gc.enable()
+
+
+@cuda_only
+def test_a_graph_that_is_garbage_does_not_end_a_capture(eager_collector) -> None:
+    """Destroying a graph is not permitted within the capture of another one."""
+    gone: list[str] = []
+
+    def captures(step: GraphedStep) -> None:
+        for _ in range(2):
+            step(torch.ones(1, device="cuda"))
+        assert step.captured
+
+    def leaving_garbage(x: torch.Tensor) -> torch.Tensor:
+        made = [[] for _ in range(1000)]
+        return x + len(made)
+
+    first = GraphedStep(leaving_garbage, warmup=1)
+    captures(first)
+    gc.disable()
+    Cycle(gone, first)
+    del first
+    gc.enable()
+    captures(GraphedStep(leaving_garbage, warmup=1))
+    gc.collect()
+    assert gone == ["gone"]
 
 
 @cuda_only

@@ -8,7 +8,6 @@ first step: there early exit must wait for the last frame, and saves only what f
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from torch import Tensor
 
 from ..energy import EnergyCosts, EnergyMeter, EnergyReport
 from ..inference.early_exit import check_confidence, first_confident_step, mean_logits
+from ..runtime.dtypes import computing
 from ..runtime.figures import hide_frame, new_figure
 
 CONFIDENCES = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99)
@@ -91,7 +91,7 @@ def measure_anytime(
         confidences: Confidences at which early exit stops.
         costs: Cost table, or its name in `timm_gac.energy.COSTS`.
         weights: Where the weights are from, to be kept with the figures.
-        amp_dtype: Autocast to this dtype.
+        amp_dtype: Autocast to this dtype; float32 where None, without TensorFloat-32.
         trained: Whether the weights are trained, to be kept too; None where that is not known.
 
     Raises:
@@ -104,7 +104,7 @@ def measure_anytime(
     hits, confidences_after, meter = [], [], EnergyMeter(model)
     with meter:
         for images, labels in batches:
-            with torch.autocast(images.device.type, amp_dtype) if amp_dtype is not None else nullcontext():
+            with computing(images.device, amp_dtype):
                 logits = model.forward_steps(images)
             answers = mean_logits(logits)
             hits.append((answers.argmax(-1) == labels[:, None]).cpu())

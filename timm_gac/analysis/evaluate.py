@@ -7,7 +7,7 @@ import functools
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +22,7 @@ from ..inference.early_exit import mean_logits
 from ..inference.record import forward_hooks, neuron_layers
 from ..layers.encoder import DirectCoding
 from ..layers.neuron_layer import NeuronLayer
+from ..runtime.dtypes import computing
 from ..runtime.finite import check_finite
 from ..runtime.first_call import may_compile_ahead
 from ..runtime.modes import eval_mode
@@ -136,7 +137,7 @@ def evaluate(
         model: With ``forward_steps``; in eval mode for the duration, then in the mode it had, after an error too.
         batches: Images (B, C, H, W) and labels (B,), int64, on one device; each image once over all processes.
         num_steps: T; the model's own where None.
-        amp_dtype: Autocast to this dtype.
+        amp_dtype: Autocast to this dtype; float32 where None, without TensorFloat-32.
         firing_rates: Record them.
         classes: The labels that the set has, where it has only some of the network's: counts the right answers among
             these too.
@@ -155,12 +156,11 @@ def evaluate(
     steps = num_steps or int(model.num_steps)  # type: ignore[arg-type]
     device = next(model.parameters()).device
     sums, rates = _Sums(steps, device, classes), _Rates(model, firing_rates, device)
-    amp = torch.autocast(device.type, amp_dtype) if amp_dtype is not None else nullcontext()
     ahead = may_compile_ahead(model)
     started = time.perf_counter()
     with eval_mode(model), forward_hooks(rates.layers, rates.add):
         for images, labels in batches:
-            with amp:
+            with computing(device, amp_dtype):
                 forward = functools.partial(_forward_steps, model, images, rates if ahead else None)
                 logits = compile_ahead(forward, device) if ahead else forward()
             ahead = False

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..runtime.dtypes import AUTOCAST, autocast
+from ..runtime.dtypes import AUTOCAST, autocast, float32_as
 from ..runtime.graphs import GraphedStep
 from .harness import Row, Timing
 
@@ -23,14 +23,14 @@ Step = Callable[..., Tensor]
 
 @contextmanager
 def precision_settings(precision: str, *, search: bool = True) -> Iterator[None]:
-    """Set cuDNN's switches: TensorFloat-32 for ``tf32`` only, and whether it searches for algorithms."""
+    """Set switches: TensorFloat-32 for ``tf32`` only, and whether cuDNN searches for algorithms."""
     cudnn = torch.backends.cudnn
-    before = cudnn.allow_tf32, cudnn.benchmark
-    cudnn.allow_tf32, cudnn.benchmark = precision == "tf32", search
+    before, cudnn.benchmark = cudnn.benchmark, search
     try:
-        yield
+        with float32_as("tf32" if precision == "tf32" else "ieee"):
+            yield
     finally:
-        cudnn.allow_tf32, cudnn.benchmark = before
+        cudnn.benchmark = before
 
 
 def make_inputs(network: nn.Module, mode: str, images: Tensor, classes: int, copies: int) -> tuple[Tensor, ...]:

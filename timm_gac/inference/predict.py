@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..runtime.dtypes import computing
 from .early_exit import forward_early_exit, mean_logits
 
 
@@ -51,7 +51,7 @@ def predict(
         images: (B, C, H, W), prepared as the network wants them, on its device.
         top: So many classes each, or as many as there are.
         names: Of the classes, in order; () where unknown.
-        amp_dtype: Autocast to this dtype.
+        amp_dtype: Autocast to this dtype; float32 where None, without TensorFloat-32.
         exit_at: Early exit at this confidence, see `forward_early_exit`; None for all time steps.
 
     Raises:
@@ -61,8 +61,7 @@ def predict(
         raise ValueError(f"expected a model with forward_steps, got {type(model).__name__}: use one of this package")
     if top < 1:
         raise ValueError(f"expected top of at least 1, got {top}: raise it")
-    amp = torch.autocast(images.device.type, amp_dtype) if amp_dtype is not None else nullcontext()
-    with amp:
+    with computing(images.device, amp_dtype):
         if exit_at is None:
             return answers(model.forward_steps(images), top, names)
         rows = forward_early_exit(model, images, exit_at)

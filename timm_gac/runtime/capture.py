@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import gc
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
@@ -34,13 +36,31 @@ def captured(
     with torch.cuda.device(device):
         current = torch.cuda.current_stream()
         try:
-            with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode=mode):
+            with garbage_kept(), torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode=mode):
                 result = compute()
         except BaseException:
             torch.cuda.set_stream(current)  # older PyTorch leaves the stream of a failed capture current
             _end_in_order(device, stream, pool)
             raise
     return graph, result
+
+
+@contextmanager
+def garbage_kept() -> Iterator[None]:
+    """Collect garbage now, and none within.
+
+    A graph in a cycle of references, such as that of a model which is no longer used, may be destroyed at any
+    allocation of Python's. CUDA does not permit that within a capture, and ends it. PyTorch itself collects garbage
+    before a capture up to 2.8 only.
+    """
+    gc.collect()
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def _end_in_order(device: torch.device, stream: torch.cuda.Stream, pool: Any) -> None:

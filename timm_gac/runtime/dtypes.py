@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any, Literal
+
 import torch
 
 DTYPES: dict[str, torch.dtype] = {
@@ -14,8 +18,8 @@ DTYPES: dict[str, torch.dtype] = {
 AUTOCAST: dict[str, torch.dtype | None] = DTYPES | {"float32": None, "tf32": None}
 
 
-def autocast(device: torch.device, precision: str) -> torch.autocast:
-    """The autocast of a precision; a disabled one for ``float32`` and ``tf32``.
+def autocast(device: torch.device, precision: str) -> AbstractContextManager[None]:
+    """The autocast of a precision; for ``float32`` and ``tf32`` none, and `float32_as` the precision says.
 
     Args:
         device: Where the block computes.
@@ -26,5 +30,46 @@ def autocast(device: torch.device, precision: str) -> torch.autocast:
     """
     if precision not in AUTOCAST:
         raise ValueError(f"expected a precision out of {list(AUTOCAST)}, got {precision!r}: choose one of these")
-    dtype = AUTOCAST[precision]
-    return torch.autocast(device.type, dtype or torch.bfloat16, enabled=dtype is not None)
+    return _computing(device, AUTOCAST[precision], tf32=precision == "tf32")
+
+
+def computing(device: torch.device, dtype: torch.dtype | None) -> AbstractContextManager[None]:
+    """Autocast to a dtype; with None no autocast, and float32 is float32, see `float32_as`.
+
+    Args:
+        device: Where the block computes.
+        dtype: Of autocast, or None.
+    """
+    return _computing(device, dtype, tf32=False)
+
+
+@contextmanager
+def _computing(device: torch.device, dtype: torch.dtype | None, *, tf32: bool) -> Iterator[None]:
+    with torch.autocast(device.type, dtype or torch.bfloat16, enabled=dtype is not None):
+        if dtype is not None or device.type != "cuda":
+            yield
+            return
+        with float32_as("tf32" if tf32 else "ieee"):
+            yield
+
+
+@contextmanager
+def float32_as(form: Literal["ieee", "tf32"]) -> Iterator[None]:
+    """How cuDNN's convolutions of float32 multiply on a GPU within the block.
+
+    PyTorch lets them use TensorFloat-32, of 11 significant bits, where nobody asks: a float32 accuracy of a spiking
+    network is then another one, as rounding flips spikes. Matrix products do not use it unless asked to.
+    """
+    # The older of PyTorch's two switches, unless somebody has used the newer one, which forbids it.
+    cudnn: Any = torch.backends.cudnn
+    try:
+        places = [(cudnn, "allow_tf32", cudnn.allow_tf32, form == "tf32")]
+    except RuntimeError:
+        places = [(part, "fp32_precision", part.fp32_precision, form) for part in (cudnn.conv, cudnn.rnn)]
+    for owner, name, _, value in places:
+        setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        for owner, name, before, _ in places:
+            setattr(owner, name, before)
