@@ -13,8 +13,8 @@ DTYPES: dict[str, torch.dtype] = {
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
 }
-# Precision of a computation to the dtype of its autocast; None is no autocast. tf32 is float32 whose convolutions and
-# matrix products may use TensorFloat-32.
+# Precision of a computation to the dtype of its autocast; None is no autocast. tf32 is float32 whose convolutions
+# may use TensorFloat-32.
 AUTOCAST: dict[str, torch.dtype | None] = DTYPES | {"float32": None, "tf32": None}
 
 
@@ -62,6 +62,7 @@ def float32_as(form: Literal["ieee", "tf32"]) -> Iterator[None]:
     """
     # The older of PyTorch's two switches, unless somebody has used the newer one, which forbids it.
     cudnn: Any = torch.backends.cudnn
+    places: list[tuple[Any, str, Any, Any]]
     try:
         places = [(cudnn, "allow_tf32", cudnn.allow_tf32, form == "tf32")]
     except RuntimeError:
