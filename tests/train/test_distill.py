@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +17,8 @@ from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
 from timm_gac.hub import load_model, prepare_folder, save_model_folder, save_quantized
+from timm_gac.hub.card import write_card
+from timm_gac.hub.facts import gather
 from timm_gac.hub.prepare import PublishConfig
 from timm_gac.train import Recipe, checkpoints
 from timm_gac.train.distill import Teacher, distillation_loss
@@ -151,8 +154,27 @@ def test_it_draws_the_student_to_the_teacher(recipe: Recipe, npz: Path, tmp_path
 def test_a_teacher_of_no_weight_changes_nothing_to_the_bit(recipe: Recipe, plain: Recipe, tmp_path: Path) -> None:
     """So it changes neither initial weights nor random numbers."""
     train(plain, options(tmp_path / "alone"))
-    train(replace(recipe, distill_weight=0.0), options(tmp_path / "taught"))
+    train(replace(recipe, distill_weight=0.0), options(tmp_path / "taught", recipe_name="toy"))
     assert same(weights(tmp_path / "alone"), weights(tmp_path / "taught"))
+    assert not any("distilled_from" in (tmp_path / "taught" / f"{n}.json").read_text() for n in ("config", "eval"))
+    (row,) = csv.DictReader((tmp_path / "taught" / "result.csv").open())
+    assert row["recipe"] == "toy"  # nothing was distilled, whatever it answered
+    card = write_card(gather(tmp_path / "taught" / "model", tmp_path / "taught"), "org/taught")
+    assert "istill" not in card and "| teacher |" not in card and "| loss | tet |" in card
+
+
+@pytest.mark.parametrize(("temperature", "off"), [(0.01, 1e-5), (1.0, 1e-6), (100.0, 1e-4)])
+def test_the_temperatures_allowed_keep_the_loss_in_float32(temperature: float, off: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    logits, taught = 3 * torch.randn(2, 128, 100, generator=generator)
+    logits.requires_grad_()
+    loss = distillation_loss(logits, taught, temperature)
+    (gradient,) = torch.autograd.grad(loss, logits)
+    wide = logits.detach().double().requires_grad_()
+    expected = distillation_loss(wide, taught.double(), temperature)
+    (wide_gradient,) = torch.autograd.grad(expected, wide)
+    assert loss.item() == pytest.approx(expected.item(), rel=off)
+    assert (gradient - wide_gradient).norm() < 1e-4 * wide_gradient.norm()
 
 
 @pytest.mark.parametrize("stop_at", [5, 8])
@@ -180,6 +202,7 @@ def test_another_teacher_is_refused_on_resuming(recipe: Recipe, plain: Recipe, t
         with pytest.raises(ValueError, match=message):
             train(changed, options(tmp_path / "run", resume=True))
     kept = (teacher / "model" / "model.safetensors").read_bytes()
+    shutil.copytree(teacher, tmp_path / "moved")
     network = load_model(teacher / "model")
     with torch.no_grad():
         network.fc.bias[0] += 1.0
@@ -189,7 +212,11 @@ def test_another_teacher_is_refused_on_resuming(recipe: Recipe, plain: Recipe, t
             train(recipe, options(tmp_path / "run", resume=True))
     finally:
         (teacher / "model" / "model.safetensors").write_bytes(kept)
-    assert train(recipe, options(tmp_path / "run", resume=True)) == 0
+    with pytest.raises(ValueError, match="expected a model folder, ORG/NAME on the Hub"):
+        train(replace(recipe, teacher=str(tmp_path / "none")), options(tmp_path / "run", resume=True))
+    moved = replace(recipe, teacher=str(tmp_path / "moved" / "model"))  # of the same weights, by another name
+    assert train(moved, options(tmp_path / "run", resume=True)) == 0
+    assert json.loads((tmp_path / "run" / "eval.json").read_text())["distilled_from"]["name"] == "moved"
 
 
 def stored(folder: Path, name: str = "test_ann_resnet", labels: list[str] | None = None, **args: object) -> str:
@@ -221,8 +248,13 @@ def test_what_cannot_teach_is_refused(plain: Recipe, npz: Path, tmp_path: Path) 
     for changes, message in (
         (dict(distill_weight=1.5), "distill_weight from 0 to 1, got 1.5"),
         (dict(distill_weight=float("nan")), "distill_weight from 0 to 1"),
-        (dict(distill_temperature=0.0), "distill_temperature > 0, got 0.0"),
-        (dict(distill_temperature=float("inf")), "distill_temperature > 0"),
+        (dict(distill_temperature=0.0), "distill_temperature from 0.01 to 100, got 0.0"),
+        (dict(distill_temperature=-1.0), "distill_temperature from 0.01 to 100, got -1.0"),
+        (dict(distill_temperature=1e5), "distill_temperature from 0.01 to 100, got 100000.0"),
+        (dict(distill_temperature=float("inf")), "distill_temperature from 0.01 to 100, got inf"),
+        (dict(distill_temperature=float("nan")), "distill_temperature from 0.01 to 100, got nan"),
+        (dict(teacher=""), "expected teacher as the name of a network, got ''"),
+        (dict(init=""), "expected init as the name of a network, got ''"),
     ):
         with pytest.raises(ValueError, match=message):
             replace(plain, **changes)

@@ -84,6 +84,11 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise ValueError(
             f"expected {CONFIG} as a JSON object, got {type(error).__name__} ({str(error)[:200]}): it is damaged"
         ) from error
+    if isinstance(config, dict) and "architecture" not in config and (folder / "model" / CONFIG).is_file():
+        raise ValueError(
+            f"expected a model folder, got the run folder {str(folder)!r}: give the model in it, "
+            f"{str(folder / 'model')!r}"
+        )
     check_config(config)
     return config
 

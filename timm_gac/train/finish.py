@@ -129,11 +129,11 @@ def _source(recipe: Recipe) -> str:
 
 
 def _result_row(run: Run, stored: Evaluation) -> dict[str, Any]:
-    recipe, speeds = run.recipe, [float(row["images_per_s"]) for row in run.rows]
+    recipe, lesson, speeds = run.recipe, run.lesson(), [float(row["images_per_s"]) for row in run.rows]
     return {
         "model": recipe.model,
         "dataset": recipe.dataset,
-        "recipe": run.options.recipe_name + (f", distilled from {run.teacher.about['name']}" if run.teacher else ""),
+        "recipe": run.options.recipe_name + (f", distilled from {lesson['distilled_from']['name']}" if lesson else ""),
         "top1": f"{stored.top1:.4f}",
         "top5": f"{stored.top5:.4f}",
         "epochs": recipe.epochs,

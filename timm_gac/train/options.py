@@ -103,7 +103,7 @@ def show(name: str, recipe: Recipe) -> str:
     lines = [f"recipe {name}"]
     for field, value in recipe.to_dict().items():
         changed = field in usual and usual[field] != value
-        lines.append(f"  {field:18} {value}" + (f"  (recipe: {usual[field]})" if changed else ""))
+        lines.append(f"  {field:19} {value}" + (f"  (recipe: {usual[field]})" if changed else ""))
     return "\n".join(lines) + "\n"
 
 

@@ -43,6 +43,7 @@ from .setup import (
     prepare,
     read_sets,
     settled,
+    with_brought,
 )
 from .step import PerStepLogits, TrainStep
 from .sync import synchronise_norms
@@ -127,6 +128,7 @@ class Run:
         else:
             num_classes, shape = sets[0].num_classes, sets[0].images.shape[1:]
         self.network = create_network(recipe, num_classes, shape[0])
+        self.recipe = recipe = with_brought(recipe, self.network)
         describe_input(self.network, shape, whole=sets is not None)
         self.frozen = freeze_stages(self.network, recipe.freeze_stages)
         self.loaders = create_loaders(
@@ -210,8 +212,8 @@ class Run:
         return self.average.state if self.average is not None and self.recipe.report == "ema" else None
 
     def lesson(self) -> dict[str, Any]:
-        """What config.json and eval.json say of distillation; empty without a teacher."""
-        if self.teacher is None:
+        """What config.json and eval.json say of distillation; empty without a teacher, or one of weight 0."""
+        if self.teacher is None or not self.recipe.distill_weight:
             return {}
         settings = {name: getattr(self.recipe, f"distill_{name}") for name in ("weight", "temperature")}
         return {"distilled_from": self.teacher.about | settings}

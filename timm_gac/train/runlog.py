@@ -73,7 +73,11 @@ def check_same_recipe(file: Path, recipe: Recipe, processes: int) -> None:
             f"makes {batch_before}"
         )
     now, defaults = recipe.to_dict(), Recipe().to_dict()  # for fields that are newer than the run
-    free = (*_FREE, "batch_size")
+    free = [*_FREE, "batch_size"]
+    if recipe.init is not None:  # which brings them
+        free += ["model", "gate", "neuron"]
+    if recipe.teacher is not None and before.get("teacher") is not None:  # `check_same_teacher` compares their weights
+        free += ["teacher"]
     differing = [name for name in now if name not in free and before.get(name, defaults[name]) != now[name]]
     if differing:
         changes = ", ".join(f"{name}: {before.get(name)!r} became {now[name]!r}" for name in differing)

@@ -149,11 +149,14 @@ def _not_on_cpu(recipe: Recipe) -> str:
 
 
 def settled(recipe: Recipe) -> Recipe:
-    """The recipe as it is run and recorded: for an ANN with one time step and plain cross entropy.
+    """The recipe as it is run and recorded: with the model of its initial weights, and for an ANN with one time step
+    and plain cross entropy.
 
     Raises:
-        ValueError: It asks an ANN for what only spiking networks have.
+        ValueError: It asks an ANN for what only spiking networks have, or there are no such initial weights.
     """
+    if recipe.init is not None:
+        recipe = dataclasses.replace(recipe, model=_architecture(recipe))
     if not is_ann(_architecture(recipe)):
         return recipe
     unlike = {name: getattr(Recipe, name) for name in _SPIKING if getattr(recipe, name) != getattr(Recipe, name)}
@@ -176,6 +179,14 @@ def _architecture(recipe: Recipe) -> str:
     if name.startswith("hf-hub:"):
         return str(read_config(fetch_model(name.removeprefix("hf-hub:")))["architecture"])
     return name.partition(".")[0]
+
+
+def with_brought(recipe: Recipe, network: Any) -> Recipe:
+    """The recipe with the gate and the neuron that its initial weights brought, as it is recorded."""
+    if recipe.init is None or is_ann(recipe.model):
+        return recipe
+    args = network.model_args()
+    return dataclasses.replace(recipe, gate=args["gate"], neuron=args["neuron"])
 
 
 def create_network(recipe: Recipe, num_classes: int, in_chans: int) -> Any:
