@@ -10,12 +10,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import timm
 import torch
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
 from timm_gac import cli
-from timm_gac.hub import load_model, prepare_folder
+from timm_gac.hub import load_model, prepare_folder, save_model_folder
 from timm_gac.hub.prepare import PublishConfig
 from timm_gac.models import ANNResNet
 from timm_gac.train import Recipe, checkpoints
@@ -89,6 +90,16 @@ def test_a_run_leaves_nothing_of_steps_and_spikes(
     prepare_folder(out, tmp_path / "published", PublishConfig(repo_id="org/ann"))
     card = (tmp_path / "published" / "README.md").read_text()
     assert "time step" not in card.replace("neither spikes nor time steps", "") and "Firing rates" not in card
+    of_neurons = ("num_steps", "gate", "neuron", "gate_lr", "neuron_lr", "tet_lambda")
+    assert "| loss | mean |" in card and not any(f"| {name} |" in card for name in of_neurons)
+    assert "arXiv:1512.03385" in card and "The method is that of Qiu" not in card
+    assert cli.main(["push", str(out), "--repo-id", "org/ann", "--dry-run", "--out", str(tmp_path / "dry")]) == 0
+    assert "energy" not in capsys.readouterr().out  # no command measures that of an ANN
+    picture = Path(__file__).parents[2] / "examples" / "pictures" / "apple.png"
+    assert cli.main(["predict", str(picture), "--model", str(out), "--device", "cpu"]) == 0
+    assert f"{out}, 4 classes" in capsys.readouterr().out
+    assert cli.main(["bench", "model", "--model", "test_ann_resnet", "--device", "cpu"]) == 2
+    assert "expected a spiking network for a benchmark, got test_ann_resnet, an ANN" in capsys.readouterr().err
 
 
 def test_tet_is_plain_cross_entropy(recipe: Recipe, tmp_path: Path) -> None:
@@ -122,6 +133,25 @@ def test_fine_tuning_takes_its_weights(recipe: Recipe, tmp_path: Path) -> None:
     assert torch.equal(tuned.network.fc.weight, stored["fc.weight"])
     learning = {name.split(".")[0] for name, weight in tuned.network.named_parameters() if weight.requires_grad}
     assert learning == {"layer2", "layer3", "fc"}
+    assert tuned.recipe.model == "test_ann_resnet"  # which the initial weights brought
+    with pytest.raises(ValueError, match=r"got the run folder '.*first': give the model in it, '.*first/model'"):
+        Trainer(replace(recipe, init=f"local-dir:{tmp_path / 'first'}"), options(tmp_path / "third"))
+
+
+def test_what_initial_weights_bring_is_recorded(recipe: Recipe, tmp_path: Path) -> None:
+    """Model, gate and neuron of a spiking network, where the recipe names an ANN and plain neurons."""
+    spiking = timm.create_model("test_gac_msresnet", num_classes=4, num_steps=2, gate="half", neuron="plif")
+    save_model_folder(spiking, tmp_path / "start")
+    tuned = replace(recipe, init=f"local-dir:{tmp_path / 'start'}", num_steps=2, epochs=1)
+    trainer = Trainer(tuned, options(tmp_path / "run"))
+    trainer.stop_signal = 15
+    assert trainer.run() == 128 + 15
+    assert train(tuned, options(tmp_path / "run", resume=True)) == 0
+    recorded = json.loads((tmp_path / "run" / "config.json").read_text())
+    for settings in (recorded, recorded["recipe"]):
+        assert [settings[name] for name in ("model", "gate", "neuron")] == ["test_gac_msresnet", "half", "plif"]
+    (row,) = csv.DictReader((tmp_path / "run" / "result.csv").open())
+    assert row["model"] == "test_gac_msresnet"
 
 
 @pytest.mark.parametrize(

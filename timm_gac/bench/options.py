@@ -53,6 +53,23 @@ def own_image_size(model: str) -> int:
     return int(timm.get_pretrained_cfg_value(model, "input_size")[-1])
 
 
+def check_model(model: str, folders: bool = True) -> None:
+    """Refuse what is no registered spiking network and, where ``folders`` are taken, no folder."""
+    import timm
+
+    from ..hub.config import is_ann
+
+    if model in timm.list_models(module="spiking_resnet") or (folders and Path(model).is_dir()):
+        return
+    if is_ann(model):
+        raise ValueError(
+            f"expected a spiking network for a benchmark, got {model}, an ANN without spikes and time steps: name a "
+            "spiking one of `timm-gac models`"
+        )
+    instead = ", or name a folder" if folders else ""
+    raise ValueError(f"expected a model of this package, got {model!r}: `timm-gac models` lists them{instead}")
+
+
 @dataclass(frozen=True)
 class KernelBenchConfig:
     """Options of `bench_kernels`: every combination of the tuples is run, then baselines on some of them.
@@ -164,7 +181,6 @@ class ModelBenchConfig:
     device: str = "auto"
 
     def __post_init__(self) -> None:
-        import timm
 
         from ..runtime.dtypes import AUTOCAST
         from .networks import COMPILERS, NETWORKS
@@ -183,10 +199,7 @@ class ModelBenchConfig:
             if not getattr(self, name):
                 raise ValueError(f"expected at least one of {name}, got none: leave the option out for its default")
         check_positive(self, "train_batch", "infer_batch", "steps", "num_steps")
-        if self.model not in timm.list_models(module="spiking_resnet") and not Path(self.model).is_dir():
-            raise ValueError(
-                f"expected a model of this package, got {self.model!r}: `timm-gac models` lists them, or name a folder"
-            )
+        check_model(self.model)
         cuda_only = {"tf32", "float16"} & set(self.precisions)
         if cuda_only and not on_cuda(self.device):
             raise ValueError(f"expected float32 or bfloat16 on a CPU, got {sorted(cuda_only)}: choose one of these")
@@ -265,7 +278,6 @@ class ScalingConfig:
     device: str = "auto"
 
     def __post_init__(self) -> None:
-        import timm
         import torch
 
         from .processes import PROVIDERS
@@ -273,8 +285,7 @@ class ScalingConfig:
         check_choices(self, providers=PROVIDERS, batch_norms=BATCH_NORMS, device=("auto", "cuda", "cpu"))
         check_choices(self, precision=("float32", "tf32", "bfloat16"))
         check_positive(self, "batch", "num_steps", "steps")
-        if self.model not in timm.list_models(module="spiking_resnet"):
-            raise ValueError(f"expected a model of this package, got {self.model!r}: `timm-gac models` lists them")
+        check_model(self.model, folders=False)
         if self.size < 2 or (self.on_cuda and self.size > torch.cuda.device_count()):
             raise ValueError(
                 f"expected at least 2 processes and a GPU for each, got {self.size} and "

@@ -74,6 +74,8 @@ def push(
     """
     from ..hub import PublishConfig
     from ..hub import push as publish
+    from ..hub.config import is_ann, read_config
+    from ..hub.remote import model_folder
 
     config = PublishConfig(
         repo_id=repo_id,
@@ -94,7 +96,7 @@ def push(
     for name, size in result.files.items():
         mark = "sent" if name in result.sent else "    " if dry_run else "same"
         show(f"{mark}  {size:>12,}  {name}")
-    if "energy.json" not in result.files:
+    if "energy.json" not in result.files and not is_ann(read_config(model_folder(source))["architecture"]):
         show(f"the card has no energy: `timm-gac energy {source} --data DATA --out {source}` measures it")
     if dry_run:
         show(f"nothing was sent: look at {result.folder}, then push without --dry-run")

@@ -110,7 +110,8 @@ def run_predict(paths: Sequence[Path], config: PredictConfig, console: Console |
     opened = open_network(config.model, config.num_steps, device=device).require_trained()
     names = opened.label_names
     network = fold_network(opened.network, config.precision) if config.fold else opened.network
-    console.print(f"{config.model}, T={network.num_steps}, {network.num_classes} classes", markup=False, soft_wrap=True)
+    steps = f", T={network.num_steps}" if hasattr(network, "spec") else ""  # an ANN has none
+    console.print(f"{config.model}{steps}, {network.num_classes} classes", markup=False, soft_wrap=True)
     files, problems = list_pictures(paths)
     results = dict[str, Prediction]()
     for some, images in _batches(files, network, config.batch_size, problems):

@@ -53,7 +53,7 @@ def write_card(facts: Facts, repo_id: str, license_id: str | None = None) -> str
         _training(facts),
         _limits(facts),
         _verification(repo_id),
-        f"## Source\n\nThe method is that of Qiu et al., AAAI 2024 ({PAPER}).\n\n```bibtex\n{CITATION}\n```",
+        _source(facts),
     ]
     header = card_data(facts, name).to_yaml()
     return f"---\n{header.strip()}\n---\n\n" + "\n\n".join(section for section in sections if section) + "\n"
@@ -293,15 +293,31 @@ def _recipe(tree: Mapping[str, Any], prefix: str = "", depth: int = 2) -> list[t
     return rows
 
 
+def _of_no_effect(facts: Facts) -> set[str]:
+    """Entries of a run's configuration that its table leaves out: they did nothing, or a sentence says them."""
+    run, names = facts.training, {"distilled_from"}
+    if facts.ann:
+        names |= {"num_steps", "neuron"}
+    if not facts.gated:
+        names |= {"gate", "gate_lr"}
+    if not NEURONS.get(facts.neuron):
+        names |= {"neuron_lr"}
+    if run.get("loss") != "tet":
+        names |= {"tet_lambda"}
+    if not run.get("mixup") and not run.get("cutmix"):
+        names |= {"mix_probability"}
+    if not run.get("teacher") or not run.get("distill_weight"):
+        names |= {"teacher", "distill_weight", "distill_temperature"}
+    return names
+
+
 def _training(facts: Facts) -> str:
     parts = []
     lesson = facts.training.get("distilled_from")
     if isinstance(lesson, Mapping):
         parts.append(_lesson(lesson))
-    settings = {key: value for key, value in facts.training.items() if key != "distilled_from"}
-    if not settings.get("teacher"):  # what would set the loss of one is of no effect
-        settings = {key: value for key, value in settings.items() if not key.startswith("distill_")}
-    rows = _recipe(settings)
+    of_no_effect = _of_no_effect(facts)
+    rows = _recipe({key: value for key, value in facts.training.items() if key not in of_no_effect})
     if rows:
         table = _table(("recipe", "value"), rows)
         kept = (
@@ -359,6 +375,15 @@ def _terms(named: Mapping[str, str]) -> str:
         f"commercial: see {OTHER_LICENSE['license_link']}. The weights come under the same terms; the code is "
         "Apache-2.0."
     )
+
+
+def _source(facts: Facts) -> str:
+    if facts.ann:
+        return (
+            "## Source\n\nIts architecture is that of He et al., CVPR 2016 (arXiv:1512.03385), as timm has it, in the "
+            f"sizes of spiking networks after Qiu et al., AAAI 2024 ({PAPER})."
+        )
+    return f"## Source\n\nThe method is that of Qiu et al., AAAI 2024 ({PAPER}).\n\n```bibtex\n{CITATION}\n```"
 
 
 def _verification(repo_id: str) -> str:

@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 
+from ..hub.config import is_ann
 from .recipes import Recipe
 
 
@@ -39,7 +40,8 @@ class Progress:
             TimeRemainingColumn(),
         )
         self._bar = Bar(*columns, console=self._console, disable=not (visible and self._console.is_terminal))
-        self._task = self._bar.add_task(f"{recipe.model}, T={recipe.num_steps}", total=total, completed=done)
+        steps = "" if is_ann(recipe.model) else f", T={recipe.num_steps}"
+        self._task = self._bar.add_task(f"{recipe.model}{steps}", total=total, completed=done)
 
     def __enter__(self) -> Progress:
         self._bar.start()

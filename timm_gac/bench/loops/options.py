@@ -7,7 +7,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..options import check_choices, check_positive, on_cuda, own_image_size
+from ..options import check_choices, check_model, check_positive, on_cuda, own_image_size
 
 if TYPE_CHECKING:
     from ..session import Case
@@ -79,7 +79,6 @@ class LoopBenchConfig:
     device: str = "auto"
 
     def __post_init__(self) -> None:
-        import timm
         import torch
 
         from ... import models  # noqa: F401 (registers them)
@@ -100,10 +99,7 @@ class LoopBenchConfig:
             raise ValueError(
                 f"expected timm's train.py, got {str(self.timm_train)!r}, which is no file: check the path"
             )
-        if self.model not in timm.list_models(module="spiking_resnet") and not Path(self.model).is_dir():
-            raise ValueError(
-                f"expected a model of this package, got {self.model!r}: `timm-gac models` lists them, or name a folder"
-            )
+        check_model(self.model)
         if on_cuda(self.device) and torch.cuda.device_count() > 1:
             raise ValueError(
                 f"expected one GPU, got {torch.cuda.device_count()}, which some loops would all use: set "
