@@ -159,6 +159,8 @@ def test_sources(model_folder: Path, tmp_path: Path) -> None:
     assert open_source(str(tmp_path / "run")) == tmp_path / "run" / "model"
     with pytest.raises(ValueError, match=r"expected a model folder, ORG/NAME .* or a name of `timm-gac models`, got"):
         open_source("no such thing")
+    with pytest.raises(ValueError, match=r"expected a model folder, ORG/NAME .*, got ''"):
+        open_source("")  # no folder, and not the current one
     with pytest.raises(ValueError, match="expected a repository of the Hub with a revision"):
         open_source(str(model_folder), revision="main")
     pickled = tmp_path / "pickled"

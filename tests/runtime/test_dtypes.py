@@ -52,6 +52,23 @@ def test_float32_as_is_over_after_the_block(newer: bool) -> None:
         cudnn.allow_tf32 = True
 
 
+@pytest.mark.parametrize("owner", ["torch.backends", "torch.backends.cudnn"])
+def test_float32_as_counts_where_tf32_is_allowed_for_all(owner: str) -> None:
+    """Convolutions fall back on what the backend says, and that on what PyTorch says."""
+    cudnn = torch.backends.cudnn
+    place = cudnn if owner.endswith("cudnn") else torch.backends
+    before = place.fp32_precision
+    place.fp32_precision = "tf32"
+    try:
+        for form in ("ieee", "tf32"):
+            with float32_as(form):
+                assert (cudnn.conv.fp32_precision, cudnn.rnn.fp32_precision) == (form, form)
+            assert (cudnn.conv.fp32_precision, cudnn.rnn.fp32_precision) == ("tf32", "tf32")
+    finally:
+        place.fp32_precision = before
+        cudnn.allow_tf32 = True
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="TensorFloat-32 is a GPU's")
 def test_float32_on_a_gpu_is_float32() -> None:
     torch.manual_seed(0)

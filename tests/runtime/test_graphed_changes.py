@@ -76,6 +76,30 @@ def test_attributes_and_modes_count() -> None:
     both(loop, captures=4)
 
 
+def test_how_float32_is_multiplied_counts() -> None:
+    """By either of PyTorch's switches; the newer one makes ``torch.get_float32_matmul_precision`` an error."""
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = matmul.fp32_precision
+
+    def loop(model: nn.Module) -> list[float]:
+        matmul.fp32_precision, cudnn.allow_tf32 = before, True
+        losses = []
+        for step in range(9):
+            if step == 3:
+                cudnn.allow_tf32 = False
+            elif step == 6:
+                matmul.fp32_precision = "tf32"
+            loss = loss_of(model, step)
+            loss.backward()
+            losses.append(loss.detach())
+        return torch.stack(losses).tolist()
+
+    try:
+        both(loop, captures=3)
+    finally:
+        matmul.fp32_precision, cudnn.allow_tf32 = before, True
+
+
 def test_what_runs_eagerly_says_why(caplog: pytest.LogCaptureFixture) -> None:
     model = graphed(network())
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from typing import Any, Literal
 
 import torch
@@ -53,6 +53,16 @@ def _computing(device: torch.device, dtype: torch.dtype | None, *, tf32: bool) -
             yield
 
 
+def float32_forms() -> tuple[str, ...]:
+    """How a GPU multiplies float32 now, in matrix products, convolutions and recurrent layers.
+
+    It can be asked whichever of PyTorch's switches was used: ``torch.get_float32_matmul_precision`` raises an error
+    once the newer ones were.
+    """
+    cudnn: Any = torch.backends.cudnn
+    return tuple(part.fp32_precision for part in (torch.backends.cuda.matmul, cudnn.conv, cudnn.rnn))
+
+
 @contextmanager
 def float32_as(form: Literal["ieee", "tf32"]) -> Iterator[None]:
     """How cuDNN's convolutions of float32 multiply on a GPU within the block.
@@ -60,13 +70,14 @@ def float32_as(form: Literal["ieee", "tf32"]) -> Iterator[None]:
     PyTorch lets them use TensorFloat-32, of 11 significant bits, where nobody asks: a float32 accuracy of a spiking
     network is then another one, as rounding flips spikes. Matrix products do not use it unless asked to.
     """
-    # The older of PyTorch's two switches, unless somebody has used the newer one, which forbids it.
+    # The older of PyTorch's two switches, unless somebody has used the newer one, which forbids it; and for ieee unless
+    # TensorFloat-32 was allowed for all of cuDNN or PyTorch, on which convolutions fall back with the older one off.
     cudnn: Any = torch.backends.cudnn
     places: list[tuple[Any, str, Any, Any]]
-    try:
-        places = [(cudnn, "allow_tf32", cudnn.allow_tf32, form == "tf32")]
-    except RuntimeError:
-        places = [(part, "fp32_precision", part.fp32_precision, form) for part in (cudnn.conv, cudnn.rnn)]
+    places = [(part, "fp32_precision", part.fp32_precision, form) for part in (cudnn.conv, cudnn.rnn)]
+    if cudnn.fp32_precision != "tf32" or form == "tf32":
+        with suppress(RuntimeError):
+            places = [(cudnn, "allow_tf32", cudnn.allow_tf32, form == "tf32")]
     for owner, name, _, value in places:
         setattr(owner, name, value)
     try:

@@ -20,6 +20,7 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from gac_kernels.backend import requested_backend
 
+from .dtypes import float32_forms
 from .fingerprint import STATE, Fingerprint
 from .graph_pair import CudaGraphs, Forward, GraphPair, NotGraphableError, Ticket
 from .weight_gradients import overlap_requested
@@ -230,7 +231,7 @@ class Graphs:
             torch.is_autocast_enabled(device.type),
             torch.get_autocast_dtype(device.type),
             (cudnn.enabled, cudnn.benchmark, cudnn.deterministic, torch.are_deterministic_algorithms_enabled()),
-            torch.get_float32_matmul_precision(),
+            float32_forms(),
             requested_backend(),
             self._fingerprint,
         )
