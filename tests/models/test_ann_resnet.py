@@ -93,6 +93,30 @@ def test_steps_features_and_pruning_agree() -> None:
         assert torch.equal(model.forward_features(images), features[1]) and model.num_classes == 0
 
 
+@pytest.mark.parametrize("last", [0, 1, 2])
+def test_a_pruned_network_is_rebuilt_and_stored(last: int, tmp_path: Path) -> None:
+    model, images = tiny().eval(), torch.randn(2, 3, 16, 16)
+    width = model.feature_info[last]["num_chs"]
+    model.prune_intermediate_layers([last])
+    assert model.model_args()["layers"] == [1] * last + [0] * (3 - last) and model.num_features == width
+    with torch.no_grad():
+        expected = model(images)
+        assert expected.shape[1] == width
+        rebuilt = ANNResNet(**model.model_args()).eval()
+        rebuilt.load_state_dict(model.state_dict())
+        assert torch.equal(rebuilt(images), expected)
+        assert torch.equal(load_model(save_model_folder(model, tmp_path / "pruned"))(images), expected)
+    rebuilt.reset_classifier(5, "avg")
+    assert rebuilt(images).shape == (2, 5)
+    assert len(rebuilt.feature_info) == last + 1
+
+
+def test_stages_left_out_have_a_classifier_that_fits() -> None:
+    model = tiny(layers=[1, 1, 0], dtype=torch.float64, global_pool="max").eval()
+    assert model.fc.in_features == 32 and model.global_pool.pool_type == "max"
+    assert model(torch.randn(2, 3, 16, 16, dtype=torch.float64)).shape == (2, 4)
+
+
 def test_checkpointed_blocks_give_the_same_gradients() -> None:
     images, gradients = torch.randn(4, 3, 16, 16), []
     for enable in (False, True):

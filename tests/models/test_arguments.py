@@ -69,6 +69,9 @@ def test_all_arguments_together_and_what_was_changed_later() -> None:
     model.prune_intermediate_layers([1])
     assert model.changed_args() == {"layers": [1, 0, 0], "num_classes": 0, "global_pool": ""}
     assert_rebuilt(model, {"layers", "num_classes", "global_pool"})
+    model.prune_intermediate_layers([0])  # whose neurons no arguments take away
+    with pytest.raises(ValueError, match="expected a network with a stage, got one that is pruned to its encoder"):
+        model.model_args()
 
 
 def test_registered_networks_have_no_changed_arguments() -> None:

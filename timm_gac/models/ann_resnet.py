@@ -38,7 +38,7 @@ class ANNResNet(ResNet):
         - `forward`: logits ``(B, num_classes)``; `forward_steps`: the same as one step, ``(B, 1, num_classes)``
 
     Args:
-        layers: Number of blocks of each stage, 3 or 4 stages.
+        layers: Number of blocks of each stage, 3 or 4 stages; 0 for last ones that are left out.
         channels: Channels of each stage.
         strides: Stride of each stage: that of the first, 1 or 2, is a max-pooling of stride 2 in front of it, as timm
             has it, the others' is 2.
@@ -81,13 +81,19 @@ class ANNResNet(ResNet):
             num_classes=num_classes, in_chans=in_chans, drop_rate=drop_rate, drop_path_rate=drop_path_rate
         )
         check_ann_args(sizes | rest | {"global_pool": global_pool or ""})
-        if not len(layers) == len(channels) == len(strides) or 0 in layers:
+        last = next((index for index, count in enumerate(layers) if not count), len(layers))
+        if not len(layers) == len(channels) == len(strides) or any(layers[last:]):
             raise ValueError(
-                f"expected layers, channels and strides of one length, 3 or 4, and no stage without blocks, got "
-                f"{layers}, {channels}, {strides}: give one entry a stage"
+                f"expected layers, channels and strides of one length, 3 or 4, and no stage without blocks before one "
+                f"with some, got {layers}, {channels}, {strides}: give one entry a stage"
             )
         super().__init__(
-            BasicBlock, tuple(layers), channels=tuple(channels), global_pool=global_pool or "", **rest, **dd
+            BasicBlock,
+            tuple(count or 1 for count in layers),
+            channels=tuple(channels),
+            global_pool=global_pool or "",
+            **rest,
+            **dd,
         )
         self._args = sizes | {name: list(value) for name, value in sizes.items() if isinstance(value, (tuple, list))}
         self._args["drop_path_rate"] = drop_path_rate
@@ -101,6 +107,19 @@ class ANNResNet(ResNet):
             reduction *= stride
             info["reduction"] = reduction
         self.feature_info[0]["num_chs"] = stem_width
+        if last < len(layers):  # as `prune_intermediate_layers` leaves them
+            self._cut(last)
+            self.feature_info = self.feature_info[: last + 1]
+            self.reset_classifier(num_classes, global_pool or "")
+            self.fc.to(**dd)
+
+    def _cut(self, last: int) -> None:
+        """Remove all stages behind the first ``last``."""
+        for name in STAGES[last:]:
+            self.add_module(name, nn.Sequential())
+        if last == 0:
+            self.maxpool = nn.Identity()
+        self.num_features = self.head_hidden_size = self.feature_info[last]["num_chs"]
 
     def _replace_stem(self, width: int, kernel: int, dd: dict[str, Any]) -> None:
         """Put a stem of another size in the place of timm's, and a first block that takes its channels."""
@@ -135,7 +154,8 @@ class ANNResNet(ResNet):
         """Remove the stages after the last of ``indices`` and, where asked for or no longer fitting, the classifier."""
         take_indices, last = feature_take_indices(len(self.feature_info), indices)
         if prune_head or last + 1 < len(self.feature_info):
-            super().prune_intermediate_layers(take_indices, prune_norm, prune_head)
+            self._cut(last)
+            self.reset_classifier(0, "")
         return list(take_indices)
 
     def model_args(self) -> dict[str, Any]:

@@ -240,7 +240,8 @@ class SpikingResNet(TimmNetwork):
         Device and dtype are not among them.
 
         Raises:
-            ValueError: The network is folded, or some neurons have another spec than it, so no arguments rebuild it.
+            ValueError: The network is folded, some neurons have another spec than it, or it was pruned to its encoder
+                alone, so no arguments rebuild it.
         """
         if self.inference_only and not hasattr(self, "quantization"):
             raise ValueError("expected a network with batch norms, got one that is folded: use it as it was before")
@@ -251,6 +252,11 @@ class SpikingResNet(TimmNetwork):
                 f"expected neurons of one spec, got {len(specs)} different ones: build the network with its spec"
             )
         stages = [len(getattr(self, name)) for name in STAGES[: len(self._args["channels"])]]
+        if not any(stages) and self._args["block"] == "MSBlock" and not isinstance(self.lif, LIF):
+            raise ValueError(
+                "expected a network with a stage, got one that is pruned to its encoder, and no arguments make it: keep "
+                "its first stage, or its weights alone"
+            )
         return self._args | dict(
             layers=stages,
             spec={name: value for name, value in dataclasses.asdict(self.spec).items() if name != "neuron"},
