@@ -109,7 +109,7 @@ class ANNResNet(ResNet):
         self.feature_info[0]["num_chs"] = stem_width
         if last < len(layers):  # as `prune_intermediate_layers` leaves them
             self._cut(last)
-            self.feature_info = self.feature_info[: last + 1]
+            del self.feature_info[last + 1 :]
             self.reset_classifier(num_classes, global_pool or "")
             self.fc.to(**dd)
 

@@ -254,8 +254,8 @@ class SpikingResNet(TimmNetwork):
         stages = [len(getattr(self, name)) for name in STAGES[: len(self._args["channels"])]]
         if not any(stages) and self._args["block"] == "MSBlock" and not isinstance(self.lif, LIF):
             raise ValueError(
-                "expected a network with a stage, got one that is pruned to its encoder, and no arguments make it: keep "
-                "its first stage, or its weights alone"
+                "expected a network with a stage, got one that is pruned to its encoder, which no arguments make: keep "
+                "its first stage too"
             )
         return self._args | dict(
             layers=stages,
