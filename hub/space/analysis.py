@@ -19,6 +19,7 @@ from timm_gac.hub import load_model
 from timm_gac.hub.dataset import DIGITS
 from timm_gac.hub.facts import Facts, gather
 from timm_gac.inference.record import record_spikes
+from timm_gac.models.ann_resnet import refuse_ann
 
 MAX_FILE_BYTES = 20 << 20
 MAX_PIXELS = 25_000_000  # 75 MB in memory, and only while it is prepared
@@ -67,12 +68,13 @@ class Network:
         folder: Model folder.
 
     Raises:
-        ValueError: It is no model folder of timm_gac.
+        ValueError: It is no model folder of timm_gac, or that of an ANN.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.model: Any = load_model(folder)
+        refuse_ann(self.model, "a page that shows spikes")
         self.facts: Facts = gather(folder, folder)
         self.config = timm.data.resolve_data_config(pretrained_cfg=self.model.pretrained_cfg)
         self._transform = create_picture_transform(self.model.pretrained_cfg)

@@ -103,6 +103,12 @@ def test_analysis_is_what_the_network_computes(network: Any) -> None:
     assert result.prepared.shape == (16, 16, 3) and 0 <= result.prepared.min() < result.prepared.max() <= 1
 
 
+def test_an_ann_is_refused_before_a_picture_comes(analysis: ModuleType, tmp_path: Path) -> None:
+    save_model_folder(timm.create_model("test_ann_resnet", num_classes=3), tmp_path / "ann")
+    with pytest.raises(ValueError, match="expected a spiking network for a page that shows spikes, got test_ann"):
+        analysis.Network(tmp_path / "ann")
+
+
 def test_energy_is_the_count_by_hand(network: Any) -> None:
     result = network.analyse(network.prepare(picture()))
     layers = {layer.name: layer for layer in result.report.layers}
