@@ -128,6 +128,39 @@ def test_what_was_not_measured_is_left_out() -> None:
     assert "None" not in text and "nan" not in text.lower().replace("finance", "")
 
 
+IN_FORCE = dict(
+    gate="half", gate_lr=0.1, neuron="plif", neuron_lr=0.2, loss="tet", tet_lambda=0.05, cutmix=1.0,
+    mix_probability=0.5, teacher="ann", distill_weight=0.7, distill_temperature=2.0, num_steps=4,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("facts", "training", "left_out"),
+    [
+        ({}, {}, set()),
+        (dict(gated=False), {}, {"gate", "gate_lr"}),
+        (dict(neuron="lif"), {}, {"neuron_lr"}),
+        (dict(neuron="ternary"), {}, {"neuron_lr"}),
+        ({}, dict(loss="mean"), {"tet_lambda"}),
+        ({}, dict(cutmix=0.0), {"cutmix", "mix_probability"}),
+        ({}, dict(cutmix=0.0, mixup=0.2), {"cutmix"}),
+        ({}, dict(teacher=None), {"teacher", "distill_weight", "distill_temperature"}),
+        ({}, dict(distill_weight=0.0), {"teacher", "distill_weight", "distill_temperature"}),
+        (
+            dict(spec=None, gated=False, neuron="lif"),
+            dict(loss="mean"),
+            {"gate", "gate_lr", "neuron", "neuron_lr", "tet_lambda", "num_steps"},
+        ),
+    ],
+)
+def test_settings_that_did_nothing_are_left_out(
+    facts: dict[str, Any], training: dict[str, Any], left_out: set[str]
+) -> None:
+    card = write_card(replace(FACTS, **{"neuron": "plif"} | facts, training=IN_FORCE | training), "org/gac")
+    table = card.partition("| recipe | value |")[2]
+    assert {name for name in IN_FORCE if f"| {name} |" not in table} == left_out
+
+
 def test_every_snippet_registers_the_models() -> None:
     snippets = re.findall(r"```python\n(.+?)```", write_card(FACTS, "me/x"), re.DOTALL)
     assert len(snippets) == 2
