@@ -33,7 +33,7 @@ TINY = ModelBenchConfig(
     num_steps=(2,),
     providers=("timm_gac_8bit",),
     train_batch=2,
-    image_size=8,
+    image_size=4,
     steps=1,
     device="cpu",
 )
@@ -48,7 +48,7 @@ def narrow(monkeypatch):
         yield
 
 
-def checked(num_steps=2, size=8):
+def checked(num_steps=2, size=4):
     """What the check says about a network in 8 bits."""
     model = timm.create_model("test_gac_msresnet", num_steps=num_steps)
     images = torch.randn(4, 3, size, size)

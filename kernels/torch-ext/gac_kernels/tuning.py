@@ -40,7 +40,8 @@ DEFAULTS: dict[str, dict[str, int]] = {
 }
 # PER_SM: programs that fit at once. Without PROMOTE sums stay in tensor cores, 0.01 to 0.03 % off (see `conv_kernels`),
 # while rounding a gradient to e4m3 costs 2.7 %; adding them up on the way takes half as long again.
-DEFAULTS["eight_bit_weight_gradient"] |= {"PER_SM": 2, "PROMOTE": 0}
+# SPLITS: programs that share the sum of a tile; with 0 as many as make all programs fit at once.
+DEFAULTS["eight_bit_weight_gradient"] |= {"PER_SM": 2, "PROMOTE": 0, "SPLITS": 0}
 DEFAULTS["eight_bit_weight_gradient_pairs"] = {"BLOCK_K": 128, "num_warps": 8, "num_stages": 3}
 DEFAULTS["eight_bit_weight_gradient_pairs"] |= {"PAIRS": 1, "PER_SM": 1, "PROMOTE": 0}
 # REVERSE: each kernel walks against the one before it, convolution > statistics > forward, convolution > reduce >
