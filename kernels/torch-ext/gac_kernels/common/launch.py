@@ -4,8 +4,8 @@ Triton looks at every argument at every launch. A training step in a plain loop 
 after the first looks only at what can have changed, dtypes of tensors and whether they are aligned: 5 to 7 us on one
 core of an Intel Xeon instead of 17 to 30 (Triton 3.6 and 3.8, measured without what the GPU's driver takes). On an H200
 ten training steps of three networks had the same bits with it and without, and msresnet34 at 224x224 trained in 0.65 to
-0.80 of the time; in 8 bits, whose launches have tensor descriptors, gac_msresnet18_cifar in 0.69, with the same bits
-too. With TIMM_GAC_DIRECT_LAUNCH=0 in the environment, and on ROCm, where nobody has tried it, Triton launches everything.
+0.80 of the time; in 8 bits, whose launches have tensor descriptors, gac_msresnet18_cifar in 0.69, with the same bits.
+With TIMM_GAC_DIRECT_LAUNCH=0 in the environment, and on ROCm, where nobody has tried it, Triton launches everything.
 """
 
 from __future__ import annotations
