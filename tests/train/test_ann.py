@@ -19,8 +19,9 @@ from timm_gac import cli
 from timm_gac.hub import load_model, prepare_folder, save_model_folder
 from timm_gac.hub.prepare import PublishConfig
 from timm_gac.models import ANNResNet
-from timm_gac.train import Recipe, checkpoints
-from timm_gac.train.loop import RunOptions, Trainer, train
+from timm_gac.train import Recipe
+from timm_gac.train.loop import Trainer, train
+from toy_runs import options, weights
 
 
 @pytest.fixture(autouse=True)
@@ -47,14 +48,6 @@ def recipe(npz: Path) -> Recipe:
         eval_every=2,
         stored_dtype="float32",
     )
-
-
-def options(out: Path, **changes: object) -> RunOptions:
-    return replace(RunOptions(out=out, cpu=True, log_steps=2, checkpoint_steps=3), **changes)
-
-
-def weights(out: Path) -> dict[str, torch.Tensor]:
-    return load_file(checkpoints.latest_checkpoint(out / "checkpoints") / checkpoints.TENSORS)
 
 
 def test_a_run_leaves_nothing_of_steps_and_spikes(

@@ -14,15 +14,15 @@ import pytest
 import timm
 import torch
 from accelerate.state import AcceleratorState
-from safetensors.torch import load_file
 
 from timm_gac.hub import load_model, prepare_folder, save_model_folder, save_quantized
 from timm_gac.hub.card import write_card
 from timm_gac.hub.facts import gather
 from timm_gac.hub.prepare import PublishConfig
-from timm_gac.train import Recipe, checkpoints
+from timm_gac.train import Recipe
 from timm_gac.train.distill import Teacher, distillation_loss
-from timm_gac.train.loop import RunOptions, Trainer, train
+from timm_gac.train.loop import Trainer, train
+from toy_runs import options, same, weights
 
 CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
@@ -54,18 +54,6 @@ def plain(npz: Path) -> Recipe:
         eval_every=3,
         stored_dtype="float32",
     )
-
-
-def options(out: Path, **changes: object) -> RunOptions:
-    return replace(RunOptions(out=out, cpu=True, log_steps=2, checkpoint_steps=3), **changes)
-
-
-def weights(out: Path) -> dict[str, torch.Tensor]:
-    return load_file(checkpoints.latest_checkpoint(out / "checkpoints") / checkpoints.TENSORS)
-
-
-def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
-    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
 @pytest.fixture(scope="module")

@@ -24,10 +24,11 @@ from children import Child
 from timm_gac.analysis.evaluate import Evaluation
 from timm_gac.models import SpikingResNet
 from timm_gac.train import RECIPES, Recipe, checkpoints, finish
-from timm_gac.train.loop import RunOptions, Trainer, train
+from timm_gac.train.loop import Trainer, train
 from timm_gac.train.optim import MovingAverage, create_optimizer, freeze_stages, learning_rate
 from timm_gac.train.options import parse
 from timm_gac.train.step import tet_loss
+from toy_runs import options, same, weights
 
 KILLS = int(os.environ.get("TIMM_GAC_KILLS", "2"))
 
@@ -77,18 +78,6 @@ def recipe(npz: Path) -> Recipe:
         eval_every=2,
         stored_dtype="bfloat16",
     )
-
-
-def options(out: Path, **changes: object) -> RunOptions:
-    return replace(RunOptions(out=out, cpu=True, log_steps=2, checkpoint_steps=3), **changes)
-
-
-def weights(out: Path) -> dict[str, torch.Tensor]:
-    return load_file(checkpoints.latest_checkpoint(out / "checkpoints") / checkpoints.TENSORS)
-
-
-def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
-    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
 def test_a_run_leaves_what_is_promised(recipe: Recipe, tmp_path: Path) -> None:

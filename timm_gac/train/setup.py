@@ -30,13 +30,8 @@ _logger = logging.getLogger(__name__)
 
 MIXED_PRECISION = {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}
 EVAL_BATCH = 512
-_SPIKING = (
-    "gate",
-    "neuron",
-    "pack_spikes",
-    "int8_convs",
-    "current_noise",
-)  # fields that an ANN cannot do anything with
+# Fields that an ANN cannot do anything with.
+_SPIKING = ("gate", "neuron", "pack_spikes", "int8_convs", "current_noise")
 _STATES: tuple[Any, ...] = (AcceleratorState, PartialState, GradientState)
 _RUNNING = threading.Lock()
 _newest: weakref.ReferenceType[Accelerator] | None = None
