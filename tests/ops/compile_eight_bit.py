@@ -97,18 +97,8 @@ if __name__ == "__main__":
         ("hopper input_gradient", grads, rounded.turned, False),
     ):
         hopper.sums_kernel = _CompileOnly(gluon, label)
-        prepared = hopper.prepare_launch(
-            plan,
-            x.shape,
-            out.shape,
-            x.dtype,
-            out.dtype,
-            x.device,
-            num_steps=4,
-            stride=1,
-            stats=stats,
-            promote=not stats,
-        )
+        work = hopper.Work(x.shape, out.shape, x.dtype, out.dtype, x.device, num_steps=4, stride=1, stats=stats)
+        prepared = hopper.prepare_launch(plan, work, promote=not stats)
         sums = torch.zeros(prepared.parts, 3, 128) if stats else None
         scale, divisor = (ones, None) if stats else (None, ones[:1])
         prepared.launch(x, x, weight, out, scale, divisor, sums)

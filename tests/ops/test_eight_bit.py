@@ -309,9 +309,9 @@ def test_hopper_kernel(shape, config, shared, device, monkeypatch, poisoned, req
             hopper._refusals, (device if device.index is not None else torch.device(device.type, 0), True), "refused"
         )
     monkeypatch.setattr(hopper, "multiprocessors", lambda _: 3)  # so that programs have many tiles
-    plans = []
-    plan_of = hopper.plan_of
-    monkeypatch.setattr(hopper, "plan_of", lambda *args: plans.append(plan_of(*args)) or plans[-1])
+    taken = []
+    prepare = hopper.prepare
+    monkeypatch.setattr(hopper, "prepare", lambda *args: taken.append(prepare(*args)) or taken[-1])
     forget_launches()
     request.addfinalizer(forget_launches)  # those for three multiprocessors
     spikes, weight, grad = inputs(shape, device)
@@ -327,7 +327,7 @@ def test_hopper_kernel(shape, config, shared, device, monkeypatch, poisoned, req
         found = convolution.input_gradient(g, rounded, divisor, size, 1, DTYPE, shape[0], config=launch)
         expected, _ = int8_conv2d_gradients_reference(grad, spikes, weight)
         close(found, expected, 4e-3)
-    assert all(isinstance(plan, Plan) for plan in plans) and len(plans) == 2 - (stride == 2)
+    assert all(isinstance(one, hopper.Prepared) for one in taken) and len(taken) == 2 - (stride == 2)
 
 
 def test_hopper_plans_fit_into_shared_memory():

@@ -60,7 +60,7 @@ class _Call(NamedTuple):
 
 @prepared
 def _of_hopper(call: _Call) -> hopper.Prepared | str:
-    return hopper.prepare(
+    work = hopper.Work(
         shape=call.shape,
         out_shape=torch.Size(call.out_shape),
         operand=call.operand,
@@ -69,8 +69,8 @@ def _of_hopper(call: _Call) -> hopper.Prepared | str:
         num_steps=call.num_steps,
         stride=call.stride,
         stats=call.stats,
-        config=call.config(f"{call.op}_hopper"),
     )
+    return hopper.prepare(work, call.config(f"{call.op}_hopper"))
 
 
 @prepared

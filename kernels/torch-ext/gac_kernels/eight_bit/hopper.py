@@ -46,20 +46,10 @@ class Prepared(NamedTuple):
     kind: tuple[torch.device, bool]
 
 
-def prepare(
-    shape: torch.Size,
-    out_shape: torch.Size,
-    operand: torch.dtype,
-    dtype: torch.dtype,
-    device: torch.device,
-    num_steps: int,
-    stride: int,
-    stats: bool,
-    config: dict[str, int],
-) -> Prepared | str:
-    """The launch of the kernel for a call, or why it cannot take it.
+class Work(NamedTuple):
+    """A convolution to compute.
 
-    Args:
+    Attributes:
         shape: (T*B, C, H, W) of the operand, of one byte an element.
         out_shape: (T*B, C', H', W').
         operand: Dtype of the operand, int8 or float8 e4m3.
@@ -68,8 +58,26 @@ def prepare(
         num_steps: T, or any number that divides the frames.
         stride: 1 or 2.
         stats: Whether statistics are wanted.
+    """
+
+    shape: torch.Size
+    out_shape: torch.Size
+    operand: torch.dtype
+    dtype: torch.dtype
+    device: torch.device
+    num_steps: int
+    stride: int
+    stats: bool
+
+
+def prepare(work: Work, config: dict[str, int]) -> Prepared | str:
+    """The launch of the kernel, or why it cannot do the work.
+
+    Args:
+        work: What to compute.
         config: Launch parameters COPIES, STEPS and, for float8, PROMOTE; see `tuning`.
     """
+    shape, out_shape, _, dtype, device, num_steps, stride, _ = work
     if GLUON_ERROR:
         return f"this Triton has no Gluon for it ({GLUON_ERROR})"
     if reason := wrong_device(device):
@@ -83,8 +91,7 @@ def prepare(
     plan = plan_of(shape, out_shape, num_steps, stride, config, failure)
     if isinstance(plan, str):
         return plan
-    promote = bool(config.get("PROMOTE", 1))
-    return prepare_launch(plan, shape, out_shape, operand, dtype, device, num_steps, stride, stats, promote)
+    return prepare_launch(plan, work._replace(num_steps=num_steps), bool(config.get("PROMOTE", 1)))
 
 
 def wrong_device(device: torch.device) -> str:
@@ -224,32 +231,15 @@ def _pairs_descriptor(dtype: torch.dtype, size: torch.Size, num_steps: int, bloc
     return _descriptor(dtype, shape, [2 * row, row, height * row, 2 * channels, 1], block)
 
 
-def prepare_launch(
-    plan: Plan,
-    shape: torch.Size,
-    out_shape: torch.Size,
-    operand: torch.dtype,
-    dtype: torch.dtype,
-    device: torch.device,
-    num_steps: int,
-    stride: int,
-    stats: bool,
-    promote: bool,
-) -> Prepared:
+def prepare_launch(plan: Plan, work: Work, promote: bool) -> Prepared:
     """The launch by a plan.
 
     Args:
         plan: What `plan_of` gave.
-        shape: As the following ones of `prepare`.
-        out_shape: There too.
-        operand: There too.
-        dtype: There too.
-        device: There too.
-        num_steps: There too.
-        stride: There too.
-        stats: There too.
+        work: What to compute.
         promote: Add sums of float8 products up in float32 on the way.
     """
+    shape, out_shape, operand, dtype, device, num_steps, stride, stats = work
     samples, out_channels, height, width = out_shape
     channels, batch = shape[1], samples // num_steps
     _, tiles_h, tiles_w = plan.tiles(batch, height, width)
