@@ -18,7 +18,7 @@ parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.R
 parser.add_argument("folder", help="pictures: train/CLASS/* and val/CLASS/*")
 parser.add_argument("--model", default="gac_msresnet34", help="a name, local-dir:FOLDER or hf-hub:OWNER/NAME")
 parser.add_argument("--pretrained", action=argparse.BooleanOptionalAction, help="default: where the model has weights")
-parser.add_argument("--num-steps", type=int, default=4, help="time steps T")
+parser.add_argument("--num-steps", type=int, help="time steps T; the network's own where left out; none of an ANN")
 parser.add_argument("--epochs", type=int, default=3)
 parser.add_argument("--batch-size", type=int, default=32, help="images per step and process")
 parser.add_argument("--lr", type=float, default=1e-3, help="peak learning rate of AdamW")
@@ -67,6 +67,6 @@ if accelerator.is_main_process:
     trained = timm.create_model(args.model, num_classes=len(classes), num_steps=args.num_steps)
     trained.load_state_dict(state)
     trained.pretrained_cfg = accelerator.unwrap_model(model).pretrained_cfg  # size, crop, licence of stored weights
-    about = dict(model_config={"label_names": list(classes)}, model_args={"num_steps": args.num_steps})
+    about = dict(model_config={"label_names": list(classes)}, model_args=getattr(trained, "changed_args", dict)())
     timm.models.save_for_hf(trained, args.out, **about, safe_serialization=True)
     accelerator.print(f"saved in {args.out}: timm.create_model('local-dir:{args.out}', pretrained=True) loads it")

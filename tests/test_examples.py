@@ -38,6 +38,18 @@ def digits(tmp_path: Path) -> Path:
     return tmp_path / "pictures"
 
 
+@pytest.fixture
+def few(digits: Path, tmp_path: Path) -> Path:
+    """Two training pictures and one validation picture of each of these classes."""
+    folder = tmp_path / "few"
+    for picture in digits.glob("*/*/*.png"):
+        if picture.stem in ("0", "1", "32"):
+            target = folder / picture.relative_to(digits)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_bytes(picture.read_bytes())
+    return folder
+
+
 def test_finetune(digits: Path, warm_python: WarmPython, tmp_path: Path) -> None:
     script = ROOT / "examples" / "finetune.py"
     assert len(script.read_text(encoding="utf-8").splitlines()) <= 72
@@ -59,14 +71,8 @@ def test_finetune(digits: Path, warm_python: WarmPython, tmp_path: Path) -> None
     assert not list((tmp_path / "tuned").glob("*.bin"))
 
 
-def test_finetune_keeps_size_and_licence_of_weights(digits: Path, warm_python: WarmPython, tmp_path: Path) -> None:
+def test_finetune_keeps_size_and_licence_of_weights(few: Path, warm_python: WarmPython, tmp_path: Path) -> None:
     """gac_msresnet18 without weights is a network for 224 pixels: what is saved must say how it was trained."""
-    few = tmp_path / "few"
-    for picture in digits.glob("*/*/*.png"):
-        if picture.stem in ("0", "1", "32"):
-            target = few / picture.relative_to(digits)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            target.write_bytes(picture.read_bytes())
     command = [
         str(ROOT / "examples" / "finetune.py"), str(few), "--model", "gac_msresnet18", "--pretrained",
         "--freeze", "--epochs", "1", "--num-steps", "2", "--batch-size", "2", "--out", str(tmp_path / "tuned"),
@@ -81,6 +87,20 @@ def test_finetune_keeps_size_and_licence_of_weights(digits: Path, warm_python: W
     for key in ("input_size", "crop_pct", "license"):
         expected = published[key]
         assert config["pretrained_cfg"][key] == (list(expected) if isinstance(expected, tuple) else expected)
+
+
+def test_finetune_an_ann(few: Path, warm_python: WarmPython, tmp_path: Path) -> None:
+    """It has no time steps to be told, nor to be stored."""
+    command = [
+        str(ROOT / "examples" / "finetune.py"), str(few), "--model", "test_ann_resnet",
+        "--epochs", "1", "--batch-size", "2", "--out", str(tmp_path / "tuned"),
+    ]  # fmt: skip
+    paths = [str(ROOT), str(ROOT / "kernels" / "torch-ext"), os.environ.get("PYTHONPATH", "")]
+    env = os.environ | {"ACCELERATE_USE_CPU": "true", "PYTHONPATH": os.pathsep.join(filter(None, paths))}
+    done = warm_python(command, env=env)
+    assert done.returncode == 0, done.stderr[-2000:]
+    model = timm.create_model(f"local-dir:{tmp_path / 'tuned'}", pretrained=True)
+    assert type(model).__name__ == "ANNResNet" and model.num_classes == 2
 
 
 def test_own_neuron() -> None:

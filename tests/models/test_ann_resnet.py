@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import timm
@@ -166,6 +167,14 @@ def test_foreign_arguments_are_refused(tmp_path: Path) -> None:
             timm.create_model("test_ann_resnet", **changes)
     with pytest.raises(ValueError, match="no num_steps for test_ann_resnet"):
         open_network("test_ann_resnet", num_steps=4)
+
+
+@pytest.mark.parametrize("argument", [{"num_steps": 4}, {"gate": "full"}, {"neuron": "plif"}], ids=str)
+def test_what_only_spiking_networks_have_is_refused_in_a_sentence(argument: dict[str, Any]) -> None:
+    name, value = next(iter(argument.items()))
+    with pytest.raises(ValueError, match=f"expected no {name} for test_ann_resnet.* got {name}={value}: leave it out"):
+        timm.create_model("test_ann_resnet", **argument)
+    assert timm.create_model("test_ann_resnet", num_steps=None).num_steps == 1  # timm takes None for left out
 
 
 def test_it_is_evaluated_as_one_step() -> None:

@@ -17,7 +17,7 @@ from timm.models._features import feature_take_indices  # timm offers it to mode
 from timm.models.resnet import BasicBlock, ResNet, downsample_conv
 from torch import Tensor, nn
 
-from .arguments import check_model_args
+from .arguments import SPIKING_ARGS, check_model_args
 from .blocks import STAGES
 from .build import build_network, cifar_cfg, imagenet_cfg
 from .checkpoint import checkpoint_filter_fn
@@ -229,6 +229,12 @@ def refuse_ann(model: Any, what: str) -> None:
 
 
 def _create_ann_resnet(variant: str, pretrained: bool = False, **kwargs: Any) -> ANNResNet:
+    foreign = next((name for name in kwargs if name in SPIKING_ARGS), None)
+    if foreign is not None:
+        raise ValueError(
+            f"expected no {foreign} for {variant}, an ANN without time steps and neurons, got "
+            f"{foreign}={str(kwargs[foreign])[:80]}: leave it out, or name a spiking network of `timm-gac models`"
+        )
     network: ANNResNet = build_network(
         ANNResNet, variant, pretrained, default_cfgs, filter_fn=checkpoint_filter_fn, **kwargs
     )

@@ -41,6 +41,8 @@ _CHOICES = {
     "int8_convs": (False, True),
 }
 _NAMES = (*_INTEGERS, *_RATES, *_SEQUENCES, *_CHOICES, "block", "spec")
+# Those that an ANN of the same shape does not have.
+SPIKING_ARGS = ("num_steps", "encoder", "gate", "neuron", "spec", "block", "scaled_init", "int8_convs")
 # Weights of a classifier: 1 GiB in float32.
 MAX_CLASSIFIER = 2**28
 
