@@ -96,8 +96,8 @@ def test_a_run_leaves_nothing_of_steps_and_spikes(
 
 
 def test_tet_is_plain_cross_entropy(recipe: Recipe, tmp_path: Path) -> None:
-    """Whatever the regulariser's weight: an ANN has no threshold."""
-    runs = {"tet": replace(recipe, tet_lambda=0.5), "mean": replace(recipe, loss="mean")}
+    """Without its regulariser, whose weight a recipe may have: an ANN has no threshold."""
+    runs = {"tet": replace(recipe, tet_lambda=0.0), "mean": replace(recipe, loss="mean")}
     for name, changed in runs.items():
         train(replace(changed, epochs=2), options(tmp_path / name))
     tet, mean = weights(tmp_path / "tet"), weights(tmp_path / "mean")
@@ -152,6 +152,10 @@ def test_what_initial_weights_bring_is_recorded(recipe: Recipe, tmp_path: Path) 
     [
         (dict(gate="half"), r"gate='half', got test_ann_resnet, an ANN: leave --gate out"),
         (dict(neuron="plif"), "neuron='plif', got test_ann_resnet, an ANN: leave --neuron out"),
+        (dict(num_steps=6), "num_steps=6, got test_ann_resnet, an ANN: leave --num-steps out"),
+        (dict(gate_lr=0.1), r"gate_lr=0\.1, got test_ann_resnet, an ANN: leave --gate-lr out"),
+        (dict(neuron_lr=0.1), r"neuron_lr=0\.1, got test_ann_resnet, an ANN: leave --neuron-lr out"),
+        (dict(tet_lambda=0.1), r"tet_lambda=0\.1, got test_ann_resnet, an ANN: leave --tet-lambda out"),
         (dict(pack_spikes=True), "pack_spikes=True, got test_ann_resnet, an ANN: give --no-pack-spikes"),
         (dict(int8_convs=True), "int8_convs=True, got test_ann_resnet, an ANN: give --no-int8-convs"),
         (dict(current_noise=0.1), "current_noise=0.1, got test_ann_resnet, an ANN: leave --current-noise out"),

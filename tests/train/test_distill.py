@@ -60,7 +60,10 @@ def plain(npz: Path) -> Recipe:
 def teacher(plain: Recipe, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run of an ANN of the same shape."""
     out = tmp_path_factory.mktemp("teacher") / "ann_seed0"
-    train(replace(plain, model="test_ann_resnet", epochs=12, mix_probability=0.0, eval_every=12), options(out))
+    train(
+        replace(plain, model="test_ann_resnet", num_steps=1, epochs=12, mix_probability=0.0, eval_every=12),
+        options(out),
+    )
     AcceleratorState._reset_state(reset_partial_state=True)
     assert json.loads((out / "eval.json").read_text())["top1"] >= 0.75  # chance is 0.25
     return out
@@ -256,7 +259,9 @@ def test_any_network_of_the_package_can_teach(plain: Recipe, tmp_path: Path) -> 
         (
             dict(teacher=spiking),
             dict(teacher=rounded, precision="bfloat16", grad_accumulation=2, channels_last=False),
-            dict(teacher=f"local-dir:{spiking}", model="test_ann_resnet", loss="mean", label_smoothing=0.1),
+            dict(
+                teacher=f"local-dir:{spiking}", model="test_ann_resnet", num_steps=1, loss="mean", label_smoothing=0.1
+            ),
         )
     ):
         out = tmp_path / f"run{number}"
@@ -281,7 +286,9 @@ def test_a_teacher_sees_images_as_it_was_trained_on_them() -> None:
 
 def test_a_reader_learns_that_it_was_distilled(recipe: Recipe, plain: Recipe, tmp_path: Path) -> None:
     for name, given in (("taught", recipe), ("alone", plain)):
-        given = replace(given, model="test_ann_resnet")  # its logits vary with the image after so few steps
+        given = replace(
+            given, model="test_ann_resnet", num_steps=1
+        )  # its logits vary with the image after so few steps
         train(given, options(tmp_path / name, recipe_name="toy", results=tmp_path / "results.csv"))
     config, evaluation = (json.loads((tmp_path / "taught" / f"{n}.json").read_text()) for n in ("config", "eval"))
     lesson = config["distilled_from"]

@@ -123,7 +123,16 @@ def test_the_last_line_says_what_storing_changed(
 
 
 def test_it_learns(recipe: Recipe, tmp_path: Path) -> None:
-    easy = replace(recipe, epochs=12, cutmix=0.0, drop_rate=0.0, warmup_epochs=0, mix_off_epochs=0, eval_every=12)
+    easy = replace(
+        recipe,
+        epochs=12,
+        cutmix=0.0,
+        mix_probability=0.0,
+        drop_rate=0.0,
+        warmup_epochs=0,
+        mix_off_epochs=0,
+        eval_every=12,
+    )
     train(easy, options(tmp_path))
     assert json.loads((tmp_path / "eval.json").read_text())["top1"] >= 0.75  # chance is 0.25
 

@@ -11,11 +11,16 @@ from torch import Tensor, nn
 
 from ..layers.encoder import GatedAttentionCoding
 from ..layers.learned import LearnedValues
+from .idle import refuse_idle_rate
 from .recipes import Recipe
 
 
 def create_optimizer(model: Any, recipe: Recipe, device: torch.device) -> torch.optim.Optimizer:
-    """The recipe's optimiser, without weight decay of norms, biases and the names in ``model.no_weight_decay()``."""
+    """The recipe's optimiser, without weight decay of norms, biases and the names in ``model.no_weight_decay()``.
+
+    Raises:
+        ValueError: The recipe gives a rate to a gate or to neurons that do not learn.
+    """
     # By name, since it depends on timm's version whether it leaves out one-dimensional parameters itself.
     skip = {name for name, parameter in model.named_parameters() if parameter.ndim <= 1}
     if hasattr(model, "no_weight_decay"):
@@ -28,8 +33,10 @@ def create_optimizer(model: Any, recipe: Recipe, device: torch.device) -> torch.
         )
     neurons = _owned(model, LearnedValues)
     gate = _owned(model, GatedAttentionCoding) - neurons  # an encoder's neuron is no part of its attention
-    for factor, parameters in ((recipe.gate_lr, gate), (recipe.neuron_lr, neurons)):
-        if factor != 1.0:
+    for name, parameters in (("gate_lr", gate), ("neuron_lr", neurons)):
+        if (factor := getattr(recipe, name)) != 1.0:
+            if not any(id(parameter) in parameters for group in groups for parameter in group["params"]):
+                refuse_idle_rate(recipe, name, model)
             groups = _with_factor(groups, parameters, factor)
     # Tensors, because a CUDA graph would keep a number for ever; the groups' rates differ by their lr_scale.
     for group in groups:

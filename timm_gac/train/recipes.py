@@ -45,7 +45,7 @@ class Recipe:
 
     Args:
         model: Name of a registered model; an ANN, such as ``ann_resnet18_cifar``, too.
-        num_steps: Time steps T; of an ANN 1, whatever is given.
+        num_steps: Time steps T; an ANN has one, whatever the recipe says, and takes no other.
         gate: Which attention the gate of gated attention coding has: ``full``, ``spatial`` or ``temporal`` alone,
             ``half`` (always 0.5) or ``open`` (always 1: plain spikes).
         data: Training data: an .npz file with images and labels, or a name that timm.data.create_dataset takes.
@@ -115,9 +115,9 @@ class Recipe:
             steps, and must have the same classes and input channels.
         distill_weight: Share, from 0 to 1, of the distillation loss in the whole (Hinton et al., arXiv 1503.02531): the
             divergence of the student's probabilities, with ``tet`` of those of each step, from the teacher's. The rest
-            is the loss of the labels. Of no effect without a teacher.
+            is the loss of the labels. It wants a teacher.
         distill_temperature: Temperature, from 0.01 to 100, that divides the logits of both in that loss, whose square
-            multiplies it. Of no effect without a teacher.
+            multiplies it. It wants a teacher.
         neuron: ``lif``: decay and threshold as published; ``plif``: they are learned, one of each a layer, or
             ``plif_channel``, one of each a channel; ``ternary``, ``integer`` or ``adaptive``: see `LIFSpec`; or one
             of your own that is registered.

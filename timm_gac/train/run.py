@@ -88,7 +88,7 @@ class Run:
             raise
 
     def _set_up(self) -> None:
-        recipe = self.recipe = settled(self.recipe)
+        recipe = self.recipe = settled(self.recipe, self.options.recipe_name)
         options = self.options
         found = latest_checkpoint(options.out / "checkpoints")
         if options.device == "cuda" and not torch.cuda.is_available():

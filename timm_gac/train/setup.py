@@ -24,14 +24,13 @@ from ..data.dataset import read_class_names
 from ..hub.config import is_ann, read_config
 from ..hub.remote import fetch_model
 from ..runtime.collectives import share_tensors
+from .idle import refuse_idle
 from .recipes import Recipe
 
 _logger = logging.getLogger(__name__)
 
 MIXED_PRECISION = {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}
 EVAL_BATCH = 512
-# Fields that an ANN cannot do anything with.
-_SPIKING = ("gate", "neuron", "pack_spikes", "int8_convs", "current_noise")
 _STATES: tuple[Any, ...] = (AcceleratorState, PartialState, GradientState)
 _RUNNING = threading.Lock()
 _newest: weakref.ReferenceType[Accelerator] | None = None
@@ -143,26 +142,24 @@ def _not_on_cpu(recipe: Recipe) -> str:
     )
 
 
-def settled(recipe: Recipe) -> Recipe:
+def settled(recipe: Recipe, recipe_name: str) -> Recipe:
     """The recipe as it is run and recorded: with the model of its initial weights, and for an ANN with one time step
     and plain cross entropy.
 
+    Args:
+        recipe: As it was given.
+        recipe_name: Name of the recipe that it was made of, see `refuse_idle`.
+
     Raises:
-        ValueError: It asks an ANN for what only spiking networks have, or there are no such initial weights.
+        ValueError: A field would change nothing, such as a gate for an ANN, or there are no such initial weights.
     """
     if recipe.init is not None:
         recipe = dataclasses.replace(recipe, model=_architecture(recipe))
-    if not is_ann(_architecture(recipe)):
+    architecture = _architecture(recipe)
+    ann = is_ann(architecture)
+    refuse_idle(recipe, recipe_name, architecture if ann else None)
+    if not ann:
         return recipe
-    unlike = {name: getattr(Recipe, name) for name in _SPIKING if getattr(recipe, name) != getattr(Recipe, name)}
-    if unlike:
-        name, default = next(iter(unlike.items()))
-        option = "--" + name.replace("_", "-")
-        instead = f"leave {option} out" if default is not False else f"give --no-{name.replace('_', '-')}"
-        raise ValueError(
-            f"expected a spiking network for {name}={getattr(recipe, name)!r}, got {_architecture(recipe)}, an ANN: "
-            f"{instead}, or choose another --model"
-        )
     return dataclasses.replace(recipe, num_steps=1, loss="mean")
 
 
