@@ -96,6 +96,18 @@ def test_help_takes_under_a_second(command: str) -> None:
     assert statistics.median(seconds) < 1.0, seconds
 
 
+@pytest.mark.parametrize("command", [name for name in COMMANDS if name != "bench"])
+def test_an_empty_word_is_not_the_current_folder(
+    command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    words = command.split()
+    for given, before in (([""], words[-1]), (["--out", ""], "--out"), (["--json="], "--json")):
+        assert cli.main([*words, *given]) == 2
+        assert f"expected a word after '{before}', got an empty one: name what you mean" in capsys.readouterr().err
+    assert not [*tmp_path.iterdir()]
+
+
 def test_the_console_script_has_the_public_names_and_the_models(tmp_path: Path) -> None:
     script = tmp_path / "timm-gac"
     script.write_text(

@@ -153,14 +153,16 @@ def test_odd_answers_are_a_sentence(answer: bytes, hub: LoopbackHub, repository:
     assert len(str(raised.value)) < 500 and hub.downloads() == []
 
 
-def test_sources(model_folder: Path, tmp_path: Path) -> None:
+def test_sources(model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert open_source(str(model_folder)) == open_source(f"local-dir:{model_folder}") == model_folder
     shutil.copytree(model_folder, tmp_path / "run" / "model")
     assert open_source(str(tmp_path / "run")) == tmp_path / "run" / "model"
     with pytest.raises(ValueError, match=r"expected a model folder, ORG/NAME .* or a name of `timm-gac models`, got"):
         open_source("no such thing")
-    with pytest.raises(ValueError, match=r"expected a model folder, ORG/NAME .*, got ''"):
-        open_source("")  # no folder, and not the current one
+    monkeypatch.chdir(model_folder)
+    for nothing in ("", "local-dir:"):  # no folder, and not the current one
+        with pytest.raises(ValueError, match=f"expected a model folder, ORG/NAME .*, got '{nothing}'"):
+            open_source(nothing)
     with pytest.raises(ValueError, match="expected a repository of the Hub with a revision"):
         open_source(str(model_folder), revision="main")
     pickled = tmp_path / "pickled"

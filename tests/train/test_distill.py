@@ -246,6 +246,7 @@ def test_what_cannot_teach_is_refused(plain: Recipe, npz: Path, tmp_path: Path) 
         (dict(distill_temperature=float("nan")), "distill_temperature from 0.01 to 100, got nan"),
         (dict(teacher=""), "expected teacher as the name of a network, got ''"),
         (dict(init=""), "expected init as the name of a network, got ''"),
+        (dict(init="local-dir:"), "expected init as the name of a network, got 'local-dir:'"),
     ):
         with pytest.raises(ValueError, match=message):
             replace(plain, **changes)

@@ -326,6 +326,11 @@ def test_a_cpu_says_at_once_what_it_cannot_do(tmp_path):
         create_accelerator(RECIPES["cifar100_fast"], tmp_path, (), cpu=True)
 
 
+def test_an_empty_word_is_not_the_current_folder(capsys):
+    assert main(["digits", "--out", ""]) == 2
+    assert "error: expected a word after '--out', got an empty one" in capsys.readouterr().err
+
+
 def test_command_lines_of_beginners(capsys):
     recipe, run = parse(["cifar100_fast", "--epochs", "3", "--device", "cpu"], "train")
     assert (recipe.epochs, recipe.mix_off_epochs, recipe.warmup_epochs) == (3, 0, 3.0) and run.on_cpu

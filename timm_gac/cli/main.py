@@ -18,6 +18,7 @@ from typing import Any
 import tyro
 from tyro.extras import SubcommandApp
 
+from ..runtime.arguments import refuse_empty
 from ..runtime.plugins import HELP, import_plugin, take_plugins
 from .output import nearest
 
@@ -110,6 +111,7 @@ def _run(given: list[str]) -> int:
 
         sys.stdout.write(f"timm-gac {__version__}\n")
         return 0
+    refuse_empty("timm-gac", given)
     plugins, given = take_plugins(given)
     for plugin in plugins:
         import_plugin(plugin)

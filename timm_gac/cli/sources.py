@@ -200,7 +200,7 @@ def open_images(
     from ..data.pictures import SUFFIXES, find_pictures
 
     path = Path(data)
-    if path.is_dir():
+    if data and path.is_dir():  # Path("") is the current folder
         if not (found := find_pictures(path)):
             raise ValueError(f"expected pictures in {data!r}, got none of {', '.join(SUFFIXES)}: check the folder")
         problems = list[str]()

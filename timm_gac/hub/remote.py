@@ -156,8 +156,9 @@ def open_source(source: str, revision: str | None = None, api: HfApi | None = No
     """
     if source.startswith("hf-hub:"):
         return fetch_model(source.removeprefix("hf-hub:"), revision, api)
-    path = Path(source.removeprefix("local-dir:"))
-    if source != "" and (_exists(path) or source.startswith("local-dir:")):  # Path("") is the current folder
+    name = source.removeprefix("local-dir:")
+    path = Path(name)
+    if name and (_exists(path) or source.startswith("local-dir:")):  # Path("") is the current folder
         if revision is not None:
             raise ValueError(f"expected a repository of the Hub with a revision, got the folder {str(path)!r}")
         return model_folder(path)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
+from ..runtime.arguments import refuse_empty
 from ..runtime.plugins import import_plugin, take_plugins
 
 
@@ -28,7 +29,9 @@ def train_by(arguments: Sequence[str], program: str) -> int:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Train; errors are one sentence and exit status 2."""
     try:
-        plugins, others = take_plugins(sys.argv[1:] if arguments is None else arguments)
+        given = sys.argv[1:] if arguments is None else arguments
+        refuse_empty("python -m timm_gac.train", given)
+        plugins, others = take_plugins(given)
         for plugin in plugins:
             import_plugin(plugin)
         return train_by(others, "python -m timm_gac.train")

@@ -191,8 +191,10 @@ class Recipe:
                     f"expected {name} out of {choices}, got {getattr(self, name)!r}: choose one of these{remedy}"
                 )
         for name in ("init", "teacher"):
-            if getattr(self, name) == "":
-                raise ValueError(f"expected {name} as the name of a network, got '': name one, or leave --{name} out")
+            if (given := getattr(self, name)) in ("", "local-dir:", "hf-hub:"):
+                raise ValueError(
+                    f"expected {name} as the name of a network, got {given!r}: name one, or leave --{name} out"
+                )
         for name, least in _AT_LEAST.items():
             if not getattr(self, name) >= least:
                 raise ValueError(f"expected {name} of at least {least}, got {getattr(self, name)!r}: give a larger one")
