@@ -193,7 +193,7 @@ def test_a_recipe_asks_for_it_and_its_folder_holds_the_integers(npz, tmp_path):
     assert stored["fc.weight"].dtype == torch.float16
     report = json.loads((tmp_path / "run" / "eval.json").read_text())
     assert abs(report["top1"] - report["top1_before_storing"]) <= 0.1  # two of 17 images: float16 elsewhere
-    assert report["weights"] == "int8 network of the stored file"
+    assert report["weights"] == "int8 network of the stored file" and report["eval_dtype"] == "float32"
     main(["quantize", str(folder), str(tmp_path / "int8")])
     main(["eval", str(tmp_path / "int8"), "--data", str(npz), "--json", str(tmp_path / "int8.json"), "--device", "cpu"])
     deployed = json.loads((tmp_path / "int8.json").read_text())

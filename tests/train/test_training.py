@@ -22,6 +22,7 @@ from safetensors.torch import load_file, save_file
 
 from children import Child
 from timm_gac.analysis.evaluate import Evaluation
+from timm_gac.cli.main import main
 from timm_gac.models import SpikingResNet
 from timm_gac.train import RECIPES, Recipe, checkpoints, finish
 from timm_gac.train.loop import Trainer, train
@@ -120,6 +121,30 @@ def test_the_last_line_says_what_storing_changed(
     train(replace(recipe, epochs=1, mix_off_epochs=0, warmup_epochs=0, eval_every=1), options(tmp_path))
     before = json.loads((tmp_path / "eval.json").read_text())["top1_before_storing"]
     assert f"; {before:.2%} before its weights were stored in bfloat16), firing rate" in capsys.readouterr().out
+
+
+def test_a_run_in_bfloat16_reports_what_eval_of_its_folder_gives(
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both in float32. The toy network hardly fires and bfloat16 changes little here, so the dtype is looked at too."""
+    evaluate, dtypes = finish.evaluate, []
+
+    def watched(*given: Any, amp_dtype: torch.dtype | None = None, **others: Any) -> Evaluation:
+        dtypes.append(amp_dtype)
+        return evaluate(*given, amp_dtype=amp_dtype, **others)
+
+    monkeypatch.setattr(finish, "evaluate", watched)
+    short = replace(recipe, epochs=1, mix_off_epochs=0, warmup_epochs=0, precision="bfloat16")
+    train(short, options(tmp_path / "run"))
+    assert dtypes == [None]
+    report = json.loads((tmp_path / "run" / "eval.json").read_text())
+    (row,) = csv.DictReader((tmp_path / "run" / "result.csv").open())
+    assert (report["precision"], report["eval_dtype"], row["eval_dtype"]) == ("bfloat16", "float32", "float32")
+    command = ["eval", str(tmp_path / "run"), "--data", recipe.data, "--no-fold", "--device", "cpu"]
+    assert main([*command, "--json", str(tmp_path / "eval.json")]) == 0
+    evaluated = json.loads((tmp_path / "eval.json").read_text())
+    assert evaluated["top1_per_step"] == report["top1_per_step"]
+    assert evaluated["loss"] == pytest.approx(report["loss"], rel=1e-6)
 
 
 def test_it_learns(recipe: Recipe, tmp_path: Path) -> None:
