@@ -101,7 +101,8 @@ for part in "$@"; do
         evaluate "int8_seed$seed"
         [ -d "$OUT/int8_seed$seed/quantized" ] ||
           timm-gac quantize "$OUT/int8_seed$seed" "$OUT/int8_seed$seed/quantized"
-        timm-gac eval "$OUT/int8_seed$seed/quantized" --data "$DATA" --json "$OUT/int8_seed$seed/quantized.json" --overwrite
+        timm-gac eval "$OUT/int8_seed$seed/quantized" --data "$DATA" --answers "$OUT/int8_seed$seed/int8.npz" \
+          --json "$OUT/int8_seed$seed/int8.json" --overwrite
       done
       ;;
     neurons)

@@ -53,3 +53,4 @@ def test_runs_that_are_not_paired_are_refused(tmp_path: Path, capsys: pytest.Cap
     assert main(["gain", files["a"], "--against", files["c"], "--draws", "100"]) == 0
     shown = capsys.readouterr().out
     assert "mean 100.00%" in shown and "gain     +100.00%" in shown
+    assert "agree    0.00% of the answers" in shown

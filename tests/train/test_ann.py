@@ -77,7 +77,7 @@ def test_a_run_leaves_nothing_of_steps_and_spikes(
     text = capsys.readouterr().out
     assert "steps" not in text and "spikes" not in text
     read = np.load(answers)
-    assert read["answers"].shape == (17, 1)
+    assert read["answers"].shape == (17, 1) and read["answers"].dtype == read["labels"].dtype == np.uint8
     assert (read["answers"][:, -1] == read["labels"]).mean() == pytest.approx(evaluation["top1"])
     assert "mean_firing_rate" not in json.loads(report.read_text())
     prepare_folder(out, tmp_path / "published", PublishConfig(repo_id="org/ann"))

@@ -81,6 +81,7 @@ def run_evaluate(model: str, config: EvaluateConfig, console: Console | None = N
     Raises:
         ValueError: There is no such network, data set or device, or they do not fit.
     """
+    import numpy as np
     import torch
 
     from gac_kernels.backend import resolve_backend
@@ -132,7 +133,8 @@ def run_evaluate(model: str, config: EvaluateConfig, console: Console | None = N
             each=keep if config.answers is not None else None,
         )
     if config.answers is not None:
-        labels, answers = (torch.cat(parts).numpy() for parts in zip(*kept, strict=True))
+        whole = np.min_scalar_type(network.num_classes)  # one byte up to 255 classes, so that such files can be kept
+        labels, answers = (torch.cat(parts).numpy().astype(whole) for parts in zip(*kept, strict=True))
         save_arrays(config.answers, {"labels": labels, "answers": answers})
         wrote(console, config.answers)
     for table in tables(result, f"{model} on {config.data}, {config.split}, {config.precision}"):

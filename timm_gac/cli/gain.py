@@ -34,9 +34,9 @@ def gain(
     files: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="FILE...")],
     config: Options[GainConfig],
 ) -> int:
-    """Compare the accuracy of runs with that of others.
+    """Compare the accuracy of runs with that of others, by a paired bootstrap over seeds and images.
 
-    By a paired bootstrap over seeds and images.
+    And how many of their answers are the same.
 
     Example: timm-gac gain gac0.npz gac1.npz gac2.npz --against direct0.npz direct1.npz direct2.npz
 
@@ -55,6 +55,7 @@ def gain(
     read = [read_answers(file) for file in (*files, *config.against)]
     if any(not np.array_equal(labels, read[0][0]) for labels, _ in read):
         raise ValueError("expected the same images in every file, got other labels: evaluate all on one set")
+    pairs = list(zip(read[: len(files)], read[len(files) :], strict=True))
     correct = np.stack([answers[:, -1] == labels for labels, answers in read])
     found = paired_bootstrap(correct[: len(files)], correct[len(files) :], config.draws, config.seed)
     console = create_console()
@@ -67,6 +68,8 @@ def gain(
         f"gain     {found.gain:+.2%}, 95 % interval {found.low:+.2%} to {found.high:+.2%} over {over}{found.images:,} "
         f"images; {found.not_above:.1%} of {config.draws:,} resamples are not above 0"
     )
+    alike = np.mean([np.mean(one[:, -1] == other[:, -1]) for (_, one), (_, other) in pairs])
+    console.print(f"agree    {alike:.2%} of the answers of a pair are the same class")
     return 0
 
 
