@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ..inference.record import forward_hooks
 from ..layers.neuron_layer import NeuronLayer
+from ..runtime.dtypes import float32_as
 from ..runtime.figures import hide_frame, new_figure
 
 MAX_CODE = 2**62
@@ -116,6 +117,7 @@ def _sequence(codes: Tensor, stem: Tensor, base: int) -> Coding:
     return Coding(tuple(entropy), tuple(joint), tuple(new), tuple(shared), tuple(about))
 
 
+@float32_as("ieee")
 @torch.no_grad()
 def measure_coding(
     model: Any, batches: Iterable[Tensor], bins: int = 16, samples_per_image: int = 4096, seed: int = 0

@@ -23,6 +23,7 @@ from gac_kernels import LIFSpec
 from ..inference.record import record_spikes
 from ..layers.encoder import ConstantScore, GatedAttentionCoding
 from ..layers.learned import learned_values
+from ..runtime.dtypes import float32_as
 from .evaluate import evaluate
 
 QUANTILES = (0.0, 0.001, 0.01, 0.5, 0.99, 0.999, 1.0)
@@ -103,6 +104,7 @@ def _gated(model: Any) -> GatedAttentionCoding:
     return encoder
 
 
+@float32_as("ieee")
 @torch.no_grad()
 def gate_statistics(model: Any, batches: Iterable[Tensor]) -> GateStatistics:
     """Scale and variance of a network's gate.
@@ -258,6 +260,7 @@ def try_gates(
     return results
 
 
+@float32_as("ieee")
 def weight_and_gradient(model: Any, images: Tensor, labels: Tensor) -> dict[str, tuple[float, float]]:
     """Root mean squares of weights and of their gradients, of one batch's cross entropy in training mode.
 

@@ -16,6 +16,7 @@ from gac_kernels import LIFSpec
 from ..inference.record import forward_hooks
 from ..layers.encoder import GatedAttentionCoding
 from ..models.ann_resnet import refuse_ann
+from ..runtime.dtypes import float32_as
 from .counter import LAYERS, Counter
 from .report import EnergyReport
 from .tables import EnergyCosts, cost_table
@@ -173,6 +174,7 @@ def _kind(name: str, module: nn.Module, gates: list[str]) -> str:
     return "head" if isinstance(module, nn.Linear) else "conv"
 
 
+@float32_as("ieee")
 @torch.no_grad()
 def measure_energy(
     model: nn.Module,

@@ -161,6 +161,7 @@ import faulthandler, json, sys
 faulthandler.enable()
 import torch
 import torch._inductor.codecache
+torch.backends.cudnn.allow_tf32 = False  # float32 is float32, as in the network that it is compared with
 package = None
 for line in sys.stdin:
     order = json.loads(line)

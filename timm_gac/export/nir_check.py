@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..inference.record import record_spikes
 from ..layers.encoder import DirectCoding
+from ..runtime.dtypes import float32_as
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,7 @@ class NIRReport:
         )
 
 
+@float32_as("ieee")
 @torch.no_grad()
 def compare(model: Any, path: Path, written: nn.Module, currents: Tensor) -> NIRReport:
     """Compare a folded network with the file that it was written to.

@@ -11,6 +11,7 @@ from typing import Any, ParamSpec, TypeVar
 import torch
 from torch import Tensor, nn
 
+from ..runtime.dtypes import float32_as
 from ..runtime.finite import check_finite
 
 _NOISE = 8  # images of noise that a file is checked on where none are given
@@ -156,6 +157,7 @@ def cycled(images: Tensor, count: int) -> Tensor:
     return images.repeat(-(-count // len(images)), *[1] * (images.ndim - 1))[:count]
 
 
+@float32_as("ieee")
 @torch.no_grad()
 def compare(
     path: Path,

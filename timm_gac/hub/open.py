@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ..layers.neuron import BatchNormLIF
 from ..models.ann_resnet import refuse_ann
 from ..models.build import registered_names
+from ..runtime.dtypes import float32_as
 from ..runtime.finite import check_finite
 from ..runtime.modes import restored_modes
 from .config import CONFIG, is_ann, read_config
@@ -146,6 +147,7 @@ def public_name(model: str) -> str:
     return path.parent.name if path.name == "model" else path.name
 
 
+@float32_as("ieee")
 @torch.no_grad()
 def calibrate(model: nn.Module, batches: Iterable[Tensor]) -> nn.Module:
     """Set batch-norm statistics to those of these images: without them neurons of untrained weights rarely fire.

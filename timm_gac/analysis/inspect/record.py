@@ -17,6 +17,7 @@ from ...inference.record import forward_hooks, gate_scores, membrane_of, neuron_
 from ...layers.learned import learned_values
 from ...layers.neuron_layer import NeuronLayer
 from ...models.ann_resnet import refuse_ann
+from ...runtime.dtypes import float32_as
 
 BINS, LOW, HIGH = 70, -3.0, 4.0  # of membrane histograms, in thresholds; the threshold is the edge of a bin
 
@@ -211,6 +212,7 @@ class _Recorder:
             self.first[name] = output[:, 0].float().mean(1).cpu()  # [T, H, W]
 
 
+@float32_as("ieee")
 @torch.no_grad()
 def inspect_network(
     model: Any, batches: Iterable[Tensor], weights: str = "", label_names: Sequence[str] = ()
