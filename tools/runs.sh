@@ -6,7 +6,8 @@
 #   distilled  the ANN by the recipe of `seeds`, and gated attention coding with it as teacher, the same seed
 #   steps      both at T = 1, 2 and 6, with energy
 #   published  both by the published recipe (250 epochs, batch 64, mean loss), in bfloat16 and a CUDA graph
-#   gates      the gate with less attention: 40 epochs, judged on a validation split of the training set
+#   gates      the gate with less attention, at a tenth of the rate and with weight decay: 40 epochs in 8 bits, judged
+#              on a validation split of the training set
 #   eight_bits the first two seeds with convolutions in 8 bits, and the int8 network of each
 #   neurons    learned decay and threshold, at the rate of the weights and at a tenth of it
 #   formats    agreement between number formats, for the first run of `seeds`; and of 40 epochs with and without noise
@@ -88,10 +89,11 @@ for part in "$@"; do
       ;;
     gates)
       for gate in full spatial temporal half open; do
-        train "gate_$gate" cifar100_fast --epochs 40 --holdout 0.1 --gate "$gate"
+        train "gate_$gate" cifar100_fast --epochs 40 --holdout 0.1 --int8-convs --gate "$gate"
       done
-      train gate_slow cifar100_fast --epochs 40 --holdout 0.1 --gate-lr 0.1
-      train gate_direct cifar100_fast --epochs 40 --holdout 0.1 --model msresnet18_cifar
+      train gate_slow cifar100_fast --epochs 40 --holdout 0.1 --int8-convs --gate-lr 0.1
+      train gate_decay cifar100_fast --epochs 40 --holdout 0.1 --int8-convs --gate-decay 1
+      train gate_direct cifar100_fast --epochs 40 --holdout 0.1 --int8-convs --model msresnet18_cifar
       ;;
     eight_bits)
       for seed in 0 1; do

@@ -129,7 +129,7 @@ def test_what_was_not_measured_is_left_out() -> None:
 
 
 IN_FORCE = dict(
-    gate="half", gate_lr=0.1, neuron="plif", neuron_lr=0.2, loss="tet", tet_lambda=0.05, cutmix=1.0,
+    gate="half", gate_lr=0.1, gate_decay=0.5, neuron="plif", neuron_lr=0.2, loss="tet", tet_lambda=0.05, cutmix=1.0,
     mix_probability=0.5, teacher="ann", distill_weight=0.7, distill_temperature=2.0, num_steps=4,
 )  # fmt: skip
 
@@ -138,7 +138,7 @@ IN_FORCE = dict(
     ("facts", "training", "left_out"),
     [
         ({}, {}, set()),
-        (dict(gated=False), {}, {"gate", "gate_lr"}),
+        (dict(gated=False), {}, {"gate", "gate_lr", "gate_decay"}),
         (dict(neuron="lif"), {}, {"neuron_lr"}),
         (dict(neuron="ternary"), {}, {"neuron_lr"}),
         ({}, dict(loss="mean"), {"tet_lambda"}),
@@ -149,7 +149,7 @@ IN_FORCE = dict(
         (
             dict(spec=None, gated=False, neuron="lif"),
             dict(loss="mean"),
-            {"gate", "gate_lr", "neuron", "neuron_lr", "tet_lambda", "num_steps"},
+            {"gate", "gate_lr", "gate_decay", "neuron", "neuron_lr", "tet_lambda", "num_steps"},
         ),
     ],
 )

@@ -44,7 +44,7 @@ def test_every_command_is_taken(tmp_path: Path) -> None:
     assert len({options.out for _, options in trained}) == len(trained) == 9 + 1 + 6 + 2 + 7 + 2 + 2 + 3
     assert {recipe.seed for recipe, _ in trained} == {0, 1, 2} and {recipe.num_steps for recipe, _ in trained} >= {1, 6}
     gates = [recipe for recipe, options in trained if "gate_" in str(options.out)]
-    assert all(recipe.holdout == 0.1 and recipe.epochs == 40 for recipe in gates) and len(gates) == 7
+    assert all(recipe.holdout == 0.1 and recipe.epochs == 40 and recipe.int8_convs for recipe in gates) and len(gates) == 8
     assert all(not recipe.holdout for recipe, options in trained if "gate_" not in str(options.out))
     in_8_bits = [recipe.seed for recipe, _ in trained if recipe.int8_convs]
     assert in_8_bits == [0, 1]

@@ -154,6 +154,7 @@ def test_what_initial_weights_bring_is_recorded(recipe: Recipe, tmp_path: Path) 
         (dict(neuron="plif"), "neuron='plif', got test_ann_resnet, an ANN: leave --neuron out"),
         (dict(num_steps=6), "num_steps=6, got test_ann_resnet, an ANN: leave --num-steps out"),
         (dict(gate_lr=0.1), r"gate_lr=0\.1, got test_ann_resnet, an ANN: leave --gate-lr out"),
+        (dict(gate_decay=1.0), r"gate_decay=1\.0, got test_ann_resnet, an ANN: leave --gate-decay out"),
         (dict(neuron_lr=0.1), r"neuron_lr=0\.1, got test_ann_resnet, an ANN: leave --neuron-lr out"),
         (dict(tet_lambda=0.1), r"tet_lambda=0\.1, got test_ann_resnet, an ANN: leave --tet-lambda out"),
         (dict(pack_spikes=True), "pack_spikes=True, got test_ann_resnet, an ANN: give --no-pack-spikes"),

@@ -17,6 +17,10 @@ from timm_gac.train.setup import settled
     ("changes", "message"),
     [
         (dict(tet_lambda=0.1), r"expected loss='tet' for tet_lambda=0\.1, got loss='mean': leave --tet-lambda out"),
+        (
+            dict(gate_decay=1.0, weight_decay=0.0),
+            r"expected weight_decay > 0 for gate_decay=1\.0, got weight_decay=0\.0",
+        ),
         (dict(distill_weight=0.7), r"expected a teacher for distill_weight=0\.7, got none: leave --distill-weight out"),
         (dict(distill_temperature=2.0), r"expected a teacher for distill_temperature=2\.0, got none"),
         (dict(optimizer="adamw", momentum=0.0), r"expected optimizer='sgd' for momentum=0\.0, got optimizer='adamw'"),
@@ -55,6 +59,11 @@ def test_what_differs_from_the_recipe_is_refused_though_it_is_the_default_of_oth
         ),
         (dict(gate="half"), "gate_lr", "got gate='half': leave --gate-lr out"),
         (dict(frozen=1), "gate_lr", "got gate='full' and freeze_stages=1: leave --gate-lr out"),
+        (
+            dict(gate="open"),
+            "gate_decay",
+            "a gate that learns for gate_decay=0.1, got gate='open': leave --gate-decay out",
+        ),
         ({}, "neuron_lr", "decay and threshold for neuron_lr=0.1, got neuron='lif': leave --neuron-lr out, or give"),
         (dict(neuron="ternary"), "neuron_lr", "got neuron='ternary'"),
         (dict(name="ann_resnet18_cifar"), "neuron_lr", "got a network without such"),

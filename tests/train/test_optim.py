@@ -48,6 +48,24 @@ def test_gate_and_neurons_have_rates_of_their_own(field, scaled, count, layer_de
         assert rates[1][name] == pytest.approx(rate * (0.1 if scaled(name) else 1.0)), name
 
 
+@pytest.mark.parametrize("layer_decay", [None, 0.7])
+def test_the_gate_may_decay_as_the_others_do_or_less(layer_decay):
+    model = timm.create_model("test_gac_msresnet", num_classes=3, neuron="plif")
+    names = {id(value): name for name, value in model.named_parameters()}
+    decays = []
+    for factor in (0.0, 0.1):
+        recipe = Recipe(
+            model="test_gac_msresnet", neuron="plif", layer_decay=layer_decay, gate_decay=factor, gate_lr=0.5
+        )
+        groups = create_optimizer(model, recipe, torch.device("cpu")).param_groups
+        decays.append({names[id(p)]: group["weight_decay"] for group in groups for p in group["params"]})
+        assert {group["lr_scale"] for group in groups if is_gate(names[id(group["params"][0])])} != {1.0}
+    assert decays[0].keys() == decays[1].keys() == set(names.values())
+    for name, decay in decays[0].items():
+        assert decay == 0.0 or not is_gate(name)
+        assert decays[1][name] == (pytest.approx(0.1 * recipe.weight_decay) if is_gate(name) else decay), name
+
+
 @pytest.mark.parametrize("field", ["gate_lr", "neuron_lr"])
 def test_a_rate_below_zero_is_refused(field):
     with pytest.raises(ValueError, match=f"expected {field} >= 0, got -1"):

@@ -299,7 +299,7 @@ def _of_no_effect(facts: Facts) -> set[str]:
     if facts.ann:
         names |= {"num_steps", "neuron"}
     if not facts.gated:
-        names |= {"gate", "gate_lr"}
+        names |= {"gate", "gate_lr", "gate_decay"}
     if not NEURONS.get(facts.neuron):
         names |= {"neuron_lr"}
     if run.get("loss") != "tet":

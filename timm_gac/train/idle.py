@@ -11,6 +11,7 @@ _SPIKING = (
     "num_steps",
     "gate",
     "gate_lr",
+    "gate_decay",
     "neuron",
     "neuron_lr",
     "tet_lambda",
@@ -47,6 +48,8 @@ def _idle(recipe: Recipe, ann: str | None) -> list[tuple[str, str, str, str]]:
     idle = []
     if ann is not None:
         idle += [(name, "a spiking network", f"{ann}, an ANN", "choose another --model") for name in _SPIKING]
+    if not recipe.weight_decay:
+        idle.append(("gate_decay", "weight_decay > 0", f"weight_decay={recipe.weight_decay!r}", "give --weight-decay"))
     if recipe.loss != "tet":
         idle.append(("tet_lambda", "loss='tet'", f"loss={recipe.loss!r}", "give --loss tet"))
     if recipe.teacher is None:
@@ -59,18 +62,18 @@ def _idle(recipe: Recipe, ann: str | None) -> list[tuple[str, str, str, str]]:
 
 
 def refuse_idle_rate(recipe: Recipe, name: str, network: Any) -> None:
-    """Refuse a rate of parameters that no group of the optimiser has: there are none, or they are frozen.
+    """Refuse a rate or decay of parameters that no group of the optimiser has: there are none, or they are frozen.
 
     Args:
         recipe: Recipe of the run.
-        name: ``gate_lr`` or ``neuron_lr``.
+        name: ``gate_lr``, ``gate_decay`` or ``neuron_lr``.
         network: Its network.
 
     Raises:
         ValueError: Always.
     """
     args = network.model_args() if hasattr(network, "model_args") else {}
-    if name == "gate_lr":
+    if name.startswith("gate"):
         wanted, remedy = "a gate that learns", "choose a --model with gated attention coding and --gate full"
         found = f"gate={args['gate']!r}" if args.get("encoder") == "gac" else "a network without a gate"
     else:

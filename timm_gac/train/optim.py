@@ -18,8 +18,10 @@ from .recipes import Recipe
 def create_optimizer(model: Any, recipe: Recipe, device: torch.device) -> torch.optim.Optimizer:
     """The recipe's optimiser, without weight decay of norms, biases and the names in ``model.no_weight_decay()``.
 
+    The gate's attention, which is among these names, has the decay that ``gate_decay`` says.
+
     Raises:
-        ValueError: The recipe gives a rate to a gate or to neurons that do not learn.
+        ValueError: The recipe gives a rate or decay to a gate, or a rate to neurons, that do not learn.
     """
     # By name, since it depends on timm's version whether it leaves out one-dimensional parameters itself.
     skip = {name for name, parameter in model.named_parameters() if parameter.ndim <= 1}
@@ -33,11 +35,18 @@ def create_optimizer(model: Any, recipe: Recipe, device: torch.device) -> torch.
         )
     neurons = _owned(model, LearnedValues)
     gate = _owned(model, GatedAttentionCoding) - neurons  # an encoder's neuron is no part of its attention
-    for name, parameters in (("gate_lr", gate), ("neuron_lr", neurons)):
-        if (factor := getattr(recipe, name)) != 1.0:
-            if not any(id(parameter) in parameters for group in groups for parameter in group["params"]):
-                refuse_idle_rate(recipe, name, model)
-            groups = _with_factor(groups, parameters, factor)
+    for name, parameters in (("gate_lr", gate), ("neuron_lr", neurons), ("gate_decay", gate)):
+        value = getattr(recipe, name)
+        if value == getattr(Recipe, name):
+            continue
+        if not any(id(parameter) in parameters for group in groups for parameter in group["params"]):
+            refuse_idle_rate(recipe, name, model)
+        others, chosen = _divided(groups, parameters)
+        if name == "gate_decay":
+            chosen = [group | {"weight_decay": recipe.weight_decay * value} for group in chosen]
+        else:
+            chosen = [group | {"lr_scale": group.get("lr_scale", 1.0) * value} for group in chosen]
+        groups = others + chosen
     # Tensors, because a CUDA graph would keep a number for ever; the groups' rates differ by their lr_scale.
     for group in groups:
         group["lr"] = torch.tensor(recipe.lr, device=device)
@@ -55,15 +64,15 @@ def _owned(model: nn.Module, kind: type[nn.Module]) -> set[int]:
     return {id(parameter) for owner in owners for parameter in owner.parameters()}
 
 
-def _with_factor(groups: list[dict[str, Any]], chosen: set[int], factor: float) -> list[dict[str, Any]]:
-    """The groups, with some of their parameters, by id, in groups of their own whose rate has a factor."""
-    divided = []
+def _divided(groups: list[dict[str, Any]], chosen: set[int]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """The groups without some of their parameters, by id, and groups of these alone."""
+    parts: tuple[list[dict[str, Any]], list[dict[str, Any]]] = ([], [])
     for group in groups:
-        for inside, scale in ((False, 1.0), (True, factor)):
-            part = [parameter for parameter in group["params"] if (id(parameter) in chosen) == inside]
-            if part:
-                divided.append(group | {"params": part, "lr_scale": group.get("lr_scale", 1.0) * scale})
-    return divided
+        for inside, part in enumerate(parts):
+            members = [parameter for parameter in group["params"] if (id(parameter) in chosen) == bool(inside)]
+            if members:
+                part.append(group | {"params": members})
+    return parts
 
 
 def learning_rate(recipe: Recipe, step: int, steps_per_epoch: int) -> float:

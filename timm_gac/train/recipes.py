@@ -22,7 +22,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
 _AT_LEAST: dict[str, float] = {
     **dict.fromkeys(("num_steps", "epochs", "batch_size", "grad_accumulation", "eval_every"), 1),
     **dict.fromkeys(("warmup_epochs", "min_lr", "weight_decay", "momentum", "clip_grad", "mix_off_epochs"), 0),
-    **dict.fromkeys(("freeze_stages", "seed", "tet_lambda", "holdout", "current_noise"), 0),
+    **dict.fromkeys(("freeze_stages", "seed", "tet_lambda", "holdout", "current_noise", "gate_decay"), 0),
 }
 # Temperatures of distillation. The square of a high one multiplies the rounding of a divergence: with logits of
 # standard deviation 3 the loss in float32 was 3e-5 of it off at 100, 3e-3 at 1,000 and 0.16 at 10,000.
@@ -73,6 +73,7 @@ class Recipe:
         neuron_lr: Learning rate of learned decays and thresholds as a factor of the others'.
         momentum: Momentum of SGD.
         weight_decay: Weight decay, which leaves out norms, biases and the encoder's attention.
+        gate_decay: Weight decay of the encoder's attention as a factor of the others'.
         clip_grad: Largest norm of the gradient; 0 for no clipping.
         grad_accumulation: Steps over which gradients are accumulated before an update. The run's last step updates
             with what has accumulated by then.
@@ -179,6 +180,7 @@ class Recipe:
     gate_lr: float = 1.0
     neuron_lr: float = 1.0
     current_noise: float = 0.0
+    gate_decay: float = 0.0
     teacher: str | None = None
     distill_weight: float = 0.5
     distill_temperature: float = 4.0
@@ -205,8 +207,9 @@ class Recipe:
         for name in ("gate_lr", "neuron_lr"):
             if not 0.0 <= (factor := getattr(self, name)) < math.inf:
                 raise ValueError(f"expected {name} >= 0, got {factor!r}: give one such as 0.1, or 0 to freeze it")
-        if not self.current_noise < math.inf:
-            raise ValueError(f"expected a finite current_noise, got {self.current_noise!r}: give one such as 0.01")
+        for name, usual in (("current_noise", 0.01), ("gate_decay", 1)):
+            if not (value := getattr(self, name)) < math.inf:
+                raise ValueError(f"expected a finite {name}, got {value!r}: give one such as {usual}")
         if not 0.0 <= self.distill_weight <= 1.0:
             raise ValueError(f"expected distill_weight from 0 to 1, got {self.distill_weight!r}: give one such as 0.5")
         if not _COLDEST <= self.distill_temperature <= _HOTTEST:
