@@ -41,7 +41,7 @@ def test_every_command_is_taken(tmp_path: Path) -> None:
     code, commands = run(tmp_path, *PARTS)
     assert code == 0
     trained = [parse(words[1:], "timm-gac train") for words in commands if words[0] == "train"]
-    assert len({options.out for _, options in trained}) == len(trained) == 9 + 1 + 6 + 2 + 7 + 2 + 2 + 3
+    assert len({options.out for _, options in trained}) == len(trained) == 9 + 1 + 6 + 2 + 8 + 2 + 2 + 3
     assert {recipe.seed for recipe, _ in trained} == {0, 1, 2} and {recipe.num_steps for recipe, _ in trained} >= {1, 6}
     gates = [recipe for recipe, options in trained if "gate_" in str(options.out)]
     assert all(recipe.holdout == 0.1 and recipe.epochs == 40 and recipe.int8_convs for recipe in gates) and len(gates) == 8
