@@ -25,7 +25,8 @@ from timm_gac.cli.sources import open_labelled
 from timm_gac.hub import open_network
 from timm_gac.inference.record import forward_hooks, neuron_layers
 from timm_gac.models.blocks import MSBlock
-from timm_gac.runtime.dtypes import AUTOCAST, autocast
+from timm_gac.runtime.device import resolve_device
+from timm_gac.runtime.dtypes import AUTOCAST, autocast, float32_as
 from timm_gac.runtime.files import write_json
 
 BINS, REACH = 20_000, 4.0  # of histograms of distances, up to so many thresholds
@@ -133,6 +134,7 @@ def run_alone(
     return out
 
 
+@float32_as("ieee")
 @torch.no_grad()
 def measure(network: Any, images: Tensor, precision: str, batch_size: int) -> dict[str, dict[str, float]]:
     """The columns by layer, in the order of the layers.
@@ -164,12 +166,13 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--images", type=int, default=300)
     parser.add_argument("--batch-size", type=int, default=25)
     parser.add_argument("--precision", choices=("bfloat16", "float16"), default="bfloat16")
-    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--device", default="auto", help="auto (CUDA where there is one), or such as cpu")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args(arguments)
-    opened = open_network(args.model, None, device=torch.device(args.device)).require_trained()
+    device = resolve_device(args.device)
+    opened = open_network(args.model, None, device=device).require_trained()
     images, _ = open_labelled(args.data, opened.network, args.images, label_names=opened.label_names)
-    rows = measure(opened.network, images.to(args.device), args.precision, args.batch_size)
+    rows = measure(opened.network, images.to(device), args.precision, args.batch_size)
     table = Table("layer", *next(iter(rows.values())))
     for name, row in rows.items():
         table.add_row(name, *(f"{value:.4f}" for value in row.values()))
