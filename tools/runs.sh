@@ -1,17 +1,17 @@
 #!/bin/sh
 # The runs behind the figures of docs/results.md, as plain commands: sh tools/runs.sh PART...
 #
-#   seeds      gated attention coding and direct coding at T=4 and the ANN of the same shape, three seeds each, and the
-#              gain over direct coding and over the ANN by a paired bootstrap
+#   seeds      gated attention coding and direct coding at T=4, both in 8 bits, and the ANN of the same shape, three seeds
+#              each, and the gain over direct coding and over the ANN by a paired bootstrap
 #   distilled  the ANN by the recipe of `seeds`, and gated attention coding with it as teacher, the same seed
-#   steps      both at T = 1, 2 and 6, with energy
+#   steps      both codings at T = 1, 2 and 6, in 8 bits, with energy
 #   published  both by the published recipe (250 epochs, batch 64, mean loss), in bfloat16 and a CUDA graph
 #   gates      the gate with less attention, at a tenth of the rate and with weight decay: 40 epochs in 8 bits, judged
 #              on a validation split of the training set
-#   eight_bits the first two seeds with convolutions in 8 bits, and the int8 network of each
+#   eight_bits gated attention coding with the first two seeds in 8 bits, the int8 network of each, and the same in bfloat16
 #   neurons    learned decay and threshold, at the rate of the weights and at a tenth of it
-#   formats    agreement between number formats, for the first run of `seeds`; and of 40 epochs with and without noise
-#              on the currents: a little more than a layer's own rounding, and ten times that
+#   formats    agreement between number formats, for the first seed in 8 bits and in bfloat16; and of 40 epochs with and
+#              without noise on the currents: a little more than a layer's own rounding, and ten times that
 #
 # DATA is the .npz (cifar100.npz), OUT the folder of the runs (runs), RESULTS the table that gets a row a run. What is
 # finished is left alone and what was begun goes on, so the same command may be given again. `eval` reads the stored
@@ -61,7 +61,7 @@ for part in "$@"; do
   case $part in
     seeds)
       for seed in 0 1 2; do
-        pair "seed$seed" cifar100_fast --seed "$seed"
+        pair "seed$seed" cifar100_fast --int8-convs --seed "$seed"
         ann "$seed"
       done
       for other in direct ann; do
@@ -71,12 +71,12 @@ for part in "$@"; do
       ;;
     distilled)
       ann 0
-      train gac_distilled cifar100_fast --seed 0 --teacher "$OUT/ann_seed0"
+      train gac_distilled cifar100_fast --int8-convs --seed 0 --teacher "$OUT/ann_seed0"
       evaluate gac_distilled
       ;;
     steps)
       for steps in 1 2 6; do
-        pair "t$steps" cifar100_fast --num-steps "$steps"
+        pair "t$steps" cifar100_fast --int8-convs --num-steps "$steps"
         for coding in gac direct; do
           timm-gac energy "$OUT/${coding}_t$steps" --data "$DATA" --out "$OUT/${coding}_t$steps" --overwrite
         done
@@ -97,15 +97,17 @@ for part in "$@"; do
       ;;
     eight_bits)
       for seed in 0 1; do
-        train "gac_seed$seed" cifar100_fast --seed "$seed"
+        train "gac_seed$seed" cifar100_fast --int8-convs --seed "$seed"
         evaluate "gac_seed$seed"
-        train "int8_seed$seed" cifar100_fast --seed "$seed" --int8-convs
-        evaluate "int8_seed$seed"
-        [ -d "$OUT/int8_seed$seed/quantized" ] ||
-          timm-gac quantize "$OUT/int8_seed$seed" "$OUT/int8_seed$seed/quantized"
-        timm-gac eval "$OUT/int8_seed$seed/quantized" --data "$DATA" --answers "$OUT/int8_seed$seed/int8.npz" \
-          --json "$OUT/int8_seed$seed/int8.json" --overwrite
+        [ -d "$OUT/gac_seed$seed/quantized" ] ||
+          timm-gac quantize "$OUT/gac_seed$seed" "$OUT/gac_seed$seed/quantized"
+        timm-gac eval "$OUT/gac_seed$seed/quantized" --data "$DATA" --answers "$OUT/gac_seed$seed/int8.npz" \
+          --json "$OUT/gac_seed$seed/int8.json" --overwrite
+        train "gac_bfloat16_seed$seed" cifar100_fast --seed "$seed"
+        evaluate "gac_bfloat16_seed$seed"
       done
+      # shellcheck disable=SC2046
+      timm-gac gain $(answers gac seed0 seed1) --against $(answers gac bfloat16_seed0 bfloat16_seed1)
       ;;
     neurons)
       train plif cifar100_fast --neuron plif
@@ -114,8 +116,10 @@ for part in "$@"; do
       evaluate plif_slow
       ;;
     formats)
-      timm-gac compare "$OUT/gac_seed0" --data "$DATA" --images 10000 --json "$OUT/formats.json" --overwrite \
-        --formats float32 channels_last folded bfloat16 float16 int8 float64
+      for run in gac_seed0 gac_bfloat16_seed0; do
+        timm-gac compare "$OUT/$run" --data "$DATA" --images 10000 --json "$OUT/$run/formats.json" --overwrite \
+          --formats float32 channels_last folded bfloat16 float16 int8 float64
+      done
       for noise in 0.0 0.01 0.1; do
         train "noise_$noise" cifar100_fast --epochs 40 --current-noise "$noise"
         timm-gac compare "$OUT/noise_$noise" --data "$DATA" --images 10000 --json "$OUT/noise_$noise/formats.json" \

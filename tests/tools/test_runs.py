@@ -44,10 +44,11 @@ def test_every_command_is_taken(tmp_path: Path) -> None:
     assert len({options.out for _, options in trained}) == len(trained) == 9 + 1 + 6 + 2 + 8 + 2 + 2 + 3
     assert {recipe.seed for recipe, _ in trained} == {0, 1, 2} and {recipe.num_steps for recipe, _ in trained} >= {1, 6}
     gates = [recipe for recipe, options in trained if "gate_" in str(options.out)]
-    assert all(recipe.holdout == 0.1 and recipe.epochs == 40 and recipe.int8_convs for recipe in gates) and len(gates) == 8
+    assert all(recipe.holdout == 0.1 and recipe.epochs == 40 for recipe in gates) and len(gates) == 8
     assert all(not recipe.holdout for recipe, options in trained if "gate_" not in str(options.out))
-    in_8_bits = [recipe.seed for recipe, _ in trained if recipe.int8_convs]
-    assert in_8_bits == [0, 1]
+    in_16_bits = ("ann_", "gac_bfloat16_", "published", "plif", "noise_")
+    for recipe, options in trained:
+        assert recipe.int8_convs != any(word in str(options.out) for word in in_16_bits), options.out
     learning = [recipe.neuron_lr for recipe, _ in trained if recipe.neuron == "plif"]
     assert learning == [1.0, 0.1]
     noisy = [(recipe.current_noise, recipe.epochs) for recipe, options in trained if "noise_" in str(options.out)]
@@ -57,7 +58,9 @@ def test_every_command_is_taken(tmp_path: Path) -> None:
     assert list(anns) == [f"runs/ann_seed{seed}" for seed in range(3)]
     spiking = {str(options.out): recipe for recipe, options in trained}
     for seed, recipe in enumerate(anns.values()):  # nothing but the network differs
-        assert recipe == replace(spiking[f"runs/gac_seed{seed}"], model="ann_resnet18_cifar") and recipe.seed == seed
+        same = replace(spiking[f"runs/gac_seed{seed}"], int8_convs=False)
+        assert recipe == replace(same, model="ann_resnet18_cifar") and recipe.seed == seed
+        assert seed == 2 or spiking[f"runs/gac_bfloat16_seed{seed}"] == same
     taught = spiking["runs/gac_distilled"]
     assert taught == replace(spiking["runs/gac_seed0"], teacher="runs/ann_seed0")
     evaluated = {words[1] for words in commands if words[0] == "eval"}
@@ -69,8 +72,14 @@ def test_every_command_is_taken(tmp_path: Path) -> None:
         if config is not None:
             tyro.cli(config, args=words[2:])
     compared = [words[1] for words in commands if words[0] == "compare"]
-    assert compared == ["runs/gac_seed0", "runs/noise_0.0", "runs/noise_0.01", "runs/noise_0.1"]
-    assert sorted(len(words) for words in commands if words[0] == "gain") == [4, 8, 8]
+    assert compared == [
+        "runs/gac_seed0",
+        "runs/gac_bfloat16_seed0",
+        "runs/noise_0.0",
+        "runs/noise_0.01",
+        "runs/noise_0.1",
+    ]
+    assert sorted(len(words) for words in commands if words[0] == "gain") == [4, 6, 8, 8]
 
 
 def test_distilled_alone_trains_its_teacher_first(tmp_path: Path) -> None:
