@@ -75,45 +75,34 @@ def transposed_kernel(
     zeros_a = tl.zeros((BLOCK_M, BLOCK_K), x_ptr.dtype.element_ty)
     zeros_b = tl.zeros((BLOCK_K, BLOCK_N), x_ptr.dtype.element_ty)
     nothing = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    # An even row has the middle tap alone, an odd one the first at its own row and the last at the next; as columns.
-    if ONE_CHUNK:
-        k = tl.arange(0, BLOCK_K)
+    even, odd_w, odd_h, odd = nothing, nothing, nothing, nothing
+    # An even row has the middle tap alone, an odd one the first at its own row and the last at the next; as columns. Of
+    # one chunk the compiler makes no loop.
+    for first in range(0, BLOCK_K if ONE_CHUNK else C, BLOCK_K):
+        k = first + tl.arange(0, BLOCK_K)
         of_weight = (k < C)[:, None] & inside_n[None, :]
         here = _gradients(x_ptr, corner, k, exists, h, w, H, W, C, 0, 0, zeros_a)
         right = _gradients(x_ptr, corner, k, exists, h, w, H, W, C, 0, 1, zeros_a)
         below = _gradients(x_ptr, corner, k, exists, h, w, H, W, C, 1, 0, zeros_a)
         across = _gradients(x_ptr, corner, k, exists, h, w, H, W, C, 1, 1, zeros_a)
-        even = _multiply(here, w_ptr, n, k, C, 4, of_weight, zeros_b, nothing, IMPRECISE)
-        _store(y_ptr, even, factor, at, exists, n, N, inside_n)
-        odd_w = _multiply(here, w_ptr, n, k, C, 3, of_weight, zeros_b, nothing, IMPRECISE)
+        even = _multiply(here, w_ptr, n, k, C, 4, of_weight, zeros_b, even, IMPRECISE)
+        if ONE_CHUNK:
+            _store(y_ptr, even, factor, at, exists, n, N, inside_n)
+        odd_w = _multiply(here, w_ptr, n, k, C, 3, of_weight, zeros_b, odd_w, IMPRECISE)
         odd_w = _multiply(right, w_ptr, n, k, C, 5, of_weight, zeros_b, odd_w, IMPRECISE)
-        _store(y_ptr, odd_w, factor, at + 1, has_w, n, N, inside_n)
-        odd_h = _multiply(here, w_ptr, n, k, C, 1, of_weight, zeros_b, nothing, IMPRECISE)
+        if ONE_CHUNK:
+            _store(y_ptr, odd_w, factor, at + 1, has_w, n, N, inside_n)
+        odd_h = _multiply(here, w_ptr, n, k, C, 1, of_weight, zeros_b, odd_h, IMPRECISE)
         odd_h = _multiply(below, w_ptr, n, k, C, 7, of_weight, zeros_b, odd_h, IMPRECISE)
-        _store(y_ptr, odd_h, factor, at + OW, has_h, n, N, inside_n)
-        odd = _multiply(here, w_ptr, n, k, C, 0, of_weight, zeros_b, nothing, IMPRECISE)
+        if ONE_CHUNK:
+            _store(y_ptr, odd_h, factor, at + OW, has_h, n, N, inside_n)
+        odd = _multiply(here, w_ptr, n, k, C, 0, of_weight, zeros_b, odd, IMPRECISE)
         odd = _multiply(right, w_ptr, n, k, C, 2, of_weight, zeros_b, odd, IMPRECISE)
         odd = _multiply(below, w_ptr, n, k, C, 6, of_weight, zeros_b, odd, IMPRECISE)
         odd = _multiply(across, w_ptr, n, k, C, 8, of_weight, zeros_b, odd, IMPRECISE)
-        _store(y_ptr, odd, factor, at + OW + 1, has_w & has_h, n, N, inside_n)
-    else:
-        even, odd_w, odd_h, odd = nothing, nothing, nothing, nothing
-        for first in range(0, C, BLOCK_K):
-            k = first + tl.arange(0, BLOCK_K)
-            of_weight = (k < C)[:, None] & inside_n[None, :]
-            a = _gradients(x_ptr, corner, k, exists, h, w, H, W, C, 0, 0, zeros_a)
-            even = _multiply(a, w_ptr, n, k, C, 4, of_weight, zeros_b, even, IMPRECISE)
-            odd_w = _multiply(a, w_ptr, n, k, C, 3, of_weight, zeros_b, odd_w, IMPRECISE)
-            odd_h = _multiply(a, w_ptr, n, k, C, 1, of_weight, zeros_b, odd_h, IMPRECISE)
-            odd = _multiply(a, w_ptr, n, k, C, 0, of_weight, zeros_b, odd, IMPRECISE)
-            a = _gradients(x_ptr, corner, k, exists, h, w, H, W, C, 0, 1, zeros_a)
-            odd_w = _multiply(a, w_ptr, n, k, C, 5, of_weight, zeros_b, odd_w, IMPRECISE)
-            odd = _multiply(a, w_ptr, n, k, C, 2, of_weight, zeros_b, odd, IMPRECISE)
-            a = _gradients(x_ptr, corner, k, exists, h, w, H, W, C, 1, 0, zeros_a)
-            odd_h = _multiply(a, w_ptr, n, k, C, 7, of_weight, zeros_b, odd_h, IMPRECISE)
-            odd = _multiply(a, w_ptr, n, k, C, 6, of_weight, zeros_b, odd, IMPRECISE)
-            a = _gradients(x_ptr, corner, k, exists, h, w, H, W, C, 1, 1, zeros_a)
-            odd = _multiply(a, w_ptr, n, k, C, 8, of_weight, zeros_b, odd, IMPRECISE)
+        if ONE_CHUNK:
+            _store(y_ptr, odd, factor, at + OW + 1, has_w & has_h, n, N, inside_n)
+    if not ONE_CHUNK:
         _store(y_ptr, even, factor, at, exists, n, N, inside_n)
         _store(y_ptr, odd_w, factor, at + 1, has_w, n, N, inside_n)
         _store(y_ptr, odd_h, factor, at + OW, has_h, n, N, inside_n)
