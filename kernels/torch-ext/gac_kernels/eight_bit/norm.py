@@ -13,7 +13,7 @@ from ..common.tiles import FINISH, is_channels_last, tiles_of
 from ..common.triton import cdiv, next_power_of_2
 from ..norm import eager
 from ..norm.launch import kept
-from ..norm.norm_lif_kernels import reduce_kernel
+from ..norm.norm_lif_backward_kernels import reduce_kernel
 from ..registry import kernel_constants
 from ..tuning import launch_config
 from .norm_kernels import apply_kernel, bytes_kernel, finish_kernel, forward_kernel

@@ -16,7 +16,8 @@ from ..neuron.lif import CHUNK
 from ..registry import BUILT_IN, kernel_constants, states_by
 from ..tuning import launch_config
 from . import eager
-from .norm_lif_kernels import apply_kernel, finish_kernel, forward_kernel, reduce_kernel
+from .norm_lif_backward_kernels import apply_kernel, finish_kernel, reduce_kernel
+from .norm_lif_kernels import forward_kernel
 
 Place = tuple[torch.Size, bool, int, torch.device]  # of a dense tensor: shape, channels-last, bytes an element, device
 
