@@ -13,6 +13,9 @@ SHELL := /bin/bash
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
+# Test processes start Python more than a hundred times: each would compile this package anew where none may keep that.
+testing := PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1}
+
 # Adds the packages of an extra to .venv.
 add = $(BIN)/python -m pip install --disable-pip-version-check --no-input --quiet --editable '.[$(1)]'
 
@@ -25,12 +28,15 @@ help:  ## Show this list
 
 install: $(STAMP)  ## Set up .venv with this package (editable) and its tools
 
+# pip compiles to bytecode on one core, which takes half a minute longer than on two. Packages may have files that are no
+# code of this Python: compileall then says so at its end, and has compiled the others.
 $(STAMP): pyproject.toml
 	@echo "Setting up $(VENV) (a few minutes the first time: PyTorch is large)"
 	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv $(VENV)
-	@$(BIN)/python -m pip install --disable-pip-version-check --no-input --progress-bar on --editable '.[dev]' \
+	@$(BIN)/python -m pip install --disable-pip-version-check --no-input --no-compile --progress-bar on --editable '.[dev]' \
 		| grep --line-buffered -E '^(Collecting|Successfully|Installing collected|ERROR)' | stdbuf -oL cut -c 1-100; \
 		exit $${PIPESTATUS[0]}
+	@$(BIN)/python -m compileall -qq --workers 0 -x '/tests/' $(VENV)/lib/python*/site-packages || true
 	@touch $@
 	@echo "Done. 'source $(VENV)/bin/activate' puts timm-gac on the path; 'make demo' tries it; 'make help' lists the rest."
 
@@ -50,7 +56,7 @@ types: $(STAMP)  ## Check types
 	$(BIN)/mypy
 
 test: $(STAMP)  ## Run all tests (on a GPU the kernels run on it, elsewhere in Triton's interpreter)
-	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal $(ARGS)
+	$(testing) $(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal $(ARGS)
 
 wheel: $(STAMP)  ## Build the wheel, compare its requirements with its imports, import it from a second environment
 	rm -rf build/wheel build/lib build/bdist.*
@@ -64,7 +70,7 @@ test-oldest:  ## Run all tests with the oldest supported versions: torch 2.11, t
 	@$(PYTHON) -m venv .venv-oldest
 	.venv-oldest/bin/python -m pip install --disable-pip-version-check --no-input --quiet \
 		--editable '.[test]' --constraint tests/oldest.txt
-	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} .venv-oldest/bin/python -m pytest -q -n $(WORKERS) --dist worksteal $(ARGS)
+	$(testing) .venv-oldest/bin/python -m pytest -q -n $(WORKERS) --dist worksteal $(ARGS)
 
 timm-suite: $(STAMP)  ## Run timm's own model tests on every registered model
 	$(BIN)/python tests/timm_suite/run.py --models all $(if $(ARGS),-- $(ARGS))

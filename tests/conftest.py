@@ -6,6 +6,9 @@ import gc
 import os
 from collections.abc import Iterator
 
+# Nothing that imports and the collection of tests make is garbage: looking for some is a fifth of an import of timm.
+gc.disable()
+
 import torch
 
 if not torch.cuda.is_available():
@@ -13,6 +16,8 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 # Networks are called as often as tests say; those of compiling ahead switch it on.
 os.environ.setdefault("TIMM_GAC_COMPILE_AHEAD", "0")
+# Inductor believes the processor's flags; to try out each kind of vector unit it starts six compilers and Pythons.
+os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "1")
 
 import pytest
 
@@ -42,6 +47,7 @@ def pytest_collection_finish() -> None:
     """Have no collection of garbage look through PyTorch's modules and all tests again, which takes half a second."""
     gc.collect()
     gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture(scope="session")
