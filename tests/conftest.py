@@ -6,9 +6,6 @@ import gc
 import os
 from collections.abc import Iterator
 
-# Nothing that imports and the collection of tests make is garbage: looking for some is a fifth of an import of timm.
-gc.disable()
-
 import torch
 
 if not torch.cuda.is_available():
@@ -26,6 +23,8 @@ from warm import WarmPython
 
 if os.environ.get("TRITON_INTERPRET") == "1":
     quicken()
+# Nothing that imports and the collection of tests make is garbage: looking for some is a fifth of an import of timm.
+gc.disable()
 
 # These compile C++ or start several processes, a minute of two cores together: TIMM_GAC_LONG_TESTS=1 runs them too.
 LONG = (
