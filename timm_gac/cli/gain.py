@@ -34,9 +34,9 @@ def gain(
     files: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="FILE...")],
     config: Options[GainConfig],
 ) -> int:
-    """Compare the accuracy of runs with that of others, by a paired bootstrap over seeds and images.
+    """Compare the accuracy of runs with that of others.
 
-    And how many of their answers are the same.
+    By a paired bootstrap over seeds and images. And how many of their answers are the same.
 
     Example: timm-gac gain gac0.npz gac1.npz gac2.npz --against direct0.npz direct1.npz direct2.npz
 
