@@ -15,6 +15,11 @@ from gac_kernels.common.fake import make_known
 from timm_gac.bench.loops.ours import Settings, short_epochs
 
 
+def _network() -> torch.nn.Module:
+    """Two blocks: compilers take long, and a third would be as the second."""
+    return timm.create_model("test_gac_msresnet", layers=(1, 1, 0)).to(memory_format=torch.channels_last)
+
+
 def _train(step: Callable[..., torch.Tensor], images: torch.Tensor) -> torch.Tensor:
     with torch.autocast(images.device.type, torch.bfloat16):
         loss = step(images).float().square().mean()
@@ -25,7 +30,7 @@ def _train(step: Callable[..., torch.Tensor], images: torch.Tensor) -> torch.Ten
 def test_a_training_step_is_one_graph_and_is_compiled_for_each_mode_and_batch_size_alone() -> None:
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("eager")
-    network = timm.create_model("test_gac_msresnet").to(memory_format=torch.channels_last)
+    network = _network()
     step = torch.compile(network, backend=counter, fullgraph=True)
     shape = network.pretrained_cfg["input_size"]
     frames = []
@@ -55,7 +60,7 @@ def test_three_epochs_compile_training_once_and_its_smaller_last_batch_once(
     device: torch.device, spike_packing: bool
 ) -> None:
     torch._dynamo.reset()
-    network = timm.create_model("test_gac_msresnet").to(device, memory_format=torch.channels_last)
+    network = _network().to(device)
     network.set_spike_packing(spike_packing)
     images = torch.randn(8, *network.pretrained_cfg["input_size"], device=device)
     labels = torch.randint(network.num_classes, (8,), device=device)
