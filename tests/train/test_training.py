@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 from children import Child
 from timm_gac.analysis.evaluate import Evaluation
 from timm_gac.cli.main import main
-from timm_gac.models import SpikingResNet
+from timm_gac.models.training_options import TrainingOptions
 from timm_gac.train import RECIPES, Recipe, checkpoints, finish
 from timm_gac.train.loop import Trainer, train
 from timm_gac.train.optim import MovingAverage, create_optimizer, freeze_stages, learning_rate
@@ -207,7 +207,7 @@ def test_a_wrong_noise_is_refused(wrong: float) -> None:
 
 
 def test_a_model_without_noise_is_told_so(recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delattr(SpikingResNet, "set_current_noise")
+    monkeypatch.delattr(TrainingOptions, "set_current_noise")
     with pytest.raises(ValueError, match=r"noise on currents, got 'test_gac_msresnet': give --current-noise 0"):
         train(replace(recipe, current_noise=0.1), options(tmp_path))
 
