@@ -116,6 +116,8 @@ for part in "$@"; do
       evaluate plif_slow
       ;;
     formats)
+      train gac_seed0 cifar100_fast --int8-convs --seed 0
+      train gac_bfloat16_seed0 cifar100_fast --seed 0
       for run in gac_seed0 gac_bfloat16_seed0; do
         timm-gac compare "$OUT/$run" --data "$DATA" --images 10000 --json "$OUT/$run/formats.json" --overwrite \
           --formats float32 channels_last folded bfloat16 float16 int8 float64

@@ -66,6 +66,16 @@ def test_the_gate_may_decay_as_the_others_do_or_less(layer_decay):
         assert decays[1][name] == (pytest.approx(0.1 * recipe.weight_decay) if is_gate(name) else decay), name
 
 
+def test_no_warning_of_a_decay_that_was_asked_for(recwarn):
+    """An optimiser of somebody's own with decay on the gate is warned of: see tests/layers."""
+    model = timm.create_model("test_gac_msresnet", num_classes=3).train()
+    recipe = Recipe(model="test_gac_msresnet", gate_decay=1.0)
+    optimizer = create_optimizer(model, recipe, torch.device("cpu"))
+    model(torch.randn(2, *model.pretrained_cfg["input_size"])).sum().backward()
+    optimizer.step()
+    assert not [warning for warning in recwarn if "weight decay" in str(warning.message)]
+
+
 @pytest.mark.parametrize("field", ["gate_lr", "neuron_lr"])
 def test_a_rate_below_zero_is_refused(field):
     with pytest.raises(ValueError, match=f"expected {field} >= 0, got -1"):

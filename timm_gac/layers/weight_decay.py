@@ -62,6 +62,11 @@ def warn_of_decay(gate: nn.Module) -> None:
     _GATES.add(gate)
 
 
+def expect_decay(optimizer: torch.optim.Optimizer) -> None:
+    """Have no warning of this optimiser: somebody asked for the decay that it has."""
+    _SEEN.add(optimizer)
+
+
 def _look_once(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
     if optimizer in _SEEN:
         return
@@ -70,7 +75,7 @@ def _look_once(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None
     groups = [group for group in optimizer.param_groups if group.get("weight_decay", 0.0)]
     if any(id(parameter) in gates for group in groups for parameter in group["params"]):
         warnings.warn(
-            "expected no weight decay on GatedAttentionCoding, got an optimiser with some, which silences its gate: "
+            "expected no weight decay on GatedAttentionCoding, got an optimiser with some, which may silence its gate: "
             "pass timm_gac.parameter_groups(model, weight_decay) to the optimiser",
             stacklevel=4,
         )

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..layers.encoder import GatedAttentionCoding
 from ..layers.learned import LearnedValues
+from ..layers.weight_decay import expect_decay
 from .idle import refuse_idle_rate
 from .recipes import Recipe
 
@@ -50,12 +51,16 @@ def create_optimizer(model: Any, recipe: Recipe, device: torch.device) -> torch.
     # Tensors, because a CUDA graph would keep a number for ever; the groups' rates differ by their lr_scale.
     for group in groups:
         group["lr"] = torch.tensor(recipe.lr, device=device)
-    if recipe.optimizer == "sgd":
-        return torch.optim.SGD(
-            groups, lr=recipe.lr, momentum=recipe.momentum, nesterov=recipe.momentum > 0, fused=device.type == "cuda"
-        )
     cuda = device.type == "cuda"
-    return torch.optim.AdamW(groups, lr=recipe.lr, fused=cuda, capturable=cuda)
+    optimizer: torch.optim.Optimizer
+    if recipe.optimizer == "sgd":
+        nesterov = recipe.momentum > 0
+        optimizer = torch.optim.SGD(groups, lr=recipe.lr, momentum=recipe.momentum, nesterov=nesterov, fused=cuda)
+    else:
+        optimizer = torch.optim.AdamW(groups, lr=recipe.lr, fused=cuda, capturable=cuda)
+    if recipe.gate_decay:
+        expect_decay(optimizer)
+    return optimizer
 
 
 def _owned(model: nn.Module, kind: type[nn.Module]) -> set[int]:
