@@ -118,6 +118,22 @@ def test_missing_repository_and_no_network(hub: LoopbackHub, api: HfApi) -> None
         fetch_model("a/b/c", api=api)
 
 
+def test_a_mistyped_folder_is_said_to_be_none(
+    repository: Repository, hub: LoopbackHub, api: HfApi, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """``runs/nope`` may be a repository as well as a folder: it is neither, whether or not the Hub can be asked."""
+    with pytest.raises(ValueError, match=r"existing repository, got runs/nope.*no folder 'runs/nope' here either$"):
+        open_source("runs/nope", api=api)
+    unreachable = HfApi(endpoint="http://127.0.0.1:9")
+    with pytest.raises(ValueError, match=r"a connection to the Hub for runs/nope.*no folder 'runs/nope' here either$"):
+        open_source("runs/nope", api=unreachable)
+    with pytest.raises(ValueError, match=r"connection to the Hub for runs/nope.*: check it and try again$"):
+        open_source("hf-hub:runs/nope", api=unreachable)
+    repository.commits.append({name: data for name, data in repository.commits[-1].items() if name != "config.json"})
+    with pytest.raises(ValueError, match=r"expected config\.json in me/gac-tiny, got none: it is no timm model$"):
+        open_source(REPO, api=api)
+
+
 def test_a_cut_download_is_one_sentence_and_the_next_try_completes(
     repository: Repository, hub: LoopbackHub, api: HfApi
 ) -> None:

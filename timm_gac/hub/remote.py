@@ -163,7 +163,12 @@ def open_source(source: str, revision: str | None = None, api: HfApi | None = No
             raise ValueError(f"expected a repository of the Hub with a revision, got the folder {str(path)!r}")
         return model_folder(path)
     if re.fullmatch(r"[\w.-]+/[\w.-]+(@.+)?", source):
-        return fetch_model(source, revision, api)
+        try:
+            return fetch_model(source, revision, api)
+        except ValueError as error:
+            if error.__cause__ is None:  # the repository is there, but no model
+                raise
+            raise ValueError(f"{error}. There is no folder {source!r} here either") from error
     raise ValueError(
         f"expected a model folder, ORG/NAME on the Hub or a name of `timm-gac models`, got {short(source)}, which is "
         "none: check the name, and the folder that the command runs in"
