@@ -46,7 +46,11 @@ def test_every_format_runs_and_leaves_the_network_alone(network: nn.Module) -> N
     report = compare_formats(network, [(torch.randn(4, 3, 12, 12), torch.arange(4))], FORMATS)
     assert [row.format for row in report.rows] == list(FORMATS)
     assert all(torch.equal(tensor, before[name]) for name, tensor in network.state_dict().items())
-    assert [len(table.rows) for table in tables(report, "")][:2] == [len(FORMATS)] * 2
+    shown = tables(report, "")
+    assert [len(table.rows) for table in shown][:2] == [len(FORMATS)] * 2
+    _, counts, *shares = [list(column.cells) for column in shown[2].columns]
+    assert {"0"} < set(counts)  # a margin without an image has no share
+    assert all([cell == "-" for cell in cells] == [count == "0" for count in counts] for cells in shares)
 
 
 @pytest.mark.parametrize("formats", [("float32",), ("float32", "float32"), ("float32", "fp8")])

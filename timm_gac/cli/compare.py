@@ -112,7 +112,8 @@ def tables(report: AgreementReport, title: str) -> list[Table]:
         "same answer, by margin of the winning class (logits)", ["margin from"], ("images", *names), no_wrap=False
     )
     for index, (low, count, _) in enumerate(others[0].by_margin):
-        margins.add_row(f"{low:g}", f"{count:,}", *(f"{row.by_margin[index][2]:.2%}" for row in others))
+        shares = [f"{row.by_margin[index][2]:.2%}" if count else "-" for row in others]
+        margins.add_row(f"{low:g}", f"{count:,}", *shares)
     layers = new_table("neuron-steps whose spike differs, by layer", ["layer"], ("fires", *names), no_wrap=False)
     for layer, rate in report.firing_rates.items():
         layers.add_row(layer, f"{rate:.2%}", *(f"{row.layers[layer]:.3%}" for row in others))
