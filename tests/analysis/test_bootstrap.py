@@ -52,5 +52,17 @@ def test_runs_that_are_not_paired_are_refused(tmp_path: Path, capsys: pytest.Cap
     assert "expected a file of `timm-gac eval --answers`, got" in capsys.readouterr().err
     assert main(["gain", files["a"], "--against", files["c"], "--draws", "100"]) == 0
     shown = capsys.readouterr().out
-    assert "mean 100.00%" in shown and "gain     +100.00%" in shown
+    assert "mean 100.00%" in shown and "gain     +100.00 points, 95 % interval +100.00 to +100.00 points" in shown
+    assert "over 4 images; in 0.0% of 100 resamples no gain" in " ".join(shown.split())
     assert "agree    0.00% of the answers" in shown
+
+
+def test_equal_answers_get_no_verdict(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    answers = np.array([[0, 1], [1, 1], [2, 0], [1, 2]])
+    for name, steps in (("a", answers), ("b", answers[:, -1:])):  # what counts is the answer after the last step
+        np.savez(tmp_path / f"{name}.npz", labels=np.array([1, 1, 0, 0]), answers=steps)
+    a, b = str(tmp_path / "a.npz"), str(tmp_path / "b.npz")
+    assert main(["gain", a, a, "--against", a, b]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert shown.count("mean 75.00%, standard deviation 0.00 points") == 2
+    assert shown.endswith("gain none: the files of each pair have the same answers, over 2 seeds and 4 images")

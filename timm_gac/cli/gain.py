@@ -61,14 +61,20 @@ def gain(
     console = create_console()
     for title, values in (("these", found.accuracies), ("against", found.against)):
         each = ", ".join(f"{value:.2%}" for value in values)
-        spread = f", standard deviation {np.std(values, ddof=1):.2%}" if len(values) > 1 else ""
+        spread = f", standard deviation {100 * np.std(values, ddof=1):.2f} points" if len(values) > 1 else ""
         console.print(f"{title:8} mean {np.mean(values):.2%}{spread} ({each})")
     over = f"{found.seeds} seeds and " if found.seeds > 1 else ""
-    console.print(
-        f"gain     {found.gain:+.2%}, 95 % interval {found.low:+.2%} to {found.high:+.2%} over {over}{found.images:,} "
-        f"images; {found.not_above:.1%} of {config.draws:,} resamples are not above 0"
-    )
     alike = np.mean([np.mean(one[:, -1] == other[:, -1]) for (_, one), (_, other) in pairs])
+    if alike == 1:
+        console.print(
+            f"gain     none: the files of each pair have the same answers, over {over}{found.images:,} images"
+        )
+        return 0
+    gain, low, high = (f"{100 * value:+.2f}" for value in (found.gain, found.low, found.high))
+    console.print(
+        f"gain     {gain} points, 95 % interval {low} to {high} points over {over}{found.images:,} images; "
+        f"in {found.not_above:.1%} of {config.draws:,} resamples no gain"
+    )
     console.print(f"agree    {alike:.2%} of the answers of a pair are the same class")
     return 0
 
