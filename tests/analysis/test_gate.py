@@ -48,6 +48,23 @@ def test_variance_is_attributed_to_what_varies(network: nn.Module) -> None:
     assert found.above_level == pytest.approx(0.5) and found.spatial_std == 0
 
 
+def test_what_no_axis_explains_alone_is_interactions(network: nn.Module) -> None:
+    """A checkerboard with one colour swapped from channel to channel has the same mean wherever one looks."""
+
+    class Board(nn.Module):
+        def forward(self, stem: torch.Tensor) -> torch.Tensor:
+            axes = [torch.arange(size) for size in stem.shape[1:]]
+            parity = sum(torch.meshgrid(*axes, indexing="ij")) % 2
+            return (2.0 * parity - 1).expand_as(stem)
+
+    images = [torch.randn(2, 3, 12, 12)]
+    with replaced_scores(network, (ConstantScore(1.0), Board())):
+        found = gate_statistics(network, images)
+    assert found.shares["interactions"] == pytest.approx(1, abs=1e-5)
+    trained = gate_statistics(network, images).shares
+    assert sum(trained.values()) == pytest.approx(1, abs=1e-6) and min(trained.values()) > 0
+
+
 def test_a_network_is_left_as_it_was(network: nn.Module) -> None:
     before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
     images, labels = torch.randn(8, 3, 12, 12), torch.arange(8) % 5

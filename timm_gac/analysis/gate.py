@@ -40,7 +40,8 @@ class GateStatistics:
         mean: Of the gate.
         std: Its standard deviation over everything.
         quantiles: Of the gate, by the share of values below.
-        shares: Share of its variance that the mean over all other axes explains: over images, steps, channels, pixels.
+        shares: Share of its variance that the mean over all other axes explains: over images, steps, channels, pixels;
+            and ``interactions``, the rest, which takes several of these together. They add up to 1, or 0 of a constant.
         temporal: Mean of the temporal score m[t] at each step.
         spatial_std: Standard deviation of the spatial-channel score n.
         firing_level: See `firing_level`; of neurons that learned, with the means of their decays and thresholds.
@@ -146,6 +147,8 @@ def gate_statistics(model: Any, batches: Iterable[Tensor]) -> GateStatistics:
     variance = max(square - mean**2, 0.0)
     marginals = {"images": torch.cat(sums["images"])}
     marginals |= {name: torch.stack(parts).sum(0) / images for name, parts in sums.items() if name != "images"}
+    explained = {name: float(part.var(correction=0)) for name, part in marginals.items()}
+    explained["interactions"] = max(variance - sum(explained.values()), 0.0)
     sample = torch.cat(drawn)[:_DRAWN]
     levels = torch.tensor(QUANTILES, dtype=torch.float64)
     spatial_mean, spatial_square = (spatial / images).tolist()
@@ -154,9 +157,7 @@ def gate_statistics(model: Any, batches: Iterable[Tensor]) -> GateStatistics:
         mean=mean,
         std=math.sqrt(variance),
         quantiles=dict(zip(QUANTILES, torch.quantile(sample, levels).tolist(), strict=True)),
-        shares={
-            name: float(part.var(correction=0)) / variance if variance else 0.0 for name, part in marginals.items()
-        },
+        shares={name: part / variance if variance else 0.0 for name, part in explained.items()},
         temporal=tuple(torch.cat(temporal).mean(0).tolist()),
         spatial_std=math.sqrt(max(spatial_square - spatial_mean**2, 0.0)),
         firing_level=level,

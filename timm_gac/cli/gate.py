@@ -131,7 +131,8 @@ def tables(
     for share, value in statistics.quantiles.items():
         scale.add_row(f"{share:.1%} of it below", f"{value:.4f}")
     for name, share in statistics.shares.items():
-        scale.add_row(f"variance over {name}", f"{share:.1%}")
+        of_several = " of these, such as a pixel of one channel" if name == "interactions" else ""
+        scale.add_row(f"variance over {name}{of_several}", f"{share:.1%}")
     scale.add_row("temporal score by step", ", ".join(f"{value:.3f}" for value in statistics.temporal))
     scale.add_row("spatial score, standard deviation", f"{statistics.spatial_std:.3f}")
     scale.add_row("level above which `lif` can fire", f"{statistics.firing_level:.4f}")
