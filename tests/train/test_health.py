@@ -9,6 +9,7 @@ import pytest
 import timm
 import torch
 
+from gac_kernels import IMAGENET
 from timm_gac.analysis.evaluate import Evaluation, evaluate
 from timm_gac.hub import calibrate
 from timm_gac.train.health import rate_warnings, watch_rates
@@ -36,8 +37,12 @@ def test_only_layers_in_trouble_are_warned_of():
     assert [text.split()[1] for text in found] == ["silent", "busy", "falling"]
     assert "0.05% (under 0.1%)" in found[0] and "95.0% (over 90%)" in found[1] and "after 20.00%" in found[2]
     (line,) = rate_warnings({str(index): 0.0 for index in range(7)}, before)
-    assert line.startswith("warning: 7 layers fire: 0 at 0.00%, 1 at 0.00%, 2 at 0.00%, ... (under 0.1%)")
+    assert line.startswith("warning: 7 layers hardly fire: 0 at 0.00%, 1 at 0.00%, 2 at 0.00%, ... (under 0.1%)")
     assert rate_warnings({"falling": 0.03}, before) == []
+    (line,) = rate_warnings({"a": 1.0, "b": 0.95}, {})
+    assert line.startswith("warning: 2 layers nearly always fire: a at 100.0%, b at 95.0% (over 90%)")
+    (line,) = rate_warnings({"a": 0.01, "b": 0.02}, {"a": 0.2, "b": 0.3})
+    assert line.startswith("warning: 2 layers fire much less: a at 1.00% after 20.00%, b at 2.00% after 30.00% (at")
 
 
 def test_table_grows_and_a_resumed_run_replaces_its_epochs(tmp_path: Path):
@@ -60,3 +65,21 @@ def test_a_network_that_dies_is_warned_of_and_direct_coding_is_not(tmp_path: Pat
     torch.nn.init.constant_(model.layer2[0].bn1.bias, -50.0)
     warnings = watch_rates(tmp_path, 2, evaluate(model, batches), model)
     assert [text.split()[1] for text in warnings] == ["layer2.0.bn1"]
+
+
+@pytest.mark.parametrize(
+    ("changed", "warned"),
+    [
+        ({"gate": "half"}, []),  # 0.5 + 0.25 + ... stays below the threshold of 1
+        ({"gate": "half", "spec": IMAGENET}, ["lif"]),
+        ({"gate": "half", "neuron": "plif"}, ["lif"]),
+        ({"gate": "full"}, ["lif"]),
+    ],
+)
+def test_a_layer_that_is_meant_to_be_silent_is_not_warned_of(tmp_path: Path, changed: dict, warned: list[str]):
+    model = timm.create_model("test_gac_msresnet", num_classes=3, **changed)
+    images = torch.randn(8, 3, 16, 16)
+    calibrate(model, [images])
+    if not warned:
+        assert evaluate(model, [(images, torch.arange(8) % 3)]).firing_rates["lif"] == 0
+    assert [text.split()[1] for text in watch_rates(tmp_path, 1, evaluation(lif=0.0, other=0.2), model)] == warned

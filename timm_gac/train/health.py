@@ -12,7 +12,9 @@ from pathlib import Path
 from torch import nn
 
 from ..analysis.evaluate import Evaluation
-from ..layers.encoder import DirectCoding
+from ..analysis.gate import firing_level
+from ..layers.encoder import DirectCoding, GatedAttentionCoding
+from ..layers.learned import learned_values
 from ..runtime.figures import new_figure
 from ..runtime.files import write_csv
 
@@ -37,19 +39,38 @@ def rate_warnings(rates: dict[str, float], before: dict[str, float]) -> list[str
         if name not in silent and rate * FALL < before.get(name, 0.0)
     }
     kinds = (
-        (silent, f"under {SILENT_BELOW:.1%}", "lower the learning rate or the weight decay, or look at the batch norm"),
-        (busy, f"over {SATURATED_ABOVE:.0%}", "nearly constant: lower the learning rate, or look at the batch norm"),
-        (falling, "at the evaluation before", "may be about to fall silent"),
+        (
+            silent,
+            "hardly fire",
+            f"under {SILENT_BELOW:.1%}",
+            "lower the learning rate or the weight decay, or look at the batch norm",
+        ),
+        (
+            busy,
+            "nearly always fire",
+            f"over {SATURATED_ABOVE:.0%}",
+            "nearly constant: lower the learning rate, or look at the batch norm",
+        ),
+        (falling, "fire much less", "at the evaluation before", "may be about to fall silent"),
     )
-    return [f"warning: {_listed(layers)} ({bound}): {advice}" for layers, bound, advice in kinds if layers]
+    return [f"warning: {_listed(layers, verb)} ({bound}): {advice}" for layers, verb, bound, advice in kinds if layers]
 
 
-def _listed(layers: dict[str, str]) -> str:
-    """``a fires at 1 %``, or the first few of several."""
+def _listed(layers: dict[str, str], verb: str) -> str:
+    """``a fires at 1 %``, or the first few of several with what they do."""
     if len(layers) == 1:
         return " fires at ".join(*layers.items())
     shown = ", ".join(f"{name} at {rate}" for name, rate in [*layers.items()][:SHOWN])
-    return f"{len(layers)} layers fire: {shown}" + (", ..." if len(layers) > SHOWN else "")
+    return f"{len(layers)} layers {verb}: {shown}" + (", ..." if len(layers) > SHOWN else "")
+
+
+def silent_by_design(network: nn.Module) -> set[str]:
+    """``lif`` where a gate of 0.5 everywhere is too low for it ever to fire, as in the CIFAR dialect; else no layer."""
+    encoder = getattr(network, "encoder", None)
+    if not isinstance(encoder, GatedAttentionCoding) or encoder.gate != "half" or encoder.spec.neuron != "lif":
+        return set()
+    learns = learned_values(getattr(network, "lif", None))  # and may learn to fire
+    return set() if learns or firing_level(encoder.spec, encoder.num_steps) <= 0.5 else {"lif"}
 
 
 def watch_rates(out: Path, epoch: int, evaluation: Evaluation, network: nn.Module) -> list[str]:
@@ -62,7 +83,7 @@ def watch_rates(out: Path, epoch: int, evaluation: Evaluation, network: nn.Modul
         network: The network; the output of a direct encoder is left out, as it is no spikes.
 
     Returns:
-        Warnings, at most one of each kind; see `rate_warnings`.
+        Warnings, at most one of each kind; see `rate_warnings`. None of what is `silent_by_design`.
     """
     coded = {name for name, module in network.named_modules() if isinstance(module, DirectCoding)}
     rates = {name: rate for name, rate in evaluation.firing_rates.items() if name not in coded}
@@ -74,7 +95,8 @@ def watch_rates(out: Path, epoch: int, evaluation: Evaluation, network: nn.Modul
     history.append((epoch, list(rates.values())))
     _write(file, list(rates), history)
     _draw(out / "firing_rates.png", list(rates), history)
-    return rate_warnings(rates, before)
+    meant = silent_by_design(network)
+    return rate_warnings({name: rate for name, rate in rates.items() if name not in meant}, before)
 
 
 def _read(file: Path, names: list[str]) -> list[tuple[int, list[float]]]:
