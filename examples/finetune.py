@@ -5,12 +5,11 @@ accelerate launch --config_file examples/launch/several_gpus.yaml examples/finet
 """
 
 import argparse
+from pathlib import Path
 
-import timm
+import accelerate
+import timm.optim
 import torch
-from accelerate import Accelerator
-from accelerate.utils import set_seed
-from timm.optim import create_optimizer_v2
 
 import timm_gac  # noqa: F401 (registers the models)
 
@@ -24,27 +23,30 @@ parser.add_argument("--batch-size", type=int, default=32, help="images per step 
 parser.add_argument("--lr", type=float, default=1e-3, help="peak learning rate of AdamW")
 parser.add_argument("--freeze", action="store_true", help="train the classifier alone: a linear probe of the features")
 parser.add_argument("--seed", type=int, default=0, help="of the new weights, the order of the pictures and their crops")
-parser.add_argument("--out", default="finetuned", help="folder for config.json and model.safetensors")
+parser.add_argument("--out", default="finetuned", help="new folder for config.json and model.safetensors")
 args = parser.parse_args()
-accelerator = Accelerator()
-set_seed(args.seed)
-sets = {"train": timm.data.create_dataset("", args.folder, split="train")}
-classes = sets["train"].reader.class_to_idx
-sets["val"] = timm.data.create_dataset("", args.folder, split="val", class_map=classes)  # the same classes by name
-has_weights = ":" in args.model or bool(timm.get_pretrained_cfg(args.model).has_weights)
-stored = has_weights if args.pretrained is None else args.pretrained
-accelerator.print(f"{args.model} from {'stored' if stored else 'random'} weights, classes {', '.join(classes)}")
-model = timm.create_model(args.model, stored, num_classes=len(classes), num_steps=args.num_steps)
+if Path(args.out).exists():
+    parser.exit(2, f"expected a new folder as --out, got {args.out}, which is there: choose another\n")
+accelerator = accelerate.Accelerator()
+accelerate.utils.set_seed(args.seed)
+try:
+    sets = {"train": timm.data.create_dataset("", args.folder, split="train")}
+    classes = sets["train"].reader.class_to_idx
+    sets["val"] = timm.data.create_dataset("", args.folder, split="val", class_map=classes)  # the same classes by name
+    has_weights = ":" in args.model or getattr(timm.get_pretrained_cfg(args.model), "has_weights", False)
+    stored = has_weights if args.pretrained is None else args.pretrained
+    accelerator.print(f"{args.model} from {'stored' if stored else 'random'} weights, classes {', '.join(classes)}")
+    model = timm.create_model(args.model, stored, num_classes=len(classes), num_steps=args.num_steps)
+except (AssertionError, OSError, RuntimeError, ValueError) as error:  # timm asserts without a word that FOLDER exists
+    parser.exit(2, f"{str(error) or f'expected a folder of pictures, got {args.folder}: check the path'}\n")
 if args.freeze:
     model.requires_grad_(False).get_classifier().requires_grad_(True)
 config = timm.data.resolve_data_config(model=model)
 for split, dataset in sets.items():
     dataset.transform = timm.data.create_transform(**config, is_training=split == "train")
-train, val = (
-    torch.utils.data.DataLoader(dataset, args.batch_size, shuffle=split == "train", num_workers=2)
-    for split, dataset in sets.items()
-)
-optimizer = create_optimizer_v2(model, opt="adamw", lr=args.lr, weight_decay=0.05)
+train = torch.utils.data.DataLoader(sets["train"], args.batch_size, shuffle=True, num_workers=2)
+val = torch.utils.data.DataLoader(sets["val"], args.batch_size, num_workers=2)
+optimizer = timm.optim.create_optimizer_v2(model, opt="adamw", lr=args.lr, weight_decay=0.05)
 schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, total_steps=args.epochs * len(train))
 model, optimizer, train, val, schedule = accelerator.prepare(model, optimizer, train, val, schedule)
 
@@ -56,10 +58,8 @@ for epoch in range(args.epochs):
         schedule.step()
         optimizer.zero_grad()
     model.eval()
-    hits = []
-    for images, labels in val:
-        with torch.no_grad():
-            hits.append(accelerator.gather_for_metrics(model(images).argmax(1) == labels))
+    with torch.no_grad():
+        hits = [accelerator.gather_for_metrics(model(images).argmax(1) == labels) for images, labels in val]
     accelerator.print(f"epoch {epoch + 1}: top-1 {torch.cat(hits).float().mean():.2%} of {len(sets['val'])}")
 
 state = accelerator.get_state_dict(model)  # whole, also where FSDP2 divides the weights: every process takes part

@@ -89,6 +89,33 @@ def test_finetune_keeps_size_and_licence_of_weights(few: Path, warm_python: Warm
         assert config["pretrained_cfg"][key] == (list(expected) if isinstance(expected, tuple) else expected)
 
 
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ([], "expected a new folder as --out, got {out}, which is there: choose another"),
+        (["nope"], "expected a folder of pictures, got nope: check the path"),
+        (["--model", "nope"], "Unknown model (nope)"),
+        (["--model", "local-dir:nope"], "Config file not found: nope/config.json"),
+        (["--model", "ann_resnet18_cifar", "--pretrained"], "No pretrained weights exist for ann_resnet18_cifar"),
+        (["--model", "test_ann_resnet", "--num-steps", "3"], "expected no num_steps for test_ann_resnet"),
+    ],
+    ids=["out", "folder", "model", "model folder", "weights", "steps"],
+)
+def test_finetune_says_what_is_wrong_in_one_line(
+    changed: list[str], said: str, few: Path, warm_python: WarmPython, tmp_path: Path
+) -> None:
+    out = tmp_path / "tuned"
+    if not changed:
+        out.mkdir()
+    folder = changed.pop() if changed == ["nope"] else str(few)
+    command = [str(ROOT / "examples" / "finetune.py"), folder, *changed, "--out", str(out)]
+    paths = [str(ROOT), str(ROOT / "kernels" / "torch-ext"), os.environ.get("PYTHONPATH", "")]
+    env = os.environ | {"ACCELERATE_USE_CPU": "true", "PYTHONPATH": os.pathsep.join(filter(None, paths))}
+    done = warm_python(command, env=env)
+    assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr[-2000:]
+    assert done.stderr.splitlines()[-1].startswith(said.format(out=out)), done.stderr
+
+
 def test_finetune_an_ann(few: Path, warm_python: WarmPython, tmp_path: Path) -> None:
     """It has no time steps to be told, nor to be stored."""
     command = [
