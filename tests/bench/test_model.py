@@ -49,6 +49,28 @@ def test_rows_and_their_arithmetic() -> None:
     assert bench_model.exit_code(rows) == 0
 
 
+@pytest.mark.parametrize(
+    ("modes", "batch", "limit", "said"),
+    [
+        (
+            ("train", "infer"),
+            3,
+            120.0,
+            "take minutes, and is given up after 120 s; quick is: --modes infer --infer-batch 16",
+        ),
+        (("infer",), 17, 0.0, "take minutes; quick is: --modes infer --infer-batch 16"),
+        (("infer",), 16, 120.0, ""),
+    ],
+)
+def test_a_cpu_is_told_what_is_quick(
+    modes: tuple[str, ...], batch: int, limit: float, said: str,
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(bench_model, "_measure", lambda config, results: None)
+    bench_model.bench_model(replace(TINY, modes=modes, infer_batch=batch, provider_limit_s=limit))
+    assert said in caplog.text if said else not caplog.text
+
+
 def test_providers_that_cannot_take_part_say_why() -> None:
     providers = ("timm_gac+graph", "published", "timm_gac_fused")
     rows, _ = bench_model.bench_model(replace(TINY, modes=("train",), providers=providers))

@@ -34,6 +34,7 @@ COLUMNS = (
     *("status", "images_per_s", "median_ms", "p20_ms", "p80_ms", "repetitions", "steps_per_block", "peak_gib"),
     *("roofline_fraction", "setup_s", "note", *PROVENANCE),
 )
+CPU_BATCH = 16  # images of an inference step that a CPU times in seconds
 TABLE = {"provider": "", "mode": "", "precision": "", "num_steps": "d", "batch": "d", "images_per_s": ".0f"}
 TABLE |= {"median_ms": ".2f", "p20_ms": ".2f", "p80_ms": ".2f", "peak_gib": ".2f", "roofline_fraction": ".3f"}
 TABLE |= {"setup_s": ".0f", "status": "", "note": ""}
@@ -55,6 +56,10 @@ def bench_model(config: ModelBenchConfig) -> tuple[list[Row], list[Row]]:
     if profile := config.profile_path():
         read_json(profile)
     results = _Results(config, resolve_device(config.device))
+    if results.device.type == "cpu" and ("train" in config.modes or config.infer_batch > CPU_BATCH):
+        limit = f", and is given up after {config.provider_limit_s:g} s" if config.provider_limit_s else ""
+        quick = f"--modes infer --infer-batch {CPU_BATCH}"
+        _logger.warning("on a CPU a provider may take minutes%s; quick is: %s", limit, quick)
     with exit_on_sigterm():
         try:
             _measure(config, results)
