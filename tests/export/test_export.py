@@ -22,6 +22,7 @@ import timm_gac.export
 from gac_kernels.decompositions import decomposition_table, registered_decompositions
 from timm_gac import cli, fuse_for_inference, quantize
 from timm_gac.export import compile_package, inductor, write_onnx, write_program
+from timm_gac.export.report import compare
 from timm_gac.hub import calibrate, save_quantized
 
 T = 3
@@ -294,6 +295,25 @@ package = torch._inductor.aoti_load_package(sys.argv[1] + "/a.pt2")
 pairs = torch.load(sys.argv[1] + "/pairs", weights_only=True)
 print(max((package(x) - expected).abs().max().item() for x, expected in pairs))
 """
+
+
+@pytest.mark.parametrize(
+    ("moved", "exact", "said"),
+    [
+        (
+            0.33,
+            False,
+            "by up to 0.33 (sums in another order: where rounding flips a spike, logits move), 0 of 8 answers",
+        ),
+        (0.33, True, "by up to 0.33, 0 of 8 answers"),  # of such a format it would be a defect
+        (6e-8, False, "by up to 6e-08, 0 of 8 answers"),
+        (float("inf"), False, "by up to inf, 0 of 8 answers"),
+    ],
+)
+def test_report_says_where_differences_come_from(moved: float, exact: bool, said: str) -> None:
+    logits = torch.eye(8, dtype=torch.float64)
+    run = lambda images: logits + torch.where(logits == 1, moved, 0.0)  # noqa: E731
+    assert said in str(compare(Path("a"), "", nn.Identity(), logits, run, None, exact))
 
 
 def test_command_writes_what_a_folder_holds(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

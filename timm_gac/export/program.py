@@ -120,9 +120,18 @@ def _prepared(
     return export_program(model, traced, batch_size=batch_size, per_step=per_step, plain=plain), images
 
 
-def _checked(path: Path, contents: str, model: Any, per_step: bool, images: Tensor, run: Any, batch: int | None) -> Any:
+def _checked(
+    path: Path,
+    contents: str,
+    model: Any,
+    per_step: bool,
+    images: Tensor,
+    run: Any,
+    batch: int | None,
+    exact: bool = False,
+) -> ExportReport:
     with eval_mode(model):
-        return compare(path, contents, PerStep(model) if per_step else model, images, run, batch)
+        return compare(path, contents, PerStep(model) if per_step else model, images, run, batch, exact)
 
 
 @without_autocast
@@ -175,7 +184,8 @@ def write_program(
         stream.flush()
         with Path(stream.name).open("rb") as written:
             run = torch.export.load(written).module()
-        return _checked(path, contents, model, per_step, images, run, batch_size)
+        exact = images.device.type == "cpu"
+        return _checked(path, contents, model, per_step, images, run, batch_size, exact)
 
 
 @without_autocast
