@@ -14,6 +14,7 @@ import torch
 from gac_kernels import CIFAR
 from timm_gac import cli, fuse_for_inference
 from timm_gac.analysis.inspect import inspect_network, write_inspection
+from timm_gac.analysis.inspect.figures import draw_health
 from timm_gac.analysis.inspect.record import BINS, HIGH, LOW
 from timm_gac.cli.inspect import InspectConfig, run_inspect
 from timm_gac.hub import calibrate
@@ -153,3 +154,10 @@ def test_errors_say_what_to_do():
         inspect_network(model.train(), [images])
     with pytest.raises(ValueError, match="expected a network of this package"):
         inspect_network(torch.nn.ReLU(), [images])
+
+
+@pytest.mark.parametrize(("batch", "images"), [(1, "this one image"), (3, "these 3 images")])
+def test_dead_neurons_are_those_of_so_many_images(batch, images):
+    model, pictures = small(batch=batch)
+    figure = draw_health(inspect_network(model, [pictures]))
+    assert figure.axes[0].get_xlabel() == f"share of neurons; dead: silent on {images}"

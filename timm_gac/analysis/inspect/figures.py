@@ -227,7 +227,7 @@ def draw_health(inspection: Inspection) -> Any:
     axis.set_xlim(0, 1)
     axis.set_ylim(len(inspection.layers) - 0.4, -0.6)
     axis.set_xticks([0, 0.5, 1], ["0 %", "50 %", "100 %"])
-    on = "this 1 image" if inspection.images == 1 else f"these {inspection.images:,} images"
+    on = "this one image" if inspection.images == 1 else f"these {inspection.images:,} images"
     axis.set_xlabel(f"share of neurons; dead: silent on {on}", fontsize=FONT)
     plain_axis(axis, FONT - 2)
     figure.legend(loc="outside upper center", ncols=3, frameon=False, fontsize=FONT - 1)
