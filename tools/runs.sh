@@ -21,9 +21,33 @@ DATA=${DATA:-cifar100.npz}
 OUT=${OUT:-runs}
 RESULTS=${RESULTS:-results/training.csv}
 
+case $OUT in
+  *[[:space:]]*)
+    echo "expected OUT without blanks, got '$OUT': choose another folder" >&2
+    exit 2
+    ;;
+esac
+[ $# -gt 0 ] || set -- none
+for part in "$@"; do
+  case $part in
+    seeds | distilled | steps | published | gates | eight_bits | neurons | formats) ;;
+    *)
+      echo "expected parts among seeds, distilled, steps, published, gates, eight_bits, neurons, formats, got '$part'" >&2
+      exit 2
+      ;;
+  esac
+done
+mkdir -p "$OUT"
+
+# A folder of a finished run is taken for this one only if it was begun with the same words.
 train() { # NAME RECIPE [OPTION...]
   name=$1
   shift
+  if [ -d "$OUT/$name" ] && [ "$(cat "$OUT/$name.words" 2>/dev/null)" != "$*" ]; then
+    echo "expected a run of '$*' in $OUT/$name, got one of other options: move it away" >&2
+    exit 2
+  fi
+  echo "$*" > "$OUT/$name.words"
   [ -f "$OUT/$name/result.csv" ] && return
   resume=
   [ -d "$OUT/$name/checkpoints" ] && resume=--resume
@@ -127,10 +151,6 @@ for part in "$@"; do
         timm-gac compare "$OUT/noise_$noise" --data "$DATA" --images 10000 --json "$OUT/noise_$noise/formats.json" \
           --overwrite --formats float32 bfloat16 float16 int8
       done
-      ;;
-    *)
-      echo "expected parts among seeds, distilled, steps, published, gates, eight_bits, neurons, formats, got '$part'" >&2
-      exit 2
       ;;
   esac
 done

@@ -95,7 +95,17 @@ def test_what_is_finished_is_left_alone_and_a_wrong_part_refused(tmp_path: Path)
     (tmp_path / "runs" / "gac_published" / "result.csv").unlink()
     begun = [words for words in run(tmp_path, "published")[1] if words[0] == "train"]
     assert len(begun) == 1 and begun[0][-1] == "--resume"
-    assert run(tmp_path, "all")[0] == 2
+    assert run(tmp_path, "published", "all") == (2, []) and run(tmp_path) == (2, [])
+
+
+def test_a_run_of_other_options_is_not_taken_for_this_one(tmp_path: Path) -> None:
+    assert run(tmp_path, "neurons")[0] == 0
+    words = tmp_path / "runs" / "plif.words"
+    assert words.read_text() == "cifar100_fast --neuron plif\n"
+    words.write_text("cifar100_fast --neuron plif --int8-convs\n")
+    assert run(tmp_path, "neurons") == (2, [])
+    words.unlink()  # as of a run from elsewhere
+    assert run(tmp_path, "neurons") == (2, [])
 
 
 @pytest.mark.parametrize("shell", ["sh", "bash"])

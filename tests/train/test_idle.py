@@ -23,7 +23,7 @@ from timm_gac.train.setup import settled
         ),
         (dict(distill_weight=0.7), r"expected a teacher for distill_weight=0\.7, got none: leave --distill-weight out"),
         (dict(distill_temperature=2.0), r"expected a teacher for distill_temperature=2\.0, got none"),
-        (dict(optimizer="adamw", momentum=0.0), r"expected optimizer='sgd' for momentum=0\.0, got optimizer='adamw'"),
+        (dict(optimizer="adamw", momentum=0.5), r"expected optimizer='sgd' for momentum=0\.5, got optimizer='adamw'"),
         (dict(mix_probability=0.3), r"expected mixup or cutmix for mix_probability=0\.3, got neither"),
     ],
 )
@@ -47,6 +47,27 @@ def test_what_differs_from_the_recipe_is_refused_though_it_is_the_default_of_oth
     given = replace(RECIPES["cifar100_fast"], loss="mean", tet_lambda=0.05)
     with pytest.raises(ValueError, match=r"loss='tet' for tet_lambda=0\.05"):
         settled(given, "cifar100_fast")
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        replace(Recipe(), optimizer="adamw", momentum=0.0),
+        replace(RECIPES["cifar100_fast"], cutmix=0.0),
+        replace(RECIPES["tiny_imagenet_first"], model="ann_resnet34"),
+    ],
+    ids=["momentum", "cutmix", "ann"],
+)
+def test_what_asks_for_nothing_or_is_a_recipes_own_is_not_refused(given: Recipe) -> None:
+    assert settled(given, "custom").optimizer == given.optimizer
+
+
+def test_a_run_that_has_begun_is_not_refused() -> None:
+    """It may be older than what is refused now, and must go on with its own options."""
+    given = replace(Recipe(), tet_lambda=0.1, gate="half", gate_lr=0.1)
+    assert settled(given, "custom", resumed=True) == given
+    network = timm.create_model("test_gac_msresnet", device="meta", gate="half")
+    create_optimizer(network, given, torch.device("cpu"), resumed=True)
 
 
 @pytest.mark.parametrize(

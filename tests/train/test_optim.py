@@ -6,6 +6,7 @@ import pytest
 import timm
 import torch
 
+from timm_gac.train.checkpoints import restore_optimizer
 from timm_gac.train.optim import create_optimizer, set_learning_rate
 from timm_gac.train.recipes import Recipe
 
@@ -64,6 +65,22 @@ def test_the_gate_may_decay_as_the_others_do_or_less(layer_decay):
     for name, decay in decays[0].items():
         assert decay == 0.0 or not is_gate(name)
         assert decays[1][name] == (pytest.approx(0.1 * recipe.weight_decay) if is_gate(name) else decay), name
+
+
+def test_state_is_numbered_group_by_group_and_never_lands_on_another_parameter():
+    """Each group's own part comes right behind it, as in checkpoints of earlier commits."""
+    model = timm.create_model("test_gac_msresnet", num_classes=3)
+    names = {id(value): name for name, value in model.named_parameters()}
+    optimizers = [
+        create_optimizer(model, Recipe(model="test_gac_msresnet", layer_decay=0.7, gate_lr=rate), torch.device("cpu"))
+        for rate in (1.0, 0.1)
+    ]
+    flat, own = ([[names[id(p)] for p in group["params"]] for group in o.param_groups] for o in optimizers)
+    expected = [part for group in flat for part in ([n for n in group if not is_gate(n)], list(filter(is_gate, group)))]
+    assert own == [part for part in expected if part]
+    first = torch.zeros(7)
+    with pytest.raises(ValueError, match=r"expected momentum_buffer of shape .* for parameter 0, got \(7,\)"):
+        restore_optimizer(optimizers[1], {"0.momentum_buffer": first}, {})
 
 
 def test_no_warning_of_a_decay_that_was_asked_for(recwarn):

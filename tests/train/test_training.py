@@ -147,6 +147,17 @@ def test_a_run_in_bfloat16_reports_what_eval_of_its_folder_gives(
     assert evaluated["loss"] == pytest.approx(report["loss"], rel=1e-6)
 
 
+def test_a_finished_run_that_is_resumed_has_one_row(recipe: Recipe, tmp_path: Path) -> None:
+    short, results = replace(recipe, epochs=1, mix_off_epochs=0, warmup_epochs=0), tmp_path / "results.csv"
+    for resume in (False, True):
+        train(short, options(tmp_path / "run", resume=resume, results=results))
+        assert len(list(csv.DictReader(results.open()))) == 1
+    (tmp_path / "run" / "result.csv").unlink()  # as if it had ended before
+    results.unlink()
+    train(short, options(tmp_path / "run", resume=True, results=results))
+    assert results.read_text() == (tmp_path / "run" / "result.csv").read_text()
+
+
 def test_it_learns(recipe: Recipe, tmp_path: Path) -> None:
     easy = replace(
         recipe,

@@ -205,6 +205,10 @@ def _results(facts: Facts) -> str:
     stored = facts.evaluation.get("stored_dtype")
     if rows and isinstance(stored, str):
         rows.append(("weights stored as", stored))
+    for label, entry in (("evaluated in", "eval_dtype"), ("evaluated as", "weights")):
+        value = facts.evaluation.get(entry)
+        if rows and isinstance(value, str) and value != "stored file":
+            rows.append((label, value))
     rows += [
         (f"top-1 accuracy after {step} of {facts.num_steps} time steps", f"{value:.2%}")
         for step, value in enumerate(() if facts.ann else facts.step_accuracies, start=1)

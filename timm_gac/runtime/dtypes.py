@@ -70,7 +70,8 @@ def float32_as(form: Literal["ieee", "tf32"]) -> Iterator[None]:
     PyTorch lets them use TensorFloat-32, of 11 significant bits, where nobody asks: a float32 accuracy of a spiking
     network is then another one, as rounding flips spikes. Matrix products do not use it unless asked to.
 
-    What measures a network in float32 has ``@float32_as("ieee")`` before it.
+    What measures a network in float32 has ``@float32_as("ieee")`` before it. The switch is the process's: of threads,
+    only one at a time may be within such a block.
     """
     # The older of PyTorch's two switches, unless somebody has used the newer one, which forbids it; and for ieee unless
     # TensorFloat-32 was allowed for all of cuDNN or PyTorch, on which convolutions fall back with the older one off.

@@ -177,6 +177,11 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tenso
         if isinstance(value, Tensor) and value.shape == parameter.shape:
             # In the parameter's memory format, which fused optimisers require and a file does not keep.
             value = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
+        elif isinstance(value, Tensor) and value.ndim:
+            raise ValueError(
+                f"expected {name} of shape {tuple(parameter.shape)} for parameter {index}, got {tuple(value.shape)}: "
+                "begin anew, or go on with the version of the package that the run began with"
+            )
         state.setdefault(int(index), {})[name] = value
     groups = optimizer.state_dict()["param_groups"]
     lrs = [group["lr"] for group in optimizer.param_groups]

@@ -17,7 +17,7 @@ from ..hub.folder import load_model, save_model_folder
 from ..inference.quantize import quantize
 from ..layers.convolution import SpikeConv2d
 from ..runtime.dtypes import DTYPES
-from ..runtime.files import append_csv, write_json
+from ..runtime.files import append_csv, write_csv, write_json
 from ..runtime.finite import names_not_finite
 from ..runtime.provenance import PROVENANCE
 from .recipes import Recipe
@@ -32,8 +32,8 @@ _EVAL_DTYPE = "float32"
 def finish(run: Run, say: Callable[[str], None]) -> None:
     """Store the last epoch's weights, evaluate the stored model, write eval.json and the row of results.
 
-    The stored model is evaluated in float32, whatever the training's precision: as ``timm-gac eval`` does, so that the
-    run's figure is the one which users of its folder get. One trained in 8 bits is evaluated as `quantize` gives it,
+    The stored model is evaluated in float32, whatever the training's precision: as ``timm-gac eval --no-fold``
+    does, so that the run's figure is the one which users of its folder get. One trained in 8 bits is evaluated as `quantize` gives it,
     with the integers that were stored.
 
     Args:
@@ -110,9 +110,11 @@ def _report(run: Run, trained: Evaluation, stored: Evaluation, weights: str, say
     }
     write_json(out / "eval.json", stored.to_dict() | about | where)
     row = _result_row(run, stored) | {name: where[name] for name in (*PROVENANCE, "timm", "accelerate")}
-    append_csv(out / "result.csv", RESULT_COLUMNS, [row])
-    if run.options.results is not None:
+    own = out / "result.csv"
+    # A run that was done and is resumed has its row in the table; one that ended between the two files has not.
+    if run.options.results is not None and not own.exists():
         append_csv(run.options.results, RESULT_COLUMNS, [row])
+    write_csv(own, RESULT_COLUMNS, [row])
     notes = []
     if stored.firing_rates:  # an ANN has none, nor steps
         accuracies = ", ".join(f"{accuracy:.2%}" for accuracy in stored.top1_per_step)

@@ -20,24 +20,28 @@ _SPIKING = (
     "current_noise",
 )
 # Values that ask for nothing, where the default of `Recipe` asks for something.
-_NOTHING: dict[str, Any] = {"num_steps": 1, "tet_lambda": 0.0, "distill_weight": 0.0, "mix_probability": 0.0}
+_NOTHING: dict[str, Any] = {
+    "num_steps": 1,
+    **dict.fromkeys(("tet_lambda", "distill_weight", "mix_probability", "momentum"), 0.0),
+}
 
 
 def refuse_idle(recipe: Recipe, recipe_name: str, ann: str | None) -> None:
-    """Refuse the first field that changes nothing in this recipe and says more than the recipe's default.
+    """Refuse the first field that changes nothing in this recipe and says more than the default.
 
     Args:
         recipe: As it was given.
-        recipe_name: Name of the recipe that it was made of, whose own values nobody asked for; or any other word.
+        recipe_name: Name of the recipe that it was made of, whose own values nobody asked for; after any other word,
+            those of all recipes.
         ann: Name of the network where it is an ANN.
 
     Raises:
         ValueError: There is such a field.
     """
-    usual = RECIPES.get(recipe_name, Recipe())
+    usual = [RECIPES[recipe_name]] if recipe_name in RECIPES else [Recipe(), *RECIPES.values()]
     for name, wanted, found, remedy in _idle(recipe, ann):
         value, nothing = getattr(recipe, name), _NOTHING.get(name, getattr(Recipe, name))
-        if value not in (nothing, getattr(usual, name)):
+        if value != nothing and value not in [getattr(other, name) for other in usual]:
             raise ValueError(
                 f"expected {wanted} for {name}={value!r}, got {found}: {_without(name, nothing)}, or {remedy}"
             )
@@ -81,6 +85,7 @@ def refuse_idle_rate(recipe: Recipe, name: str, network: Any) -> None:
         found = f"neuron={args['neuron']!r}" if "neuron" in args else "a network without such"
     if recipe.freeze_stages:
         found += f" and freeze_stages={recipe.freeze_stages}"
+        remedy += ", which is not frozen" if name.startswith("gate") else ", not in frozen stages"
     raise ValueError(
         f"expected {wanted} for {name}={getattr(recipe, name)!r}, got {found}: {_without(name, 1.0)}, or {remedy}"
     )

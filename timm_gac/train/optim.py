@@ -16,10 +16,18 @@ from .idle import refuse_idle_rate
 from .recipes import Recipe
 
 
-def create_optimizer(model: Any, recipe: Recipe, device: torch.device) -> torch.optim.Optimizer:
+def create_optimizer(
+    model: Any, recipe: Recipe, device: torch.device, *, resumed: bool = False
+) -> torch.optim.Optimizer:
     """The recipe's optimiser, without weight decay of norms, biases and the names in ``model.no_weight_decay()``.
 
     The gate's attention, which is among these names, has the decay that ``gate_decay`` says.
+
+    Args:
+        model: The network.
+        recipe: Its recipe.
+        device: Where the learning rates are kept.
+        resumed: Refuse nothing: the recipe is that of a run which has begun.
 
     Raises:
         ValueError: The recipe gives a rate or decay to a gate, or a rate to neurons, that do not learn.
@@ -40,14 +48,11 @@ def create_optimizer(model: Any, recipe: Recipe, device: torch.device) -> torch.
         value = getattr(recipe, name)
         if value == getattr(Recipe, name):
             continue
-        if not any(id(parameter) in parameters for group in groups for parameter in group["params"]):
+        learn = any(id(parameter) in parameters for group in groups for parameter in group["params"])
+        if not (learn or resumed):
             refuse_idle_rate(recipe, name, model)
-        others, chosen = _divided(groups, parameters)
-        if name == "gate_decay":
-            chosen = [group | {"weight_decay": recipe.weight_decay * value} for group in chosen]
-        else:
-            chosen = [group | {"lr_scale": group.get("lr_scale", 1.0) * value} for group in chosen]
-        groups = others + chosen
+        own = {"weight_decay": recipe.weight_decay * value} if name == "gate_decay" else {"lr_scale": value}
+        groups = _with_own(groups, parameters, own)
     # Tensors, because a CUDA graph would keep a number for ever; the groups' rates differ by their lr_scale.
     for group in groups:
         group["lr"] = torch.tensor(recipe.lr, device=device)
@@ -69,15 +74,24 @@ def _owned(model: nn.Module, kind: type[nn.Module]) -> set[int]:
     return {id(parameter) for owner in owners for parameter in owner.parameters()}
 
 
-def _divided(groups: list[dict[str, Any]], chosen: set[int]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """The groups without some of their parameters, by id, and groups of these alone."""
-    parts: tuple[list[dict[str, Any]], list[dict[str, Any]]] = ([], [])
+def _with_own(groups: list[dict[str, Any]], chosen: set[int], own: dict[str, float]) -> list[dict[str, Any]]:
+    """The groups, each followed by one of those of its parameters, by id, that have a rate or decay of their own.
+
+    This order is the one by which checkpoints number the state of parameters.
+
+    Args:
+        groups: Groups of parameters.
+        chosen: Ids of those parameters.
+        own: Their ``weight_decay``, or a factor of their ``lr_scale``.
+    """
+    divided = []
     for group in groups:
-        for inside, part in enumerate(parts):
-            members = [parameter for parameter in group["params"] if (id(parameter) in chosen) == bool(inside)]
-            if members:
-                part.append(group | {"params": members})
-    return parts
+        changes = {k: group.get(k, 1.0) * value if k == "lr_scale" else value for k, value in own.items()}
+        for inside, new in ((False, group), (True, group | changes)):
+            part = [parameter for parameter in group["params"] if (id(parameter) in chosen) == inside]
+            if part:
+                divided.append(new | {"params": part})
+    return divided
 
 
 def learning_rate(recipe: Recipe, step: int, steps_per_epoch: int) -> float:

@@ -88,7 +88,7 @@ class Run:
             raise
 
     def _set_up(self) -> None:
-        recipe = self.recipe = settled(self.recipe, self.options.recipe_name)
+        recipe = self.recipe = settled(self.recipe, self.options.recipe_name, resumed=self.options.resume)
         options = self.options
         found = latest_checkpoint(options.out / "checkpoints")
         if options.device == "cuda" and not torch.cuda.is_available():
@@ -154,7 +154,7 @@ class Run:
         recipe = self.recipe
         self.average = MovingAverage(self.network, recipe.ema_decay) if recipe.ema_decay else None
         wrapped = PerStepLogits(self.network) if recipe.loss == "tet" else self.network
-        self.raw_optimizer = create_optimizer(self.network, recipe, self.device)
+        self.raw_optimizer = create_optimizer(self.network, recipe, self.device, resumed=self.options.resume)
         self.model, self.optimizer = prepare(self.accelerator, recipe, wrapped, self.raw_optimizer)
         if recipe.sync_bn:  # after DDP, which refuses PyTorch's layer on a CPU, where ours works
             synchronise_norms(self.network)

@@ -142,13 +142,14 @@ def _not_on_cpu(recipe: Recipe) -> str:
     )
 
 
-def settled(recipe: Recipe, recipe_name: str) -> Recipe:
+def settled(recipe: Recipe, recipe_name: str, *, resumed: bool = False) -> Recipe:
     """The recipe as it is run and recorded: with the model of its initial weights, and for an ANN with one time step
     and plain cross entropy.
 
     Args:
         recipe: As it was given.
         recipe_name: Name of the recipe that it was made of, see `refuse_idle`.
+        resumed: Refuse nothing that would change nothing: the recipe is that of a run which has begun.
 
     Raises:
         ValueError: A field would change nothing, such as a gate for an ANN, or there are no such initial weights.
@@ -157,7 +158,8 @@ def settled(recipe: Recipe, recipe_name: str) -> Recipe:
         recipe = dataclasses.replace(recipe, model=_architecture(recipe))
     architecture = _architecture(recipe)
     ann = is_ann(architecture)
-    refuse_idle(recipe, recipe_name, architecture if ann else None)
+    if not resumed:
+        refuse_idle(recipe, recipe_name, architecture if ann else None)
     if not ann:
         return recipe
     return dataclasses.replace(recipe, num_steps=1, loss="mean")
