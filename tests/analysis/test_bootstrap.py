@@ -57,6 +57,16 @@ def test_runs_that_are_not_paired_are_refused(tmp_path: Path, capsys: pytest.Cap
     assert "agree    0.00% of the answers" in shown
 
 
+@pytest.mark.parametrize("shape", [(4,), (4, 0), (3, 2), (0, 2)])
+def test_files_of_other_shapes_are_refused(
+    shape: tuple[int, ...], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = str(tmp_path / "odd.npz")
+    np.savez(file, labels=np.zeros(0 if 0 in shape[:1] else 4, int), answers=np.zeros(shape, int))
+    assert main(["gain", file, "--against", file]) == 2
+    assert "not (N,) and (N, T)" in " ".join(capsys.readouterr().err.split())
+
+
 def test_equal_answers_get_no_verdict(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     answers = np.array([[0, 1], [1, 1], [2, 0], [1, 2]])
     for name, steps in (("a", answers), ("b", answers[:, -1:])):  # what counts is the answer after the last step

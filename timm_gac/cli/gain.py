@@ -28,6 +28,8 @@ class GainConfig:
 
     def __post_init__(self) -> None:
         check_positive(self, "draws")
+        if self.seed < 0:
+            raise ValueError(f"expected a seed of at least 0, got {self.seed}: give another")
 
 
 def gain(
@@ -91,6 +93,9 @@ def read_answers(file: Path) -> tuple[Any, Any]:
 
     try:
         with np.load(file, allow_pickle=False) as content:
-            return content["labels"], content["answers"]
+            labels, answers = content["labels"], content["answers"]
+        if answers.ndim != 2 or labels.shape != answers.shape[:1] or not answers.size:
+            raise ValueError(f"labels {labels.shape} and answers {answers.shape}, not (N,) and (N, T)")
+        return labels, answers
     except (OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as error:
         raise ValueError(f"expected a file of `timm-gac eval --answers`, got {str(file)!r}: {error}") from error

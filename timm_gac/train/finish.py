@@ -32,8 +32,8 @@ _EVAL_DTYPE = "float32"
 def finish(run: Run, say: Callable[[str], None]) -> None:
     """Store the last epoch's weights, evaluate the stored model, write eval.json and the row of results.
 
-    The stored model is evaluated in float32, whatever the training's precision: as ``timm-gac eval --no-fold``
-    does, so that the run's figure is the one which users of its folder get. One trained in 8 bits is evaluated as `quantize` gives it,
+    The stored model is evaluated in float32, whatever the training's precision, as ``timm-gac eval --no-fold`` does: so
+    the run's figure is the one that users of its folder get. One trained in 8 bits is evaluated as `quantize` gives it,
     with the integers that were stored.
 
     Args:
