@@ -110,11 +110,11 @@ def _report(run: Run, trained: Evaluation, stored: Evaluation, weights: str, say
     }
     write_json(out / "eval.json", stored.to_dict() | about | where)
     row = _result_row(run, stored) | {name: where[name] for name in (*PROVENANCE, "timm", "accelerate")}
-    own = out / "result.csv"
+    own_row = out / "result.csv"
     # A run that was done and is resumed has its row in the table; one that ended between the two files has not.
-    if run.options.results is not None and not own.exists():
+    if run.options.results is not None and not own_row.exists():
         append_csv(run.options.results, RESULT_COLUMNS, [row])
-    write_csv(own, RESULT_COLUMNS, [row])
+    write_csv(own_row, RESULT_COLUMNS, [row])
     notes = []
     if stored.firing_rates:  # an ANN has none, nor steps
         accuracies = ", ".join(f"{accuracy:.2%}" for accuracy in stored.top1_per_step)
