@@ -107,8 +107,8 @@ def test_finetune_says_what_is_wrong_in_one_line(
     out = tmp_path / "tuned"
     if not changed:
         out.mkdir()
-    folder = changed.pop() if changed == ["nope"] else str(few)
-    command = [str(ROOT / "examples" / "finetune.py"), folder, *changed, "--out", str(out)]
+    given = changed if changed == ["nope"] else [str(few), *changed]
+    command = [str(ROOT / "examples" / "finetune.py"), *given, "--out", str(out)]
     paths = [str(ROOT), str(ROOT / "kernels" / "torch-ext"), os.environ.get("PYTHONPATH", "")]
     env = os.environ | {"ACCELERATE_USE_CPU": "true", "PYTHONPATH": os.pathsep.join(filter(None, paths))}
     done = warm_python(command, env=env)
