@@ -173,15 +173,15 @@ def test_timm_s_exporter_works_with_the_operators_registered(needs, tmp_path: Pa
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler")
 @torch.no_grad()
-def test_a_compiled_package_answers_as_the_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_compiled_package_answers_as_the_network(tmp_path: Path) -> None:
     # A compiler that would put a copy of the C++ standard library into the package, which then could not be loaded.
     compiler = tmp_path / "static-g++"
     compiler.write_text('#!/bin/sh\nexec g++ -static-libstdc++ "$@"\n')
     compiler.chmod(0o755)
-    monkeypatch.setattr(torch._inductor.config.cpp, "cxx", (None, str(compiler)))
     model = timm.create_model("test_gac_msresnet", num_classes=7, num_steps=1, layers=(1, 0, 0), channels=(4, 4, 4))
     calibrate(model, [images(8)])
-    report = compile_package(model, tmp_path / "a.pt2", images=images(4), batch_size=2)
+    with torch._inductor.config.patch({"cpp.cxx": (None, str(compiler))}):
+        report = compile_package(model, tmp_path / "a.pt2", images=images(4), batch_size=2)
     assert report.flips == 0 and report.largest_difference < 1e-5
     assert "generated code alone" in report.contents
     assert stack_flags(tmp_path / "a.pt2") == [6]  # readable and writable, not executable: glibc 2.41 refuses that
