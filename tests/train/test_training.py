@@ -152,10 +152,9 @@ def test_a_finished_run_that_is_resumed_has_one_row(recipe: Recipe, tmp_path: Pa
     for resume in (False, True):
         train(short, options(tmp_path / "run", resume=resume, results=results))
         assert len(list(csv.DictReader(results.open()))) == 1
-    (tmp_path / "run" / "result.csv").unlink()  # as if it had ended before
-    results.unlink()
-    train(short, options(tmp_path / "run", resume=True, results=results))
-    assert results.read_text() == (tmp_path / "run" / "result.csv").read_text()
+    another = tmp_path / "another.csv"  # which was not asked for before
+    train(short, options(tmp_path / "run", resume=True, results=another))
+    assert another.read_text() == (tmp_path / "run" / "result.csv").read_text()
 
 
 def test_it_learns(recipe: Recipe, tmp_path: Path) -> None:

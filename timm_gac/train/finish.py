@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import csv
 import json
 import statistics
 from collections.abc import Callable
@@ -110,11 +111,10 @@ def _report(run: Run, trained: Evaluation, stored: Evaluation, weights: str, say
     }
     write_json(out / "eval.json", stored.to_dict() | about | where)
     row = _result_row(run, stored) | {name: where[name] for name in (*PROVENANCE, "timm", "accelerate")}
-    own_row = out / "result.csv"
-    # A run that was done and is resumed has its row in the table; one that ended between the two files has not.
-    if run.options.results is not None and not own_row.exists():
+    # The table first: a run that is killed in between and resumed has its row twice there, and loses none.
+    if run.options.results is not None and not _is_in(run.options.results, out / "result.csv", row):
         append_csv(run.options.results, RESULT_COLUMNS, [row])
-    write_csv(own_row, RESULT_COLUMNS, [row])
+    write_csv(out / "result.csv", RESULT_COLUMNS, [row])
     notes = []
     if stored.firing_rates:  # an ANN has none, nor steps
         accuracies = ", ".join(f"{accuracy:.2%}" for accuracy in stored.top1_per_step)
@@ -130,6 +130,14 @@ def _report(run: Run, trained: Evaluation, stored: Evaluation, weights: str, say
         f"done in {run.minutes:.1f} minutes: top-1 {stored.top1:.2%} of {stored.images:,} {recipe.eval_split} images "
         f"in {_EVAL_DTYPE}{said}; model in {out / 'model'}"
     )
+
+
+def _is_in(table: Path, own: Path, row: dict[str, Any]) -> bool:
+    """Whether a run that was done before, by its own file, has its row in the table, and the same accuracy again."""
+    if not (table.exists() and own.exists()):
+        return False
+    before, rows = ([*csv.DictReader(file.read_text(encoding="utf-8").splitlines())] for file in (own, table))
+    return any(old in rows and old["top1"] == row["top1"] and old["top5"] == row["top5"] for old in before)
 
 
 def _source(recipe: Recipe) -> str:
