@@ -144,6 +144,18 @@ def test_direct_coding_repeats_without_a_copy() -> None:
     assert coding(sequence) is sequence
 
 
+def test_direct_coding_keeps_channels_last() -> None:
+    coding, weight = DirectCoding(T), frames(T * B, C, H, W)
+    image = frames(B, C, H, W).requires_grad_()
+    (expected,) = torch.autograd.grad((coding(image).flatten(0, 1) * weight).sum(), image)
+    image = image.detach().contiguous(memory_format=torch.channels_last).requires_grad_()
+    folded = coding(image).flatten(0, 1)
+    assert folded.is_contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(folded, image.repeat(T, 1, 1, 1), rtol=0, atol=0)
+    (grad,) = torch.autograd.grad((folded * weight).sum(), image)
+    torch.testing.assert_close(grad, expected, rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("module", [encoder_of(), DirectCoding(T)], ids=["gac", "direct"])
 def test_wrong_inputs_say_what_was_expected(module: nn.Module) -> None:
     with pytest.raises(ValueError, match=r"expected num_steps=4 frames on axis 0.*got 3"):

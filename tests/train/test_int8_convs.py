@@ -12,12 +12,14 @@ import torch
 from safetensors.torch import load_file
 
 import timm_gac
-from gac_kernels import int8_weight
+from gac_kernels import int8_weight, use_backend
 from gac_kernels.common.triton import INTERPRETED
 from ranks import run_ranks
+from timm_gac.bench.definition import layers_run
 from timm_gac.cli import main
 from timm_gac.hub import load_model, save_model_folder
 from timm_gac.inference.integer import SpikeConv
+from timm_gac.layers import eight_bit
 from timm_gac.layers.convolution import SpikeConv2d
 from timm_gac.models import SpikingResNet
 from timm_gac.models.blocks import MSBlock
@@ -151,6 +153,22 @@ def test_packed_checkpointed_and_compiled_steps_have_the_same_gradients():
         assert all(map(torch.equal, gradients(change), expected))
     compiled = gradients(lambda model: torch.compile(model, backend="aot_eager", fullgraph=True))
     assert all(torch.allclose(a, b, atol=1e-5, rtol=1e-3) for a, b in zip(compiled, expected, strict=True))
+
+
+@interpreter
+@pytest.mark.parametrize("frames", [False, True])
+@pytest.mark.parametrize("encoder", ["gac", "direct"])
+def test_both_codings_train_in_the_kernels(encoder, frames, monkeypatch):
+    said: list[str] = []
+    monkeypatch.setattr(eight_bit, "say", said.append)
+    narrow = {"layers": (1, 0, 0), "channels": (24, 24, 24), "strides": (2, 1, 1)}
+    network = timm.create_model("test_gac_msresnet", encoder=encoder, num_steps=2, int8_convs=True, **narrow)
+    images = torch.randn(2, *[2] * frames, 3, 8, 8)
+    if not frames:
+        images = images.contiguous(memory_format=torch.channels_last)
+    with use_backend("triton"):
+        logits = network.to(memory_format=torch.channels_last)(images)
+    assert layers_run(logits) == 2 and not said, said
 
 
 def test_other_convolutions_are_refused():

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from gac_kernels import CIFAR, LIFSpec, gac_encode, gac_fire, gated_lif
 from gac_kernels.checks import check_spec
+from gac_kernels.common.tiles import is_channels_last
 
 from .checks import check_num_steps, fixed_num_steps
 from .convolution import Conv2d
@@ -306,7 +307,8 @@ class DirectCoding(nn.Module):
     """Direct coding, the baseline encoder: every time step sees the same real-valued image.
 
     Shape:
-        - static image: ``(B, C, H, W)`` -> ``(T, B, C, H, W)``, an expanded view without a copy
+        - static image: ``(B, C, H, W)`` -> ``(T, B, C, H, W)``, an expanded view without a copy; of a channels-last
+          image a copy, so that ``flatten(0, 1)`` is channels-last too
         - frames: ``(T, B, C, H, W)`` -> the same tensor
 
     Args:
@@ -327,6 +329,10 @@ class DirectCoding(nn.Module):
         _check_input(stem, self.num_steps)
         if stem.ndim == 5:
             return stem
+        if is_channels_last(stem):
+            # Flattened, an expanded view would become contiguous, and every layer behind would run in that layout.
+            rows = stem.permute(0, 2, 3, 1).expand(self.num_steps, -1, -1, -1, -1).contiguous()
+            return rows.permute(0, 1, 4, 2, 3)
         return stem.unsqueeze(0).expand(self.num_steps, -1, -1, -1, -1)
 
     def extra_repr(self) -> str:
