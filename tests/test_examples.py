@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -52,7 +53,7 @@ def few(digits: Path, tmp_path: Path) -> Path:
 
 def test_finetune(digits: Path, warm_python: WarmPython, tmp_path: Path) -> None:
     script = ROOT / "examples" / "finetune.py"
-    assert len(script.read_text(encoding="utf-8").splitlines()) <= 72
+    assert len(script.read_text(encoding="utf-8").splitlines()) <= 80
     command = [
         "-c", SEEDED, str(script), str(digits), "--model", "test_gac_msresnet", "--epochs", "5",
         "--num-steps", "3", "--batch-size", "4", "--lr", "0.005", "--out", str(tmp_path / "tuned"),
@@ -114,6 +115,30 @@ def test_finetune_says_what_is_wrong_in_one_line(
     done = warm_python(command, env=env)
     assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr[-2000:]
     assert done.stderr.splitlines()[-1].startswith(said.format(out=out)), done.stderr
+
+
+@pytest.mark.parametrize(
+    ("gone", "status", "said"),
+    [
+        ("train/1", 2, "expected val classes that train has, got 1 too: rename or remove these"),
+        ("val/1", 0, "warning: val has no picture of 1, so top-1 says nothing of these"),
+        ("val", 2, "expected the folders train and val in {folder}, got one or none of them: make both"),
+    ],
+)
+def test_finetune_names_classes_of_one_set_alone(
+    gone: str, status: int, said: str, few: Path, warm_python: WarmPython, tmp_path: Path
+) -> None:
+    shutil.rmtree(few / gone)
+    command = [
+        str(ROOT / "examples" / "finetune.py"), str(few), "--model", "test_ann_resnet",
+        "--epochs", "1", "--batch-size", "1", "--out", str(tmp_path / "tuned"),
+    ]  # fmt: skip
+    paths = [str(ROOT), str(ROOT / "kernels" / "torch-ext"), os.environ.get("PYTHONPATH", "")]
+    env = os.environ | {"ACCELERATE_USE_CPU": "true", "PYTHONPATH": os.pathsep.join(filter(None, paths))}
+    done = warm_python(command, env=env)
+    assert done.returncode == status, done.stderr[-2000:]
+    assert said.format(folder=few) in (done.stderr if status else done.stdout).splitlines()
+    assert (tmp_path / "tuned").exists() == (status == 0)
 
 
 def test_finetune_an_ann(few: Path, warm_python: WarmPython, tmp_path: Path) -> None:
