@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import builtins
+import importlib
 import importlib.util
 import os
 import re
@@ -10,16 +11,21 @@ import resource
 import statistics
 import subprocess
 import sys
+from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import pytest
 
 import timm_gac
 from timm_gac import cli, hub
 from timm_gac.bench import kernels as benchmark
+from timm_gac.cli.main import COMMANDS as FUNCTIONS
 from timm_gac.cli.main import _Announcer
 from timm_gac.models.build import registered_names
+from timm_gac.runtime.arguments import PATHS
+from timm_gac.train.options import RunOptions
+from timm_gac.train.recipes import Recipe
 from warm import WarmPython
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -102,10 +108,32 @@ def test_an_empty_word_is_not_the_current_folder(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     words = command.split()
-    for given, before in (([""], words[-1]), (["--out", ""], "--out"), (["--json="], "--json")):
+    for given, before, kind in (
+        ([""], words[-1], "a path or a name"),
+        (["--out", ""], "--out", "a path"),
+        (["--json="], "--json", "a path"),
+        (["--data_dir", ""], "--data_dir", "a path"),
+        (["--against", "a.npz", ""], "a.npz", "a path"),
+        (["--device", ""], "--device", "a value"),
+    ):
         assert cli.main([*words, *given]) == 2
-        assert f"expected a word after '{before}', got an empty one: name what you mean" in capsys.readouterr().err
+        assert f"expected {kind} after '{before}', got an empty word: give one" in capsys.readouterr().err
     assert not [*tmp_path.iterdir()]
+
+
+def test_every_option_that_takes_a_path_is_known_as_one() -> None:
+    """Options of all commands whose values are annotated as paths, and those that take a path as a word too."""
+    configs = [RunOptions, Recipe]
+    options = {"data", "data_dir", "init", "teacher", "label_names", "plugin"}
+    for place in FUNCTIONS.values():
+        module, _, function = place.partition(":")
+        command = getattr(importlib.import_module(f"timm_gac.cli.{module}"), function)
+        hints = get_type_hints(command, include_extras=True)
+        configs += [hint.__origin__ for hint in hints.values() if is_dataclass(getattr(hint, "__origin__", None))]
+        options |= {name for name, hint in hints.items() if "Path" in str(hint) and "Positional" not in str(hint)}
+    for config in configs:
+        options |= {field.name for field in fields(config) if "Path" in str(field.type)}
+    assert sorted(f"--{name.replace('_', '-')}" for name in options) == sorted(PATHS)
 
 
 def test_the_console_script_has_the_public_names_and_the_models(tmp_path: Path) -> None:
