@@ -118,14 +118,45 @@ def test_missing_repository_and_no_network(hub: LoopbackHub, api: HfApi) -> None
         fetch_model("a/b/c", api=api)
 
 
+def test_what_is_no_model_folder_is_said_to_be_which(model_folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "text").write_text("")
+    for name, kept in (("weights", "model.safetensors"), ("config", "config.json"), ("run", "config.json"), ("no", "")):
+        (tmp_path / name).mkdir()
+        if kept:
+            shutil.copy(model_folder / kept, tmp_path / name / kept)
+    (tmp_path / "run" / "checkpoints").mkdir()
+    for given, said in (
+        ("none", "got '.*none', which does not exist: check the path, and the folder that the command runs in"),
+        ("text", "got the file '.*text': name a folder"),
+        ("config/config.json", "got the file '.*config.json': give its folder '.*config'"),
+        (
+            "no",
+            "or a run folder with model/ in it, got '.*no' without config.json and model.safetensors: check the path",
+        ),
+        ("weights", "got '.*weights' without config.json: check the path"),
+        ("config", "got '.*config' without model.safetensors: check the path"),
+        ("run", "got the run folder '.*run' without: the run has not ended, go on with --resume"),
+    ):
+        for prefix in ("", "local-dir:"):
+            if prefix or given != "none":
+                with pytest.raises(ValueError, match=f"^expected a model (or run )?folder.*{said}$"):
+                    open_source(f"{prefix}{tmp_path / given}")
+    with pytest.raises(ValueError, match=r"got './none', which is none, and no such folder exists"):
+        open_source("./none")  # which the Hub is not asked for
+
+
 def test_a_mistyped_folder_is_said_to_be_none(
     repository: Repository, hub: LoopbackHub, api: HfApi, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """``runs/nope`` may be a repository as well as a folder: it is neither, whether or not the Hub can be asked."""
-    with pytest.raises(ValueError, match=r"existing repository, got runs/nope.*no folder 'runs/nope' here either$"):
+    with pytest.raises(
+        ValueError, match=r"got 'runs/nope': no such folder exists here; of the Hub: expected an existing"
+    ):
         open_source("runs/nope", api=api)
     unreachable = HfApi(endpoint="http://127.0.0.1:9")
-    with pytest.raises(ValueError, match=r"a connection to the Hub for runs/nope.*no folder 'runs/nope' here either$"):
+    with pytest.raises(
+        ValueError, match=r"got 'runs/nope': no such folder exists here; of the Hub: expected a connection"
+    ):
         open_source("runs/nope", api=unreachable)
     with pytest.raises(ValueError, match=r"connection to the Hub for runs/nope.*: check it and try again$"):
         open_source("hf-hub:runs/nope", api=unreachable)

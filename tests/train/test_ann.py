@@ -16,7 +16,7 @@ from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
 from timm_gac import cli
-from timm_gac.hub import load_model, prepare_folder, save_model_folder
+from timm_gac.hub import load_model, prepare_folder, save_model_folder, save_quantized
 from timm_gac.hub.prepare import PublishConfig
 from timm_gac.models import ANNResNet
 from timm_gac.train import Recipe
@@ -127,8 +127,22 @@ def test_fine_tuning_takes_its_weights(recipe: Recipe, tmp_path: Path) -> None:
     learning = {name.split(".")[0] for name, weight in tuned.network.named_parameters() if weight.requires_grad}
     assert learning == {"layer2", "layer3", "fc"}
     assert tuned.recipe.model == "test_ann_resnet"  # which the initial weights brought
-    with pytest.raises(ValueError, match=r"got the run folder '.*first': give the model in it, '.*first/model'"):
-        Trainer(replace(recipe, init=f"local-dir:{tmp_path / 'first'}"), options(tmp_path / "third"))
+    run = Trainer(replace(recipe, **changes | {"init": str(tmp_path / "first")}), options(tmp_path / "third")).state
+    assert torch.equal(run.network.fc.weight, stored["fc.weight"])
+
+
+def test_initial_weights_that_are_none(recipe: Recipe, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    save_quantized(timm.create_model("test_gac_msresnet").eval(), tmp_path / "integers")
+    for given, said in (
+        (str(tmp_path / "nope"), "expected a model folder, ORG/NAME on the Hub or .* and no such folder exists"),
+        (f"local-dir:{tmp_path / 'nope'}", "expected a model or run folder, got .*, which does not exist"),
+        (str(tmp_path / "empty"), "or a run folder with model/ in it, got .*empty' without config.json and"),
+        (str(tmp_path / "integers"), "expected initial weights in floating point, got 8-bit ones"),
+        ("test_ann_resnet", "expected initial weights, got 'test_ann_resnet' .*: give a name.tag"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            Trainer(replace(recipe, init=given), options(tmp_path / "out"))
 
 
 def test_what_initial_weights_bring_is_recorded(recipe: Recipe, tmp_path: Path) -> None:

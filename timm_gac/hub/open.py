@@ -48,7 +48,7 @@ class OpenedNetwork:
             path = Path(cfg["file"])
             folder = path if path.is_dir() else path.parent
             names = read_config(folder).get("label_names") if (folder / CONFIG).is_file() else None
-        elif not names and cfg.get("hf_hub_id") and _is_registered(self.name):
+        elif not names and cfg.get("hf_hub_id") and is_registered(self.name):
             names = read_config(fetch_model(cfg["hf_hub_id"])).get("label_names")
         return tuple(names or ())
 
@@ -59,7 +59,7 @@ class OpenedNetwork:
             ValueError: They are random.
         """
         if not self.trained:
-            published = timm.list_models(f"{self.name}.*", pretrained=True) if _is_registered(self.name) else []
+            published = timm.list_models(f"{self.name}.*", pretrained=True) if is_registered(self.name) else []
             tags = f", such as {' or '.join(published)}" if published else ""
             raise ValueError(
                 f"expected a network with trained weights, got {self.name!r}: name one with a tag{tags}, "
@@ -105,7 +105,7 @@ def open_network(
     Raises:
         ValueError: There is no such network, or a folder's network has another T.
     """
-    if _is_registered(model):
+    if is_registered(model):
         opened = _open_registered(model, num_steps, seed)
     else:
         network = load_model(open_source(model))
@@ -116,7 +116,8 @@ def open_network(
     return opened
 
 
-def _is_registered(model: str) -> bool:
+def is_registered(model: str) -> bool:
+    """Whether a name is that of a registered network, with or without a tag."""
     return model.partition(".")[0] in registered_names()
 
 

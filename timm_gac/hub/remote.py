@@ -162,16 +162,19 @@ def open_source(source: str, revision: str | None = None, api: HfApi | None = No
         if revision is not None:
             raise ValueError(f"expected a repository of the Hub with a revision, got the folder {str(path)!r}")
         return model_folder(path)
-    if re.fullmatch(r"[\w.-]+/[\w.-]+(@.+)?", source):
+    if re.fullmatch(r"\w[\w.-]*/\w[\w.-]*(@.+)?", source):  # and not ./NAME or ../NAME
         try:
             return fetch_model(source, revision, api)
         except ValueError as error:
             if error.__cause__ is None:  # the repository is there, but no model
                 raise
-            raise ValueError(f"{error}. There is no folder {source!r} here either") from error
+            raise ValueError(
+                f"expected a model or run folder, ORG/NAME on the Hub or a name of `timm-gac models`, got {source!r}: "
+                f"no such folder exists here; of the Hub: {error}"
+            ) from error
     raise ValueError(
         f"expected a model folder, ORG/NAME on the Hub or a name of `timm-gac models`, got {short(source)}, which is "
-        "none: check the name, and the folder that the command runs in"
+        "none, and no such folder exists: check the name, and the folder that the command runs in"
     )
 
 
@@ -188,10 +191,28 @@ def model_folder(path: Path) -> Path:
     Raises:
         ValueError: There is neither.
     """
-    if not _exists(path) or not path.is_dir():
-        raise ValueError(f"expected a model or run folder, got {str(path)!r}, which is none: check the path")
+    if not _exists(path):
+        raise ValueError(
+            f"expected a model or run folder, got {str(path)!r}, which does not exist: check the path, and the folder "
+            "that the command runs in"
+        )
+    if not path.is_dir():
+        remedy = f"give its folder {str(path.parent)!r}" if path.name in (CONFIG, WEIGHTS) else "name a folder"
+        raise ValueError(f"expected a model or run folder, got the file {str(path)!r}: {remedy}")
     folder = path / "model" if (path / "model" / CONFIG).is_file() else path
-    check_files([file.name for file in folder.iterdir()], repr(str(folder)))
+    names = [file.name for file in folder.iterdir()]
+    if WEIGHTS not in names and (path / "checkpoints").is_dir():
+        raise ValueError(
+            f"expected a model folder, or a run folder with model/ in it, got the run folder {str(path)!r} without: "
+            "the run has not ended, go on with --resume"
+        )
+    missing = [name for name in (CONFIG, WEIGHTS) if name not in names]
+    if missing and not any(name.endswith(PICKLES) for name in names):
+        raise ValueError(
+            f"expected a model folder with {CONFIG} and {WEIGHTS}, or a run folder with model/ in it, got "
+            f"{str(path)!r} without {' and '.join(missing)}: check the path"
+        )
+    check_files(names, repr(str(folder)))
     return folder
 
 

@@ -57,9 +57,9 @@ class Recipe:
         holdout: Share of each class's training images that is set aside as a validation split, to choose settings on:
             0.1 is 50 of 500. The split does not depend on ``seed``. All figures of the run are then those of this
             split, and the test set is not read; evaluate the finished model on it with ``timm-gac eval``.
-        init: Initial weights: a name.tag, ``hf-hub:...`` or ``local-dir:...``. A classifier of another size is
-            initialised randomly, temporal weights are resampled to T. They bring the model and, where these are left
-            out here, its gate and neuron.
+        init: Initial weights: a name.tag, a model or run folder, or ORG/NAME on the Hub, also with ``local-dir:`` or
+            ``hf-hub:`` before. A classifier of another size is initialised randomly, temporal weights are resampled to
+            T. They bring the model and, where these are left out here, its gate and neuron.
         freeze_stages: Freeze the stem and the encoder (1), also the first stage (2), and so on; 0 trains everything.
         layer_decay: Factor of the learning rate per layer, counted from the classifier; None for equal rates.
         epochs: Passes over the training set.

@@ -22,7 +22,8 @@ from ..data import DeviceLoader, ImageArrays, StreamLoader, create_stream_loader
 from ..data.arrays import split_arrays
 from ..data.dataset import read_class_names
 from ..hub.config import is_ann, read_config
-from ..hub.remote import fetch_model
+from ..hub.open import is_registered
+from ..hub.remote import open_source
 from ..runtime.collectives import share_tensors
 from .idle import refuse_idle
 from .recipes import Recipe
@@ -168,11 +169,20 @@ def settled(recipe: Recipe, recipe_name: str, *, resumed: bool = False) -> Recip
 def _architecture(recipe: Recipe) -> str:
     """Name of the registered network that a recipe trains: that of its initial weights where it has any."""
     name = recipe.init or recipe.model
-    if name.startswith("local-dir:"):
-        return str(read_config(Path(name.removeprefix("local-dir:")))["architecture"])
-    if name.startswith("hf-hub:"):
-        return str(read_config(fetch_model(name.removeprefix("hf-hub:")))["architecture"])
-    return name.partition(".")[0]
+    if recipe.init is None or is_registered(name):
+        return name.partition(".")[0]
+    config = read_config(open_source(name))
+    if "quantization" in config:
+        raise ValueError(f"expected initial weights in floating point, got 8-bit ones, {name!r}: give the original")
+    return str(config["architecture"])
+
+
+def _source(recipe: Recipe) -> str:
+    """What timm is to build: a registered network, or that of a folder or of a repository of the Hub."""
+    name = recipe.init or recipe.model
+    if recipe.init is None or is_registered(name) or name.startswith("hf-hub:"):
+        return name
+    return f"local-dir:{open_source(name)}"
 
 
 def with_brought(recipe: Recipe, network: Any) -> Recipe:
@@ -204,9 +214,14 @@ def create_network(recipe: Recipe, num_classes: int, in_chans: int) -> Any:
     if in_chans != 3 or recipe.init is not None:  # stored weights may have another number
         options["in_chans"] = in_chans
     try:
-        network: Any = timm.create_model(recipe.init or recipe.model, pretrained=recipe.init is not None, **options)
+        network: Any = timm.create_model(_source(recipe), pretrained=recipe.init is not None, **options)
     except (RuntimeError, TypeError) as error:
         name = recipe.init or recipe.model
+        if recipe.init is not None:
+            raise ValueError(
+                f"expected initial weights, got {name!r} ({error}): give a name.tag of `timm-gac models`, a model or "
+                "run folder, or ORG/NAME on the Hub"
+            ) from error
         raise ValueError(f"expected a model of this package, got {name!r} ({error}): see `timm-gac models`") from error
     if recipe.init is not None and hasattr(network, "model_args") and not ann:
         args = network.model_args()
