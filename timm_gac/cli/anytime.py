@@ -17,6 +17,7 @@ from .sources import AnyNetworkOptions, DataOptions, Model, Options, check_costs
 if TYPE_CHECKING:
     from ..analysis.anytime import AnytimeReport
     from ..analysis.coding import CodingReport
+    from ..hub import OpenedNetwork
 
 FILES = ("anytime.json", "anytime.png", "coding.png")
 # With fewer images than this the estimate of an entropy is mostly bias, so tables and picture leave it out.
@@ -93,8 +94,10 @@ def run_anytime(
     names = [model] if config.against is None else [model, config.against]
     console = console or create_console()
     results, enough = [], True
-    for name in names:
-        anytime, coding = _measure(name, config)
+    for opened in [
+        _open(name, config) for name in names
+    ]:  # a second one that is none is refused before the first is run
+        anytime, coding = _measure(opened, config)
         results.append((anytime, coding))
         enough = enough and coding.images >= CODING_IMAGES
         console.print(_step_table(anytime, coding if enough else None))
@@ -117,13 +120,9 @@ def run_anytime(
     return results
 
 
-def _measure(model: str, config: AnytimeConfig) -> tuple[AnytimeReport, CodingReport]:
-    from ..analysis.anytime import measure_anytime
-    from ..analysis.coding import measure_coding
+def _open(model: str, config: AnytimeConfig) -> OpenedNetwork:
     from ..hub import open_network
     from ..runtime.device import resolve_device
-    from ..runtime.dtypes import AUTOCAST
-    from ..runtime.progress import progress_of
 
     device = resolve_device(config.device)
     opened = open_network(model, config.num_steps, config.seed, device).require_spiking("answers at every time step")
@@ -131,6 +130,17 @@ def _measure(model: str, config: AnytimeConfig) -> tuple[AnytimeReport, CodingRe
         opened.network.spec.refuse_spikes("an estimate of energy", "levels")
     except ValueError as error:  # this command has no answer without one
         raise ValueError(f"{error}; timm-gac eval has the accuracy after each step") from error
+    return opened
+
+
+def _measure(opened: OpenedNetwork, config: AnytimeConfig) -> tuple[AnytimeReport, CodingReport]:
+    from ..analysis.anytime import measure_anytime
+    from ..analysis.coding import measure_coding
+    from ..runtime.device import resolve_device
+    from ..runtime.dtypes import AUTOCAST
+    from ..runtime.progress import progress_of
+
+    device = resolve_device(config.device)
     images, labels = open_labelled(
         config.data,
         opened.network,

@@ -57,6 +57,8 @@ class EvaluateConfig(NetworkOptions, DataOptions):
             if self.answers.suffix != ".npz":
                 raise ValueError(f"expected a file ending in .npz for --answers, got {self.answers.name!r}: rename it")
             check_new_file(self.answers, self.overwrite, "--answers")
+            if self.json is not None and self.json.resolve() == self.answers.resolve():
+                raise ValueError(f"expected two files for --json and --answers, got {str(self.json)!r} twice: rename")
 
 
 def evaluate(model: TrainedModel, config: Options[EvaluateConfig]) -> int:

@@ -92,6 +92,8 @@ def read_answers(file: Path) -> tuple[Any, Any]:
     import numpy as np
 
     try:
+        if file.is_file() and not zipfile.is_zipfile(file):  # NumPy would take it for a pickle
+            raise ValueError("it is no .npz file")
         with np.load(file, allow_pickle=False) as content:
             labels, answers = content["labels"], content["answers"]
         if answers.ndim != 2 or labels.shape != answers.shape[:1] or not answers.size:

@@ -41,6 +41,8 @@ class GateConfig(AnyNetworkOptions, DataOptions):
         check_positive(self, "images", "batch_size")
         if self.calibration_images < 0:
             raise ValueError(f"expected calibration_images of at least 0, got {self.calibration_images}: raise it")
+        if self.calibration_images and not self.replace:
+            raise ValueError("expected --replace for --calibration-images, got --no-replace: leave one of them out")
         check_new_file(self.json, self.overwrite)
 
 

@@ -38,6 +38,7 @@ class PredictConfig(NetworkOptions):
         precision: float32, or bfloat16 or float16 by autocast. CPUs without instructions for it (AVX512-BF16, AMX) run
             bfloat16 at less than half the speed of float32.
         json: File to write everything to.
+        overwrite: Replace that file.
         fold: Fold batch norms into the convolutions, in float32: the same answers up to rounding, sooner.
     """
 
@@ -48,11 +49,12 @@ class PredictConfig(NetworkOptions):
     batch_size: int = 32
     precision: Literal["float32", "bfloat16", "float16"] = "float32"
     json: Path | None = None
+    overwrite: bool = False
     fold: bool = True
 
     def __post_init__(self) -> None:
         check_positive(self, "top", "batch_size")
-        check_new_file(self.json, overwrite=True)
+        check_new_file(self.json, self.overwrite)
         if self.exit is not None:
             from ..inference.early_exit import check_confidence
 

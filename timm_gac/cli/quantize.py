@@ -33,6 +33,11 @@ def quantize(
     from ..hub import open_network, save_quantized
 
     check_writable(out_folder, "OUT_FOLDER")
+    source = Path(model.removeprefix("local-dir:"))
+    if source.is_dir() and out_folder.resolve() in [source.resolve(), (source / "model").resolve()]:
+        raise ValueError(  # 8 bits would take the place of the original
+            f"expected another folder than the model's for OUT_FOLDER, got {str(out_folder)!r}: choose another"
+        )
     opened = open_network(model).require_trained().require_spiking("8-bit inference")
     folder = save_quantized(opened.network, out_folder, clip, overwrite, exact_sums)
     size = sum(file.stat().st_size for file in folder.iterdir()) / 2**20

@@ -200,6 +200,8 @@ def open_images(
     from ..data.pictures import SUFFIXES, find_pictures
 
     path = Path(data)
+    if data_dir and (path.is_dir() or path.suffix.lower() in SUFFIXES):
+        raise ValueError(f"expected no --data-dir for pictures such as {data!r}, got {data_dir!r}: leave it out")
     if data and path.is_dir():  # Path("") is the current folder
         if not (found := find_pictures(path)):
             raise ValueError(f"expected pictures in {data!r}, got none of {', '.join(SUFFIXES)}: check the folder")

@@ -131,6 +131,8 @@ def load_arrays(
     if size is not None and min(size) < 1:
         raise ValueError(f"expected an image_size of at least 1 pixel, got {image_size}: leave it out or raise it")
     if data.endswith(".npz") or data == "digits":
+        if data_dir:
+            raise ValueError(f"expected no data_dir for {data!r}, which needs none, got {data_dir!r}: leave it out")
         arrays = _resized(_load_npz(Path(data), split) if data != "digits" else _load_digits(split), size)
     else:
         dataset = open_dataset(data, split, data_dir, channels=channels)
@@ -146,11 +148,11 @@ def load_arrays(
             if file:
                 _save_cache(file, kept)
         arrays = kept
-    return _with_labels(arrays, label_names, data, strict)
+    return _with_labels(arrays, label_names, repr(f"{data} in {data_dir}" if data_dir else data), strict)
 
 
 def _with_labels(arrays: ImageArrays, label_names: Sequence[str], data: str, strict: bool) -> ImageArrays:
-    labels = match_labels(arrays.label_names, label_names, repr(data), strict=strict)
+    labels = match_labels(arrays.label_names, label_names, data, strict=strict)
     if labels is None:
         return arrays
     return replace(arrays, labels=torch.tensor(labels)[arrays.labels], label_names=tuple(label_names))

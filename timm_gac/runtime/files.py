@@ -124,12 +124,17 @@ def check_csv(path: Path, columns: Sequence[str]) -> None:
     """Raise unless a table is new or has exactly these columns. Worth a call before an hour of measuring.
 
     Raises:
-        ValueError: The file has another header.
+        ValueError: The file has another header, or is none that can be read so.
     """
+    if path.is_dir():
+        raise ValueError(f"expected a file for a table, got the folder {str(path)!r}: name a file in it")
     if not path.exists() or path.stat().st_size == 0:
         return
-    with path.open(newline="", encoding="utf-8") as stream:
-        header = next(csv.reader(stream))
+    try:
+        with path.open(newline="", encoding="utf-8") as stream:
+            header = next(csv.reader(stream))
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise ValueError(f"expected {path} to be a table (CSV), got another file: choose another") from error
     if header != list(columns):
         raise ValueError(f"expected {path} to have the columns {list(columns)}, got {header}: choose another file")
 

@@ -34,12 +34,17 @@ class RunLock:
         folder: Folder of the run; created if missing.
 
     Raises:
-        ValueError: Another run holds the folder; the message has its process.
+        ValueError: Another run holds the folder, the message has its process; or it is a file.
         OSError: The folder cannot be written.
     """
 
     def __init__(self, folder: Path) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except (FileExistsError, NotADirectoryError):
+            raise ValueError(
+                f"expected a folder for --out, got {str(folder)!r}, a file or below one: choose another"
+            ) from None
         self.file = folder.resolve() / NAME
         self._stream: BinaryIO | None = None
         with _GUARD:

@@ -1,0 +1,83 @@
+"""What commands refuse before they work: two files of one name, files that would be lost, options without effect."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import timm
+from PIL import Image
+
+from timm_gac import cli
+from timm_gac.hub import save_model_folder
+from timm_gac.runtime.files import check_csv
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    model = timm.create_model("test_gac_msresnet", num_classes=10, in_chans=1).eval()
+    names = {"label_names": [str(digit) for digit in range(10)]}
+    out = save_model_folder(model, tmp_path / "run" / "model")
+    file = out / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | names))
+    return out.parent
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ("eval RUN --data digits --json a.npz --answers ./a.npz", "two files for --json and --answers, got 'a.npz'"),
+        ("eval RUN --data digits --data-dir nope", "no data_dir for 'digits', which needs none, got 'nope'"),
+        ("energy RUN --data a.png --data-dir nope", "no --data-dir for pictures such as 'a.png', got 'nope'"),
+        (
+            "eval RUN --data folder --data-dir pictures",
+            "classes among 0, 1, 2, 3, 4 and 5 more in 'folder in pictures'",
+        ),
+        ("predict a.png --model RUN --json text", "a new file, got 'text', which is there: use --overwrite"),
+        ("quantize RUN RUN --overwrite", "another folder than the model's for OUT_FOLDER, got"),
+        ("quantize RUN RUN/model --overwrite", "another folder than the model's for OUT_FOLDER, got"),
+        ("gain text --against text", "a file of `timm-gac eval --answers`, got 'text': it is no .npz file"),
+        ("gate RUN --data digits --no-replace --calibration-images 5", "--replace for --calibration-images"),
+        ("train digits --device cpu --out text", "a folder for --out, got 'text', a file or below one"),
+        ("train digits --device cpu --out text/run", "a folder for --out, got 'text/run', a file or below one"),
+        ("train digits --device cpu --out new --results run", "a file for a table, got the folder 'run'"),
+    ],
+)
+def test_refused(
+    arguments: str,
+    said: str,
+    folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("text").write_text("{}")
+    Path("pictures/test/cat").mkdir(parents=True)
+    Image.new("RGB", (8, 8)).save("pictures/test/cat/a.png")
+    before = {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()}
+    assert cli.main(arguments.replace("RUN", str(folder)).split()) == 2
+    assert f"timm-gac: expected {said}" in capsys.readouterr().err
+    assert {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()} == before
+
+
+def test_predict_replaces_a_file_where_told(folder: Path, tmp_path: Path) -> None:
+    file = tmp_path / "a.json"
+    file.write_text("old")
+    assert cli.main(["predict", "no.png", "--model", str(folder), "--json", str(file), "--overwrite"]) == 1
+    assert len(json.loads(file.read_text())["skipped"]) == 1
+
+
+def test_anytime_opens_the_second_network_before_it_measures_the_first(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["anytime", str(folder), "--data", "digits", "--images", "4", "--against", "nope"]) == 2
+    captured = capsys.readouterr()
+    assert "got 'nope', which is none" in captured.err and captured.out == ""
+
+
+def test_a_table_that_is_no_text(tmp_path: Path) -> None:
+    (tmp_path / "table.csv").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ValueError, match=r"table.csv to be a table \(CSV\), got another file: choose another$"):
+        check_csv(tmp_path / "table.csv", ["a"])
