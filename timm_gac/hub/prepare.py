@@ -76,11 +76,16 @@ def prepare_folder(source: Path, out: Path, config: PublishConfig) -> list[Path]
         The files written, in the order of their names.
 
     Raises:
-        ValueError: The source is no model folder, its files are damaged, ``out`` is not empty, or the labels do not
-            fit.
+        ValueError: The source is no model folder, its files are damaged, ``out`` is not empty or is a run folder, or
+            the labels do not fit.
     """
     check_new_folder(out, config.overwrite, "choose another --out or --overwrite")
     folder = model_folder(source)
+    if (out / "checkpoints").is_dir() or (out / "model" / CONFIG).is_file():
+        raise ValueError(
+            f"expected a folder of its own for what is published, got the run folder {str(out)!r}, whose config.json "
+            "would be lost: choose another --out"
+        )
     facts = _complete(gather(folder, source), config)
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as scratch:
