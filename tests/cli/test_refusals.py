@@ -37,7 +37,7 @@ def folder(tmp_path: Path) -> Path:
         ("predict a.png --model RUN --json text", "a new file, got 'text', which is there: use --overwrite"),
         ("quantize RUN RUN --overwrite", "another folder than the model's for OUT_FOLDER, got"),
         ("quantize RUN RUN/model --overwrite", "another folder than the model's for OUT_FOLDER, got"),
-        ("push RUN --repo-id a/b --dry-run --out RUN --overwrite", "a folder of its own for what is published, got the"),
+        ("push RUN --repo-id a/b --dry-run --out RUN --overwrite", "a folder of its own for what is published, got"),
         ("gain text --against text", "a file of `timm-gac eval --answers`, got 'text': it is no .npz file"),
         ("gate RUN --data digits --no-replace --calibration-images 5", "--replace for --calibration-images"),
         ("train digits --device cpu --out text", "a folder for --out, got 'text', a file or below one"),

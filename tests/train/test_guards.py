@@ -328,7 +328,7 @@ def test_a_cpu_says_at_once_what_it_cannot_do(tmp_path):
 
 def test_an_empty_word_is_not_the_current_folder(capsys):
     assert main(["digits", "--out", ""]) == 2
-    assert "error: expected a word after '--out', got an empty one" in capsys.readouterr().err
+    assert "error: expected a path after '--out', got an empty word" in capsys.readouterr().err
 
 
 def test_command_lines_of_beginners(capsys):
