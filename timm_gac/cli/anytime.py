@@ -94,9 +94,8 @@ def run_anytime(
     names = [model] if config.against is None else [model, config.against]
     console = console or create_console()
     results, enough = [], True
-    for opened in [
-        _open(name, config) for name in names
-    ]:  # a second one that is none is refused before the first is run
+    networks = [_open(name, config) for name in names]  # a wrong name is refused before the first is measured
+    for opened in networks:
         anytime, coding = _measure(opened, config)
         results.append((anytime, coding))
         enough = enough and coding.images >= CODING_IMAGES
