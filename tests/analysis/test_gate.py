@@ -12,6 +12,7 @@ from torch import nn
 from gac_kernels import CIFAR
 from timm_gac.analysis.gate import firing_level, gate_statistics, replaced_scores, try_gates, weight_and_gradient
 from timm_gac.hub.open import calibrate
+from timm_gac.inference.record import record_spikes
 from timm_gac.layers.encoder import ConstantScore
 
 
@@ -63,6 +64,27 @@ def test_what_no_axis_explains_alone_is_interactions(network: nn.Module) -> None
     assert found.shares["interactions"] == pytest.approx(1, abs=1e-5)
     trained = gate_statistics(network, images).shares
     assert sum(trained.values()) == pytest.approx(1, abs=1e-6) and min(trained.values()) > 0
+
+
+def test_what_lies_between_images_and_what_is_shut_or_open(network: nn.Module) -> None:
+    """Against PyTorch's own variance over images at each place, in one batch and in parts of other sizes."""
+    with torch.no_grad():
+        network.encoder.spatial.conv_b.weight.mul_(60)
+        network.encoder.temporal.fc2.weight.mul_(-1)
+    images = torch.randn(7, 3, 12, 12)
+    with record_spikes(network) as recording, torch.no_grad():
+        network(images)
+    gate = recording.gate.double()
+    expected = float(gate.var(0, correction=0).mean() / gate.var(correction=0))
+    for parts in ([images], images.split((4, 2, 1))):
+        found = gate_statistics(network, parts)
+        assert found.between_images == pytest.approx(expected, abs=1e-5) and 0.01 < expected < 0.99
+        assert found.shut == pytest.approx(float((gate < 0.01).double().mean()), abs=1e-4) and found.shut > 0
+        assert found.open == pytest.approx(float((gate > 0.99).double().mean()), abs=1e-4) and found.open > 0
+        assert found.largest_temporal == pytest.approx(float(recording.scores["temporal"].abs().max()))
+        assert found.std == pytest.approx(float(gate.std(correction=0)))
+    same = gate_statistics(network, [images[:1].expand(3, -1, -1, -1)])
+    assert same.between_images < 1e-6 and same.std > 0
 
 
 def test_a_network_is_left_as_it_was(network: nn.Module) -> None:

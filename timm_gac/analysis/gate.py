@@ -20,15 +20,17 @@ from torch import Tensor, nn
 
 from gac_kernels import LIFSpec
 
-from ..inference.record import record_spikes
+from ..inference.record import gate_scores, record_spikes
 from ..layers.encoder import ConstantScore, GatedAttentionCoding
 from ..layers.learned import learned_values
 from ..runtime.dtypes import float32_as
 from .evaluate import evaluate
 
 QUANTILES = (0.0, 0.001, 0.01, 0.5, 0.99, 0.999, 1.0)
-AXES = {"images": (0,), "steps": (1,), "channels": (2,), "pixels": (3, 4)}  # of (B, T, C, H, W)
-_DRAWN = 2_000_000  # values a batch for quantiles: torch.quantile takes at most 16 million
+SHUT_BELOW, OPEN_ABOVE = 0.01, 0.99  # values of a gate that is as good as 0 or 1, where its gradient vanishes too
+_AXES = {"steps": (0,), "channels": (1,), "pixels": (2, 3)}  # of (T, C, H, W)
+_DRAWN = 2_000_000  # values for quantiles: torch.quantile takes at most 16 million
+_ROUNDING = 1e-14  # a variance below is none: a float32 of 0.5 is rounded by 3e-8, which squared is 1e-15
 
 
 @dataclass(frozen=True)
@@ -42,10 +44,16 @@ class GateStatistics:
         quantiles: Of the gate, by the share of values below.
         shares: Share of its variance that the mean over all other axes explains: over images, steps, channels, pixels;
             and ``interactions``, the rest, which takes several of these together. They add up to 1, or 0 of a constant.
+        between_images: Share of its variance that lies between images at the same step, channel and pixel: 0 of a mask
+            that is the same for every image, and of a single one.
+        shut: Share of gate values below 0.01.
+        open: Share of gate values above 0.99.
         temporal: Mean of the temporal score m[t] at each step.
+        largest_temporal: Its largest absolute value.
         spatial_std: Standard deviation of the spatial-channel score n.
-        firing_level: See `firing_level`; of neurons that learned, with the means of their decays and thresholds.
-        above_level: Share of gate values above it.
+        firing_level: See `firing_level`; of neurons that learned, with the means of their decays and thresholds. None
+            of neurons other than ``lif``.
+        above_level: Share of gate values above it, or None.
     """
 
     images: int
@@ -53,10 +61,14 @@ class GateStatistics:
     std: float
     quantiles: dict[float, float]
     shares: dict[str, float]
+    between_images: float
+    shut: float
+    open: float
     temporal: tuple[float, ...]
+    largest_temporal: float
     spatial_std: float
-    firing_level: float
-    above_level: float
+    firing_level: float | None
+    above_level: float | None
 
     def to_dict(self) -> dict[str, Any]:
         """The fields, ready for JSON."""
@@ -105,6 +117,96 @@ def _gated(model: Any) -> GatedAttentionCoding:
     return encoder
 
 
+def has_learned_gate(model: Any) -> bool:
+    """Whether a network has a gate with parameters that `gate_statistics` can measure.
+
+    It has none with direct coding, with an encoder of one's own, or with a gate that is constant, such as ``half``.
+    """
+    encoder = getattr(model, "encoder", None)
+    if type(encoder) is not GatedAttentionCoding or not hasattr(model, "forward_intermediates"):
+        return False
+    return any(True for score in gate_scores(encoder).values() for _ in score.parameters())
+
+
+def _level_behind(model: Any, encoder: GatedAttentionCoding) -> float | None:
+    """The `firing_level` of the neuron behind the encoder; None where it is another neuron than ``lif``."""
+    if not encoder.spec.is_lif:
+        return None
+    learned = learned_values(getattr(model, "lif", None))
+    behind: dict[str, Any] = {name: float(value.mean()) for name, value in learned.items()}
+    return firing_level(dataclasses.replace(encoder.spec, **behind), encoder.num_steps)
+
+
+class _Sums:
+    """Sums over the batches of a gate, on its device.
+
+    Args:
+        level: Of which the share of values above is counted; None for none.
+    """
+
+    def __init__(self, level: float | None) -> None:
+        self.level = math.inf if level is None else level
+        self.count = 0
+        self.of_images, self.temporal, self.drawn = list[Tensor](), list[Tensor](), list[Tensor]()
+        self.places: Tensor | None = None  # [T, C, H, W], over images
+        self.moments = torch.zeros(4, dtype=torch.float64)  # mean square, shares shut, open and above the level
+        self.spatial = torch.zeros(2, dtype=torch.float64)
+        self._generator = torch.Generator().manual_seed(0)
+
+    def add(self, gate: Tensor, scores: dict[str, Tensor]) -> None:
+        """Add a gate ``(B, T, C, H, W)`` and the scores that it is made of."""
+        gate = gate.double()
+        count = len(gate)
+        self.count += count
+        self.of_images.append(gate.mean((1, 2, 3, 4)).cpu())
+        places = gate.sum(0)
+        self.places = places if self.places is None else self.places + places
+        beyond = (gate < SHUT_BELOW, gate > OPEN_ABOVE, gate > self.level)
+        moments = [gate.square().mean(), *(part.sum().double() / gate.numel() for part in beyond)]
+        self.moments += torch.stack(moments).cpu() * count
+        self.temporal.append(scores["temporal"].double().cpu())
+        score = scores["spatial"].double()
+        self.spatial += torch.stack([score.mean(), score.square().mean()]).cpu() * count
+        flat = gate.flatten()
+        drawn = torch.randint(len(flat), (min(len(flat), 100_000),), generator=self._generator)
+        self.drawn.append(flat[drawn.to(flat.device)].cpu())
+
+    def result(self, level: float | None) -> GateStatistics:
+        """The statistics of all that was added."""
+        if self.places is None:
+            raise ValueError("expected at least one image, got none: check the data")
+        places, of_images = self.places.cpu() / self.count, torch.cat(self.of_images)
+        mean = float(of_images.mean())
+        square, shut, opened, above = (self.moments / self.count).tolist()
+        variance = square - mean**2
+        variance = variance if variance > _ROUNDING else 0.0
+        explained = {"images": float(of_images.var(correction=0))}
+        for name, kept in _AXES.items():
+            part = places.mean([axis for axis in range(4) if axis not in kept])
+            explained[name] = float(part.var(correction=0))
+        explained["interactions"] = max(variance - sum(explained.values()), 0.0)
+        between = min(max(square - float(places.square().mean()), 0.0), variance)
+        levels = torch.tensor(QUANTILES, dtype=torch.float64)
+        quantiles = torch.quantile(torch.cat(self.drawn)[:_DRAWN], levels).tolist()
+        temporal = torch.cat(self.temporal)
+        spatial_mean, spatial_square = (self.spatial / self.count).tolist()
+        return GateStatistics(
+            images=self.count,
+            mean=mean,
+            std=math.sqrt(variance),
+            quantiles=dict(zip(QUANTILES, quantiles, strict=True)),
+            shares={name: part / variance if variance else 0.0 for name, part in explained.items()},
+            between_images=between / variance if variance else 0.0,
+            shut=shut,
+            open=opened,
+            temporal=tuple(temporal.mean(0).tolist()),
+            largest_temporal=float(temporal.abs().max()),
+            spatial_std=math.sqrt(max(spatial_square - spatial_mean**2, 0.0)),
+            firing_level=level,
+            above_level=None if level is None else above,
+        )
+
+
 @float32_as("ieee")
 @torch.no_grad()
 def gate_statistics(model: Any, batches: Iterable[Tensor]) -> GateStatistics:
@@ -112,57 +214,18 @@ def gate_statistics(model: Any, batches: Iterable[Tensor]) -> GateStatistics:
 
     Args:
         model: The network, in eval mode.
-        batches: Images ``(B, C, H, W)`` of one size, on its device.
+        batches: Images ``(B, C, H, W)`` or event frames ``(B, T, C, H, W)`` of one size, on its device.
 
     Raises:
         ValueError: The network has no gate, or there are no images.
     """
-    encoder = _gated(model)
-    behind: dict[str, Any] = {
-        name: float(value.mean()) for name, value in learned_values(getattr(model, "lif", None)).items()
-    }
-    level = firing_level(dataclasses.replace(encoder.spec, **behind), encoder.num_steps)
-    sums = {name: list[Tensor]() for name in AXES}
-    moments = torch.zeros(3, dtype=torch.float64)  # mean, mean square, share above the level
-    temporal, spatial, drawn, images = list[Tensor](), torch.zeros(2, dtype=torch.float64), list[Tensor](), 0
-    generator = torch.Generator().manual_seed(0)
+    level = _level_behind(model, _gated(model))
+    sums = _Sums(level)
     for batch in batches:
         with record_spikes(model) as recording:
             model.forward_intermediates(batch, indices=[0], stop_early=True, intermediates_only=True)
-        gate = recording.gate.double().cpu()  # type: ignore[union-attr]  # [B, T, C, H, W]
-        count = len(gate)
-        images += count
-        for name, kept in AXES.items():
-            part = gate.mean([axis for axis in range(5) if axis not in kept])
-            sums[name].append(part if name == "images" else part * count)
-        moments += torch.stack([gate.mean(), gate.square().mean(), (gate > level).double().mean()]) * count
-        temporal.append(recording.scores["temporal"].double().cpu())
-        score = recording.scores["spatial"].double().cpu()
-        spatial += torch.stack([score.mean(), score.square().mean()]) * count
-        flat = gate.flatten()
-        drawn.append(flat[torch.randint(len(flat), (min(len(flat), 100_000),), generator=generator)])
-    if not images:
-        raise ValueError("expected at least one image, got none: check the data")
-    mean, square, above = (moments / images).tolist()
-    variance = max(square - mean**2, 0.0)
-    marginals = {"images": torch.cat(sums["images"])}
-    marginals |= {name: torch.stack(parts).sum(0) / images for name, parts in sums.items() if name != "images"}
-    explained = {name: float(part.var(correction=0)) for name, part in marginals.items()}
-    explained["interactions"] = max(variance - sum(explained.values()), 0.0)
-    sample = torch.cat(drawn)[:_DRAWN]
-    levels = torch.tensor(QUANTILES, dtype=torch.float64)
-    spatial_mean, spatial_square = (spatial / images).tolist()
-    return GateStatistics(
-        images=images,
-        mean=mean,
-        std=math.sqrt(variance),
-        quantiles=dict(zip(QUANTILES, torch.quantile(sample, levels).tolist(), strict=True)),
-        shares={name: part / variance if variance else 0.0 for name, part in explained.items()},
-        temporal=tuple(torch.cat(temporal).mean(0).tolist()),
-        spatial_std=math.sqrt(max(spatial_square - spatial_mean**2, 0.0)),
-        firing_level=level,
-        above_level=above,
-    )
+        sums.add(recording.gate, recording.scores)  # type: ignore[arg-type]
+    return sums.result(level)
 
 
 class _Averaged(nn.Module):

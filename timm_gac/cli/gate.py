@@ -135,10 +135,15 @@ def tables(
     for name, share in statistics.shares.items():
         of_several = " of these, such as a pixel of one channel" if name == "interactions" else ""
         scale.add_row(f"variance over {name}{of_several}", f"{share:.1%}")
+    scale.add_row("variance between images, at one step, pixel and channel", f"{statistics.between_images:.1%}")
+    scale.add_row("shut, below 0.01", f"{statistics.shut:.2%}")
+    scale.add_row("open, above 0.99", f"{statistics.open:.2%}")
     scale.add_row("temporal score by step", ", ".join(f"{value:.3f}" for value in statistics.temporal))
+    scale.add_row("largest temporal score, without its sign", f"{statistics.largest_temporal:.3f}")
     scale.add_row("spatial score, standard deviation", f"{statistics.spatial_std:.3f}")
-    scale.add_row("level above which `lif` can fire", f"{statistics.firing_level:.4f}")
-    scale.add_row("share of the gate above it", f"{statistics.above_level:.2%}")
+    if statistics.firing_level is not None:
+        scale.add_row("level above which `lif` can fire", f"{statistics.firing_level:.4f}")
+        scale.add_row("share of the gate above it", f"{statistics.above_level:.2%}")
     shown = [scale]
     if gradients:
         numbers = ("weight", "gradient", "gradient / weight")
