@@ -156,6 +156,8 @@ def test_two_processes_end_where_one_does(where, whole):
     assert one["images"] == two["images"] == 17  # odd: the processes' parts differ in size
     assert two["loss"] == pytest.approx(one["loss"], rel=1e-2)
     assert two["firing_rates"] == pytest.approx(one["firing_rates"], rel=1e-2)
+    gates = [list(csv.DictReader((whole / name / "gate.csv").open())) for name in ("1", "2")]
+    assert [[row["epoch"] for row in rows] for rows in gates] == [["2"], ["2"]]  # of two, by the main process alone
     rows = [next(csv.DictReader((whole / name / "result.csv").open())) for name in ("1", "2")]
     assert rows[0]["batch_size"] == rows[1]["batch_size"] == "32"
 

@@ -6,7 +6,6 @@ layer that always fires is a constant.
 
 from __future__ import annotations
 
-import csv
 from pathlib import Path
 
 from torch import nn
@@ -16,7 +15,7 @@ from ..analysis.gate import firing_level
 from ..layers.encoder import DirectCoding, GatedAttentionCoding
 from ..layers.learned import learned_values
 from ..runtime.figures import new_figure
-from ..runtime.files import write_csv
+from .runlog import read_history, write_history
 
 SILENT_BELOW = 0.001  # spikes per neuron and step; healthy layers of these networks lie between 0.02 and 0.4
 SATURATED_ABOVE = 0.9
@@ -90,30 +89,13 @@ def watch_rates(out: Path, epoch: int, evaluation: Evaluation, network: nn.Modul
     if not rates:
         return []
     file = out / "firing_rates.csv"
-    history = [row for row in _read(file, list(rates)) if row[0] < epoch]
+    history = read_history(file, list(rates), epoch)
     before = dict(zip(rates, history[-1][1], strict=True)) if history else {}
     history.append((epoch, list(rates.values())))
-    _write(file, list(rates), history)
+    write_history(file, list(rates), history, ".6f")
     _draw(out / "firing_rates.png", list(rates), history)
     meant = silent_by_design(network)
     return rate_warnings({name: rate for name, rate in rates.items() if name not in meant}, before)
-
-
-def _read(file: Path, names: list[str]) -> list[tuple[int, list[float]]]:
-    """Rows of the table; none if it is missing or has other layers."""
-    if not file.is_file():
-        return []
-    with file.open(newline="", encoding="utf-8") as stream:
-        header, *rows = [*csv.reader(stream)] or [[]]
-    if header != ["epoch", *names]:
-        return []
-    return [(int(row[0]), [float(value) for value in row[1:]]) for row in rows]
-
-
-def _write(file: Path, names: list[str], history: list[tuple[int, list[float]]]) -> None:
-    columns = ["epoch", *names]
-    rows = [dict(zip(columns, [epoch, *(f"{rate:.6f}" for rate in rates)], strict=True)) for epoch, rates in history]
-    write_csv(file, columns, rows)
 
 
 def _draw(file: Path, names: list[str], history: list[tuple[int, list[float]]]) -> None:

@@ -14,6 +14,7 @@ import torch
 
 from ..analysis.evaluate import Evaluation
 from .finish import finish
+from .gate import watch_gate
 from .health import watch_rates
 from .options import RunOptions
 from .progress import Progress
@@ -174,7 +175,9 @@ class Trainer:
             if evaluation is not None:
                 title = f"{self.recipe.model}, {self.recipe.dataset}"
                 write_curve(self.options.out / "curve.png", state.rows, title, self.recipe.eval_split)
-                for warning in watch_rates(self.options.out, epoch + 1, evaluation, state.network):
+                warnings = watch_rates(self.options.out, epoch + 1, evaluation, state.network)
+                warnings += watch_gate(self.options.out, epoch + 1, state.gate, self.recipe)
+                for warning in warnings:
                     self.progress.say(warning)
         self.progress.epoch(row, state.minutes)
         if last:

@@ -69,7 +69,8 @@ class Recipe:
         lr: Peak learning rate.
         min_lr: Learning rate at the end of the cosine.
         warmup_epochs: Epochs of linear warm-up, at most half of the run.
-        gate_lr: Learning rate of the encoder's attention as a factor of the others'.
+        gate_lr: Learning rate of the encoder's attention as a factor of the others'. gate.csv and gate.png in the run's
+            folder show what the gate does at each evaluation.
         neuron_lr: Learning rate of learned decays and thresholds as a factor of the others'.
         momentum: Momentum of SGD.
         weight_decay: Weight decay, which leaves out norms, biases and the encoder's attention.

@@ -13,6 +13,7 @@ from accelerate.utils import gather_object, set_seed
 from torch import Tensor
 
 from ..analysis.evaluate import Evaluation, evaluate, evaluate_state
+from ..analysis.gate import GateStatistics
 from ..runtime.collectives import share_tensors
 from ..runtime.dtypes import AUTOCAST
 from ..runtime.files import check_csv, write_json
@@ -29,6 +30,7 @@ from .checkpoints import (
 from .distill import check_same_teacher, open_teacher
 from .fingerprint import check_same_data, describe_data
 from .finite import count_not_finite, not_finite, tensors_of
+from .gate import GATE_IMAGES, FirstKept, measure_gate
 from .lock import RunLock
 from .optim import MovingAverage, create_optimizer, freeze_stages
 from .options import RunOptions
@@ -73,6 +75,8 @@ class Run:
         minutes: Training time so far.
         rows: Rows of metrics.csv, one per epoch.
         evaluation: Evaluation after the last epoch, None if there was none.
+        gate: What the gate did on the first images of the last evaluation; None without a learned gate, and on other
+            processes than the main one.
     """
 
     def __init__(self, recipe: Recipe, options: RunOptions) -> None:
@@ -103,6 +107,7 @@ class Run:
         self.step, self.minutes, self.rows = 0, 0.0, list[dict[str, Any]]()
         self.finite_step = 0
         self.evaluation: Evaluation | None = None
+        self.gate: GateStatistics | None = None
         self.train_step = TrainStep(
             accelerator=self.accelerator,
             model=self.model,
@@ -219,12 +224,19 @@ class Run:
         return {"distilled_from": self.teacher.about | settings}
 
     def test(self) -> Evaluation:
-        """Evaluate the network, or its moving average if the recipe reports that, on the test or validation split."""
+        """Evaluate the network, or its moving average if the recipe reports that, on the test or validation split.
+
+        The main process also measures its ``gate``.
+        """
         state = self.reported_state()
         reported = self.network.state_dict() if state is None else state
         share_tensors([reported[name] for name, _ in self.network.named_buffers()])
+        # What is seen is kept: asked for a second time a loader that streams would draw random numbers.
+        batches = FirstKept(self.loaders.test.batches(0), GATE_IMAGES if self.main else 0)
         with evaluate_state(self.network, state):
-            return evaluate(self.network, self.loaders.test.batches(0), amp_dtype=AUTOCAST[self.recipe.precision])
+            evaluation = evaluate(self.network, batches, amp_dtype=AUTOCAST[self.recipe.precision])
+            self.gate = measure_gate(self.network, batches.images)
+        return evaluation
 
     def save(self) -> None:
         """Write a checkpoint; every process takes part."""

@@ -98,6 +98,40 @@ def write_metrics(file: Path, rows: list[dict[str, Any]]) -> None:
     write_csv(file, COLUMNS, rows)
 
 
+History = list[tuple[int, list[float]]]  # epoch and values, in the order of the columns
+
+
+def read_history(file: Path, names: list[str], before: int) -> History:
+    """Rows of a table of values by epoch, up to an epoch that is not read any more.
+
+    Args:
+        file: The table.
+        names: Its columns behind ``epoch``; of a table with others, or a missing one, there are no rows.
+        before: The first epoch that is left out, as a resumed run writes it anew.
+    """
+    if not file.is_file():
+        return []
+    with file.open(newline="", encoding="utf-8") as stream:
+        header, *rows = [*csv.reader(stream)] or [[]]
+    if header != ["epoch", *names]:
+        return []
+    return [(int(row[0]), [float(value) for value in row[1:]]) for row in rows if int(row[0]) < before]
+
+
+def write_history(file: Path, names: list[str], history: History, form: str) -> None:
+    """Write a table that `read_history` reads, atomically.
+
+    Args:
+        file: The table.
+        names: Its columns behind ``epoch``.
+        history: Its rows.
+        form: Format of a value, such as ``.6f``.
+    """
+    columns = ["epoch", *names]
+    rows = [dict(zip(columns, [epoch, *(f"{x:{form}}" for x in values)], strict=True)) for epoch, values in history]
+    write_csv(file, columns, rows)
+
+
 def write_curve(file: Path, rows: list[dict[str, Any]], title: str, split: str = "test") -> None:
     """Draw training loss and accuracy on the split ``test`` or ``validation`` over epochs."""
     figure = new_figure(8, 3.2)
