@@ -112,12 +112,18 @@ for part in "$@"; do
       timm-gac gain $(answers gac published) --against $(answers direct published)
       ;;
     gates)
+      # Evaluated each epoch, for gate.csv to have what the gate did in it.
+      short="cifar100_fast --epochs 40 --holdout 0.1 --int8-convs --eval-every 1"
+      # shellcheck disable=SC2086  # words
       for gate in full spatial temporal half open; do
-        train "gate_$gate" cifar100_fast --epochs 40 --holdout 0.1 --int8-convs --gate "$gate"
+        train "gate_$gate" $short --gate "$gate"
       done
-      train gate_slow cifar100_fast --epochs 40 --holdout 0.1 --int8-convs --gate-lr 0.1
-      train gate_decay cifar100_fast --epochs 40 --holdout 0.1 --int8-convs --gate-decay 1
-      train gate_direct cifar100_fast --epochs 40 --holdout 0.1 --int8-convs --model msresnet18_cifar
+      # shellcheck disable=SC2086
+      {
+        train gate_slow $short --gate-lr 0.1
+        train gate_decay $short --gate-decay 1
+        train gate_direct $short --model msresnet18_cifar
+      }
       ;;
     eight_bits)
       for seed in 0 1; do
