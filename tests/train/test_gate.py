@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import csv
+import math
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,9 +14,10 @@ import torch
 from accelerate.state import AcceleratorState
 from torch import nn
 
+from gac_kernels import LIFSpec
 from timm_gac.analysis.gate import GateStatistics, gate_statistics
 from timm_gac.hub import calibrate
-from timm_gac.layers.encoder import ConstantScore, DirectCoding
+from timm_gac.layers.encoder import ConstantScore, DirectCoding, GatedAttentionCoding
 from timm_gac.train import Recipe, run
 from timm_gac.train.gate import COLUMNS, FirstKept, measure_gate, watch_gate
 from timm_gac.train.loop import Trainer, train
@@ -205,6 +208,59 @@ def test_a_mask_of_channels_that_is_not_saturated_is_a_constant_too(tmp_path: Pa
     assert "in a new run try --gate-decay 0, or direct coding" in line
     (line,) = watch_gate(tmp_path / "other", 1, replace(found, shut=0.5, open=0.495), replace(tuned, gate_decay=1.0))
     assert line.endswith("in a new run try direct coding, a model without gac_ in its name")
+
+
+def test_a_gate_that_is_not_finite_is_no_constant_one(tmp_path: Path):
+    """And hides no warning of a later one that is constant."""
+    images = torch.randn(8, 3, 16, 16)
+    broken, constant = network(), network()
+    nn.init.constant_(broken.encoder.spatial.conv_b.weight, float("nan"))
+    nn.init.zeros_(constant.encoder.spatial.conv_b.weight)
+    found = measure_gate(broken, images)
+    assert math.isnan(found.mean) and math.isnan(found.std) and math.isnan(found.between_images)
+    assert watch_gate(tmp_path, 1, found, Recipe()) == []
+    assert table(tmp_path)[0]["std"] == "nan"
+    assert len(watch_gate(tmp_path, 2, measure_gate(constant, images), Recipe())) == 1
+
+
+@pytest.mark.parametrize(
+    ("damage", "kept"),
+    [
+        (lambda text: b"", ["3"]),
+        (lambda text: text + b"\r\n", ["1", "2", "3"]),
+        (lambda text: text[:-30], ["1", "3"]),
+        (lambda text: text + b"2,0.5\r\n", ["1", "2", "3"]),
+        (lambda text: text.replace(b"2,", b"two,"), ["1", "3"]),
+        (lambda text: b"epoch,mean\r\n1,0.5\r\n", ["3"]),
+        (lambda text: b"\xff\xfe" + text, ["3"]),
+        (lambda text: text + b'"' + b"1" * 200_000, ["3"]),
+    ],
+    ids=["empty", "line", "cut", "short", "word", "columns", "bytes", "field"],
+)
+def test_a_damaged_table_costs_rows_and_not_the_run(tmp_path: Path, damage: Callable[[bytes], bytes], kept: list[str]):
+    gate = measure_gate(network(), torch.randn(8, 3, 16, 16))
+    for epoch in (1, 2):
+        watch_gate(tmp_path, epoch, replace(gate, mean=0.25, temporal=()), Recipe())
+    file = tmp_path / "gate.csv"
+    file.write_bytes(damage(file.read_bytes()))
+    assert watch_gate(tmp_path, 3, gate, Recipe()) == []
+    assert [row["epoch"] for row in table(tmp_path)] == kept
+
+
+class Foreign(nn.Module):
+    """A network that is not of this package, with its encoder."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder = GatedAttentionCoding(3, 2, LIFSpec())
+
+    def forward_intermediates(self, images: torch.Tensor) -> list[torch.Tensor]:
+        return [images]
+
+
+def test_a_network_of_ones_own_is_not_measured():
+    """Its `forward_intermediates` may take other arguments, and run no encoder."""
+    assert measure_gate(Foreign(), torch.randn(8, 3, 16, 16)) is None
 
 
 def test_the_trainer_says_it(recipe: Recipe, tmp_path: Path, monkeypatch, capsys):

@@ -23,6 +23,7 @@ from gac_kernels import LIFSpec
 from ..inference.record import gate_scores, record_spikes
 from ..layers.encoder import ConstantScore, GatedAttentionCoding
 from ..layers.learned import learned_values
+from ..models import SpikingResNet
 from ..runtime.dtypes import float32_as
 from .evaluate import evaluate
 
@@ -121,9 +122,10 @@ def has_learned_gate(model: Any) -> bool:
     """Whether a network has a gate with parameters that `gate_statistics` can measure.
 
     It has none with direct coding, with an encoder of one's own, or with a gate that is constant, such as ``half``.
+    Of a network that is not built on this package's, nobody knows how to run its encoder alone.
     """
     encoder = getattr(model, "encoder", None)
-    if type(encoder) is not GatedAttentionCoding or not hasattr(model, "forward_intermediates"):
+    if type(encoder) is not GatedAttentionCoding or not isinstance(model, SpikingResNet):
         return False
     return any(True for score in gate_scores(encoder).values() for _ in score.parameters())
 
@@ -179,7 +181,7 @@ class _Sums:
         mean = float(of_images.mean())
         square, shut, opened, above = (self.moments / self.count).tolist()
         variance = square - mean**2
-        variance = variance if variance > _ROUNDING else 0.0
+        variance = 0.0 if variance <= _ROUNDING else variance  # NaN stays
         explained = {"images": float(of_images.var(correction=0))}
         for name, kept in _AXES.items():
             part = places.mean([axis for axis in range(4) if axis not in kept])

@@ -106,16 +106,30 @@ def read_history(file: Path, names: list[str], before: int) -> History:
 
     Args:
         file: The table.
-        names: Its columns behind ``epoch``; of a table with others, or a missing one, there are no rows.
+        names: Its columns behind ``epoch``; of a table with others, or one that is missing or cannot be read, there
+            are no rows. Damaged rows are left out: no run is lost over a table of what it did.
         before: The first epoch that is left out, as a resumed run writes it anew.
     """
     if not file.is_file():
         return []
-    with file.open(newline="", encoding="utf-8") as stream:
-        header, *rows = [*csv.reader(stream)] or [[]]
+    try:
+        with file.open(newline="", encoding="utf-8") as stream:
+            header, *rows = [*csv.reader(stream)] or [[]]
+    except (UnicodeDecodeError, csv.Error):
+        return []
     if header != ["epoch", *names]:
         return []
-    return [(int(row[0]), [float(value) for value in row[1:]]) for row in rows if int(row[0]) < before]
+    history = [read for row in rows if (read := _history_row(row, len(names))) is not None]
+    return [(epoch, values) for epoch, values in history if epoch < before]
+
+
+def _history_row(row: list[str], count: int) -> tuple[int, list[float]] | None:
+    """Epoch and values of a row; None of one that is damaged."""
+    try:
+        epoch, *values = int(row[0]), *map(float, row[1:])
+    except (IndexError, ValueError):
+        return None
+    return (epoch, values) if len(values) == count else None
 
 
 def write_history(file: Path, names: list[str], history: History, form: str) -> None:
