@@ -34,7 +34,7 @@ def quantize(
 
     check_writable(out_folder, "OUT_FOLDER")
     source = Path(model.removeprefix("local-dir:"))
-    if source.is_dir() and out_folder.resolve() in [source.resolve(), (source / "model").resolve()]:
+    if out_folder.is_dir() and out_folder.resolve() in [source.resolve(), (source / "model").resolve()]:
         raise ValueError(  # 8 bits would take the place of the original
             f"expected another folder than the model's for OUT_FOLDER, got {str(out_folder)!r}: choose another"
         )

@@ -18,7 +18,7 @@ from torch import Tensor
 from ..models.published import NETWORKS
 from ..models.spiking_resnet import checkpoint_filter_fn
 from ..runtime.files import check_new_folder
-from .folder import save_model_folder
+from .folder import refuse_run_folder, save_model_folder
 
 _logger = logging.getLogger(__name__)
 
@@ -136,10 +136,12 @@ def convert_checkpoint(
         The folder, to be loaded by ``timm.create_model('local-dir:OUT', pretrained=True)``.
 
     Raises:
-        ValueError: The file is unreadable, needs code to be run, or does not fit the model; or the folder is not empty.
+        ValueError: The file is unreadable, needs code to be run, or does not fit the model; or the folder is not empty
+            or is a run folder.
     """
     file, out = Path(file), Path(out)
     check_new_folder(out, overwrite)
+    refuse_run_folder(out, "the model")
     tensors = read_checkpoint(file)
     name = model or infer_model(tensors)
     if not is_model_in_modules(name, ["spiking_resnet"]):

@@ -121,6 +121,24 @@ def _rebuilding_args(model: nn.Module) -> dict[str, Any]:
     return {name: value for name, value in args.items() if name != "num_classes"}
 
 
+def refuse_run_folder(out: Path, content: str, option: str = "folder") -> None:
+    """Refuse to write a model into the folder of a run, beside its ``checkpoints/`` and ``model/``.
+
+    Args:
+        out: Where the model will be written.
+        content: What it will hold, for the error message.
+        option: What the user is to choose anew.
+
+    Raises:
+        ValueError: It is a run folder.
+    """
+    if (out / "checkpoints").is_dir() or (out / "model" / CONFIG).is_file():
+        raise ValueError(
+            f"expected a folder of its own for {content}, got the run folder {str(out)!r}, whose config.json would be "
+            f"lost: choose another {option}"
+        )
+
+
 def save_quantized(
     model: nn.Module, out: Path, clip: str = "mse", overwrite: bool = False, exact_sums: bool = False
 ) -> Path:
@@ -137,10 +155,11 @@ def save_quantized(
         The folder, for `load_model`.
 
     Raises:
-        ValueError: The network cannot be quantised, or the folder is a file or is not empty.
+        ValueError: The network cannot be quantised, or the folder is a file, a run folder or not empty.
     """
     out = Path(out)
     check_new_folder(out, overwrite)
+    refuse_run_folder(out, "the model")
     return save_model_folder(quantize(model, clip, exact_sums), out)
 
 

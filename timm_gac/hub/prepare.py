@@ -16,7 +16,7 @@ from ..runtime.files import check_new_folder, write_json, write_text
 from .card import DEFAULT_LICENSE, write_card
 from .config import CONFIG, LICENSE_KEYS, check_labels, read_config, write_config
 from .facts import EVALUATIONS, Facts, gather, read_public
-from .folder import WEIGHTS
+from .folder import WEIGHTS, refuse_run_folder
 from .golden import write_golden
 from .remote import CARD, model_folder
 
@@ -81,11 +81,7 @@ def prepare_folder(source: Path, out: Path, config: PublishConfig) -> list[Path]
     """
     check_new_folder(out, config.overwrite, "choose another --out or --overwrite")
     folder = model_folder(source)
-    if (out / "checkpoints").is_dir() or (out / "model" / CONFIG).is_file():
-        raise ValueError(
-            f"expected a folder of its own for what is published, got the run folder {str(out)!r}, whose config.json "
-            "would be lost: choose another --out"
-        )
+    refuse_run_folder(out, "what is published", "--out")
     facts = _complete(gather(folder, source), config)
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as scratch:
