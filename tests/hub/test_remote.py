@@ -125,6 +125,8 @@ def test_what_is_no_model_folder_is_said_to_be_which(model_folder: Path, tmp_pat
         if kept:
             shutil.copy(model_folder / kept, tmp_path / name / kept)
     (tmp_path / "run" / "checkpoints").mkdir()
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "cifar100.npz").touch()
     for given, said in (
         ("none", "got '.*none', which does not exist: check the path, and the folder that the command runs in"),
         ("text", "got the file '.*text': name a folder"),
@@ -133,6 +135,7 @@ def test_what_is_no_model_folder_is_said_to_be_which(model_folder: Path, tmp_pat
             "no",
             "or a run folder with model/ in it, got '.*no' without config.json and model.safetensors: check the path",
         ),
+        ("data", "got '.*data' without config.json and model.safetensors: check the path"),
         ("weights", "got '.*weights' without config.json: check the path"),
         ("config", "got '.*config' without model.safetensors: check the path"),
         ("run", "got the run folder '.*run' without: the run has not ended, go on with --resume"),

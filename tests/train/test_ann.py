@@ -145,6 +145,28 @@ def test_initial_weights_that_are_none(recipe: Recipe, tmp_path: Path) -> None:
             Trainer(replace(recipe, init=given), options(tmp_path / "out"))
 
 
+def test_a_folder_with_the_name_of_a_model_is_told_apart(recipe: Recipe, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("test_ann_resnet.best").mkdir()
+    with pytest.raises(ValueError, match=r"the folder of that name is '\./test_ann_resnet\.best'"):
+        Trainer(replace(recipe, init="test_ann_resnet.best"), options(tmp_path / "out"))
+
+
+def test_resuming_without_the_initial_weights_says_what_they_are_for(recipe: Recipe, tmp_path: Path) -> None:
+    start = tmp_path / "start"
+    save_model_folder(timm.create_model("test_ann_resnet", num_classes=4).eval(), start)
+    tuned = replace(recipe, init=str(start))
+    trainer = Trainer(tuned, options(tmp_path / "out"))
+    trainer._must_stop = lambda: trainer.state.step == 2  # type: ignore[method-assign]
+    assert trainer.run() == 0
+    start.rename(tmp_path / "elsewhere")
+    said = "expected the initial weights that this run began with, .*'.*start'.*; put them back where they were"
+    with pytest.raises(ValueError, match=said):
+        Trainer(tuned, options(tmp_path / "out", resume=True))
+    (tmp_path / "elsewhere").rename(start)
+    assert train(tuned, options(tmp_path / "out", resume=True)) == 0
+
+
 def test_what_initial_weights_bring_is_recorded(recipe: Recipe, tmp_path: Path) -> None:
     """Model, gate and neuron of a spiking network, where the recipe names an ANN and plain neurons."""
     spiking = timm.create_model("test_gac_msresnet", num_classes=4, num_steps=2, gate="half", neuron="plif")

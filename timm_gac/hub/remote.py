@@ -158,7 +158,7 @@ def open_source(source: str, revision: str | None = None, api: HfApi | None = No
         return fetch_model(source.removeprefix("hf-hub:"), revision, api)
     name = source.removeprefix("local-dir:")
     path = Path(name)
-    if name and (_exists(path) or source.startswith("local-dir:")):  # Path("") is the current folder
+    if name and (exists(path) or source.startswith("local-dir:")):  # Path("") is the current folder
         if revision is not None:
             raise ValueError(f"expected a repository of the Hub with a revision, got the folder {str(path)!r}")
         return model_folder(path)
@@ -178,7 +178,8 @@ def open_source(source: str, revision: str | None = None, api: HfApi | None = No
     )
 
 
-def _exists(path: Path) -> bool:
+def exists(path: Path) -> bool:
+    """Whether a path is there; not where the system takes no such name."""
     try:
         return path.exists()
     except OSError:  # such as a name that is too long
@@ -191,7 +192,7 @@ def model_folder(path: Path) -> Path:
     Raises:
         ValueError: There is neither.
     """
-    if not _exists(path):
+    if not exists(path):
         raise ValueError(
             f"expected a model or run folder, got {str(path)!r}, which does not exist: check the path, and the folder "
             "that the command runs in"
@@ -207,7 +208,8 @@ def model_folder(path: Path) -> Path:
             "the run has not ended, go on with --resume"
         )
     missing = [name for name in (CONFIG, WEIGHTS) if name not in names]
-    if missing and not any(name.endswith(PICKLES) for name in names):
+    weights = [name for name in names if name.endswith(PICKLES) and not name.endswith((".npy", ".npz"))]
+    if missing and not weights:  # arrays of NumPy beside a command are data
         raise ValueError(
             f"expected a model folder with {CONFIG} and {WEIGHTS}, or a run folder with model/ in it, got "
             f"{str(path)!r} without {' and '.join(missing)}: check the path"

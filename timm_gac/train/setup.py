@@ -23,7 +23,7 @@ from ..data.arrays import split_arrays
 from ..data.dataset import read_class_names
 from ..hub.config import is_ann, read_config
 from ..hub.open import is_registered
-from ..hub.remote import open_source
+from ..hub.remote import exists, open_source
 from ..runtime.collectives import share_tensors
 from .idle import refuse_idle
 from .recipes import Recipe
@@ -156,7 +156,15 @@ def settled(recipe: Recipe, recipe_name: str, *, resumed: bool = False) -> Recip
         ValueError: A field would change nothing, such as a gate for an ANN, or there are no such initial weights.
     """
     if recipe.init is not None:
-        recipe = dataclasses.replace(recipe, model=_architecture(recipe))
+        try:
+            recipe = dataclasses.replace(recipe, model=_architecture(recipe))
+        except ValueError as error:
+            if not resumed:
+                raise
+            raise ValueError(
+                f"expected the initial weights that this run began with, whose network --resume builds: {error}; put "
+                "them back where they were"
+            ) from error
     architecture = _architecture(recipe)
     ann = is_ann(architecture)
     if not resumed:
@@ -218,9 +226,10 @@ def create_network(recipe: Recipe, num_classes: int, in_chans: int) -> Any:
     except (RuntimeError, TypeError) as error:
         name = recipe.init or recipe.model
         if recipe.init is not None:
+            folder = f"; the folder of that name is './{name}'" if exists(Path(name)) and is_registered(name) else ""
             raise ValueError(
                 f"expected initial weights, got {name!r} ({error}): give a name.tag of `timm-gac models`, a model or "
-                "run folder, or ORG/NAME on the Hub"
+                f"run folder, or ORG/NAME on the Hub{folder}"
             ) from error
         raise ValueError(f"expected a model of this package, got {name!r} ({error}): see `timm-gac models`") from error
     if recipe.init is not None and hasattr(network, "model_args") and not ann:
