@@ -129,6 +129,9 @@ def test_only_the_first_images_are_kept_and_no_batch_is_asked_for_twice():
     kept = FirstKept(iter(batches), 4)
     assert [images[0, 0].item() for images, _ in kept] == [0, 1, 2]
     assert torch.equal(kept.images, torch.zeros(4, 1))
+    several = FirstKept(iter(batches), 14)
+    assert several.images is None and len([*several]) == 3
+    assert torch.equal(several.images, torch.tensor([0.0] * 6 + [1.0] * 6 + [2.0] * 2)[:, None])
     none = FirstKept(iter(batches), 0)
     assert len([*none]) == 3 and none.images is None
 

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..analysis.gate import GateStatistics, gate_statistics, has_learned_gate
@@ -19,7 +20,7 @@ from ..runtime.modes import eval_mode
 from .recipes import Recipe
 from .runlog import History, read_history, write_history
 
-GATE_IMAGES = 128  # of the first evaluation batch: enough for shares, and few beside the whole set
+GATE_IMAGES = 128  # the first that are evaluated: enough for shares, and few beside the whole set
 SATURATED_ABOVE = 0.99  # share of values that are shut or open
 CONSTANT_BELOW = 0.001  # deviation between images
 COLUMNS = ["mean", "std", "shut", "open", "between_images", "largest_temporal", "spatial_std"]
@@ -27,25 +28,28 @@ _CHUNK = 16  # images at a time: four steps of 64 channels of 112x112 are 0.4 GB
 
 
 class FirstKept:
-    """Batches of images and labels that are handed on; the first images of the first batch are kept.
+    """Batches of images and labels that are handed on; the first images are kept.
 
     Args:
         batches: The batches.
         count: How many images to keep at most.
-
-    Attributes:
-        images: A copy of those images; None before there were any, or with a count of 0.
     """
 
     def __init__(self, batches: Iterator[tuple[Tensor, Tensor]], count: int) -> None:
-        self.images: Tensor | None = None
-        self._batches, self._count = batches, count
+        self._kept = list[Tensor]()
+        self._batches, self._missing = batches, count
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         for images, labels in self._batches:
-            if self.images is None and self._count:
-                self.images = images[: self._count].clone()
+            if self._missing:
+                self._kept.append(images[: self._missing].clone())
+                self._missing -= len(self._kept[-1])
             yield images, labels
+
+    @property
+    def images(self) -> Tensor | None:
+        """A copy of those images; None before there were any, or with a count of 0."""
+        return torch.cat(self._kept) if self._kept else None
 
 
 def measure_gate(network: Any, images: Tensor | None) -> GateStatistics | None:
