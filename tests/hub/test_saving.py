@@ -58,7 +58,7 @@ def test_networks_that_a_folder_cannot_rebuild_are_refused(tmp_path: Path) -> No
         (timm_gac.fuse_for_inference(model), "got one that is folded"),
         (changed, "expected a network as timm.create_model builds it, got one with another 'fc"),
         (broken, "expected finite weights to save, got NaN, infinity or a negative variance in conv1.weight"),
-        (nn.Linear(2, 2), "expected a network made by timm.create_model, got Linear"),
+        (nn.Linear(2, 2), "expected a network made by timm.create_model, of this package, got Linear"),
     ):
         with pytest.raises(ValueError, match=message):
             save_model_folder(network, tmp_path / "saved")

@@ -20,13 +20,14 @@ from safetensors.torch import load_file
 from children import Child
 from damage import fuzz
 from timm_gac.hub.folder import save_model_folder
-from timm_gac.train import RECIPES, Recipe, checkpoints
+from timm_gac.train import RECIPES, Recipe, checkpoints, setup
 from timm_gac.train.__main__ import main
 from timm_gac.train.finite import NotFiniteError, count_not_finite
 from timm_gac.train.lock import RunLock
 from timm_gac.train.loop import RunOptions, Trainer, train
 from timm_gac.train.optim import learning_rate
 from timm_gac.train.options import parse
+from timm_gac.train.runlog import read_metrics
 from timm_gac.train.setup import create_accelerator, create_network, read_sets
 from timm_gac.train.step import TrainStep
 
@@ -211,6 +212,38 @@ def test_a_stop_at_the_end_of_an_epoch_leaves_its_row_and_its_loss(recipe, tmp_p
 def arguments(npz: Path, out: Path, *more: str) -> list[str]:
     fields = ["--data", str(npz), "--model", "test_gac_msresnet", "--num-steps", "1", "--batch-size", "16"]
     return ["cifar100", *fields, "--device", "cpu", "--checkpoint-steps", "1", "--out", str(out), *more]
+
+
+def test_a_damaged_metrics_file_costs_rows_and_not_the_run(recipe, tmp_path):
+    out, recipe = tmp_path / "run", replace(recipe, epochs=3)
+    trainer = Trainer(recipe, options(out, checkpoint_steps=1))
+    trainer._must_stop = lambda: trainer.state.step == 9
+    trainer.run()
+    file = out / "metrics.csv"
+    header, first, second = file.read_bytes().splitlines(keepends=True)
+    longer, shorter, word = first.strip() + b",1\r\n", first[:6] + b"\r\n", first.replace(b",", b",x", 3)
+    for damaged in (b"\xff\xfe" + header, b"", b"a,b\r\n1,2\r\n"):
+        file.write_bytes(damaged)
+        assert read_metrics(file, 9) == []
+    file.write_bytes(b"".join([header, longer, shorter, word, b"\r\n", second]))
+    assert train(recipe, options(out, resume=True)) == 0
+    with file.open(newline="") as stream:
+        assert [row["epoch"] for row in csv.DictReader(stream)] == ["2", "3"]
+
+
+class Plain(torch.nn.Linear):
+    """A network that is registered with timm, but not one of this package."""
+
+
+def test_a_network_that_could_not_be_stored_is_refused_before_it_is_trained(recipe, tmp_path, monkeypatch):
+    def create_model(name, **_):
+        network = Plain(2, 2)
+        network.pretrained_cfg = {"architecture": name}
+        return network
+
+    monkeypatch.setattr(setup.timm, "create_model", create_model)
+    with pytest.raises(ValueError, match=r"expected a network made by timm\.create_model, of this package, got Plain"):
+        create_network(replace(recipe, model="plain"), 4, 3)
 
 
 def test_one_trainer_a_folder(recipe, npz, tmp_path, capsys):

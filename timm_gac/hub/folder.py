@@ -11,12 +11,13 @@ from typing import Any
 import timm
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from timm.models import save_for_hf
+from timm.models import is_model_in_modules, save_for_hf
 from torch import nn
 
 from ..inference.integer import IntegerSpikingResNet
 from ..inference.quantize import quantize, quantize_as
 from ..models.ann_resnet import ANNResNet
+from ..models.build import MODULES
 from ..models.checkpoint import pack_int8_convs
 from ..models.network import SpikingResNet
 from ..models.weights import TRAINED_ON
@@ -97,6 +98,18 @@ def save_model_folder(
     return out
 
 
+def check_storable(model: Any) -> None:
+    """Raise unless `save_model_folder` can store a network. Worth a call before an hour of training.
+
+    Raises:
+        ValueError: It was not made by ``timm.create_model`` as one of this package's, or was changed since.
+    """
+    _rebuilding_args(model)
+    name = str(model.pretrained_cfg["architecture"])
+    if not is_model_in_modules(name, MODULES):
+        raise ValueError(f"expected a model of this package, got {name!r}: see `timm-gac models`")
+
+
 def _rebuilding_args(model: nn.Module) -> dict[str, Any]:
     """The arguments with which timm rebuilds a network, but its number of classes.
 
@@ -104,7 +117,10 @@ def _rebuilding_args(model: nn.Module) -> dict[str, Any]:
         ValueError: What they rebuild has other tensors.
     """
     if not isinstance(model, (SpikingResNet, ANNResNet)) or not hasattr(model, "pretrained_cfg"):
-        raise ValueError(f"expected a network made by timm.create_model, got {type(model).__name__}: make it so")
+        raise ValueError(
+            f"expected a network made by timm.create_model, of this package, got {type(model).__name__}: make it so "
+            "(`timm-gac models` lists them)"
+        )
     args: dict[str, Any] = model.changed_args()
     if isinstance(model, SpikingResNet):
         args = {"num_steps": model.num_steps} | args

@@ -85,12 +85,28 @@ def check_same_recipe(file: Path, recipe: Recipe, processes: int) -> None:
 
 
 def read_metrics(file: Path, up_to_step: int) -> list[dict[str, Any]]:
-    """Rows of metrics.csv up to a step."""
+    """Rows of metrics.csv up to a step; damaged rows, or a file that is no such table, are left out."""
     if not file.is_file():
         return []
-    with file.open(newline="", encoding="utf-8") as stream:
-        rows: list[dict[str, Any]] = list(csv.DictReader(stream))
-    return [row for row in rows if int(row["step"]) <= up_to_step]
+    try:
+        with file.open(newline="", encoding="utf-8") as stream:
+            rows: list[dict[str, Any]] = list(csv.DictReader(stream))
+    except (UnicodeDecodeError, csv.Error):
+        return []
+    return [row for row in rows if _is_metrics_row(row) and int(row["step"]) <= up_to_step]
+
+
+def _is_metrics_row(row: dict[Any, Any]) -> bool:
+    """Whether a row has the columns, and numbers where `write_curve` draws them."""
+    if not {*COLUMNS} <= row.keys() or None in row or None in row.values():  # longer, or shorter
+        return False
+    if not (row["epoch"] + row["step"]).isdecimal():
+        return False
+    try:
+        [float(row[name]) for name in COLUMNS if row[name] != ""]
+    except ValueError:
+        return False
+    return True
 
 
 def write_metrics(file: Path, rows: list[dict[str, Any]]) -> None:

@@ -22,6 +22,7 @@ from ..data import DeviceLoader, ImageArrays, StreamLoader, create_stream_loader
 from ..data.arrays import split_arrays
 from ..data.dataset import read_class_names
 from ..hub.config import is_ann, read_config
+from ..hub.folder import check_storable
 from ..hub.open import is_registered
 from ..hub.remote import exists, open_source
 from ..runtime.collectives import share_tensors
@@ -205,7 +206,7 @@ def create_network(recipe: Recipe, num_classes: int, in_chans: int) -> Any:
     """The recipe's network in float32, with its initial weights.
 
     Raises:
-        ValueError: The model is unknown, or not of this package.
+        ValueError: The model is unknown, or not of this package, so that it could not be stored in the end.
     """
     options: dict[str, Any] = dict(
         num_classes=num_classes,
@@ -232,6 +233,7 @@ def create_network(recipe: Recipe, num_classes: int, in_chans: int) -> Any:
                 f"run folder, or ORG/NAME on the Hub{folder}"
             ) from error
         raise ValueError(f"expected a model of this package, got {name!r} ({error}): see `timm-gac models`") from error
+    check_storable(network)
     if recipe.init is not None and hasattr(network, "model_args") and not ann:
         args = network.model_args()
         for name in ("gate", "neuron"):
