@@ -8,6 +8,7 @@
 #   published  both by the published recipe (250 epochs, batch 64, mean loss), in bfloat16 and a CUDA graph
 #   gates      the gate with less attention, at a tenth of the rate and with weight decay: 40 epochs in 8 bits, judged
 #              on a validation split of the training set
+#   digits     the same gates and direct coding on scikit-learn's digits, ten seeds each: for a CPU, no DATA, half an hour
 #   eight_bits gated attention coding with the first two seeds in 8 bits, the int8 network of each, and the same in bfloat16
 #   neurons    learned decay and threshold, at the rate of the weights and at a tenth of it
 #   formats    agreement between number formats, for the first seed in 8 bits and in bfloat16; and of 40 epochs with and
@@ -30,9 +31,9 @@ esac
 [ $# -gt 0 ] || set -- none
 for part in "$@"; do
   case $part in
-    seeds | distilled | steps | published | gates | eight_bits | neurons | formats) ;;
+    seeds | distilled | steps | published | gates | digits | eight_bits | neurons | formats) ;;
     *)
-      echo "expected parts among seeds, distilled, steps, published, gates, eight_bits, neurons, formats, got '$part'" >&2
+      echo "expected parts among seeds, distilled, steps, published, gates, digits, eight_bits, neurons, formats, got '$part'" >&2
       exit 2
       ;;
   esac
@@ -124,6 +125,28 @@ for part in "$@"; do
         train gate_decay $short --gate-decay 1
         train gate_direct $short --model msresnet18_cifar
       }
+      ;;
+    digits)
+      ( # with settings of its own
+        DATA=digits
+        RESULTS=${DIGITS_RESULTS:-results/digits.csv}
+        for seed in 0 1 2 3 4 5 6 7 8 9; do
+          for gate in full spatial temporal half open; do
+            train "digits_${gate}_seed$seed" digits --seed "$seed" --gate "$gate"
+          done
+          train "digits_slow_seed$seed" digits --seed "$seed" --gate-lr 0.1
+          train "digits_decay_seed$seed" digits --seed "$seed" --gate-decay 1
+          train "digits_direct_seed$seed" digits --seed "$seed" --model test_msresnet
+          for coding in full spatial temporal half open slow decay direct; do
+            run=$OUT/digits_${coding}_seed$seed
+            [ -f "$run/float32.npz" ] || timm-gac eval "$run" --data digits --answers "$run/float32.npz" --overwrite
+          done
+        done
+        for coding in full spatial temporal open slow decay direct; do
+          echo "$coding against half:"
+          timm-gac gain "$OUT"/digits_"$coding"_seed?/float32.npz --against "$OUT"/digits_half_seed?/float32.npz
+        done
+      )
       ;;
     eight_bits)
       for seed in 0 1; do

@@ -16,7 +16,7 @@ from timm_gac.cli.evaluate import EvaluateConfig
 from timm_gac.train.options import parse
 
 SCRIPT = Path(__file__).resolve().parents[2] / "tools" / "runs.sh"
-PARTS = ("seeds", "distilled", "steps", "published", "gates", "eight_bits", "neurons", "formats")
+PARTS = ("seeds", "distilled", "steps", "published", "gates", "digits", "eight_bits", "neurons", "formats")
 # Instead of the real one: writes down what it was called with, and leaves what a run leaves.
 STUB = """#!/bin/sh
 echo "$@" >> "$LOG"
@@ -41,7 +41,11 @@ def test_every_command_is_taken(tmp_path: Path) -> None:
     code, commands = run(tmp_path, *PARTS)
     assert code == 0
     trained = [parse(words[1:], "timm-gac train") for words in commands if words[0] == "train"]
-    assert len({options.out for _, options in trained}) == len(trained) == 9 + 1 + 6 + 2 + 8 + 2 + 2 + 3
+    assert len({options.out for _, options in trained}) == len(trained) == 9 + 1 + 6 + 2 + 8 + 80 + 2 + 2 + 3
+    digits = [(recipe, str(options.out)) for recipe, options in trained if "digits_" in str(options.out)]
+    assert {recipe.seed for recipe, _ in digits} == {*range(10)} and {recipe.data for recipe, _ in digits} == {"digits"}
+    assert sum(recipe.model == "test_msresnet" for recipe, _ in digits) == 10
+    trained = [(recipe, options) for recipe, options in trained if "digits_" not in str(options.out)]
     assert {recipe.seed for recipe, _ in trained} == {0, 1, 2} and {recipe.num_steps for recipe, _ in trained} >= {1, 6}
     gates = [recipe for recipe, options in trained if "gate_" in str(options.out)]
     assert all(recipe.holdout == 0.1 and recipe.epochs == 40 for recipe in gates) and len(gates) == 8
@@ -79,7 +83,7 @@ def test_every_command_is_taken(tmp_path: Path) -> None:
         "runs/noise_0.01",
         "runs/noise_0.1",
     ]
-    assert sorted(len(words) for words in commands if words[0] == "gain") == [4, 6, 8, 8]
+    assert sorted(len(words) for words in commands if words[0] == "gain") == [*[4] * 8, 6, 8, 8]
 
 
 def test_distilled_alone_trains_its_teacher_first(tmp_path: Path) -> None:

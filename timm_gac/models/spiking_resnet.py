@@ -83,7 +83,7 @@ _PUBLISHED_CIFAR100 = ("gac_msresnet18_cifar", "msresnet18_cifar")
 default_cfgs = generate_default_cfgs(
     {prefix + name: _cfg() for prefix in ("gac_", "") for name in _IMAGENET_NAMES}
     | {prefix + name: _cifar_cfg() for prefix in ("gac_", "") for name in _CIFAR_NAMES}
-    | {"test_gac_msresnet": _cifar_cfg()}
+    | {name: _cifar_cfg() for name in ("test_gac_msresnet", "test_msresnet")}
     | {f"{name}.cifar100": _cifar_cfg(**weights_cfg(name, "cifar100")) for name in _PUBLISHED_CIFAR100}
     | {
         f"{name}.{tag}": _photos_cfg(num_classes=classes, **weights_cfg(name, tag))
@@ -179,3 +179,9 @@ def spiking_resnet19(pretrained: bool = False, **kwargs: Any) -> SpikingResNet:
 def test_gac_msresnet(pretrained: bool = False, **kwargs: Any) -> SpikingResNet:
     """Tiny MS-ResNet with gated attention coding, for tests and demonstrations."""
     return _create_spiking_resnet("test_gac_msresnet", pretrained, **_TINY | _MS | _GAC | kwargs)
+
+
+@register_model
+def test_msresnet(pretrained: bool = False, **kwargs: Any) -> SpikingResNet:
+    """Tiny MS-ResNet with direct coding, the twin of ``test_gac_msresnet``."""
+    return _create_spiking_resnet("test_msresnet", pretrained, **_TINY | _MS | _DIRECT | kwargs)
