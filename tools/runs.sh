@@ -8,7 +8,8 @@
 #   published  both by the published recipe (250 epochs, batch 64, mean loss), in bfloat16 and a CUDA graph
 #   gates      the gate with less attention, at a tenth of the rate and with weight decay: 40 epochs in 8 bits, judged
 #              on a validation split of the training set
-#   digits     the same gates and direct coding on scikit-learn's digits, ten seeds each: for a CPU, without DATA, about an hour
+#   digits     the same gates and direct coding on scikit-learn's digits, ten seeds each: for a CPU, without DATA, about
+#              an hour
 #   eight_bits gated attention coding with the first two seeds in 8 bits, the int8 network of each, and the same in bfloat16
 #   neurons    learned decay and threshold, at the rate of the weights and at a tenth of it
 #   formats    agreement between number formats, for the first seed in 8 bits and in bfloat16; and of 40 epochs with and

@@ -1,11 +1,13 @@
-"""A set of images that a run is done with in seconds."""
+"""What runs of the trainer need: a set of images that a run is done with in seconds, and a process as it was."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
+from accelerate.state import AcceleratorState
 
 
 @pytest.fixture(scope="module")
@@ -17,3 +19,10 @@ def npz(tmp_path_factory: pytest.TempPathFactory) -> Path:
     file = tmp_path_factory.mktemp("toy") / "toy.npz"
     np.savez(file, x_train=images, y_train=labels, x_test=images[:17], y_test=labels[:17])
     return file
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerator() -> Iterator[None]:
+    """Accelerate keeps one state a process; each test has its own precision."""
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)

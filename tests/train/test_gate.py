@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-from accelerate.state import AcceleratorState
 from torch import nn
 
 from gac_kernels import LIFSpec
@@ -24,12 +23,6 @@ from timm_gac.train.loop import Trainer, train
 from toy_runs import options, same, weights
 
 pytest.importorskip("matplotlib", reason="draws with matplotlib")
-
-
-@pytest.fixture(autouse=True)
-def fresh_accelerator():
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.fixture

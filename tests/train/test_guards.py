@@ -32,12 +32,6 @@ from timm_gac.train.setup import create_accelerator, create_network, read_sets
 from timm_gac.train.step import TrainStep
 
 
-@pytest.fixture(autouse=True)
-def fresh_accelerator():
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-
-
 @pytest.fixture
 def recipe(npz: Path) -> Recipe:
     """Four steps an epoch."""

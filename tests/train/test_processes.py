@@ -45,12 +45,6 @@ def where(request):
     return request.param
 
 
-@pytest.fixture(autouse=True)
-def fresh_accelerator():
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-
-
 def arguments(where, npz, out, batch, *more):
     return [
         "cifar100",

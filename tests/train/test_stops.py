@@ -8,7 +8,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
 from children import MOMENTS, Child, die_writing, limit_file_size
@@ -17,12 +16,6 @@ from timm_gac.train.loop import RunOptions, Trainer, train
 
 # How often each moment of a write is died at: TIMM_GAC_KILLS=20 are five rounds of the four.
 ROUNDS = max(1, int(os.environ.get("TIMM_GAC_KILLS", "0")) // len(MOMENTS))
-
-
-@pytest.fixture(autouse=True)
-def fresh_accelerator():
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def arguments(npz, out, *more):
