@@ -8,9 +8,9 @@
 #   published  both by the published recipe (250 epochs, batch 64, mean loss), in bfloat16 and a CUDA graph
 #   gates      the gate with less attention, at a tenth of the rate and with weight decay: 40 epochs in 8 bits, judged
 #              on a validation split of the training set
-#   digits     the same gates and direct coding on scikit-learn's digits, ten seeds each: for a CPU, without DATA, about
-#              an hour
-#   eight_bits gated attention coding with the first two seeds in 8 bits, the int8 network of each, and the same in bfloat16
+#   digits     the same gates, direct coding and the full gate in 8 bits on scikit-learn's digits, ten seeds each: for a
+#              CPU, without DATA, about an hour
+#   eight_bits gated attention coding with three seeds in 8 bits, the int8 network of each, and the same in bfloat16
 #   neurons    learned decay and threshold, at the rate of the weights and at a tenth of it
 #   formats    agreement between number formats, for the first seed in 8 bits and in bfloat16; and of 40 epochs with and
 #              without noise on the currents: a little more than a layer's own rounding, and ten times that
@@ -138,7 +138,8 @@ for part in "$@"; do
           train "digits_slow_seed$seed" digits --seed "$seed" --gate-lr 0.1
           train "digits_decay_seed$seed" digits --seed "$seed" --gate-decay 1
           train "digits_direct_seed$seed" digits --seed "$seed" --model test_msresnet
-          for coding in full spatial temporal half open slow decay direct; do
+          train "digits_int8_seed$seed" digits --seed "$seed" --int8-convs
+          for coding in full spatial temporal half open slow decay direct int8; do
             run=$OUT/digits_${coding}_seed$seed
             [ -f "$run/float32.npz" ] || timm-gac eval "$run" --data digits --answers "$run/float32.npz" --overwrite
           done
@@ -147,10 +148,12 @@ for part in "$@"; do
           echo "$coding against direct:"
           timm-gac gain "$OUT"/digits_"$coding"_seed?/float32.npz --against "$OUT"/digits_direct_seed?/float32.npz
         done
+        echo "8 bits against float32:"
+        timm-gac gain "$OUT"/digits_int8_seed?/float32.npz --against "$OUT"/digits_full_seed?/float32.npz
       )
       ;;
     eight_bits)
-      for seed in 0 1; do
+      for seed in 0 1 2; do
         train "gac_seed$seed" cifar100_fast --int8-convs --seed "$seed"
         evaluate "gac_seed$seed"
         [ -d "$OUT/gac_seed$seed/quantized" ] ||
@@ -161,7 +164,7 @@ for part in "$@"; do
         evaluate "gac_bfloat16_seed$seed"
       done
       # shellcheck disable=SC2046
-      timm-gac gain $(answers gac seed0 seed1) --against $(answers gac bfloat16_seed0 bfloat16_seed1)
+      timm-gac gain $(answers gac seed0 seed1 seed2) --against $(answers gac bfloat16_seed0 bfloat16_seed1 bfloat16_seed2)
       ;;
     neurons)
       train plif cifar100_fast --neuron plif
