@@ -24,6 +24,11 @@ def folder(tmp_path: Path) -> Path:
     return out.parent
 
 
+def everything(folder: Path) -> dict[Path, bytes | None]:
+    """What lies in a folder: the content of files, None of folders."""
+    return {path: path.read_bytes() if path.is_file() else None for path in folder.rglob("*")}
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
@@ -51,6 +56,9 @@ def folder(tmp_path: Path) -> Path:
         ("train digits --device cpu --out text", "a folder for --out, got 'text', a file or below one"),
         ("train digits --device cpu --out text/run", "a folder for --out, got 'text/run', a file or below one"),
         ("train digits --device cpu --out new --results run", "a file for a table, got the folder 'run'"),
+        ("train digits --device cpu --out new/run --trackers nope", "trackers among aim, all,"),
+        ("train digits --device cpu --out new/run --model nope", "a model of this package"),
+        ("anytime RUN --data digits --confidences", "confidences above 0 and at most 1, got none"),
     ],
 )
 def test_refused(
@@ -65,10 +73,10 @@ def test_refused(
     Path("text").write_text("{}")
     Path("pictures/test/cat").mkdir(parents=True)
     Image.new("RGB", (8, 8)).save("pictures/test/cat/a.png")
-    before = {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()}
+    before = everything(tmp_path)
     assert cli.main(arguments.replace("RUN", str(folder)).split()) == 2
     assert f"timm-gac: expected {said}" in capsys.readouterr().err
-    assert {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()} == before
+    assert everything(tmp_path) == before
 
 
 def test_predict_replaces_a_file_where_told(folder: Path, tmp_path: Path) -> None:

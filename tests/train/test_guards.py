@@ -258,7 +258,26 @@ def test_one_trainer_a_folder(recipe, npz, tmp_path, capsys):
     lock.release()
     lock.release()
     RunLock(out).release()
-    assert not (out / ".lock").exists()
+    assert not (out / ".lock").exists() and (out / "checkpoints").is_dir()
+
+
+def test_a_folder_is_taken_away_again_only_where_it_is_new_and_empty(recipe, tmp_path):
+    (tmp_path / "empty").mkdir()
+    for out in ("empty", "new", "new/deep"):
+        with pytest.raises(ValueError, match=r"expected an \.npz file"):
+            Trainer(replace(recipe, data="none.npz"), options(tmp_path / out))
+    assert list(tmp_path.glob("[en]*")) == [tmp_path / "empty"]
+    lock = RunLock(tmp_path / "new" / "deep")
+    (tmp_path / "new" / "other").touch()
+    lock.release()
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["other"]
+
+
+def test_a_tracker_that_is_not_installed_is_refused(monkeypatch):
+    monkeypatch.setattr(setup, "get_available_trackers", lambda: [setup.LoggerType.TENSORBOARD])
+    setup.check_trackers(["tensorboard", "all"])
+    with pytest.raises(ValueError, match="expected an installed tracker, got 'wandb', which is not"):
+        setup.check_trackers(["tensorboard", "wandb"])
 
 
 def test_a_run_goes_on_with_its_own_data_only(recipe, tmp_path):

@@ -59,8 +59,10 @@ class AnytimeConfig(AnyNetworkOptions, DataOptions):
     def __post_init__(self) -> None:
         check_costs(self.costs)
         check_positive(self, "images", "coding_images", "batch_size")
-        if bad := [value for value in self.confidences if not 0.0 < value <= 1.0]:
-            raise ValueError(f"expected confidences above 0 and at most 1, got {bad[0]}: give such as 0.9")
+        bad = [value for value in self.confidences if not 0.0 < value <= 1.0]
+        if bad or not self.confidences:
+            got = bad[0] if bad else "none"
+            raise ValueError(f"expected confidences above 0 and at most 1, got {got}: give such as 0.9")
         check_figures(self.out, FILES, self.overwrite)
 
 

@@ -31,7 +31,7 @@ class RunLock:
     free, and processes that decode images do not inherit it. Where the file system has no locks, a warning says so.
 
     Args:
-        folder: Folder of the run; created if missing.
+        folder: Folder of the run; created if missing, and then taken away by `release` if nothing was written to it.
 
     Raises:
         ValueError: Another run holds the folder, the message has its process; or it is a file.
@@ -39,6 +39,7 @@ class RunLock:
     """
 
     def __init__(self, folder: Path) -> None:
+        missing = [path for path in (folder, *folder.parents) if not path.exists()]
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except (FileExistsError, NotADirectoryError):
@@ -46,6 +47,7 @@ class RunLock:
                 f"expected a folder for --out, got {str(folder)!r}, a file or below one: choose another"
             ) from None
         self.file = folder.resolve() / NAME
+        self._made = [path.resolve() for path in missing]
         self._stream: BinaryIO | None = None
         with _GUARD:
             if self.file in _HELD:
@@ -65,6 +67,9 @@ class RunLock:
                     self.file.unlink()
                 if self._stream is not None:
                     self._stream.close()
+                with contextlib.suppress(OSError):  # not empty
+                    for path in self._made:
+                        path.rmdir()
 
 
 def _locked(file: Path, folder: Path) -> BinaryIO:

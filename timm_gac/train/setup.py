@@ -6,7 +6,7 @@ import dataclasses
 import logging
 import threading
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -16,6 +16,8 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator, DistributedType
 from accelerate.state import AcceleratorState, GradientState, PartialState
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
+from accelerate.utils import LoggerType
 from torch import nn
 
 from ..data import DeviceLoader, ImageArrays, StreamLoader, create_stream_loaders, load_arrays
@@ -90,6 +92,22 @@ def _second_run() -> ValueError:
     )
 
 
+def check_trackers(names: Iterable[str]) -> None:
+    """Refuse trackers that accelerate does not know, and those it would leave out as they are not installed.
+
+    Raises:
+        ValueError: There is one.
+    """
+    own = {tracker.value for tracker in LoggerType}
+    known = sorted(own | {str(name) for name in LOGGER_TYPE_TO_CLASS})  # others may have been registered
+    installed = {"all", *(str(tracker) for tracker in get_available_trackers())}
+    for name in names:
+        if name not in known:
+            raise ValueError(f"expected trackers among {', '.join(known)}, got {name!r}: choose of these")
+        if name in own - installed:
+            raise ValueError(f"expected an installed tracker, got {name!r}, which is not: install its package with pip")
+
+
 def create_accelerator(recipe: Recipe, folder: Path, trackers: tuple[str, ...], cpu: bool) -> Accelerator:
     """The accelerator of a recipe, with a state of its own: an earlier run's settings are forgotten.
 
@@ -100,6 +118,7 @@ def create_accelerator(recipe: Recipe, folder: Path, trackers: tuple[str, ...], 
     global _newest
     if _RUNNING.locked():
         raise _second_run()
+    check_trackers(trackers)
     for state in _STATES:
         state._shared_state.clear()
     if recipe.precision == "float16" and (cpu or not torch.cuda.is_available()):
