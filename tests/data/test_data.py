@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from timm_gac.data import Augmentation, DeviceLoader, ImageArrays, create_stream_loaders, load_arrays
 from timm_gac.data.arrays import save_arrays
+from timm_gac.data.loader import one_ahead
 
 CPU = torch.device("cpu")
 FULL = Augmentation(
@@ -136,6 +138,60 @@ def test_batches_do_not_wait_for_the_device(training):
     assert mode.calls
     with pytest.raises(AssertionError, match="waits"), NoSynchronisation():
         torch.ones(1).item()
+
+
+def test_one_batch_is_made_ahead_behind_all_steps_but_the_last(monkeypatch):
+    log = []
+
+    class Stream:
+        device = CPU
+
+        def __init__(self, name):
+            self.name = name
+
+        def wait_stream(self, other):
+            log.append(f"{self.name} waits for {other.name}")
+
+    def make():
+        for index in range(2):
+            log.append(f"make {index} on {current[-1].name}")
+            yield index, index
+
+    @contextmanager
+    def use(stream):
+        current.append(stream)
+        yield
+        current.pop()
+
+    current = [Stream("main")]
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: current[-1])
+    monkeypatch.setattr(torch.cuda, "stream", use)
+    for index, _ in one_ahead(make(), Stream("side")):
+        assert current[-1].name == "main"
+        log.append(f"step {index}")
+    begun, ready = "side waits for main", "main waits for side"
+    assert log == [
+        *(begun, "make 0 on side", ready),
+        *(begun, "make 1 on side", "step 0", ready),
+        *(begun, "step 1"),
+    ]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_batches_made_ahead_are_those_made_in_time():
+    """While long steps keep the GPU busy, and memory of batches that were dropped is written anew."""
+    arrays = image_set(600, size=(32, 32))
+    ahead, in_time = (loader(arrays, device="cuda") for _ in range(2))
+    in_time._stream = None
+    wanted = [(images.clone(), targets.clone()) for images, targets in in_time.batches(1)]
+    large, found = torch.randn(4096, 4096, device="cuda"), []
+    for images, targets in ahead.batches(1):
+        large = (large @ large).clamp(-1, 1)
+        found.append((images.clone(), targets.clone()))
+        del images, targets
+    assert len(found) == len(wanted) == 150
+    for pair, other in zip(found, wanted, strict=True):
+        assert all(map(torch.equal, pair, other))
 
 
 @pytest.mark.parametrize("augmentation", [FULL, Augmentation(label_smoothing=0.2), Augmentation()])
