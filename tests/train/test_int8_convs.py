@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -25,7 +26,8 @@ from timm_gac.models import SpikingResNet
 from timm_gac.models.blocks import MSBlock
 from timm_gac.models.checkpoint import checkpoint_filter_fn
 from timm_gac.train import Recipe
-from timm_gac.train.loop import RunOptions, train
+from timm_gac.train.loop import RunOptions, Trainer, train
+from toy_runs import same, weights
 from warm import WarmPython
 
 two_gpus = pytest.mark.skipif(
@@ -217,6 +219,46 @@ def test_a_recipe_asks_for_it_and_its_folder_holds_the_integers(npz, tmp_path):
     deployed = json.loads((tmp_path / "int8.json").read_text())
     assert deployed["top1"] == report["top1"]
     assert deployed["loss"] == pytest.approx(report["loss"], rel=1e-5)
+
+
+FLOAT8_GPU = pytest.mark.skipif(
+    not torch.cuda.is_available() or torch.cuda.get_device_capability() < (8, 9),
+    reason="needs a GPU with float8 tensor cores",
+)
+
+
+@pytest.mark.parametrize(
+    "device",
+    ["cpu", *(pytest.param(device, marks=FLOAT8_GPU) for device in ("cuda", "cuda graph"))],
+)
+def test_stopped_and_resumed_is_bit_for_bit_the_same(device, npz, tmp_path, monkeypatch):
+    """On a GPU with cuDNN's deterministic algorithms, always the same ones; the encoder's convolutions are cuDNN's."""
+    on_gpu = device != "cpu"
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", on_gpu)
+    recipe = Recipe(
+        model="test_gac_msresnet",
+        data=str(npz),
+        epochs=4,
+        batch_size=16,
+        crop_padding=1,
+        mix_probability=0.5,
+        cutmix=1.0,
+        ema_decay=0.9,
+        report="ema",
+        eval_every=2,
+        int8_convs=True,
+        precision="bfloat16" if on_gpu else "float32",
+        channels_last=on_gpu,
+        cuda_graph=device == "cuda graph",
+    )
+    run = RunOptions(out=tmp_path / "whole", device=device.split()[0], log_steps=2, checkpoint_steps=100)
+    train(recipe, run)
+    run = replace(run, out=tmp_path / "parts")
+    trainer = Trainer(recipe, run)
+    monkeypatch.setattr(trainer, "_must_stop", lambda: trainer.state.step == 7)
+    assert trainer.run() == 0 and trainer.state.step == 7
+    assert train(recipe, replace(run, resume=True)) == 0
+    assert same(weights(tmp_path / "whole"), weights(tmp_path / "parts"))
 
 
 def test_where_no_int8_network_can_be_made_the_run_says_so(npz, tmp_path, capsys):
