@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import timm
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
 import timm_gac
@@ -103,3 +104,22 @@ def test_untrained_network_names_its_published_weights() -> None:
     opened = open_network("gac_msresnet34")
     with pytest.raises(ValueError, match=r"such as gac_msresnet34\.in293 or gac_msresnet34\.tiny_imagenet, or a model"):
         opened.require_trained()
+
+
+def test_a_full_disk_is_an_os_error_and_leaves_the_folder_as_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """safetensors raises an error of its own, which no command expects."""
+    model = timm.create_model("test_gac_msresnet", num_classes=3)
+    save_model_folder(model, tmp_path / "saved")
+    before = {file.name: file.read_bytes() for file in (tmp_path / "saved").iterdir()}
+
+    def full(*_: object, **__: object) -> None:
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr("timm_gac.hub.folder.save_for_hf", full)
+    with pytest.raises(OSError, match=r"model folder .*saved not written .*No space left.*: free some space") as caught:
+        save_model_folder(timm.create_model("test_gac_msresnet", num_classes=2), tmp_path / "saved")
+    assert caught.value.errno == 28
+    assert {file.name: file.read_bytes() for file in (tmp_path / "saved").iterdir()} == before
+    assert [path.name for path in tmp_path.iterdir()] == ["saved"]

@@ -104,3 +104,28 @@ def test_a_table_grows_and_refuses_another_header(tmp_path: Path) -> None:
     file.write_text("")
     files.append_csv(file, ("a", "c"), [{"a": 1, "c": 2}])
     assert file.read_bytes() == b"a,c\n1,2\n"
+
+
+def test_a_table_that_cannot_be_written_is_refused_beforehand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    files.check_csv(tmp_path / "new" / "rows.csv", ("a",))
+    file = tmp_path / "rows.csv"
+    file.write_text("a\n1\n")
+    files.check_csv(file, ("a",))
+    assert [path.name for path in tmp_path.iterdir()] == ["rows.csv"] and file.read_text() == "a\n1\n"
+    with pytest.raises(
+        ValueError, match=r"expected a table that can be written, got .*other\.csv' \(Not a directory\)"
+    ):
+        files.check_csv(file / "other.csv", ("a",))
+
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr(files.tempfile, "TemporaryFile", refuse)
+    with pytest.raises(ValueError, match=r"got .*new\.csv' \(Read-only file system\): choose another file"):
+        files.check_csv(tmp_path / "new.csv", ("a",))
+    opened = Path.open
+    monkeypatch.setattr(
+        Path, "open", lambda path, mode="r", **how: (refuse if "a" in mode else opened)(path, mode, **how)
+    )
+    with pytest.raises(ValueError, match=r"got .*rows\.csv' \(Read-only file system\): choose another file"):
+        files.check_csv(file, ("a",))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import math
 import os
 import signal
 import threading
@@ -26,7 +27,7 @@ from timm_gac.train.finite import NotFiniteError, count_not_finite
 from timm_gac.train.lock import RunLock
 from timm_gac.train.loop import RunOptions, Trainer, train
 from timm_gac.train.optim import learning_rate
-from timm_gac.train.options import parse
+from timm_gac.train.options import OWN_TABLES, parse
 from timm_gac.train.runlog import read_metrics
 from timm_gac.train.setup import create_accelerator, create_network, read_sets
 from timm_gac.train.step import TrainStep
@@ -238,6 +239,89 @@ def test_a_network_that_could_not_be_stored_is_refused_before_it_is_trained(reci
     monkeypatch.setattr(setup.timm, "create_model", create_model)
     with pytest.raises(ValueError, match=r"expected a network made by timm\.create_model, of this package, got Plain"):
         create_network(replace(recipe, model="plain"), 4, 3)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        (
+            dict(label_names=np.array(["a", "b\nc", "d", "e"])),
+            r"printable characters, got 'b\\nc'.*could not be stored",
+        ),
+        (dict(label_names=np.array(["a", "", "d", "e"])), "label names as a list of texts.*could not be stored"),
+        (dict(label_names=np.array(["a" * 2**19, "b" * 2**19, "d", "e"])), "names of classes that fit into a config"),
+        (
+            dict(x_test=np.zeros((16, 3, 9, 9), np.uint8)),
+            r"shape \(3, 8, 8\) in .*, got \(3, 9, 9\): give --image-size",
+        ),
+        (dict(x_test=np.zeros((16, 1, 8, 8), np.uint8)), r"got \(1, 8, 8\): store both with the same channels"),
+        (dict(y_test=np.full(16, 6)), "test labels below 4, the number of classes of the training set of .*, got 6"),
+        (
+            dict(y_train=np.full(64, 10**9)),
+            "labels below 1,000,000 in .*, got 1,000,000,000: number the classes from 0",
+        ),
+    ],
+)
+def test_data_whose_run_could_not_be_stored_or_tested_is_refused_before_it(recipe, tmp_path, changes, said):
+    images, labels = np.zeros((64, 3, 8, 8), np.uint8), np.arange(64) % 4
+    sets = dict(x_train=images, y_train=labels, x_test=images[:16], y_test=labels[:16]) | changes
+    np.savez(tmp_path / "data.npz", **sets)
+    with pytest.raises(ValueError, match=said) as caught:
+        Trainer(replace(recipe, data=str(tmp_path / "data.npz")), options(tmp_path / "run"))
+    assert len(str(caught.value)) < 500 and not (tmp_path / "run").exists()
+
+
+def test_images_of_another_size_are_taken_with_an_image_size(recipe, tmp_path):
+    images, labels = np.zeros((64, 3, 8, 8), np.uint8), np.arange(64) % 4
+    other = np.zeros((16, 3, 9, 9), np.uint8)
+    np.savez(tmp_path / "data.npz", x_train=images, y_train=labels, x_test=other, y_test=labels[:16])
+    sets = read_sets(replace(recipe, data=str(tmp_path / "data.npz"), image_size=8), False)
+    assert sets[1].images.shape == (16, 3, 8, 8)
+
+
+def test_a_network_too_large_for_a_folder_is_refused_before_it_is_trained(recipe, tmp_path):
+    with pytest.raises(ValueError, match=r"at most 33,554,432 values over all time steps.*could not be stored in the"):
+        Trainer(replace(recipe, num_steps=1024, image_size=64), options(tmp_path / "run"))
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "said"),
+    [
+        *((name, math.inf, f"expected a finite {name}") for name in ("lr", "weight_decay", "tet_lambda", "clip_grad")),
+        ("warmup_epochs", math.nan, "expected a finite warmup_epochs, got nan"),
+        ("layer_decay", math.nan, "expected a finite layer_decay, got nan"),
+        ("layer_decay", 0.0, r"expected layer_decay > 0, got 0\.0"),
+        ("layer_decay", -1.0, r"expected layer_decay > 0, got -1\.0"),
+        ("min_lr", 0.2, r"expected min_lr of at most lr=0\.1, got 0\.2"),
+        ("momentum", 1.0, r"expected momentum in \[0, 1\), got 1\.0"),
+        ("num_workers", -1, "expected num_workers of at least 0, got -1"),
+    ],
+)
+def test_rates_that_nothing_learns_with_are_refused(recipe, name, value, said):
+    with pytest.raises(ValueError, match=said):
+        replace(recipe, **{name: value})
+
+
+@pytest.mark.parametrize("name", OWN_TABLES)
+def test_a_table_of_results_is_none_of_the_runs_own(tmp_path, name):
+    with pytest.raises(ValueError, match=rf"expected a table for --results, got .*{name}', a file of the run itself"):
+        options(tmp_path / "run", results=tmp_path / "other" / ".." / "run" / name)
+    assert options(tmp_path / "run", results=tmp_path / name).results is not None
+
+
+def test_a_table_that_cannot_be_written_in_the_end_says_which_and_how_to_go_on(recipe, tmp_path, monkeypatch):
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    table = tmp_path / "all.csv"
+    with monkeypatch.context() as patched:
+        patched.setattr("timm_gac.train.finish.append_csv", full)
+        with pytest.raises(
+            OSError, match=r"cannot add the run's row to .*all\.csv .*No space left.*--results.*--resume"
+        ):
+            train(recipe, options(tmp_path / "run", results=table))
+    assert train(recipe, options(tmp_path / "run", results=table, resume=True)) == 0
+    assert len(table.read_text().splitlines()) == 2
 
 
 def test_one_trainer_a_folder(recipe, npz, tmp_path, capsys):

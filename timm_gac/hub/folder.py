@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
+import re
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +29,7 @@ from ..runtime.finite import check_finite
 from .config import (
     CONFIG,
     LICENSE_KEYS,
+    MAX_CONFIG_BYTES,
     check_config,
     complete_args,
     count_weights,
@@ -70,6 +74,7 @@ def save_model_folder(
     Raises:
         ValueError: The model cannot be rebuilt from a folder (it was folded, changed, or not made by timm), or holds
             values that are not finite.
+        OSError: The folder cannot be written, such as on a full disk; files in it are as they were.
     """
     args = _rebuilding_args(model) | (model_args or {})
     check_finite(model, "to save")
@@ -79,9 +84,15 @@ def save_model_folder(
     out = Path(out)
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as scratch:
-        save_for_hf(model, scratch, model_args=args, safe_serialization=True)
-        if int8_weights := pack_int8_convs(model):
-            save_file(int8_weights, Path(scratch, WEIGHTS), metadata={"format": "pt"})
+        try:
+            save_for_hf(model, scratch, model_args=args, safe_serialization=True)
+            if int8_weights := pack_int8_convs(model):
+                save_file(int8_weights, Path(scratch, WEIGHTS), metadata={"format": "pt"})
+        except SafetensorError as error:  # as for a full disk, where Python itself raises OSError
+            number = re.search(r"os error (\d+)", str(error))
+            raise OSError(
+                int(number[1]) if number else errno.EIO, f"model folder {out} not written ({error}): free some space"
+            ) from error
         config_file = Path(scratch, CONFIG)
         config = json.loads(config_file.read_text(encoding="utf-8")) | {"model_args": args}
         if named.get("license"):
@@ -108,6 +119,38 @@ def check_storable(model: Any) -> None:
     name = str(model.pretrained_cfg["architecture"])
     if not is_model_in_modules(name, MODULES):
         raise ValueError(f"expected a model of this package, got {name!r}: see `timm-gac models`")
+
+
+def check_storable_config(model: Any, label_names: Sequence[str] = ()) -> None:
+    """Raise where `save_model_folder` or `load_model` would refuse a network's config.json.
+
+    Worth a call before an hour of training too, once the network's ``pretrained_cfg`` says what it is trained on.
+
+    Args:
+        model: The network.
+        label_names: Names of its classes, which its config.json will have; empty where unknown.
+
+    Raises:
+        ValueError: It would be refused, as for a name that cannot be printed, or for images that are too large.
+    """
+    cfg = model.pretrained_cfg
+    config = {
+        "architecture": cfg["architecture"],
+        "num_classes": model.num_classes,
+        "model_args": _rebuilding_args(model),
+        "pretrained_cfg": {"input_size": cfg["input_size"]},
+        **({"label_names": label_names} if label_names else {}),
+    }
+    content = json.dumps(config, indent=2)
+    if len(content) > MAX_CONFIG_BYTES - 2**14:  # timm adds 2 KB
+        raise ValueError(
+            f"expected names of classes that fit into a {CONFIG} of {MAX_CONFIG_BYTES:,} bytes, got {len(content):,} "
+            f"bytes with {len(label_names):,} names: shorten them"
+        )
+    try:
+        check_config(json.loads(content))
+    except ValueError as error:
+        raise ValueError(f"{error} (so the network could not be stored in the end)") from error
 
 
 def _rebuilding_args(model: nn.Module) -> dict[str, Any]:

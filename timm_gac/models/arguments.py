@@ -22,10 +22,11 @@ BLOCKS: dict[str, type[MSBlock] | type[SpikingBlock]] = {"MSBlock": MSBlock, "Sp
 _BLOCK_ARGS = ("stride", "num_steps", "spec", "drop_path", "device", "dtype")
 ENCODERS = ("gac", "direct")
 POOLS = ("", *(prefix + pool for prefix in ("", "fast") for pool in ("avg", "max", "avgmax", "catavgmax")))
+MAX_CLASSES = 1_000_000
 # Wide enough for every network of use, and narrow enough that no number reserves a large memory by mistake.
 _INTEGERS = {
     "num_steps": (1, 1024),
-    "num_classes": (0, 1_000_000),
+    "num_classes": (0, MAX_CLASSES),
     "in_chans": (1, 4096),
     "stem_width": (1, 4096),
     "stem_kernel": (1, 31),

@@ -7,6 +7,7 @@ import glob
 import io
 import json
 import os
+import tempfile
 import time
 import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -112,7 +113,7 @@ def append_csv(
     Raises:
         ValueError: The file has another header.
     """
-    check_csv(path, columns)
+    _check_header(path, columns)
     path.parent.mkdir(parents=True, exist_ok=True)
     if keep_bytes is not None and path.exists():
         os.truncate(path, keep_bytes)
@@ -121,11 +122,25 @@ def append_csv(
 
 
 def check_csv(path: Path, columns: Sequence[str]) -> None:
-    """Raise unless a table is new or has exactly these columns. Worth a call before an hour of measuring.
+    """Raise unless rows of these columns can be appended to a table. Worth a call before an hour of measuring.
 
     Raises:
-        ValueError: The file has another header, or is none that can be read so.
+        ValueError: The file has another header, is none that can be read so, or cannot be written.
     """
+    _check_header(path, columns)
+    try:  # tried, as permissions say nothing of a file system that is read-only
+        if path.exists():
+            path.open("ab").close()
+        else:
+            folder = next(folder for folder in path.absolute().parents if folder.exists())
+            tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise ValueError(
+            f"expected a table that can be written, got {str(path)!r} ({error.strerror}): choose another file"
+        ) from error
+
+
+def _check_header(path: Path, columns: Sequence[str]) -> None:
     if path.is_dir():
         raise ValueError(f"expected a file for a table, got the folder {str(path)!r}: name a file in it")
     if not path.exists() or path.stat().st_size == 0:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import csv
+import errno
 import json
 import statistics
 from collections.abc import Callable
@@ -112,8 +113,15 @@ def _report(run: Run, trained: Evaluation, stored: Evaluation, weights: str, say
     write_json(out / "eval.json", stored.to_dict() | about | where)
     row = _result_row(run, stored) | {name: where[name] for name in (*PROVENANCE, "timm", "accelerate")}
     # The table first: a run that is killed in between and resumed has its row twice there, and loses none.
-    if run.options.results is not None and not _is_in(run.options.results, out / "result.csv", row):
-        append_csv(run.options.results, RESULT_COLUMNS, [row])
+    if (table := run.options.results) is not None and not _is_in(table, out / "result.csv", row):
+        try:
+            append_csv(table, RESULT_COLUMNS, [row])
+        except (OSError, ValueError) as error:
+            raise OSError(
+                getattr(error, "errno", None) or errno.EIO,
+                f"cannot add the run's row to {table} ({error}): mend that, or give another --results, and go on with "
+                "--resume",
+            ) from error
     write_csv(out / "result.csv", RESULT_COLUMNS, [row])
     notes = []
     if stored.firing_rates:  # an ANN has none, nor steps

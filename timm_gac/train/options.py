@@ -13,6 +13,9 @@ import tyro
 
 from .recipes import RECIPES, Recipe, RecipeName
 
+# Tables that a run writes in its folder.
+OWN_TABLES = ("metrics.csv", "result.csv", "firing_rates.csv", "gate.csv")
+
 
 @dataclass(frozen=True)
 class RunOptions:
@@ -61,6 +64,10 @@ class RunOptions:
         if self.device not in ("auto", "cuda", "cpu"):
             raise ValueError(
                 f"expected device auto, cuda or cpu, got {self.device!r}: choose one; CUDA_VISIBLE_DEVICES chooses GPUs"
+            )
+        if self.results is not None and self.results.resolve() in [self.out.resolve() / name for name in OWN_TABLES]:
+            raise ValueError(
+                f"expected a table for --results, got {str(self.results)!r}, a file of the run itself: name another"
             )
         if self.cpu and self.device == "cuda":
             raise ValueError("expected one device, got --cpu and --device cuda: leave one out")

@@ -22,7 +22,9 @@ _CHOICES: dict[str, tuple[str, ...]] = {
 _AT_LEAST: dict[str, float] = {
     **dict.fromkeys(("num_steps", "epochs", "batch_size", "grad_accumulation", "eval_every"), 1),
     **dict.fromkeys(("warmup_epochs", "min_lr", "weight_decay", "momentum", "clip_grad", "mix_off_epochs"), 0),
-    **dict.fromkeys(("freeze_stages", "seed", "tet_lambda", "holdout", "current_noise", "gate_decay"), 0),
+    **dict.fromkeys(
+        ("freeze_stages", "seed", "tet_lambda", "holdout", "current_noise", "gate_decay", "num_workers"), 0
+    ),
 }
 # Temperatures of distillation. The square of a high one multiplies the rounding of a divergence: with logits of
 # standard deviation 3 the loss in float32 was 3e-5 of it off at 100, 3e-3 at 1,000 and 0.16 at 10,000.
@@ -198,6 +200,9 @@ class Recipe:
                 raise ValueError(
                     f"expected {name} as the name of a network, got {given!r}: name one, or leave --{name} out"
                 )
+        for name, number in vars(self).items():
+            if isinstance(number, float) and not math.isfinite(number):
+                raise ValueError(f"expected a finite {name}, got {number!r}: give another, or leave it out")
         for name, least in _AT_LEAST.items():
             if not getattr(self, name) >= least:
                 raise ValueError(f"expected {name} of at least {least}, got {getattr(self, name)!r}: give a larger one")
@@ -205,12 +210,15 @@ class Recipe:
             raise ValueError(f"expected ema_decay in [0, 1), got {self.ema_decay!r}: give one such as 0.999, or 0")
         if not self.lr > 0:
             raise ValueError(f"expected lr > 0, got {self.lr!r}: give one such as 0.1")
+        if self.min_lr > self.lr:
+            raise ValueError(f"expected min_lr of at most lr={self.lr!r}, got {self.min_lr!r}: lower it, or raise lr")
+        if self.momentum >= 1:
+            raise ValueError(f"expected momentum in [0, 1), got {self.momentum!r}: give one such as 0.9")
+        if self.layer_decay is not None and not self.layer_decay > 0:
+            raise ValueError(f"expected layer_decay > 0, got {self.layer_decay!r}: give one such as 0.75, or none")
         for name in ("gate_lr", "neuron_lr"):
-            if not 0.0 <= (factor := getattr(self, name)) < math.inf:
+            if not (factor := getattr(self, name)) >= 0:
                 raise ValueError(f"expected {name} >= 0, got {factor!r}: give one such as 0.1, or 0 to freeze it")
-        for name, usual in (("current_noise", 0.01), ("gate_decay", 1)):
-            if not (value := getattr(self, name)) < math.inf:
-                raise ValueError(f"expected a finite {name}, got {value!r}: give one such as {usual}")
         if not 0.0 <= self.distill_weight <= 1.0:
             raise ValueError(f"expected distill_weight from 0 to 1, got {self.distill_weight!r}: give one such as 0.5")
         if not _COLDEST <= self.distill_temperature <= _HOTTEST:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..analysis.evaluate import Evaluation, evaluate, evaluate_state
 from ..analysis.gate import GateStatistics
+from ..hub.folder import check_storable_config
 from ..runtime.collectives import share_tensors
 from ..runtime.dtypes import AUTOCAST
 from ..runtime.files import check_csv, write_json
@@ -143,6 +144,7 @@ class Run:
             cfg=self.network.pretrained_cfg,
             accelerator=self.accelerator,
         )
+        check_storable_config(self.network, self.loaders.label_names)
         train, test = (self.loaders.train, self.loaders.test) if sets is None else sets
         self.data = {"train": describe_data(train), recipe.eval_split: describe_data(test)}
         self.network.to(self.device)

@@ -27,6 +27,7 @@ from ..hub.config import is_ann, read_config
 from ..hub.folder import check_storable
 from ..hub.open import is_registered
 from ..hub.remote import exists, open_source
+from ..models.arguments import MAX_CLASSES
 from ..runtime.collectives import share_tensors
 from .idle import refuse_idle
 from .recipes import Recipe
@@ -321,7 +322,35 @@ def read_sets(recipe: Recipe, progress: bool) -> tuple[ImageArrays, ImageArrays]
         )
 
     train = read("train")
-    return split_arrays(train, recipe.holdout) if recipe.holdout else (train, read("test", train.label_names))
+    if train.num_classes > MAX_CLASSES:
+        raise ValueError(
+            f"expected labels below {MAX_CLASSES:,} in {recipe.data!r}, got {train.num_classes - 1:,}: number the "
+            "classes from 0"
+        )
+    if recipe.holdout:
+        return split_arrays(train, recipe.holdout)
+    test = read("test", train.label_names)
+    _check_alike(train, test, recipe.data)
+    return train, test
+
+
+def _check_alike(train: ImageArrays, test: ImageArrays, data: str) -> None:
+    """Refuse a test set that a network of the training set's classes and image size is not for.
+
+    Raises:
+        ValueError: It has other classes, or images of another shape.
+    """
+    if test.num_classes > train.num_classes:
+        raise ValueError(
+            f"expected test labels below {train.num_classes}, the number of classes of the training set of {data!r}, "
+            f"got {test.num_classes - 1}: number the classes alike, or leave these test images out"
+        )
+    expected, got = tuple(train.images.shape[1:]), tuple(test.images.shape[1:])
+    if got != expected:
+        remedy = "give --image-size" if got[0] == expected[0] else "store both with the same channels"
+        raise ValueError(
+            f"expected test images of the training images' shape {expected} in {data!r}, got {got}: {remedy}"
+        )
 
 
 def count_stream_classes(recipe: Recipe) -> int:
