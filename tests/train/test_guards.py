@@ -488,3 +488,14 @@ def test_a_disk_that_is_full_says_how_to_go_on(recipe, tmp_path, monkeypatch):
     monkeypatch.setattr("timm_gac.train.loop.write_metrics", full)
     with pytest.raises(OSError, match=r"cannot be written.*No space left.*--resume"):
         train(recipe, options(tmp_path))
+
+
+def test_a_run_goes_on_when_nobody_reads_its_output(recipe, tmp_path, monkeypatch, capsys):
+    """As with ``| head``, and with ``| tee log``, which Ctrl-C ends sooner than the run."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w") as stream:
+        monkeypatch.setattr("sys.stdout", stream)
+        assert train(replace(recipe, epochs=2, eval_every=1), options(tmp_path)) == 0
+    assert (tmp_path / "model").is_dir() and (tmp_path / "checkpoints" / "step_00000008").is_dir()
+    assert capsys.readouterr().err == "no output any more (Broken pipe): the run goes on, see metrics.csv\n"

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import sys
 import time
+from collections.abc import Callable
 from typing import Any
 
 from rich.console import Console
@@ -13,8 +17,18 @@ from ..hub.config import is_ann
 from .recipes import Recipe
 
 
+class _Console(Console):
+    """A console that does not end the process when its reader has gone, as rich's own does."""
+
+    def on_broken_pipe(self) -> None:
+        """Raise the error that is being handled."""
+        raise
+
+
 class Progress:
-    """Progress of a run.
+    """Progress of a run, which goes on where nothing can be shown: the reader of a pipe has gone, the disk is full.
+
+    So it is with ``| tee log``, which Ctrl-C ends sooner than the run has written its checkpoint.
 
     Args:
         recipe: Recipe of the run.
@@ -29,7 +43,7 @@ class Progress:
         self._images_per_step = recipe.batch_size * processes
         self.loss = self.match = float("nan")
         self.images_per_s = 0.0
-        self._console = Console(quiet=not visible, soft_wrap=True)
+        self._console = _Console(quiet=not visible, soft_wrap=True)
         self._last = (time.monotonic(), done)
         self._accuracy = ""
         columns = (
@@ -44,15 +58,25 @@ class Progress:
         self._task = self._bar.add_task(f"{recipe.model}{steps}", total=total, completed=done)
 
     def __enter__(self) -> Progress:
-        self._bar.start()
+        self._show(self._bar.start)
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._bar.stop()
+        self._show(self._bar.stop)
+
+    def _show(self, show: Callable[[], object]) -> None:
+        try:
+            show()
+        except OSError as error:
+            self._console.quiet = True
+            with contextlib.suppress(OSError, ValueError):  # else Python's own flush in the end would fail
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            with contextlib.suppress(OSError, ValueError):
+                sys.stderr.write(f"no output any more ({error.strerror}): the run goes on, see metrics.csv\n")
 
     def say(self, text: str) -> None:
         """Show a line of text."""
-        self._console.print(text, highlight=False, markup=False)
+        self._show(lambda: self._console.print(text, highlight=False, markup=False))
 
     def update(self, step: int, loss: float, match: float, lr: float) -> None:
         """Show loss and share of matches since the last update."""
@@ -62,7 +86,7 @@ class Progress:
             self.images_per_s = (step - done) * self._images_per_step / max(now - before, 1e-9)
         self._last, self.loss, self.match = (now, step), loss, match
         text = f"loss {loss:.3f}, match {match:.1%}, {self.images_per_s:,.0f} img/s{self._accuracy}"
-        self._bar.update(self._task, completed=step, description=text)
+        self._show(lambda: self._bar.update(self._task, completed=step, description=text))
 
     def epoch(self, row: dict[str, Any], minutes: float) -> None:
         """Show the row of metrics.csv of an epoch."""
