@@ -29,7 +29,7 @@ from timm_gac.train.loop import RunOptions, Trainer, train
 from timm_gac.train.optim import learning_rate
 from timm_gac.train.options import OWN_TABLES, parse
 from timm_gac.train.runlog import read_metrics
-from timm_gac.train.setup import create_accelerator, create_network, read_sets
+from timm_gac.train.setup import create_accelerator, create_network, read_sets, settled
 from timm_gac.train.step import TrainStep
 
 
@@ -288,8 +288,9 @@ def test_a_network_too_large_for_a_folder_is_refused_before_it_is_trained(recipe
     ("name", "value", "said"),
     [
         *((name, math.inf, f"expected a finite {name}") for name in ("lr", "weight_decay", "tet_lambda", "clip_grad")),
-        ("warmup_epochs", math.nan, "expected a finite warmup_epochs, got nan"),
-        ("layer_decay", math.nan, "expected a finite layer_decay, got nan"),
+        ("mixup", math.inf, "expected a finite mixup, got inf"),
+        ("warmup_epochs", math.nan, "expected warmup_epochs of at least 0, got nan"),
+        ("layer_decay", math.nan, "expected layer_decay > 0, got nan"),
         ("layer_decay", 0.0, r"expected layer_decay > 0, got 0\.0"),
         ("layer_decay", -1.0, r"expected layer_decay > 0, got -1\.0"),
         ("min_lr", 0.2, r"expected min_lr of at most lr=0\.1, got 0\.2"),
@@ -426,6 +427,26 @@ def test_weights_for_other_channels_are_adapted(recipe, tmp_path, stored, given)
         assert torch.equal(network.conv1.weight, first.conv1.weight)
     assert torch.equal(network.fc.weight, first.fc.weight)
     assert network(torch.zeros(1, given, 16, 16)).isfinite().all()
+
+
+def test_another_model_than_that_of_the_initial_weights_is_refused(recipe, tmp_path):
+    save_model_folder(timm.create_model("test_msresnet", num_classes=2), tmp_path)
+    given = replace(recipe, init=str(tmp_path), model="gac_msresnet18_cifar")
+    with pytest.raises(
+        ValueError, match=r"weights of gac_msresnet18_cifar, which --model names, got .* of test_msresnet:"
+    ):
+        settled(given, "digits")
+    for model, name in (("test_gac_msresnet", "digits"), ("test_msresnet", "digits"), ("gac_msresnet34", "custom")):
+        assert settled(replace(given, model=model), name).model == "test_msresnet"
+    assert settled(given, "digits", resumed=True).model == "test_msresnet"
+
+
+def test_a_run_without_its_config_says_what_to_do(recipe, tmp_path):
+    trainer = Trainer(recipe, options(tmp_path))
+    trainer.run()
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(ValueError, match=r"config\.json in .*: put it back, or begin anew in another --out"):
+        Trainer(recipe, options(tmp_path, resume=True))
 
 
 def test_gate_and_neuron_of_initial_weights_stay_and_are_named(recipe, tmp_path, caplog):

@@ -200,9 +200,6 @@ class Recipe:
                 raise ValueError(
                     f"expected {name} as the name of a network, got {given!r}: name one, or leave --{name} out"
                 )
-        for name, number in vars(self).items():
-            if isinstance(number, float) and not math.isfinite(number):
-                raise ValueError(f"expected a finite {name}, got {number!r}: give another, or leave it out")
         for name, least in _AT_LEAST.items():
             if not getattr(self, name) >= least:
                 raise ValueError(f"expected {name} of at least {least}, got {getattr(self, name)!r}: give a larger one")
@@ -236,6 +233,9 @@ class Recipe:
             raise ValueError("expected ema_decay > 0 with report='ema', got 0: set ema_decay or report='model'")
         if self.mix_off_epochs > self.epochs:
             raise ValueError(f"expected mix_off_epochs <= epochs, got {self.mix_off_epochs} of {self.epochs}: lower it")
+        for name, number in vars(self).items():
+            if isinstance(number, float) and not math.isfinite(number):
+                raise ValueError(f"expected a finite {name}, got {number!r}: give another, or leave it out")
         self.augmentation(last=False)  # checks its own fields
 
     def augmentation(self, last: bool) -> Augmentation:

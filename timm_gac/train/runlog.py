@@ -64,7 +64,8 @@ def check_same_recipe(file: Path, recipe: Recipe, processes: int) -> None:
         batch_before = processes_before * int(before["batch_size"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(
-            f"expected the run's {file.name} in {str(file.parent)!r}, got none that can be read"
+            f"expected the run's {file.name} in {str(file.parent)!r}, got none that can be read: put it back, "
+            "or begin anew in another --out"
         ) from error
     if batch_before != processes * recipe.batch_size:
         raise ValueError(

@@ -30,7 +30,7 @@ from ..hub.remote import exists, open_source
 from ..models.arguments import MAX_CLASSES
 from ..runtime.collectives import share_tensors
 from .idle import refuse_idle
-from .recipes import Recipe
+from .recipes import RECIPES, Recipe
 
 _logger = logging.getLogger(__name__)
 
@@ -174,9 +174,11 @@ def settled(recipe: Recipe, recipe_name: str, *, resumed: bool = False) -> Recip
         resumed: Refuse nothing that would change nothing: the recipe is that of a run which has begun.
 
     Raises:
-        ValueError: A field would change nothing, such as a gate for an ANN, or there are no such initial weights.
+        ValueError: A field would change nothing, such as a gate for an ANN, or there are no such initial weights, or
+            they are of another model than the one that was named.
     """
     if recipe.init is not None:
+        given = recipe.model.partition(".")[0]
         try:
             recipe = dataclasses.replace(recipe, model=_architecture(recipe))
         except ValueError as error:
@@ -186,6 +188,12 @@ def settled(recipe: Recipe, recipe_name: str, *, resumed: bool = False) -> Recip
                 f"expected the initial weights that this run began with, whose network --resume builds: {error}; put "
                 "them back where they were"
             ) from error
+        usual = RECIPES[recipe_name].model if recipe_name in RECIPES else given
+        if not resumed and given not in (usual, recipe.model):
+            raise ValueError(
+                f"expected initial weights of {given}, which --model names, got {recipe.init!r} of {recipe.model}: "
+                "leave --model out, or give other weights"
+            )
     architecture = _architecture(recipe)
     ann = is_ann(architecture)
     if not resumed:
