@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -98,3 +100,21 @@ def test_a_table_that_is_no_text(tmp_path: Path) -> None:
     (tmp_path / "table.csv").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(ValueError, match=r"table.csv to be a table \(CSV\), got another file: choose another$"):
         check_csv(tmp_path / "table.csv", ["a"])
+
+
+@pytest.mark.parametrize("command", ["train --help", "--help"])
+def test_help_that_nobody_reads_ends_without_a_word(command: str) -> None:
+    """As behind ``| head``, or a pager that was left."""
+    child = subprocess.Popen(
+        [sys.executable, "-m", "timm_gac.cli", *command.split()], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    child.stdout.close()
+    assert child.stderr.read() == b"" and child.wait() == 1
+
+
+def test_a_network_among_pictures_is_told_from_them(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["predict", "test_gac_msresnet.none", "none.png", "--model", str(folder)]) == 1
+    said = " ".join(capsys.readouterr().out.split())
+    assert (
+        "for the network of this name give --model test_gac_msresnet.none" in said and said.count("give --model") == 1
+    )

@@ -11,6 +11,7 @@ import importlib
 import importlib.abc
 import logging
 import os
+import select
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -73,6 +74,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return _run(given)
     except (ValueError, OSError) as error:
+        if isinstance(error, BrokenPipeError) and _reader_has_gone():
+            return 1
         message = str(error)
     except ModuleNotFoundError as error:
         message = _how_to_install([name.partition(".")[0] for name in str(error.name).split()])
@@ -80,6 +83,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         message = "interrupted"
     sys.stderr.write(f"timm-gac: {message}\n")
     return 2
+
+
+def _reader_has_gone() -> bool:
+    """Whether nobody reads the output any more, as behind ``| head``, which is no error to tell of."""
+    try:
+        poll = select.poll()
+        poll.register(sys.stdout, 0)
+        gone = any(event & select.POLLERR for _, event in poll.poll(0))
+        if gone:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for Python's own flush at its end
+    except (AttributeError, OSError, ValueError):  # Windows, or an output that is no file
+        return False
+    return gone
 
 
 def _how_to_install(packages: list[str]) -> str:

@@ -135,6 +135,13 @@ def run_predict(paths: Sequence[Path], config: PredictConfig, console: Console |
     return 1 if problems else 0
 
 
+def _if_network(file: Path) -> str:
+    """A hint where the name of a network stands among the pictures."""
+    from ..hub.open import is_registered
+
+    return f"; for the network of this name give --model {file}" if is_registered(str(file)) else ""
+
+
 def _batches(
     files: list[Path], network: Any, batch_size: int, problems: list[str]
 ) -> Iterator[tuple[list[Path], Tensor]]:
@@ -147,7 +154,7 @@ def _batches(
             rows.append(open_pictures([file], network))
             good.append(file)
         except ValueError as error:
-            problems.append(str(error))
+            problems.append(f"{error}{_if_network(file)}")
         if len(good) == batch_size:
             yield good, torch.cat(rows)
             good, rows = [], []
