@@ -91,6 +91,29 @@ def test_a_full_disk_is_one_sentence_and_the_run_goes_on_later(npz, tmp_path, st
     assert all(torch.equal(expected[name], got[name]) for name in expected)
 
 
+@pytest.mark.skipif(os.name != "posix", reason="needs signals of POSIX")
+@pytest.mark.parametrize("nohup", [False, True])
+def test_a_closed_terminal_ends_a_run_with_a_checkpoint_unless_it_is_to_be_ignored(nohup, npz, tmp_path, monkeypatch):
+    recipe = Recipe(model="test_gac_msresnet", num_steps=1, data=str(npz), epochs=1, batch_size=16, crop_padding=1)
+    trainer = Trainer(recipe, RunOptions(out=tmp_path, cpu=True))
+    step = trainer.state.train_step._run
+
+    def closed_in_the_second(*batch):
+        step(*batch)
+        if trainer.state.step == 1:
+            os.kill(os.getpid(), signal.SIGHUP)
+
+    monkeypatch.setattr(trainer.state.train_step, "_run", closed_in_the_second)
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN if nohup else signal.SIG_DFL)
+    try:
+        assert trainer.run() == (0 if nohup else 128 + signal.SIGHUP)
+        assert signal.getsignal(signal.SIGHUP) is (signal.SIG_IGN if nohup else signal.SIG_DFL)
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert trainer.state.step == (4 if nohup else 2)
+    assert checkpoints.latest_checkpoint(tmp_path / "checkpoints") is not None
+
+
 def test_a_stop_waits_for_the_gradients_to_be_complete(npz, tmp_path):
     recipe = Recipe(
         model="test_gac_msresnet",

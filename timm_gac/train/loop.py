@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 import signal
 import threading
 import time
@@ -60,7 +61,7 @@ class Trainer:
         """Train until the end, a signal, or the time limit.
 
         Returns:
-            Exit code: 0 at the end and at the time limit, 128 + signal number after Ctrl-C or SIGTERM.
+            Exit code: 0 at the end and at the time limit, 128 + signal number after Ctrl-C, SIGTERM or SIGHUP.
         """
         try:
             with running(self.accelerator):
@@ -97,11 +98,17 @@ class Trainer:
 
     @contextmanager
     def _signals(self) -> Iterator[None]:
-        """Let Ctrl-C and SIGTERM end the run with a checkpoint; only the main thread of a process gets signals."""
+        """Let Ctrl-C, SIGTERM and a closed terminal end the run with a checkpoint.
+
+        Only the main thread of a process gets signals. SIGHUP stays ignored where ``nohup`` has it so.
+        """
         if threading.current_thread() is not threading.main_thread():
             yield
             return
-        previous = {number: signal.signal(number, self._on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
+        numbers = [signal.SIGINT, signal.SIGTERM]
+        if os.name == "posix" and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+            numbers.append(signal.SIGHUP)
+        previous = {number: signal.signal(number, self._on_signal) for number in numbers}
         try:
             yield
         finally:

@@ -26,8 +26,8 @@ class RunOptions:
         out: Folder of the run.
         resume: Resume from the last checkpoint in that folder.
         stop_after_minutes: Save a checkpoint and stop after so many minutes; 0 for never.
-        checkpoint_minutes: Minutes between checkpoints; one is also written at the end of the run and on Ctrl-C or
-            SIGTERM.
+        checkpoint_minutes: Minutes between checkpoints; one is also written at the end of the run, on Ctrl-C or
+            SIGTERM, and when the terminal is closed.
         checkpoint_steps: Steps between checkpoints, instead of minutes; 0 for minutes.
         keep_checkpoints: How many checkpoints to keep.
         trackers: Trackers of accelerate, such as tensorboard.
