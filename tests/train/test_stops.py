@@ -114,6 +114,19 @@ def test_a_closed_terminal_ends_a_run_with_a_checkpoint_unless_it_is_to_be_ignor
     assert checkpoints.latest_checkpoint(tmp_path / "checkpoints") is not None
 
 
+def test_a_signal_in_the_last_step_does_not_make_a_finished_run_a_stopped_one(npz, tmp_path, monkeypatch):
+    recipe = Recipe(model="test_gac_msresnet", num_steps=1, data=str(npz), epochs=1, batch_size=64, crop_padding=1)
+    trainer = Trainer(replace(recipe, warmup_epochs=0), RunOptions(out=tmp_path, cpu=True))
+    step = trainer.state.train_step._run
+
+    def interrupted(*batch):
+        step(*batch)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(trainer.state.train_step, "_run", interrupted)
+    assert trainer.run() == 0 and (tmp_path / "result.csv").exists()
+
+
 def test_a_stop_waits_for_the_gradients_to_be_complete(npz, tmp_path):
     recipe = Recipe(
         model="test_gac_msresnet",

@@ -61,11 +61,12 @@ class Trainer:
         """Train until the end, a signal, or the time limit.
 
         Returns:
-            Exit code: 0 at the end and at the time limit, 128 + signal number after Ctrl-C, SIGTERM or SIGHUP.
+            Exit code: 0 at the end and at the time limit, 128 + signal number where Ctrl-C, SIGTERM or SIGHUP stopped
+            the run before.
         """
         try:
             with running(self.accelerator):
-                self._run()
+                stopped = self._run()
         except OSError as error:
             if "--resume" in str(error):
                 raise
@@ -75,9 +76,10 @@ class Trainer:
             ) from error
         finally:
             self.state.release()
-        return 128 + self.stop_signal if self.stop_signal else 0
+        return 128 + self.stop_signal if stopped and self.stop_signal else 0
 
-    def _run(self) -> None:
+    def _run(self) -> bool:
+        """Train; return whether the run was stopped before its end."""
         state = self.state
         self.started = self.saved_at = time.monotonic()
         if self.options.trackers:
@@ -95,6 +97,7 @@ class Trainer:
         state.train_step.release()
         if self.options.trackers:
             self.accelerator.end_training()
+        return stopped
 
     @contextmanager
     def _signals(self) -> Iterator[None]:
