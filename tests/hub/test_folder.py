@@ -216,3 +216,63 @@ def test_names_tell_the_model(base: str) -> None:
 def test_all_who_may_read_the_config_may_read_the_weights(tmp_path: Path) -> None:
     folder = save_model_folder(timm.create_model("test_gac_msresnet"), tmp_path / "model")
     assert (folder / "model.safetensors").stat().st_mode == (folder / "config.json").stat().st_mode
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda tensor: tensor.to(torch.complex64), "of torch.complex64 in"),
+        (lambda tensor: tensor.to(torch.int32), "of torch.int32 in"),
+        (lambda tensor: tensor.to(torch.float8_e4m3fn), "of torch.float8_e4m3fn in"),
+        (lambda tensor: tensor.to("meta"), "without values in"),
+        (lambda tensor: tensor.to_sparse(), "in the layout torch.sparse_coo in"),
+    ],
+    ids=["complex", "integers", "float8", "meta", "sparse"],
+)
+def test_values_that_a_network_cannot_hold_are_refused(change: Any, message: str, tmp_path: Path) -> None:
+    state = timm.create_model("test_gac_msresnet").state_dict()
+    torch.save(state | {"fc.weight": change(state["fc.weight"])}, tmp_path / "file.pth")
+    with pytest.raises(ValueError, match=message):
+        convert_checkpoint(tmp_path / "file.pth", tmp_path / "folder", model="test_gac_msresnet")
+    assert not (tmp_path / "folder").exists()
+
+
+def test_a_file_is_read_by_its_content_whatever_its_name(tmp_path: Path) -> None:
+    state = timm.create_model("test_gac_msresnet").state_dict()
+    for name in ("file.pth", "FILE.SAFETENSORS"):
+        safetensors.torch.save_file(state, tmp_path / name)
+        assert read_checkpoint(tmp_path / name).keys() == state.keys()
+    torch.save(state, tmp_path / "pickle.safetensors")
+    assert read_checkpoint(tmp_path / "pickle.safetensors").keys() == state.keys()
+
+
+def test_an_empty_wrapper_is_skipped_and_an_empty_file_says_so(tmp_path: Path) -> None:
+    state = timm.create_model("test_gac_msresnet").state_dict()
+    torch.save({"state_dict_ema": {}, "state_dict": state}, tmp_path / "file.pth")
+    assert read_checkpoint(tmp_path / "file.pth").keys() == state.keys()
+    torch.save({}, tmp_path / "empty.pth")
+    with pytest.raises(ValueError, match="got an empty one"):
+        read_checkpoint(tmp_path / "empty.pth")
+
+
+def test_no_steps_and_no_head_are_not_replaced_by_others(tmp_path: Path) -> None:
+    state = timm.create_model("test_gac_msresnet").state_dict()
+    torch.save(state, tmp_path / "file.pth")
+    with pytest.raises(ValueError, match="num_steps as an integer from 1 to 1,024, got 0"):
+        convert_checkpoint(tmp_path / "file.pth", tmp_path / "folder", model="test_gac_msresnet", num_steps=0)
+    torch.save({name: tensor for name, tensor in state.items() if not name.startswith("fc.")}, tmp_path / "body.pth")
+    with pytest.raises(ValueError, match="give num_classes=0"):
+        convert_checkpoint(tmp_path / "body.pth", tmp_path / "folder", model="test_gac_msresnet")
+    convert_checkpoint(tmp_path / "body.pth", tmp_path / "folder", model="test_gac_msresnet", num_classes=0)
+    assert timm.create_model(f"local-dir:{tmp_path / 'folder'}", pretrained=True).num_classes == 0
+
+
+def test_two_types_of_16_bits_are_stored_in_one_that_holds_both(tmp_path: Path) -> None:
+    state = {name: tensor.bfloat16() for name, tensor in timm.create_model("test_gac_msresnet").state_dict().items()}
+    state |= {"fc.bias": torch.full((100,), 1.0009765625, dtype=torch.float16)}  # bfloat16 would round it to 1
+    state |= {"fc.weight": torch.full((100, 48), 1e30, dtype=torch.bfloat16)}  # float16 would overflow
+    state = {name: tensor.long() if name.endswith("tracked") else tensor for name, tensor in state.items()}
+    torch.save(state, tmp_path / "file.pth")
+    folder = convert_checkpoint(tmp_path / "file.pth", tmp_path / "folder", model="test_gac_msresnet")
+    stored = safetensors.torch.load_file(folder / "model.safetensors")
+    assert all(torch.equal(stored[name].double(), state[name].double()) for name in ("fc.bias", "fc.weight"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import pickle
 import struct
@@ -24,6 +25,8 @@ _logger = logging.getLogger(__name__)
 
 # Keys under which training scripts nest the tensors.
 WRAPPERS = ("state_dict_ema", "model_ema", "state_dict", "model_state_dict", "model", "net")
+# Types of weights; int8 are the integers of a network trained in 8 bits.
+_FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 # What the restricted unpickler and the archive readers raise on bytes that are not a checkpoint.
 UNREADABLE = (
     pickle.UnpicklingError,
@@ -43,8 +46,9 @@ def read_checkpoint(file: Path) -> dict[str, Tensor]:
     """The tensors of a checkpoint file, by name, on the CPU; no code in the file is ever run.
 
     Args:
-        file: A ``.safetensors`` file, or a pickle as written by ``torch.save`` (read with ``weights_only=True``): the
-            state dict itself or a dict that holds it under a usual key. A ``module.`` prefix is removed.
+        file: A safetensors file, known by its content, or a pickle as written by ``torch.save`` (read with
+            ``weights_only=True``): the state dict itself or a dict that holds it under a usual key. A
+            ``module.`` prefix is removed.
 
     Raises:
         ValueError: There is no such file, it cannot be read without running code, or it holds no state dict.
@@ -52,10 +56,11 @@ def read_checkpoint(file: Path) -> dict[str, Tensor]:
     if not file.is_file():
         raise ValueError(f"expected a checkpoint file, got {str(file)!r}, which is none: check the path")
     try:
-        if file.suffix == ".safetensors":
+        if _is_safetensors(file):
             checkpoint: Any = safetensors.torch.load_file(file, device="cpu")
         else:
-            checkpoint = torch.load(file, map_location="cpu", weights_only=True)
+            with file.open("rb") as stream:  # a stream, as PyTorch goes by a path's suffix
+                checkpoint = torch.load(stream, map_location="cpu", weights_only=True)
     except UNREADABLE as error:
         reason = next((line for line in str(error).splitlines() if "GLOBAL" in line), type(error).__name__).strip()
         raise ValueError(
@@ -63,16 +68,42 @@ def read_checkpoint(file: Path) -> dict[str, Tensor]:
             f"damaged ({reason}): save its state dict alone, with torch.save or as safetensors"
         ) from error
     if isinstance(checkpoint, dict):
-        wrapper = next((key for key in WRAPPERS if isinstance(checkpoint.get(key), dict)), None)
+        # An empty one is skipped: scripts write the average of weights even where they keep none.
+        wrapper = next((key for key in WRAPPERS if checkpoint.get(key) and isinstance(checkpoint[key], dict)), None)
         checkpoint = checkpoint if wrapper is None else checkpoint[wrapper]
     if not isinstance(checkpoint, dict) or not checkpoint:
-        raise ValueError(f"expected a state dict, got {type(checkpoint).__name__} in {file.name!r}: save one")
+        found = "an empty one" if isinstance(checkpoint, dict) else type(checkpoint).__name__
+        raise ValueError(f"expected a state dict, got {found} in {file.name!r}: save one with tensors")
     others = [key for key, value in checkpoint.items() if not (isinstance(key, str) and isinstance(value, Tensor))]
     if others:
         raise ValueError(
             f"expected tensors by name, got a non-tensor under {others[0]!r} in {file.name!r}: save these alone"
         )
+    for key, value in checkpoint.items():
+        _check_values(key, value, file)
     return clean_state_dict(checkpoint)
+
+
+def _is_safetensors(file: Path) -> bool:
+    """Whether a file is safetensors by its content, 8 bytes of a length and JSON; or, of a damaged one, by its name."""
+    with file.open("rb") as stream:
+        start = stream.read(9)
+    return start[8:] == b"{" or (start[:2] != b"PK" and file.suffix.lower() == ".safetensors")
+
+
+def _check_values(name: str, tensor: Tensor, file: Path) -> None:
+    """Refuse a tensor whose values a network cannot hold: loading would cut an imaginary part off in silence.
+
+    Counters, which have no axis, may be of any integer type.
+    """
+    is_counter = tensor.ndim == 0 and not tensor.is_floating_point() and not tensor.is_complex()
+    dense = tensor.layout == torch.strided and not tensor.is_meta and not tensor.is_quantized
+    if not dense or not (is_counter or tensor.dtype in (*_FLOATS, torch.int8)):
+        kind = "without values" if tensor.is_meta else "" if dense else f"in the layout {tensor.layout}"
+        raise ValueError(
+            f"expected dense floating-point tensors, got {name!r} of {tensor.dtype} {kind}".rstrip()
+            + f" in {file.name!r}: save it as float32, with tensor.to_dense().float()"
+        )
 
 
 def infer_model(tensors: dict[str, Tensor]) -> str:
@@ -143,18 +174,27 @@ def convert_checkpoint(
     check_new_folder(out, overwrite)
     refuse_run_folder(out, "the model")
     tensors = read_checkpoint(file)
-    name = model or infer_model(tensors)
+    name = infer_model(tensors) if model is None else model
     if not is_model_in_modules(name, ["spiking_resnet"]):
         raise ValueError(f"expected a model of this package, got {name!r}: see timm.list_models('*msresnet*')")
 
     classes = _size(tensors, ("fc1.weight", "fc.weight"), axis=0, ndim=2)
+    if classes is None:
+        if num_classes != 0:
+            raise ValueError(
+                f"expected a head (fc.weight) in {file.name!r}, got none: give num_classes=0 (--num-classes 0) for a "
+                "network of features, without classes"
+            )
+        classes = 0
     if num_classes is not None and num_classes != classes:
         raise ValueError(f"expected num_classes={classes} as in the file's head, got {num_classes}: leave it out")
     published_steps = _size(tensors, ("encoding.TA.sharedMLP.0.weight",), axis=1, ndim=5)
-    steps = num_steps or published_steps or _size(tensors, ("encoder.temporal.fc1.weight",), axis=1, ndim=2)
+    stored_steps = published_steps or _size(tensors, ("encoder.temporal.fc1.weight",), axis=1, ndim=2)
+    steps = stored_steps if num_steps is None else num_steps  # 0 is refused by the network, not replaced
     in_chans = _size(tensors, ("conv1.0.weight", "conv1.weight"), axis=1, ndim=4)
     dtypes = {tensor.dtype for tensor in tensors.values() if tensor.is_floating_point()}
-    dtype = max(dtypes, key=lambda dtype: dtype.itemsize, default=torch.float32)
+    # bfloat16 and float16 in one file make float32: neither holds the values of the other.
+    dtype = functools.reduce(torch.promote_types, dtypes) if dtypes else torch.float32
 
     network = timm.create_model(name, num_classes=classes, num_steps=steps, in_chans=in_chans, dtype=dtype)
     try:
