@@ -203,3 +203,27 @@ def test_wrong_sources(model_folder: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="expected a network whose logits depend on the image"):
         push(copy, PublishConfig(REPO, dry_run=True, out=tmp_path / "out"))
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("license", ["MIT", "a licence", "a\nb", "", "x" * 100])
+def test_a_licence_that_the_hub_does_not_spell_so_is_refused(license: str) -> None:
+    with pytest.raises(ValueError, match="expected license as the Hub spells it"):
+        PublishConfig(REPO, license=license)
+
+
+@pytest.mark.parametrize("dataset", ["a\nb", " ", ""])
+def test_a_data_set_is_one_line(dataset: str) -> None:
+    with pytest.raises(ValueError, match="expected dataset as one printable line"):
+        PublishConfig(REPO, dataset=dataset)
+
+
+def test_label_files_of_an_editor_and_without_names(model_folder: Path, tmp_path: Path) -> None:
+    classes = json.loads((model_folder / "config.json").read_bytes())["num_classes"]
+    file, out = tmp_path / "names.txt", tmp_path / "out"
+    file.write_text("\n".join(f"name {index}" for index in range(classes)), encoding="utf-8-sig")
+    push(model_folder, PublishConfig(REPO, dry_run=True, out=out, label_names=str(file)))
+    assert json.loads((out / "config.json").read_bytes())["label_names"][0] == "name 0"
+    file.write_text("\n \n", encoding="utf-8")
+    with pytest.raises(ValueError, match="without any: write them, in order"):
+        push(model_folder, PublishConfig(REPO, dry_run=True, out=tmp_path / "other", label_names=str(file)))
+    assert not (tmp_path / "other").exists()

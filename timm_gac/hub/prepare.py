@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import tempfile
 from collections.abc import Mapping
@@ -14,7 +15,7 @@ from huggingface_hub.utils import validate_repo_id
 from ..data.labels import known_label_names
 from ..runtime.files import check_new_folder, write_json, write_text
 from .card import DEFAULT_LICENSE, write_card
-from .config import CONFIG, LICENSE_KEYS, check_labels, read_config, write_config
+from .config import CONFIG, LICENSE_KEYS, check_labels, read_config, short, write_config
 from .facts import EVALUATIONS, Facts, gather, read_public
 from .folder import WEIGHTS, refuse_run_folder
 from .golden import write_golden
@@ -57,6 +58,13 @@ class PublishConfig:
             valid = False
         if not valid:
             raise ValueError(f"expected repo_id as ORG/NAME, got {self.repo_id!r}: such as your-name/gac-digits")
+        if self.license is not None and not re.fullmatch(r"[a-z0-9][a-z0-9.+-]{0,63}", self.license):
+            raise ValueError(
+                f"expected license as the Hub spells it, got {short(self.license)}: in lower case and without spaces, "
+                "such as mit, apache-2.0 or other"
+            )
+        if self.dataset is not None and not (self.dataset.isprintable() and self.dataset.strip()):
+            raise ValueError(f"expected dataset as one printable line, got {short(self.dataset)}: such as cifar100")
 
 
 def prepare_folder(source: Path, out: Path, config: PublishConfig) -> list[Path]:
@@ -95,6 +103,7 @@ def prepare_folder(source: Path, out: Path, config: PublishConfig) -> list[Path]
                 write_json(stage / name, read_public(file) | said)
             else:
                 shutil.copyfile(file, stage / name)
+        read_config(stage)  # a folder that no loader takes is not to be published
         write_golden(folder, stage)
         write_text(stage / CARD, write_card(facts, config.repo_id))
         out.mkdir(exist_ok=True)
@@ -133,7 +142,7 @@ def read_labels(file: Path) -> tuple[str, ...]:
     """The names of the classes in a text file, one a line.
 
     Raises:
-        ValueError: There is no such file, or it is no UTF-8 text of at most 1 MiB.
+        ValueError: There is no such file, or it is no UTF-8 text of at most 1 MiB, or has no names.
     """
     if not file.is_file():
         raise ValueError(
@@ -143,7 +152,10 @@ def read_labels(file: Path) -> tuple[str, ...]:
     try:
         if len(content) > MAX_LABEL_BYTES:
             raise ValueError(f"{len(content):,} bytes")
-        text = content.decode("utf-8")
+        text = content.decode("utf-8-sig")  # some editors begin a file with a byte-order mark
     except ValueError as error:  # UnicodeDecodeError is one
         raise ValueError(f"expected label names as a short UTF-8 text, got {file.name!r} ({error})") from error
-    return tuple(line.strip() for line in text.splitlines() if line.strip())
+    names = tuple(line.strip() for line in text.splitlines() if line.strip())
+    if not names:
+        raise ValueError(f"expected the name of one class a line, got {file.name!r} without any: write them, in order")
+    return names
