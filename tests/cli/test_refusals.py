@@ -12,6 +12,7 @@ import timm
 from PIL import Image
 
 from timm_gac import cli
+from timm_gac.cli.inspect import InspectConfig, run_inspect
 from timm_gac.hub import save_model_folder
 from timm_gac.runtime.files import check_csv
 
@@ -118,3 +119,11 @@ def test_a_network_among_pictures_is_told_from_them(folder: Path, capsys: pytest
     assert (
         "for the network of this name give --model test_gac_msresnet.none" in said and said.count("give --model") == 1
     )
+
+
+@pytest.mark.parametrize("name", ["neurons.csv", "gate.png", "inspect.json", "index.html"])
+def test_inspect_replaces_and_removes_no_file_unasked(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_text("mine", encoding="utf-8")
+    with pytest.raises(ValueError, match="use --overwrite"):
+        run_inspect("test_gac_msresnet", "examples/pictures/apple.png", InspectConfig(out=tmp_path))
+    assert [(file.name, file.read_text(encoding="utf-8")) for file in tmp_path.iterdir()] == [(name, "mine")]

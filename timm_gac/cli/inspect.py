@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import tyro
 from rich.console import Console
 
-from .output import check_packages, check_writable, create_console, wrote
+from .output import check_new_files, check_packages, check_writable, create_console, wrote
 from .sources import AnyNetworkOptions, Model, Options, SetOptions, check_positive, open_calibrated
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ class InspectConfig(AnyNetworkOptions, SetOptions):
 
     Args:
         out: Folder for index.html, inspect.json and the PNGs; of learned neurons also neurons.csv.
-        overwrite: Write to a folder that has an index.html.
+        overwrite: Replace these files in a folder that has some.
         images: At most so many images of a folder or data set; the first is drawn, all count.
         batch_size: Images a batch.
     """
@@ -69,10 +69,12 @@ def run_inspect(model: str, image: str, config: InspectConfig, console: Console 
     page says so.
 
     Raises:
-        ValueError: There is no such network, image or device.
+        ValueError: There is no such network, image or device; or a file of the page is there and not to be replaced.
     """
     from ..analysis.inspect import inspect_network, write_inspection
+    from ..analysis.inspect.page import NAMES
 
+    check_new_files(config.out, NAMES, config.overwrite)
     opened, batches = open_calibrated(model, image, config, "a page of spikes and membranes")
     inspection = inspect_network(opened.network, batches, opened.origin, opened.label_names)
     console = console or create_console()

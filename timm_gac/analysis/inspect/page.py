@@ -93,6 +93,10 @@ def inspection_dict(inspection: Inspection) -> dict[str, Any]:
     }
 
 
+# All that a page may write or, where a network has nothing for it, remove.
+NAMES = ("index.html", "inspect.json", "neurons.csv", *(f"{name}.png" for name in FIGURES))
+
+
 def write_inspection(inspection: Inspection, out: Path) -> list[Path]:
     """Write ``index.html``, ``inspect.json`` and a PNG for each figure; the files, the page first.
 
