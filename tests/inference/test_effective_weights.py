@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import sys
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import timm
@@ -291,3 +292,16 @@ def test_norms_that_share_statistics_over_processes_are_folded() -> None:
     assert isinstance(model.bn1, nn.SyncBatchNorm) and isinstance(model.layer1[0].bn1, BatchNormLIF)
     with torch.no_grad():
         torch.testing.assert_close(fuse_for_inference(model)(images), expected, rtol=1e-9, atol=1e-9)
+
+
+class _Double(torch.nn.Module):
+    def forward(self, weight: torch.Tensor) -> torch.Tensor:
+        return 2 * weight
+
+
+def test_folding_a_copy_leaves_the_original_as_it_is() -> None:
+    model: Any = timm.create_model("test_gac_msresnet").eval()
+    torch.nn.utils.parametrize.register_parametrization(model.conv1, "weight", _Double())
+    expected = model.conv1.weight.detach().clone()
+    fuse_for_inference(copy.deepcopy(model))
+    assert torch.equal(model.conv1.weight, expected)

@@ -85,6 +85,9 @@ def plain_weights(model: nn.Module) -> None:
     """
     for module in list(model.modules()):
         if parametrize.is_parametrized(module):
+            # A copy shares its class with the original, from which removing would take the weight away.
+            own = {name: value for name, value in vars(type(module)).items() if name not in ("__dict__", "__weakref__")}
+            module.__class__ = type(type(module).__name__, type(module).__bases__, own)
             for name in list(module.parametrizations):  # type: ignore[arg-type]
                 with torch.enable_grad():  # else a tensor that learns becomes a buffer
                     parametrize.remove_parametrizations(module, name, leave_parametrized=True)
