@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -123,3 +124,30 @@ def test_a_full_disk_is_an_os_error_and_leaves_the_folder_as_it_was(
     assert caught.value.errno == 28
     assert {file.name: file.read_bytes() for file in (tmp_path / "saved").iterdir()} == before
     assert [path.name for path in tmp_path.iterdir()] == ["saved"]
+
+
+@pytest.mark.parametrize("name", ["test_gac_msresnet", "test_ann_resnet"])
+def test_numbers_of_numpy_are_stored(name: str, tmp_path: Path) -> None:
+    steps = {} if "ann" in name else {"num_steps": np.int64(3)}
+    model: Any = timm.create_model(
+        name, num_classes=np.int64(5), in_chans=np.int32(2), drop_rate=np.float32(0.5), **steps
+    )
+    folder = save_model_folder(model, tmp_path / "first")
+    assert json.loads((folder / "config.json").read_bytes())["num_classes"] == 5
+    model.reset_classifier(np.int64(7) if steps else 7)  # that of the ANN is timm's own
+    loaded: Any = load_model(save_model_folder(model, tmp_path / "second"))
+    assert (loaded.num_classes, loaded.in_chans, loaded.drop_rate) == (7, 2, 0.5)
+
+
+def test_a_network_opens_by_a_path_and_on_the_device_that_is_there(model_folder: Path) -> None:
+    opened = open_network(model_folder, device="auto")
+    assert opened.network.conv1.weight.device.type == ("cuda" if torch.cuda.is_available() else "cpu")
+    for arguments, message in (
+        ({"device": "nothing"}, "expected a device of this machine, got 'nothing'"),
+        ({"seed": 2**64}, "expected seed as an integer"),
+        ({"seed": None}, "expected seed as an integer"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            open_network(model_folder, **arguments)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="expected model as a name or a path, got 3"):
+        open_network(3)  # type: ignore[arg-type]

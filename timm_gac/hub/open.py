@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from ..layers.neuron import BatchNormLIF
 from ..models.ann_resnet import refuse_ann
 from ..models.build import registered_names
+from ..runtime.device import resolve_device
 from ..runtime.dtypes import float32_as
 from ..runtime.finite import check_finite
 from ..runtime.modes import restored_modes
@@ -91,7 +93,7 @@ class OpenedNetwork:
 
 
 def open_network(
-    model: str, num_steps: int | None = None, seed: int = 0, device: torch.device | str = "cpu"
+    model: str | os.PathLike[str], num_steps: int | None = None, seed: int = 0, device: torch.device | str = "cpu"
 ) -> OpenedNetwork:
     """Open a network.
 
@@ -99,12 +101,18 @@ def open_network(
         model: Registered name with a tag for its published weights; without a tag for random ones, which want
             `OpenedNetwork.calibrate_untrained`; or a model folder, a run folder or ORG/NAME on the Hub.
         num_steps: Number of time steps T; the network's own where None.
-        seed: Of random weights.
+        seed: Of random weights, from -2**63 to 2**64 - 1 as in `torch.manual_seed`.
         device: Where the network is to be, see `timm_gac.runtime.device.resolve_device`.
 
     Raises:
-        ValueError: There is no such network, or a folder's network has another T.
+        ValueError: There is no such network or device, a folder's network has another T, or the seed is out of range.
     """
+    if not isinstance(model, str | os.PathLike):
+        raise ValueError(f"expected model as a name or a path, got {model!r}: give one such as gac_msresnet18")
+    if not isinstance(seed, int) or not -(2**63) <= seed < 2**64:
+        raise ValueError(f"expected seed as an integer from -2**63 to 2**64 - 1, got {seed!r}: give one such as 0")
+    model = os.fspath(model)
+    device = resolve_device(device)
     if is_registered(model):
         opened = _open_registered(model, num_steps, seed)
     else:

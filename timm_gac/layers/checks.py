@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import weakref
 from collections.abc import Callable
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -49,10 +50,15 @@ def fixed_num_steps() -> Any:
 
 
 def check_num_steps(num_steps: int) -> int:
-    """``num_steps`` itself where it is a valid number of time steps, else a ValueError."""
-    if not isinstance(num_steps, int) or isinstance(num_steps, bool) or num_steps < 1:
-        raise ValueError(f"expected num_steps as an integer >= 1, got {num_steps!r}: give one such as 4")
-    return num_steps
+    """``num_steps`` as an int where it is a valid number of time steps, NumPy's too, else a ValueError."""
+    return check_count("num_steps", num_steps, 4)
+
+
+def check_count(name: str, value: Any, example: int) -> int:
+    """``value`` as an int where it is an integer of at least 1, NumPy's too, else a ValueError."""
+    if not isinstance(value, Integral) or isinstance(value, bool) or value < 1:
+        raise ValueError(f"expected {name} as an integer >= 1, got {value!r}: give one such as {example}")
+    return int(value)
 
 
 def may_skip(module: nn.Module, forwards: Forwards) -> bool:

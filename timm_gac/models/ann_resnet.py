@@ -87,6 +87,12 @@ class ANNResNet(ResNet):
                 f"expected layers, channels and strides of one length, 3 or 4, and no stage without blocks before one "
                 f"with some, got {layers}, {channels}, {strides}: give one entry a stage"
             )
+        # Plain numbers, as config.json holds them, of NumPy's.
+        layers, channels, strides = (tuple(map(int, values)) for values in (layers, channels, strides))
+        stem_width, stem_kernel, num_classes, in_chans = map(int, (stem_width, stem_kernel, num_classes, in_chans))
+        drop_rate, drop_path_rate = float(drop_rate), float(drop_path_rate)
+        sizes = dict(layers=layers, channels=channels, strides=strides, stem_width=stem_width, stem_kernel=stem_kernel)
+        rest = dict(num_classes=num_classes, in_chans=in_chans, drop_rate=drop_rate, drop_path_rate=drop_path_rate)
         super().__init__(
             BasicBlock,
             tuple(count or 1 for count in layers),

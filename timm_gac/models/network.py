@@ -149,6 +149,13 @@ class SpikingResNet(TrainingOptions):
                 f"expected layers, channels and strides of one length, 3 or 4, got {layers}, {channels}, {strides}: "
                 "give one entry a stage"
             )
+        # Plain numbers, as config.json holds them, of NumPy's, such as labels.max() + 1 classes.
+        num_steps, num_classes, in_chans, stem_width, stem_kernel = map(
+            int, (num_steps, num_classes, in_chans, stem_width, stem_kernel)
+        )
+        layers, channels, strides = (tuple(map(int, values)) for values in (layers, channels, strides))
+        drop_rate, drop_path_rate = float(drop_rate), float(drop_path_rate)
+        kept |= dict(stem_width=stem_width, stem_kernel=stem_kernel, drop_path_rate=drop_path_rate)
         self._args: dict[str, Any] = kept | dict(
             block=block_type.__name__, channels=list(channels), strides=list(strides)
         )

@@ -56,7 +56,7 @@ class TimmNetwork(nn.Module):
         """Replace the classifier, keeping the pooling where ``global_pool`` is None; names of classes are forgotten."""
         check_model_args(dict(num_classes=num_classes, channels=[*self._args["channels"][:-1], self.num_features]))
         dd = get_device_dtype(self)
-        self.num_classes = num_classes
+        self.num_classes = num_classes = int(num_classes)  # of a NumPy number, which no config.json holds
         pool_type = self.global_pool.pool_type if global_pool is None else global_pool
         self.global_pool, self.fc = create_classifier(self.num_features, num_classes, pool_type=pool_type, **dd)
         self.head_hidden_size = self.num_features * self.global_pool.feat_mult()

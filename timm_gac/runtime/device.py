@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 
-def device_type(name: str) -> str:
+def device_type(name: str | torch.device) -> str:
     """The kind of device that a user names, ``cuda`` or ``cpu`` among others; it need not be there.
 
     Args:
@@ -16,7 +16,7 @@ def device_type(name: str) -> str:
     return torch.device(name).type
 
 
-def resolve_device(name: str) -> torch.device:
+def resolve_device(name: str | torch.device) -> torch.device:
     """The device that a user names.
 
     Args:
@@ -27,5 +27,5 @@ def resolve_device(name: str) -> torch.device:
     """
     try:
         return torch.empty(0, device=device_type(name) if name == "auto" else name).device
-    except (RuntimeError, AssertionError) as error:  # PyTorch without CUDA asserts
-        raise ValueError(f"expected a device of this machine, got {name!r}: use auto or cpu") from error
+    except (RuntimeError, AssertionError, TypeError) as error:  # PyTorch without CUDA asserts
+        raise ValueError(f"expected a device of this machine, got {str(name)!r}: use auto or cpu") from error
