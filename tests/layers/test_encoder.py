@@ -1,5 +1,6 @@
 """The encoders against the plain formula, and hoisting against repetition."""
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -13,6 +14,9 @@ from timm_gac.layers.encoder import (
     SpatialChannelAttention,
     TemporalAttention,
 )
+from timm_gac.layers.lif import LIF
+from timm_gac.layers.neuron import BatchNormLIF
+from timm_gac.layers.weight_decay import parameter_groups
 
 T, B, C, H, W = 4, 3, 6, 5, 7
 SPECS = pytest.mark.parametrize("spec", [CIFAR, IMAGENET], ids=["cifar", "imagenet"])
@@ -212,3 +216,45 @@ def test_gates_with_less_attention(gate: str, static: bool) -> None:
 def test_an_unknown_gate_is_refused() -> None:
     with pytest.raises(ValueError, match=r"expected gate out of full, spatial, .* got 'none'"):
         GatedAttentionCoding(C, T, gate="none")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"channels": -1}, "channels as an integer >= 1, got -1"),
+        ({"channels": "8"}, "channels as an integer >= 1, got '8'"),
+        ({"channels": 8.0}, "channels as an integer >= 1, got 8.0"),
+        ({"reduction": 1.5}, "reduction as an integer >= 1, got 1.5"),
+        ({"reduction": None}, "reduction as an integer >= 1, got None"),
+        ({"gate": ["full"]}, "expected gate out of"),
+    ],
+)
+def test_arguments_of_other_types_are_refused(arguments: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        GatedAttentionCoding(**({"channels": 8, "num_steps": 4} | arguments))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("x", [None, [1.0], np.zeros((4, 8, 3, 3), np.float32)], ids=["none", "list", "numpy"])
+def test_what_is_no_tensor_is_refused_by_every_layer(x: object) -> None:
+    encoder = GatedAttentionCoding(8, np.int64(4))
+    for layer in (encoder, DirectCoding(4), LIF(num_steps=4), BatchNormLIF(8, num_steps=4)):
+        with pytest.raises(ValueError, match="to be a tensor, got"):
+            layer(x)
+
+
+def test_neurons_refuse_a_number_and_a_drop_path_that_is_none() -> None:
+    with pytest.raises(ValueError, match="got a number without axes"):
+        LIF(num_steps=4)(torch.tensor(1.0))
+    with pytest.raises(ValueError, match="expected drop_path in"):
+        BatchNormLIF(8, drop_path="a")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("decay", ["a", None, True, float("inf"), float("nan"), -1])
+def test_weight_decay_is_a_finite_number(decay: object) -> None:
+    with pytest.raises(ValueError, match="expected weight_decay of at least 0, got"):
+        parameter_groups(DirectCoding(4), decay)  # type: ignore[arg-type]
+
+
+def test_weight_decay_wants_the_network_itself() -> None:
+    with pytest.raises(ValueError, match="give the module, not its parameters"):
+        parameter_groups(encoder_of().parameters(), 1e-4)  # type: ignore[arg-type]

@@ -11,10 +11,10 @@ from timm.layers import register_notrace_module
 from torch import Tensor, nn
 
 from gac_kernels import CIFAR, LIFSpec, gac_encode, gac_fire, gated_lif
-from gac_kernels.checks import check_spec
+from gac_kernels.checks import check_spec, check_tensor
 from gac_kernels.common.tiles import is_channels_last
 
-from .checks import check_num_steps, fixed_num_steps
+from .checks import check_count, check_num_steps, fixed_num_steps
 from .convolution import Conv2d
 from .learned import LearnedValues, learned_values, make_learned
 from .neuron_layer import at_least_float32
@@ -50,10 +50,8 @@ class TemporalAttention(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        check_num_steps(num_steps)
-        if reduction < 1:
-            raise ValueError(f"expected reduction >= 1, got {reduction!r}: give one such as 2")
-        self.reduction = reduction
+        num_steps = check_num_steps(num_steps)
+        self.reduction = reduction = check_count("reduction", reduction, 2)
         hidden = max(1, num_steps // reduction)
         self.fc1 = nn.Linear(num_steps, hidden, bias=False, device=device, dtype=dtype)
         self.fc2 = nn.Linear(hidden, num_steps, bias=False, device=device, dtype=dtype)
@@ -191,8 +189,8 @@ class GatedAttentionCoding(nn.Module):
         learnable: Learn decay and threshold of the neuron, see `LIF`.
 
     Raises:
-        ValueError: ``spec`` is no `LIFSpec`, ``gate`` or ``learnable`` is unknown, or the input has another rank,
-            number of channels or number of steps.
+        ValueError: ``spec`` is no `LIFSpec`, ``gate`` or ``learnable`` is unknown, ``channels``, ``num_steps`` or
+            ``reduction`` is no integer >= 1, or the input has another rank, number of channels or number of steps.
 
     Source: Qiu et al., AAAI 2024 (arXiv 2308.06582), section "Gated attention coding".
     """
@@ -216,11 +214,11 @@ class GatedAttentionCoding(nn.Module):
     ) -> None:
         super().__init__()
         check_spec(spec)
-        if gate not in GATES:
+        if not isinstance(gate, str) or gate not in GATES:
             raise ValueError(f"expected gate out of {', '.join(GATES)}, got {gate!r}: choose one of these")
         self.gate = gate
-        self.channels = channels
-        self.num_steps = check_num_steps(num_steps)
+        self.channels = channels = check_count("channels", channels, 64)
+        self.num_steps = num_steps = check_num_steps(num_steps)
         self.spec = spec
         temporal, spatial = GATES[gate]
         self.temporal: nn.Module = (
@@ -347,6 +345,7 @@ def _dtype_of(linear: nn.Module) -> torch.dtype:
 
 
 def _check_input(stem: Tensor, num_steps: int) -> None:
+    check_tensor("stem", stem)
     if stem.ndim != 4 and stem.ndim != 5:
         raise ValueError(f"expected (B, C, H, W) or (T, B, C, H, W), got {stem.shape}: add or fold axes")
     if stem.ndim == 5 and stem.shape[0] != num_steps:

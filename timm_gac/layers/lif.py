@@ -9,7 +9,7 @@ from timm.layers import register_notrace_module
 from torch import Tensor, nn
 
 from gac_kernels import CIFAR, LIFSpec, lif
-from gac_kernels.checks import check_spec
+from gac_kernels.checks import check_spec, check_tensor
 
 from . import conversion
 from .checks import check_num_steps, fixed_num_steps
@@ -125,9 +125,11 @@ class LIF(nn.Module):
         """Spikes of the input current, in the input's dtype."""
         num_steps = self.num_steps
         if num_steps is not None:
-            if x.shape[0] % num_steps != 0:
+            check_tensor("x", x)
+            if x.ndim == 0 or x.shape[0] % num_steps != 0:
+                size = x.shape[0] if x.ndim else "a number without axes"
                 raise ValueError(
-                    f"expected a first axis of num_steps * batch with num_steps={num_steps}, got {x.shape[0]}: "
+                    f"expected a first axis of num_steps * batch with num_steps={num_steps}, got {size}: "
                     "fold time with x.flatten(0, 1)"
                 )
             x = x.unflatten(0, [num_steps, x.shape[0] // num_steps])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from numbers import Real
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from gac_kernels import CIFAR, LIFSpec, pack_spikes
+from gac_kernels.checks import check_tensor
 
 from ..runtime.collectives import combine_statistics
 from .batch_statistics import (
@@ -22,7 +24,7 @@ from .batch_statistics import (
     update_running,
     uses_batch,
 )
-from .checks import check_num_steps, fixed_num_steps, log_called, may_skip
+from .checks import check_count, check_num_steps, fixed_num_steps, log_called, may_skip
 from .learned import LearnedValues
 from .lif import LIF
 from .neuron_layer import add_residual, at_least_float32, spikes_of
@@ -101,7 +103,9 @@ class BatchNormLIF(_NormBase):
         learnable: str | None = None,
     ) -> None:
         nn.Module.__init__(self)  # the base class's options, such as eps, are those of `norm`
-        if not 0.0 <= drop_path < 1.0:
+        num_features = check_count("num_features", num_features, 64)
+        probability: Any = drop_path
+        if not isinstance(probability, Real) or not 0.0 <= float(probability) < 1.0:
             raise ValueError(f"expected drop_path in [0, 1), got {drop_path!r}: give one such as 0.1")
         self.drop_path = float(drop_path)
         self.lif = LIF(spec, learnable=learnable, channels=num_features, device=device, dtype=dtype)
@@ -137,6 +141,7 @@ class BatchNormLIF(_NormBase):
     def _membrane_and_spikes(self, x: Tensor, residual: Tensor | None, keep_membrane: bool) -> tuple[Tensor, Tensor]:
         """The pair (membrane, spikes) in the shape of x; without ``keep_membrane`` the membrane is not to be used."""
         num_steps = self.num_steps
+        check_tensor("x", x)
         if x.ndim != (5 if num_steps is None else 4) or (num_steps is not None and x.shape[0] % num_steps != 0):
             raise ValueError(
                 f"expected x as (T*B, C, H, W) with T = num_steps = {num_steps}, or as (T, B, C, H, W) with "

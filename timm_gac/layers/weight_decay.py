@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 import weakref
+from numbers import Real
 from typing import Any
 
 import torch
@@ -31,7 +33,7 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
         Two groups, with and without decay, of the parameters that require gradients, each parameter once.
 
     Raises:
-        ValueError: ``weight_decay`` is negative.
+        ValueError: ``weight_decay`` is no finite number of at least 0, or ``model`` is no network.
 
     Examples:
         >>> import timm, timm_gac, torch
@@ -40,8 +42,11 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
         >>> [group["weight_decay"] for group in optimizer.param_groups]
         [0.0005, 0.0]
     """
-    if not weight_decay >= 0.0:
-        raise ValueError(f"expected weight_decay of at least 0, got {weight_decay!r}: give one such as 5e-4")
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"expected a network, got {type(model).__name__}: give the module, not its parameters")
+    number = isinstance(weight_decay, Real) and not isinstance(weight_decay, bool)
+    if not (number and weight_decay >= 0.0 and math.isfinite(weight_decay)):
+        raise ValueError(f"expected weight_decay of at least 0, got {weight_decay!r}: give a number such as 5e-4")
     named: Any = getattr(model, "no_weight_decay", set)
     names = set(named())
     neurons = [module for module in model.modules() if isinstance(module, NeuronLayer)]  # an encoder is one too
