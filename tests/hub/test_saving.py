@@ -151,3 +151,18 @@ def test_a_network_opens_by_a_path_and_on_the_device_that_is_there(model_folder:
             open_network(model_folder, **arguments)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="expected model as a name or a path, got 3"):
         open_network(3)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "message"),
+    [
+        ("file", {}, "expected a folder for the model, got .*file', a file or below one"),
+        ("file/model", {}, "expected a folder for the model, got .*model', a file or below one"),
+        ("new", {"model_args": ["num_steps"]}, "expected model_args as a dict, got"),
+    ],
+)
+def test_where_nothing_can_be_saved(name, changes, message, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(ValueError, match=message):
+        save_model_folder(timm.create_model("test_gac_msresnet"), tmp_path / name, **changes)
+    assert [path.name for path in tmp_path.iterdir()] == ["file"] and (tmp_path / "file").read_text() == "mine"

@@ -206,6 +206,8 @@ def test_leaves_the_model_alone_and_refuses_what_it_cannot_do() -> None:
             quantize(wrong)
     with pytest.raises(ValueError, match="clip out of"):
         quantize(model, clip="best")
+    with pytest.raises(ValueError, match="expected exact_sums as True or False, got 'yes'"):
+        quantize(model, exact_sums="yes")
     model.bn1.running_mean = None
     with pytest.raises(ValueError, match="running statistics"):
         quantize(model)

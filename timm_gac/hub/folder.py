@@ -73,15 +73,19 @@ def save_model_folder(
 
     Raises:
         ValueError: The model cannot be rebuilt from a folder (it was folded, changed, or not made by timm), or holds
-            values that are not finite.
+            values that are not finite; or ``out`` is a file, or ``model_args`` no dict.
         OSError: The folder cannot be written, such as on a full disk; files in it are as they were.
     """
+    if not isinstance(model_args, dict | None):
+        raise ValueError(f"expected model_args as a dict, got {model_args!r}: give names and values")
+    out = Path(out)
+    if any(path.is_file() for path in (out, *out.parents)):
+        raise ValueError(f"expected a folder for the model, got {str(out)!r}, a file or below one: choose another")
     args = _rebuilding_args(model) | (model_args or {})
     check_finite(model, "to save")
     named: dict[str, Any] = dict(license=license, license_name=license_name, license_link=license_link)
     if license is None:  # of a model that came from a folder
         named = getattr(model, "license", {}) | {key: value for key, value in named.items() if value}
-    out = Path(out)
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as scratch:
         try:

@@ -83,12 +83,14 @@ def quantize(model: nn.Module, clip: str = "mse", exact_sums: bool = False) -> I
         ValueError: The model is no spiking network of this package, is folded or quantised already, has a batch norm
             without running statistics, a stride above 2, another neuron than ``lif``, neurons of several specs or with
             one decay and threshold a channel, or other modules in the place of its blocks, convolutions, norms or
-            neurons; its weights are not finite; or ``clip`` is unknown.
+            neurons; its weights are not finite; or ``clip`` or ``exact_sums`` is unknown.
 
     Examples:
         >>> import timm, timm_gac
         >>> network = timm_gac.quantize(timm.create_model("gac_msresnet18_cifar"))
     """
+    if not isinstance(exact_sums, bool):
+        raise ValueError(f"expected exact_sums as True or False, got {exact_sums!r}: give one of them")
     scheme = EXACT_SCHEME if exact_sums else SCHEME
     return quantize_as(TRAINED_SCHEME if getattr(model, "int8_convs", False) else scheme, model, clip)
 
