@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 from accelerate.state import AcceleratorState
 
+from timm_gac.train import Recipe
+
 
 @pytest.fixture(scope="module")
 def npz(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -19,6 +21,21 @@ def npz(tmp_path_factory: pytest.TempPathFactory) -> Path:
     file = tmp_path_factory.mktemp("toy") / "toy.npz"
     np.savez(file, x_train=images, y_train=labels, x_test=images[:17], y_test=labels[:17])
     return file
+
+
+@pytest.fixture
+def recipe(npz: Path) -> Recipe:
+    """Four steps an epoch."""
+    return Recipe(
+        model="test_gac_msresnet",
+        num_steps=1,
+        data=str(npz),
+        epochs=1,
+        batch_size=16,
+        warmup_epochs=0,
+        crop_padding=1,
+        eval_every=100,
+    )
 
 
 @pytest.fixture(autouse=True)

@@ -37,6 +37,12 @@ two_gpus = pytest.mark.skipif(
 interpreter = pytest.mark.skipif(torch.cuda.is_available() or not INTERPRETED, reason="needs Triton's interpreter")
 
 
+@pytest.fixture
+def eight(recipe: Recipe) -> Recipe:
+    """In 8 bits, four time steps."""
+    return replace(recipe, num_steps=4, int8_convs=True)
+
+
 def trained(**arguments):
     torch.manual_seed(0)
     network = timm.create_model("test_gac_msresnet", int8_convs=True, num_classes=5, **arguments)
@@ -192,18 +198,8 @@ def test_switches_take_true_or_false(enable):
     assert network.int8_convs is True
 
 
-def test_a_recipe_asks_for_it_and_its_folder_holds_the_integers(npz, tmp_path):
-    recipe = Recipe(
-        model="test_gac_msresnet",
-        data=str(npz),
-        epochs=2,
-        batch_size=16,
-        crop_padding=1,
-        warmup_epochs=0,
-        ema_decay=0.9,
-        report="ema",
-        int8_convs=True,
-    )
+def test_a_recipe_asks_for_it_and_its_folder_holds_the_integers(eight, npz, tmp_path):
+    recipe = replace(eight, epochs=2, ema_decay=0.9, report="ema")
     train(recipe, RunOptions(out=tmp_path / "run", cpu=True))
     folder = tmp_path / "run" / "model"
     assert json.loads((folder / "config.json").read_text())["model_args"]["int8_convs"] is True
@@ -231,22 +227,18 @@ FLOAT8_GPU = pytest.mark.skipif(
     "device",
     ["cpu", *(pytest.param(device, marks=FLOAT8_GPU) for device in ("cuda", "cuda graph"))],
 )
-def test_stopped_and_resumed_is_bit_for_bit_the_same(device, npz, tmp_path, monkeypatch):
-    """On a GPU with cuDNN's deterministic algorithms, always the same ones; the encoder's convolutions are cuDNN's."""
+def test_stopped_and_resumed_is_bit_for_bit_the_same(device, eight, tmp_path, monkeypatch):
+    """On a GPU with deterministic algorithms of cuDNN's, for stem and encoder; which, each run finds out anew."""
     on_gpu = device != "cpu"
     monkeypatch.setattr(torch.backends.cudnn, "deterministic", on_gpu)
-    recipe = Recipe(
-        model="test_gac_msresnet",
-        data=str(npz),
+    recipe = replace(
+        eight,
         epochs=4,
-        batch_size=16,
-        crop_padding=1,
         mix_probability=0.5,
         cutmix=1.0,
         ema_decay=0.9,
         report="ema",
         eval_every=2,
-        int8_convs=True,
         precision="bfloat16" if on_gpu else "float32",
         channels_last=on_gpu,
         cuda_graph=device == "cuda graph",
@@ -261,17 +253,8 @@ def test_stopped_and_resumed_is_bit_for_bit_the_same(device, npz, tmp_path, monk
     assert same(weights(tmp_path / "whole"), weights(tmp_path / "parts"))
 
 
-def test_where_no_int8_network_can_be_made_the_run_says_so(npz, tmp_path, capsys):
-    recipe = Recipe(
-        model="test_gac_msresnet",
-        data=str(npz),
-        epochs=1,
-        batch_size=16,
-        crop_padding=1,
-        warmup_epochs=0,
-        int8_convs=True,
-        neuron="plif_channel",
-    )
+def test_where_no_int8_network_can_be_made_the_run_says_so(eight, tmp_path, capsys):
+    recipe = replace(eight, neuron="plif_channel")
     train(recipe, RunOptions(out=tmp_path / "run", cpu=True))
     assert "evaluated as it was trained, not as an int8 network" in capsys.readouterr().out
     assert json.loads((tmp_path / "run" / "eval.json").read_text())["weights"] == "stored file"

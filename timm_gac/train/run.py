@@ -37,17 +37,8 @@ from .optim import MovingAverage, create_optimizer, freeze_stages
 from .options import RunOptions
 from .recipes import Recipe
 from .runlog import RESULT_COLUMNS, check_same_recipe, environment, read_metrics
-from .setup import (
-    count_stream_classes,
-    create_accelerator,
-    create_loaders,
-    create_network,
-    describe_input,
-    prepare,
-    read_sets,
-    settled,
-    with_brought,
-)
+from .sets import count_stream_classes, create_loaders, read_sets
+from .setup import create_accelerator, create_network, describe_input, prepare, settled, with_brought
 from .step import PerStepLogits, TrainStep
 from .sync import synchronise_norms
 
