@@ -163,6 +163,17 @@ def test_float_parts_of_any_dtype_leave_the_neurons_exact(name: str, num_steps: 
         assert len(rates) > 4
 
 
+@pytest.mark.parametrize("exact_sums", [False, True])
+@pytest.mark.parametrize("name", ["test_gac_msresnet", "spiking_resnet19"])
+def test_autocast_leaves_float64(name: str, exact_sums: bool) -> None:
+    """A network for comparisons, whose shortcuts autocast rounded to 16 bits."""
+    network, images = quantize(firing(name), exact_sums=exact_sums).double(), torch.randn(2, 3, 17, 15).double()
+    with torch.no_grad():
+        expected = network(images)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert torch.equal(network(images), expected)
+
+
 def test_the_grid_follows_from_neuron_and_steps() -> None:
     for spec, num_steps, exponent in (
         (CIFAR, 1, -15), (CIFAR, 4, -15), (CIFAR, 5, -14), (CIFAR, 7, -12), (CIFAR, 16, -12),

@@ -112,6 +112,21 @@ def test_a_stored_file_loads_as_a_state_dict(arguments, strict, tmp_path):
             torch.testing.assert_close(loaded.eval()(images), network(images), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("strict", [True, False])
+def test_a_stored_file_loads_within_another_module(strict, tmp_path):
+    """As the backbone of a detector, or in DistributedDataParallel: the module around it loads the state_dict."""
+    network, _ = trained()
+    stored = load_file(save_model_folder(network, tmp_path / "model") / "model.safetensors")
+    outer = torch.nn.ModuleDict({"backbone": timm.create_model("test_gac_msresnet", num_classes=5)})
+    state = {f"backbone.{name}": tensor for name, tensor in stored.items()}
+    keys = outer.load_state_dict(state, strict=strict)
+    assert not keys.missing_keys and not keys.unexpected_keys
+    other = timm.create_model("test_gac_msresnet", num_classes=5)
+    other.load_state_dict(stored)
+    assert same(outer["backbone"].state_dict(), other.state_dict())
+    assert state.keys() == {f"backbone.{name}" for name in stored}, "the state_dict of the caller changed"
+
+
 def test_a_scale_of_a_block_of_ones_own_is_no_integers_scale():
     class Scaled(MSBlock):
         def __init__(self, *args, **kwargs):
@@ -144,6 +159,42 @@ def test_the_switch_changes_what_is_computed_and_can_be_taken_back():
         assert torch.equal(network(images), eight)
         with torch.autocast("cpu", torch.bfloat16):
             assert network(images).isfinite().all()
+
+
+@pytest.mark.parametrize("backend", ["eager", pytest.param("triton", marks=interpreter)])
+def test_a_channel_of_zeros_leaves_the_gradients_of_other_channels(backend):
+    """A pruned one, say: its batch norm divides by the root of eps alone, and e4m3 has 18 bits of range for all."""
+    network, images = trained(num_steps=2, layers=(1, 1, 0), channels=(24, 24, 24), strides=(2, 1, 1))
+    for module in network.modules():
+        if isinstance(module, SpikeConv2d):
+            integers, scale = int8_weight(module.weight)
+            module.weight.data = integers * scale[:, None, None, None]  # both networks then have the same spikes
+    weight = network.layer2[0].conv2.weight
+    weight.data[0] = 0.0
+    network.to(memory_format=torch.channels_last).train()
+    images = images[:4].contiguous(memory_format=torch.channels_last)
+
+    def gradients(enable, backend):
+        model = copy.deepcopy(network)
+        model.set_int8_convs(enable)
+        with use_backend(backend):
+            model(images).square().sum().backward()
+        learned = model.layer1[0].conv2.weight.grad, model.layer2[0].conv2.weight.grad
+        return [learned[0], learned[1][:1], learned[1][1:]]
+
+    for found, expected in zip(gradients(True, backend), gradients(False, "eager"), strict=True):
+        assert expected.any() and (found - expected).norm() <= 0.2 * expected.norm()
+
+
+@pytest.mark.parametrize("change", ["set_int8_convs", "set_spike_packing"])
+def test_autocast_leaves_float64(change):
+    """As it leaves every convolution of such a network."""
+    network, images = trained()
+    network.set_int8_convs(False)
+    getattr(network.double().train(), change)()
+    expected = network(images.double())
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(network(images.double()), expected)
 
 
 def test_packed_checkpointed_and_compiled_steps_have_the_same_gradients():

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from gac_kernels.reference import on_grid
 
-from ..layers.convolution import shortcut_operands
+from ..layers.convolution import autocast_dtype, shortcut_operands
 
 LEVELS = 2**10  # the largest input, in steps
 _SUMS = 2**24  # up to which float32 holds all integers
@@ -139,7 +139,7 @@ class ExactConv2d(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         """The convolution of x."""
-        given = x if torch.is_autocast_enabled(x.device.type) else self._rounded(x)
+        given = x if autocast_dtype(x).itemsize < 4 else self._rounded(x)
         if given.shape != x.shape:  # its stride is done
             return F.conv2d(given, self.weight, self.bias, groups=self.groups)
         return self._conv_forward(given, self.weight, self.bias)

@@ -271,7 +271,8 @@ def _convolve_and_fire(
 
 
 def _dtype_on_gpu(conv: nn.Conv2d) -> torch.dtype:
-    return torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else conv.weight.dtype
+    dtype = conv.weight.dtype  # autocast leaves float64
+    return torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") and dtype != torch.float64 else dtype
 
 
 @torch.no_grad()

@@ -60,19 +60,23 @@ class SpikeConv2d(Conv2d):
         return self._conv_forward(x, self.weight, self.bias)
 
     def _in_8_bits(self, x: Tensor, bits: Tensor | None) -> Tensor:
-        if torch.is_autocast_enabled(x.device.type):
-            x = x.to(torch.get_autocast_dtype(x.device.type))
+        x = x.to(autocast_dtype(x))
         return torch.ops.gac_kernels.int8_conv2d(x, self.weight, self.stride[0], bits, self.num_steps)
 
     def _packed(self, x: Tensor, bits: Tensor) -> Tensor:
         if self.bias is not None:
             raise ValueError("expected a convolution without bias for packed spikes, got one: do without the bits")
-        weight, device = self.weight, x.device.type
-        if torch.is_autocast_enabled(device):  # as autocast does for conv2d, of which this op is none
-            dtype = torch.get_autocast_dtype(device)
-            x, weight = x.to(dtype), weight.to(dtype)
+        x, weight = x.to(autocast_dtype(x)), self.weight.to(autocast_dtype(self.weight))
         geometry = (list(self.stride), list(self.padding), list(self.dilation), self.groups)
         return torch.ops.gac_kernels.packed_conv2d(x, bits, weight, self.num_steps, *geometry)
+
+
+def autocast_dtype(x: Tensor) -> torch.dtype:
+    """What ``conv2d`` would compute in for an operand x, for ops that autocast does not know; float64 stays."""
+    device = x.device.type
+    if x.dtype == torch.float64 or not torch.is_autocast_enabled(device):
+        return x.dtype
+    return torch.get_autocast_dtype(device)
 
 
 _FORWARDS = (nn.Conv2d.forward, Conv2d.forward)
@@ -113,6 +117,5 @@ def shortcut_operands(
     plain = conv.kernel_size == (1, 1) and conv.padding == (0, 0) and conv.groups == 1 and conv.bias is None
     if not plain or conv.stride not in ((1, 1), (2, 2)):
         return None
-    device = x.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else conv.weight.dtype
+    dtype = autocast_dtype(conv.weight)
     return x.to(dtype), conv.weight.to(dtype)

@@ -282,10 +282,16 @@ class SpikingResNet(TrainingOptions):
 
         So does a stored file that holds the integers of a network trained in 8 bits.
         """
-        state = fit_learned_values(self, state_dict)
-        if any(getattr(value, "dtype", None) == torch.int8 for value in state.values()) and not self.inference_only:
-            state = unpack_int8_convs(state, self.state_dict().keys())
-        return super().load_state_dict(state, strict=strict, assign=assign)
+        return super().load_state_dict(fit_learned_values(self, state_dict), strict=strict, assign=assign)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        """Integers and scales become weights here, where a module around this one loads its own state_dict too."""
+        given = {name: value for name, value in state_dict.items() if name.startswith(prefix)}
+        if any(getattr(value, "dtype", None) == torch.int8 for value in given.values()) and not self.inference_only:
+            given = {name.removeprefix(prefix): state_dict.pop(name) for name in given}
+            unpacked = unpack_int8_convs(given, self.state_dict().keys())
+            state_dict.update({prefix + name: value for name, value in unpacked.items()})
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _stem(self, x: Tensor) -> Tensor:
         """What the encoder takes: ``(B, C, H, W)`` for images, ``(T, B, C, H, W)`` for event frames."""

@@ -9,11 +9,12 @@ from torch import Tensor
 
 from ..common.launch import Launch, prepared
 from ..common.triton import cdiv, tl, triton
-from ..reference.int8_conv2d import LEVELS
+from ..reference.int8_conv2d import LEVELS, ZERO_SCALE
 from .rounding import e4m3_code, to_integer
 
 _LEVELS = tl.constexpr(float(LEVELS))
 _LEAST = tl.constexpr(LEVELS * 2.0**-118)
+_ZERO_SCALE = tl.constexpr(ZERO_SCALE)
 
 
 class EightBitWeight(NamedTuple):
@@ -44,7 +45,7 @@ def _scale_kernel(w_ptr, scale_ptr, K, stride_o, stride_c, stride_k, C, BLOCK: t
     peak = tl.max(peak.to(tl.int32, bitcast=True), 0).to(tl.float32, bitcast=True)
     bits = tl.div_rn(peak, peak * 0.0 + _LEVELS).to(tl.int32, bitcast=True)
     scale = ((bits + 255) & -256).to(tl.float32, bitcast=True)  # up to 16 significant bits
-    scale = tl.where(peak < _LEAST, 1.0, scale)
+    scale = tl.where(peak < _LEAST, _ZERO_SCALE, scale)
     scale = tl.where(peak - peak == 0.0, scale, float("nan"))
     tl.store(scale_ptr + o, scale)
 

@@ -12,13 +12,18 @@ LEVELS = 127
 E4M3_MAX = 448.0
 # Bits of a scale: with the 7 of a weight's integer their product has at most 24, and float32 holds it exactly.
 _DROPPED_BITS = 24 - 16
+# Scale of a channel of zeros, which its gradient alone sees: times the scale, it is rounded with one power of two for
+# all channels. Its output is constant, so a batch norm multiplies its gradient by 1 / sqrt(eps) = 316, where other
+# channels have scales near 1 / 1000. With a scale of 1 all of their gradients rounded to 0; with this one both fit.
+ZERO_SCALE = 2.0**-17
 
 
 def int8_weight_reference(weight: Tensor) -> tuple[Tensor, Tensor]:
     """Weights as integers with a scale per output channel, symmetric around 0.
 
-    The scale is the channel's largest magnitude divided by 127, rounded up to 16 significant bits (1 for a channel of
-    zeros). Integers times scale are then exact in float32, and rounding them again returns the same integers and scale.
+    The scale is the channel's largest magnitude divided by 127, rounded up to 16 significant bits (`ZERO_SCALE` for a
+    channel of zeros). Integers times scale are then exact in float32, and rounding them again returns the same integers
+    and scale.
 
     Args:
         weight: (C', C, kH, kW), taken as float32.
@@ -31,7 +36,7 @@ def int8_weight_reference(weight: Tensor) -> tuple[Tensor, Tensor]:
     peak = weight.abs().amax((1, 2, 3))
     mask = (1 << _DROPPED_BITS) - 1
     scale = (((peak / LEVELS).view(torch.int32) + mask) & ~mask).view(torch.float32)
-    scale = torch.where(peak < LEVELS * 2.0**-118, 1.0, scale)  # zeros, and near where float32 has fewer bits
+    scale = torch.where(peak < LEVELS * 2.0**-118, ZERO_SCALE, scale)  # zeros, and near where float32 has fewer bits
     scale = torch.where(peak.isfinite(), scale, torch.nan)
     integers = (weight / scale[:, None, None, None]).round().clamp(-LEVELS, LEVELS)
     return integers.nan_to_num(0.0).to(torch.int8), scale
