@@ -161,6 +161,16 @@ def test_settings_that_did_nothing_are_left_out(
     assert {name for name in IN_FORCE if f"| {name} |" not in table} == left_out
 
 
+def test_tables_and_pictures_by_epoch_are_shown_where_a_run_has_them() -> None:
+    names = ("firing_rates.csv", "firing_rates.png", "gate.csv", "gate.png")
+    text = write_card(replace(MEASURED, files={name: Path(name) for name in names}), "me/x")
+    training = text.partition("## Training")[2].partition("\n## ")[0]
+    for name in names:
+        assert training.count(f"]({name})") == 1, name
+        assert ("![" in training.partition(f"]({name})")[0].rpartition("\n")[2]) == name.endswith(".png"), name
+        assert name not in write_card(MEASURED, "me/x")
+
+
 def test_every_snippet_registers_the_models() -> None:
     snippets = re.findall(r"```python\n(.+?)```", write_card(FACTS, "me/x"), re.DOTALL)
     assert len(snippets) == 2

@@ -15,7 +15,7 @@ from torch import nn
 
 from gac_kernels import LIFSpec
 from timm_gac.analysis.gate import GateStatistics, gate_statistics
-from timm_gac.hub import calibrate
+from timm_gac.hub import PublishConfig, calibrate, prepare_folder, save_model_folder
 from timm_gac.layers.encoder import ConstantScore, DirectCoding, GatedAttentionCoding
 from timm_gac.train import Recipe, run
 from timm_gac.train.gate import COLUMNS, FirstKept, measure_gate, watch_gate
@@ -70,6 +70,21 @@ def test_the_last_row_is_the_gate_of_the_network_that_is_stored(recipe: Recipe, 
     for name in COLUMNS:
         assert float(rows[-1][name]) == pytest.approx(getattr(found, name), rel=1e-4, abs=1e-6), name
     assert (tmp_path / "gate.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_what_a_run_wrote_by_epoch_is_published_and_the_card_shows_it(recipe: Recipe, tmp_path: Path):
+    folder, out = tmp_path / "run", tmp_path / "out"
+    assert train(replace(recipe, epochs=1, warmup_epochs=0), options(folder)) == 0
+    save_model_folder(network(), folder / "model")  # its neurons fire; after so few steps the trained ones hardly do
+    written = {file.name for file in folder.iterdir() if file.suffix in (".csv", ".png")}
+    assert {"gate.csv", "gate.png", "firing_rates.csv", "firing_rates.png", "metrics.csv", "curve.png"} <= written
+    published = {file.name for file in prepare_folder(folder, out, PublishConfig(repo_id="org/gate"))}
+    card = (out / "README.md").read_text()
+    written.remove("result.csv")  # a row for tables of several runs
+    assert written - published == set()
+    for name in written:
+        assert (out / name).read_bytes() == (folder / name).read_bytes(), name
+        assert f"({name})" in card, name
 
 
 def test_a_run_that_is_watched_is_bit_for_bit_the_same(recipe: Recipe, tmp_path: Path, monkeypatch):

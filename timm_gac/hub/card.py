@@ -12,7 +12,19 @@ from gac_kernels import LIFSpec
 
 from ..layers.learned import NEURONS
 from .dataset import DIGITS
-from .facts import CURVE, ENERGY, ENERGY_CHART, LOG, RASTER, TRAINING, Facts
+from .facts import (
+    CURVE,
+    ENERGY,
+    ENERGY_CHART,
+    GATE,
+    GATE_CHART,
+    LOG,
+    RASTER,
+    RATES,
+    RATES_CHART,
+    TRAINING,
+    Facts,
+)
 from .folder import WEIGHTS
 from .remote import GOLDEN
 
@@ -334,6 +346,14 @@ def _training(facts: Facts) -> str:
         parts.append(f"The log of each epoch is in [{LOG}]({LOG}).")
     if CURVE in facts.files:
         parts.append(f"![Loss and accuracy by epoch]({CURVE})")
+    for table, kept, chart, shown in (
+        (RATES, "The firing rates", RATES_CHART, "Firing rate of each layer by epoch"),
+        (GATE, "What the gate did on some images", GATE_CHART, "Mean of the gate, shares shut and open, by epoch"),
+    ):
+        if table in facts.files:
+            parts.append(f"{kept} at each evaluation: [{table}]({table}).")
+        if chart in facts.files:
+            parts.append(f"![{shown}]({chart})")
     return "## Training\n\n" + "\n\n".join(parts) if parts else ""
 
 

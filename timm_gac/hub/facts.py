@@ -21,8 +21,10 @@ from .folder import load_model
 
 EVALUATIONS = ("eval.json", "demo.json")  # the trainer's evaluation, and the demonstration's result
 ENERGY = "energy.json"  # of `timm-gac energy --out RUN`
-LOG = "metrics.csv"
+LOG, RATES, GATE = "metrics.csv", "firing_rates.csv", "gate.csv"  # a row for each epoch
 CURVE, RASTER, ENERGY_CHART = "curve.png", "spikes.png", "energy.png"
+RATES_CHART, GATE_CHART = "firing_rates.png", "gate.png"
+TABLES, PICTURES = (LOG, RATES, GATE), (CURVE, RASTER, ENERGY_CHART, RATES_CHART, GATE_CHART)
 TRAINING = "training.json"  # the run's own config.json, whose name the model's takes in a repository
 MAX_JSON_BYTES = 1 << 22
 # Where a path of this machine begins, and the folders in it.
@@ -192,9 +194,7 @@ def gather(folder: Path, run: Path) -> Facts:
     config = read_config(folder)
     model: Any = load_model(folder)
     files = {
-        name: run / name
-        for name in (*EVALUATIONS, ENERGY, ENERGY_CHART, LOG, CURVE, RASTER, TRAINING)
-        if (run / name).is_file()
+        name: run / name for name in (*EVALUATIONS, ENERGY, TRAINING, *TABLES, *PICTURES) if (run / name).is_file()
     }
     if run != folder and (run / CONFIG).is_file():
         files[TRAINING] = run / CONFIG

@@ -71,8 +71,8 @@ def prepare_folder(source: Path, out: Path, config: PublishConfig) -> list[Path]
     """Write the repository of a model: config, weights, golden tensors, card and what the run measured.
 
     Only these files are taken: config.json and model.safetensors; of a run also its configuration (as training.json),
-    metrics.csv, curve.png, eval.json, energy.json and energy.png. Nothing else of the source is published, and no path
-    of this machine.
+    eval.json, energy.json, metrics.csv, firing_rates.csv, gate.csv, and the pictures curve.png, energy.png, spikes.png,
+    firing_rates.png and gate.png. Nothing else of the source is published, and no path of this machine.
 
     Args:
         source: Run folder of the trainer (with ``model/`` in it), or a model folder.
