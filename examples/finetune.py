@@ -30,14 +30,14 @@ if Path(args.out).exists():
 accelerator = accelerate.Accelerator()
 accelerate.utils.set_seed(args.seed)
 try:
-    sets = {"train": timm.data.create_dataset("", args.folder, split="train")}
-    classes = sets["train"].reader.class_to_idx
-    sets["val"] = timm.data.create_dataset("", args.folder, split="val")
-    found = sets["val"].reader.class_to_idx
+    sets = {split: timm.data.create_dataset("", args.folder, split=split) for split in ("train", "val")}
+    classes, found = (dataset.reader.class_to_idx for dataset in sets.values())
     if args.folder in [dataset.reader.root for dataset in sets.values()]:  # where timm finds no split, it takes all
         raise ValueError(f"expected the folders train and val in {args.folder}, got one or none of them: make both")
     if foreign := [name for name in found if name not in classes]:
         raise ValueError(f"expected val classes that train has, got {', '.join(foreign)} too: rename or remove these")
+    if len(classes) < 2:
+        raise ValueError(f"expected train pictures of two classes or more, got only {', '.join(classes)}: add another")
     if unseen := [name for name in classes if name not in found]:
         accelerator.print(f"warning: val has no picture of {', '.join(unseen)}, so top-1 says nothing of these")
     sets["val"] = timm.data.create_dataset("", args.folder, split="val", class_map=classes)  # the same classes by name

@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 import timm
 import torch
+from PIL import Image
+from torchvision.datasets import ImageFolder
 
 from timm_gac.hub.folder import save_model_folder
 from timm_gac.train import RECIPES, Recipe, setup
@@ -55,6 +57,12 @@ def test_a_network_that_could_not_be_stored_is_refused_before_it_is_trained(reci
             dict(y_train=np.full(64, 10**9)),
             "labels below 1,000,000 in .*, got 1,000,000,000: number the classes from 0",
         ),
+        (dict(y_train=np.zeros(64, int), y_test=np.zeros(16, int)), "images of two classes or more in .*, got 1, of"),
+        (dict(y_train=np.full(64, 3)), "images of two classes or more in .*, got 1, of which a network learns nothing"),
+        (
+            dict(y_train=np.zeros(64, int), label_names=np.array(["a", "b", "c", "d"])),
+            "images of two classes or more in .*, got 1, of which a network learns nothing",
+        ),
     ],
 )
 def test_data_whose_run_could_not_be_stored_or_tested_is_refused_before_it(recipe, tmp_path, changes, said):
@@ -64,6 +72,33 @@ def test_data_whose_run_could_not_be_stored_or_tested_is_refused_before_it(recip
     with pytest.raises(ValueError, match=said) as caught:
         Trainer(replace(recipe, data=str(tmp_path / "data.npz")), options(tmp_path / "run"))
     assert len(str(caught.value)) < 500 and not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["in memory", "stream"])
+@pytest.mark.parametrize("data", ["folder", "torch/cifar10"])
+def test_pictures_of_one_class_are_refused_before_a_run(recipe, tmp_path, monkeypatch, data, stream):
+    """A network of one class gives each picture the right answer, and learns nothing."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    for split in ("train", "val"):
+        folder = tmp_path / "pictures" / split / "cat"
+        folder.mkdir(parents=True)
+        for index in range(4):
+            Image.new("RGB", (8, 8), (60 * index,) * 3).save(folder / f"{index}.png")
+    if data != "folder":  # a data set of torchvision, without its files
+        source = ImageFolder(tmp_path / "pictures" / "train")
+        monkeypatch.setattr(timm.data, "create_dataset", lambda *given, **options: source)
+    given = replace(recipe, data=data, data_dir=str(tmp_path / "pictures"), stream=stream, num_workers=0, batch_size=2)
+    with pytest.raises(ValueError, match=rf"images of two classes or more in '{data}' in '.*pictures', got 1, of"):
+        Trainer(given, options(tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("changes", [dict(), dict(holdout=0.5)], ids=["test set", "holdout"])
+def test_a_test_set_of_one_class_is_no_reason_to_refuse(recipe, tmp_path, changes):
+    images, labels = np.zeros((64, 3, 8, 8), np.uint8), np.arange(64) % 2
+    np.savez(tmp_path / "data.npz", x_train=images, y_train=labels, x_test=images[:16], y_test=labels[:16] * 0)
+    sets = read_sets(replace(recipe, data=str(tmp_path / "data.npz"), **changes), False)
+    assert sets[0].num_classes == 2
 
 
 def test_images_of_another_size_are_taken_with_an_image_size(recipe, tmp_path):

@@ -55,11 +55,29 @@ def read_sets(recipe: Recipe, progress: bool) -> tuple[ImageArrays, ImageArrays]
             f"expected labels below {MAX_CLASSES:,} in {recipe.data!r}, got {train.num_classes - 1:,}: number the "
             "classes from 0"
         )
+    _check_classes(len(train.labels.unique()), recipe)
     if recipe.holdout:
         return split_arrays(train, recipe.holdout)
     test = read("test", train.label_names)
     _check_alike(train, test, recipe.data)
     return train, test
+
+
+def _check_classes(count: int, recipe: Recipe) -> None:
+    """Refuse a training set of one class: whatever the network answers is right, and it learns nothing.
+
+    A test set may have one.
+
+    Raises:
+        ValueError: There are fewer than two classes.
+    """
+    if count < 2:
+        where = f"{recipe.data!r}" + (f" in {recipe.data_dir!r}" if recipe.data_dir else "")
+        raise ValueError(
+            f"expected training images of two classes or more in {where}, got {count}, of which a network learns "
+            "nothing: add images of another class (such as one for everything else), each class with a label or "
+            "folder of its own"
+        )
 
 
 def _check_alike(train: ImageArrays, test: ImageArrays, data: str) -> None:
@@ -82,9 +100,15 @@ def _check_alike(train: ImageArrays, test: ImageArrays, data: str) -> None:
 
 
 def count_stream_classes(recipe: Recipe) -> int:
-    """Classes of a recipe's streamed training set; ImageNet's 1000 where it does not name them."""
+    """Classes of a recipe's streamed training set; ImageNet's 1000 where it does not name them.
+
+    Raises:
+        ValueError: It names one only.
+    """
     options = {"is_training": False, "batch_size": recipe.batch_size, "seed": recipe.seed}
-    return len(read_class_names(recipe.data, "train", recipe.data_dir, **options)) or 1000
+    count = len(read_class_names(recipe.data, "train", recipe.data_dir, **options)) or 1000
+    _check_classes(count, recipe)
+    return count
 
 
 def create_loaders(
