@@ -54,6 +54,10 @@ def everything(folder: Path) -> dict[Path, bytes | None]:
             "initial weights, got 'test_ann_resnet.aaa",
         ),
         ("push RUN --repo-id a/b --dry-run --out RUN --overwrite", "a folder of its own for what is published, got"),
+        ("push nope --repo-id a/b --dry-run", "a model or run folder, got 'nope', which does not exist"),
+        ("push nope --repo-id a/b --dry-run --out RUN", "a model or run folder, got 'nope', which does not exist"),
+        ("push pictures --repo-id a/b --dry-run", "a model folder with config.json and model.safetensors, or a"),
+        ("convert nope push/b", "a checkpoint file, got 'nope', which is none"),
         ("gain text --against text", "a file of `timm-gac eval --answers`, got 'text': it is no .npz file"),
         ("gate RUN --data digits --no-replace --calibration-images 5", "--replace for --calibration-images"),
         ("train digits --device cpu --out text", "a folder for --out, got 'text', a file or below one"),
@@ -74,6 +78,8 @@ def test_refused(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     Path("text").write_text("{}")
+    Path("push/b").mkdir(parents=True)  # where `push --repo-id a/b --dry-run` writes
+    Path("push/b/README.md").write_text("of an earlier time")
     Path("pictures/test/cat").mkdir(parents=True)
     Image.new("RGB", (8, 8)).save("pictures/test/cat/a.png")
     before = everything(tmp_path)

@@ -42,6 +42,12 @@ UNREADABLE = (
 )
 
 
+def check_file(file: Path) -> None:
+    """Raise ValueError unless there is such a file."""
+    if not file.is_file():
+        raise ValueError(f"expected a checkpoint file, got {str(file)!r}, which is none: check the path")
+
+
 def read_checkpoint(file: Path) -> dict[str, Tensor]:
     """The tensors of a checkpoint file, by name, on the CPU; no code in the file is ever run.
 
@@ -53,8 +59,7 @@ def read_checkpoint(file: Path) -> dict[str, Tensor]:
     Raises:
         ValueError: There is no such file, it cannot be read without running code, or it holds no state dict.
     """
-    if not file.is_file():
-        raise ValueError(f"expected a checkpoint file, got {str(file)!r}, which is none: check the path")
+    check_file(file)
     try:
         if _is_safetensors(file):
             checkpoint: Any = safetensors.torch.load_file(file, device="cpu")
@@ -171,6 +176,7 @@ def convert_checkpoint(
             or is a run folder.
     """
     file, out = Path(file), Path(out)
+    check_file(file)
     check_new_folder(out, overwrite)
     refuse_run_folder(out, "the model")
     tensors = read_checkpoint(file)

@@ -87,8 +87,8 @@ def prepare_folder(source: Path, out: Path, config: PublishConfig) -> list[Path]
         ValueError: The source is no model folder, its files are damaged, ``out`` is not empty or is a run folder, or
             the labels do not fit.
     """
+    folder = model_folder(source)  # first: `out` may be a folder that the user has not named
     check_new_folder(out, config.overwrite, "choose another --out or --overwrite")
-    folder = model_folder(source)
     refuse_run_folder(out, "what is published", "--out")
     facts = _complete(gather(folder, source), config)
     out.parent.mkdir(parents=True, exist_ok=True)
