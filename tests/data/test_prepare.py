@@ -15,6 +15,7 @@ from timm_gac.cli import main
 from timm_gac.data import load_arrays
 from timm_gac.data.arrays import ImageArrays
 from timm_gac.data.prepare import find_matches, list_images, prepare_images
+from warm import WarmPython
 
 CLASSES = ("n01", "n02")
 
@@ -218,6 +219,25 @@ def test_a_full_disk_is_an_error_and_leaves_nothing(tiny: Path, tmp_path: Path) 
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert not list(out.parent.iterdir())
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="signals and locks are POSIX's")
+def test_what_a_kill_leaves_beside_the_set_goes_with_the_next_try(
+    tiny: Path, warm_python: WarmPython, tmp_path: Path
+) -> None:
+    out = tmp_path / "made" / "set.npz"
+    code = f"""
+import os, signal
+from pathlib import Path
+from timm_gac.data import prepare
+prepare.save_arrays = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+prepare.prepare_images([Path({str(tiny)!r})], Path({str(out)!r}), size=16, num_workers=0)
+"""
+    assert warm_python(["-c", code]).returncode == -9
+    (leftover,) = out.parent.iterdir()
+    assert {file.name for file in leftover.iterdir()} == {"train.npy", "test.npy"}
+    prepare_images([tiny], out, size=16)
+    assert sorted(file.name for file in out.parent.iterdir()) == ["set.json", "set.npz"]
 
 
 def test_more_workers_than_work_are_not_started(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:

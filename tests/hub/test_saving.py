@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -18,7 +19,19 @@ from torch import nn
 
 import timm_gac
 from timm_gac.hub import PublishConfig, load_model, open_network, prepare_folder, save_model_folder, save_quantized
+from warm import WarmPython
 
+KILLED = """
+import os, signal, sys, timm
+from pathlib import Path
+from timm_gac.hub import PublishConfig, folder, prepare
+name = {"save": "check_config", "publish": "write_golden"}[sys.argv[1]]
+where = {"save": folder, "publish": prepare}[sys.argv[1]]
+setattr(where, name, lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+if sys.argv[1] == "save":
+    folder.save_model_folder(timm.create_model("test_gac_msresnet"), Path(sys.argv[2]))
+prepare.prepare_folder(Path(sys.argv[3]), Path(sys.argv[2]), PublishConfig("org/name"))
+"""
 TERMS = {"license": "other", "license_name": "my-terms", "license_link": "https://example.org/terms"}
 
 
@@ -124,6 +137,24 @@ def test_a_full_disk_is_an_os_error_and_leaves_the_folder_as_it_was(
     assert caught.value.errno == 28
     assert {file.name: file.read_bytes() for file in (tmp_path / "saved").iterdir()} == before
     assert [path.name for path in tmp_path.iterdir()] == ["saved"]
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals and locks are POSIX's")
+@pytest.mark.parametrize("killed", ["save", "publish"])
+def test_what_a_kill_leaves_beside_a_folder_goes_with_the_next_try(
+    killed: str, model_folder: Path, warm_python: WarmPython, tmp_path: Path
+) -> None:
+    def write() -> None:
+        if killed == "save":
+            save_model_folder(timm.create_model("test_gac_msresnet"), tmp_path / "out")
+        else:
+            prepare_folder(model_folder, tmp_path / "out", PublishConfig("org/name"))
+
+    assert warm_python(["-c", KILLED, killed, str(tmp_path / "out"), str(model_folder)]).returncode == -9
+    (leftover,) = tmp_path.iterdir()
+    assert any(file.name == "config.json" for file in leftover.iterdir())
+    write()
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 @pytest.mark.parametrize("name", ["test_gac_msresnet", "test_ann_resnet"])

@@ -21,6 +21,16 @@ os.fsync = lambda descriptor: os.kill(os.getpid(), getattr(signal, sys.argv[2]))
 write_text(Path(sys.argv[1]), "new" * 100_000)
 """
 
+IN_SCRATCH = """
+import os, signal, sys
+from pathlib import Path
+from timm_gac.runtime.files import scratch_folder
+with scratch_folder(Path(sys.argv[1])) as folder:
+    (folder / "weights").write_text("half of them")
+    if len(sys.argv) > 2:
+        os.kill(os.getpid(), getattr(signal, sys.argv[2]))
+"""
+
 
 def test_what_is_written_is_read_again(tmp_path: Path) -> None:
     folder = tmp_path / "new" / "folder"
@@ -79,6 +89,86 @@ def test_a_kill_between_write_and_rename_leaves_the_old_file(warm_python: WarmPy
     os.utime(leftover, (long_ago, long_ago))
     files.write_text(file, "newest")
     assert file.read_text() == "newest" and list(tmp_path.iterdir()) == [file]
+
+
+def test_a_scratch_folder_lies_beside_its_target_and_goes_with_the_block(tmp_path: Path) -> None:
+    with files.scratch_folder(tmp_path / "model") as outer, files.scratch_folder(tmp_path / "model") as inner:
+        assert outer.parent == inner.parent == tmp_path and outer != inner and outer.exists()  # both of living blocks
+        (inner / "folder").mkdir()
+    with pytest.raises(KeyboardInterrupt), files.scratch_folder(tmp_path / "model"):
+        raise KeyboardInterrupt
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals and locks are POSIX's")
+def test_a_scratch_folder_of_a_killed_process_is_deleted_by_the_next(warm_python: WarmPython, tmp_path: Path) -> None:
+    target = tmp_path / "a[1]"
+    assert warm_python(["-c", IN_SCRATCH, str(target), "SIGKILL"]).returncode == -9
+    (leftover,) = tmp_path.iterdir()
+    with files.scratch_folder(tmp_path / "a"), files.scratch_folder(tmp_path / "a[1]b"):
+        assert leftover.exists(), "of another target"
+    with files.scratch_folder(target) as living:
+        assert not leftover.exists()
+        assert warm_python(["-c", IN_SCRATCH, str(target)]).returncode == 0
+        assert living.exists(), "of a living process"
+    assert not list(tmp_path.iterdir())
+
+
+def test_only_our_own_scratch_folders_are_deleted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ours = f"{files._machine()}{'0' * 32}"
+    (tmp_path / "theirs").mkdir()
+    for name in (
+        ".model.backup",
+        ".model.timm_gac",
+        f".model.{ours}",
+        f".model.{ours[1:]}.timm_gac",
+        ".model.a.timm_gac",
+    ):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "mine").touch()
+    (tmp_path / f".model.{ours}.timm_gac").symlink_to(tmp_path / "theirs", target_is_directory=True)
+    (tmp_path / f".model.{ours[:-1]}1.timm_gac").touch()  # a file
+    before = sorted(tmp_path.rglob("*"))
+    with files.scratch_folder(tmp_path / "model"):
+        pass
+    assert sorted(tmp_path.rglob("*")) == before
+    leftover = tmp_path / f".model.{ours[:-1]}2.timm_gac"
+    leftover.mkdir()
+    with monkeypatch.context() as patched:
+        patched.setattr(files, "fcntl", None)  # without locks nobody knows whose it is
+        with files.scratch_folder(tmp_path / "model"):
+            assert leftover.exists()
+
+
+@pytest.mark.skipif(os.name != "posix", reason="locks are POSIX's")
+def test_a_scratch_folder_of_another_machine_is_deleted_after_an_hour(tmp_path: Path) -> None:
+    other = tmp_path / f".model.{'0' * 40}.timm_gac"
+    other.mkdir()
+    (other / "weights").touch()
+    long_ago = time.time() - files.LEFTOVER_SECONDS - 1
+    os.utime(other, (long_ago, long_ago))
+    with files.scratch_folder(tmp_path / "model"):
+        assert other.exists(), "something in it is new"
+    os.utime(other / "weights", (long_ago, long_ago))
+    with files.scratch_folder(tmp_path / "model"):
+        assert not other.exists()
+
+
+@pytest.mark.skipif(os.name != "posix", reason="locks are POSIX's")
+def test_a_scratch_folder_that_is_taken_for_a_leftover_before_it_is_locked_is_made_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lock, seen = files._lock, list[Path]()
+
+    def late(folder: Path) -> int | None:
+        seen.append(folder)
+        if len(seen) == 1:
+            files._delete_scratch(tmp_path / "model")
+        return lock(folder)
+
+    monkeypatch.setattr(files, "_lock", late)
+    with files.scratch_folder(tmp_path / "model") as folder:
+        assert folder.exists() and not seen[0].exists() and list(tmp_path.iterdir()) == [folder]
 
 
 def test_two_writers_of_one_file_do_not_meet(tmp_path: Path) -> None:

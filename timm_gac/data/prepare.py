@@ -6,7 +6,6 @@ what a validation image shows are left out, wherever the two come from.
 
 from __future__ import annotations
 
-import tempfile
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -19,7 +18,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from ..runtime.files import write_json
+from ..runtime.files import scratch_folder, write_json
 from ..runtime.progress import progress_of
 from .arrays import Split, save_arrays
 from .labels import label_key
@@ -253,12 +252,12 @@ def prepare_images(
     label_names = np.array([f"{name} {words[name]}" if name in words else name for name in classes], str)
     report = _report(images=images, kept=kept, classes=classes, matches=matches, size=size, similarity=similarity)
     out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.stem}.") as scratch:
+    with scratch_folder(out) as scratch:
         arrays: dict[str, np.ndarray] = {"label_names": label_names}
         for split in ("train", "test"):
             chosen = [image for image in kept if image.split == split]
             arrays[f"y_{split}"] = np.array([classes.index(image.label) for image in chosen])
-            arrays[f"x_{split}"] = _decode(chosen, size, num_workers, Path(scratch, f"{split}.npy"), progress)
+            arrays[f"x_{split}"] = _decode(chosen, size, num_workers, scratch / f"{split}.npy", progress)
         save_arrays(out, arrays)
         sources = np.array([image.source for image in kept if image.split == "test"])
         for name, file in zip(names, beside(out, names)[1:], strict=False):  # none of one set

@@ -6,7 +6,6 @@ import errno
 import json
 import logging
 import re
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,7 @@ from ..models.build import MODULES
 from ..models.checkpoint import pack_int8_convs
 from ..models.network import SpikingResNet
 from ..models.weights import TRAINED_ON
-from ..runtime.files import check_new_folder
+from ..runtime.files import check_new_folder, scratch_folder
 from ..runtime.finite import check_finite
 from .config import (
     CONFIG,
@@ -87,17 +86,17 @@ def save_model_folder(
     if license is None:  # of a model that came from a folder
         named = getattr(model, "license", {}) | {key: value for key, value in named.items() if value}
     out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as scratch:
+    with scratch_folder(out) as scratch:
         try:
             save_for_hf(model, scratch, model_args=args, safe_serialization=True)
             if int8_weights := pack_int8_convs(model):
-                save_file(int8_weights, Path(scratch, WEIGHTS), metadata={"format": "pt"})
+                save_file(int8_weights, scratch / WEIGHTS, metadata={"format": "pt"})
         except SafetensorError as error:  # as for a full disk, where Python itself raises OSError
             number = re.search(r"os error (\d+)", str(error))
             raise OSError(
                 int(number[1]) if number else errno.EIO, f"model folder {out} not written ({error}): free some space"
             ) from error
-        config_file = Path(scratch, CONFIG)
+        config_file = scratch / CONFIG
         config = json.loads(config_file.read_text(encoding="utf-8")) | {"model_args": args}
         if named.get("license"):
             config["pretrained_cfg"]["license"] = named["license"]
@@ -106,10 +105,10 @@ def save_model_folder(
         write_config(config_file, config | ({"quantization": scheme} if scheme else {}))
         check_config(json.loads(config_file.read_bytes()))
         # safetensors makes files that their owner alone can read.
-        Path(scratch, WEIGHTS).chmod(config_file.stat().st_mode)
+        (scratch / WEIGHTS).chmod(config_file.stat().st_mode)
         out.mkdir(exist_ok=True)
         for name in (WEIGHTS, CONFIG):
-            Path(scratch, name).replace(out / name)
+            (scratch / name).replace(out / name)
     return out
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import shutil
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,7 +12,7 @@ from typing import Any
 from huggingface_hub.utils import validate_repo_id
 
 from ..data.labels import known_label_names
-from ..runtime.files import check_new_folder, write_json, write_text
+from ..runtime.files import check_new_folder, scratch_folder, write_json, write_text
 from .card import DEFAULT_LICENSE, write_card
 from .config import CONFIG, LICENSE_KEYS, check_labels, read_config, short, write_config
 from .facts import EVALUATIONS, Facts, gather, read_public
@@ -92,8 +91,7 @@ def prepare_folder(source: Path, out: Path, config: PublishConfig) -> list[Path]
     refuse_run_folder(out, "what is published", "--out")
     facts = _complete(gather(folder, source), config)
     out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as scratch:
-        stage = Path(scratch)
+    with scratch_folder(out) as stage:
         labels = {"label_names": list(facts.label_names)} if facts.label_names else {}
         write_config(stage / CONFIG, _with_license(read_config(folder), facts.license) | labels)
         shutil.copyfile(folder / WEIGHTS, stage / WEIGHTS)

@@ -7,16 +7,26 @@ import glob
 import io
 import json
 import os
+import platform
+import re
+import shutil
 import tempfile
 import time
 import uuid
+import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
 # A process that is killed leaves its unfinished file. The next write of the same file deletes those of this age.
 LEFTOVER_SECONDS = 3600.0
+_SCRATCH = ".timm_gac"  # how names of scratch folders end
 
 
 @contextmanager
@@ -45,6 +55,31 @@ def replace_file(path: Path) -> Iterator[BinaryIO]:
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
+
+
+@contextmanager
+def scratch_folder(target: Path) -> Iterator[Path]:
+    """A hidden folder beside a file or folder, in which this is made before it is moved; deleted when the block ends.
+
+    A process that is killed leaves its scratch folder, ``.NAME.<40 hexadecimal digits>.timm_gac``. The next one for the
+    same target deletes it, as no living process holds the lock on it (``flock``, which the system drops with its
+    process). A folder of another machine must also have been idle for an hour, as some file systems keep such locks
+    from other machines. Without such locks (Windows, NFS) leftovers stay.
+
+    Args:
+        target: What will be written; its parent folder is there.
+
+    Raises:
+        OSError: The folder cannot be made.
+    """
+    _delete_scratch(target)
+    folder, lock = _make_scratch(target)
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        if lock is not None:
+            os.close(lock)
 
 
 def write_bytes(path: Path, content: bytes) -> None:
@@ -181,3 +216,63 @@ def _delete_leftovers(path: Path) -> None:
                 leftover.unlink()
         except FileNotFoundError:  # another process was faster
             continue
+
+
+def _make_scratch(target: Path) -> tuple[Path, int | None]:
+    """A new scratch folder and the descriptor that locks it, None where the file system has no locks."""
+    while True:
+        folder = target.parent / f".{target.name}.{_machine()}{uuid.uuid4().hex}{_SCRATCH}"
+        folder.mkdir(mode=0o700)
+        # Until it is locked another process may take it for a leftover, and hold its lock to delete it: then another.
+        with suppress(BlockingIOError, FileNotFoundError):
+            lock = _lock(folder)
+            if lock is None or folder.exists():
+                return folder, lock
+            os.close(lock)
+
+
+def _machine() -> str:
+    return f"{zlib.crc32(platform.node().encode()):08x}"
+
+
+def _lock(folder: Path) -> int | None:
+    """A descriptor that locks a folder until it is closed; None where the file system has no such locks.
+
+    Raises:
+        BlockingIOError: A living process, or another thread of this one, holds the lock.
+        OSError: The folder cannot be opened.
+    """
+    if fcntl is None:
+        return None
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise
+    except OSError:
+        os.close(descriptor)
+        return None
+    return descriptor
+
+
+def _delete_scratch(target: Path) -> None:
+    start = f".{target.name}."
+    for folder in target.parent.glob(f"{glob.escape(start)}*{_SCRATCH}"):
+        identity = folder.name.removeprefix(start).removesuffix(_SCRATCH)
+        if not re.fullmatch("[0-9a-f]{40}", identity) or folder.is_symlink():
+            continue
+        with suppress(OSError):  # of a living process, of another user, or deleted by another process meanwhile
+            lock = _lock(folder)
+            if lock is None:
+                continue
+            try:
+                if identity.startswith(_machine()) or _idle_seconds(folder) > LEFTOVER_SECONDS:
+                    shutil.rmtree(folder, ignore_errors=True)
+            finally:
+                os.close(lock)
+
+
+def _idle_seconds(folder: Path) -> float:
+    """How long ago a folder or something in it was last written."""
+    return time.time() - max(path.stat().st_mtime for path in (folder, *folder.rglob("*")))
