@@ -8,6 +8,8 @@
 #   published  both by the published recipe (250 epochs, batch 64, mean loss), in bfloat16 and a CUDA graph
 #   gates      the gate with less attention, at a tenth of the rate and with weight decay: 40 epochs in 8 bits, judged
 #              on a validation split of the training set
+#   moving     the gate at a tenth of the rate and with weight decay, which kept it moving there, for whole runs in 8
+#              bits, the seeds of `seeds`, and the gain over direct coding and over the full gate
 #   digits     the same gates, direct coding and the full gate in 8 bits on scikit-learn's digits, ten seeds each: for a
 #              CPU, without DATA, about an hour
 #   eight_bits gated attention coding with three seeds in 8 bits, the int8 network of each, and the same in bfloat16
@@ -32,9 +34,9 @@ esac
 [ $# -gt 0 ] || set -- none
 for part in "$@"; do
   case $part in
-    seeds | distilled | steps | published | gates | digits | eight_bits | neurons | formats) ;;
+    seeds | distilled | steps | published | gates | moving | digits | eight_bits | neurons | formats) ;;
     *)
-      echo "expected parts among seeds, distilled, steps, published, gates, digits, eight_bits, neurons, formats, got '$part'" >&2
+      echo "expected parts among seeds, distilled, steps, published, gates, moving, digits, eight_bits, neurons, formats, got '$part'" >&2
       exit 2
       ;;
   esac
@@ -126,6 +128,21 @@ for part in "$@"; do
         train gate_decay $short --gate-decay 1
         train gate_direct $short --model msresnet18_cifar
       }
+      ;;
+    moving)
+      for seed in 0 1 2; do
+        train "gac_slow_seed$seed" cifar100_fast --int8-convs --gate-lr 0.1 --seed "$seed"
+        train "gac_decay_seed$seed" cifar100_fast --int8-convs --gate-decay 1 --seed "$seed"
+        evaluate "gac_slow_seed$seed"
+        evaluate "gac_decay_seed$seed"
+        pair "seed$seed" cifar100_fast --int8-convs --seed "$seed"
+      done
+      for gate in slow decay; do
+        for other in direct gac; do
+          # shellcheck disable=SC2046
+          timm-gac gain $(answers "gac_$gate" seed0 seed1 seed2) --against $(answers "$other" seed0 seed1 seed2)
+        done
+      done
       ;;
     digits)
       ( # with settings of its own

@@ -16,7 +16,7 @@ from timm_gac.cli.evaluate import EvaluateConfig
 from timm_gac.train.options import parse
 
 SCRIPT = Path(__file__).resolve().parents[2] / "tools" / "runs.sh"
-PARTS = ("seeds", "distilled", "steps", "published", "gates", "digits", "eight_bits", "neurons", "formats")
+PARTS = ("seeds", "distilled", "steps", "published", "gates", "moving", "digits", "eight_bits", "neurons", "formats")
 # Instead of the real one: writes down what it was called with, and leaves what a run leaves.
 STUB = """#!/bin/sh
 echo "$@" >> "$LOG"
@@ -41,7 +41,7 @@ def test_every_command_is_taken(tmp_path: Path) -> None:
     code, commands = run(tmp_path, *PARTS)
     assert code == 0
     trained = [parse(words[1:], "timm-gac train") for words in commands if words[0] == "train"]
-    assert len({options.out for _, options in trained}) == len(trained) == 9 + 1 + 6 + 2 + 8 + 90 + 3 + 2 + 3
+    assert len({options.out for _, options in trained}) == len(trained) == 9 + 1 + 6 + 2 + 8 + 6 + 90 + 3 + 2 + 3
     digits = [(recipe, str(options.out)) for recipe, options in trained if "digits_" in str(options.out)]
     assert {recipe.seed for recipe, _ in digits} == {*range(10)} and {recipe.data for recipe, _ in digits} == {"digits"}
     assert sum(recipe.model == "test_msresnet" for recipe, _ in digits) == 10
@@ -53,6 +53,10 @@ def test_every_command_is_taken(tmp_path: Path) -> None:
     in_16_bits = ("ann_", "gac_bfloat16_", "published", "plif", "noise_")
     for recipe, options in trained:
         assert recipe.int8_convs != any(word in str(options.out) for word in in_16_bits), options.out
+    for name, field, factor in (("slow", "gate_lr", 0.1), ("decay", "gate_decay", 1.0)):
+        moving = [recipe for recipe, options in trained if f"gac_{name}_" in str(options.out)]
+        plain = [recipe for recipe, options in trained if "gac_seed" in str(options.out)]
+        assert moving == [replace(recipe, **{field: factor}) for recipe in plain] and len(moving) == 3
     learning = [recipe.neuron_lr for recipe, _ in trained if recipe.neuron == "plif"]
     assert learning == [1.0, 0.1]
     noisy = [(recipe.current_noise, recipe.epochs) for recipe, options in trained if "noise_" in str(options.out)]
@@ -83,7 +87,7 @@ def test_every_command_is_taken(tmp_path: Path) -> None:
         "runs/noise_0.01",
         "runs/noise_0.1",
     ]
-    assert sorted(len(words) for words in commands if words[0] == "gain") == [*[4] * 9, 8, 8, 8]
+    assert sorted(len(words) for words in commands if words[0] == "gain") == [*[4] * 9, *[8] * 7]
 
 
 def test_distilled_alone_trains_its_teacher_first(tmp_path: Path) -> None:

@@ -122,18 +122,30 @@ def _warning(kind: str, gate: GateStatistics, recipe: Recipe) -> str:
 
 
 def _draw(file: Path, history: History) -> None:
-    """Draw the mean of the gate and the shares of its values that are shut and open, by epoch."""
-    figure = new_figure(5.6, 3.2, dpi=110)
-    axis = figure.subplots()
+    """Draw shares, the gate's mean among them, and the sizes of both scores, by epoch."""
+    figure = new_figure(9.2, 3.2, dpi=110)
+    panels = figure.subplots(1, 2)
+    lines = {
+        "mean": (0, "#1f77b4", "mean"),
+        "shut": (0, "#444444", "share shut (under 0.01)"),
+        "open": (0, "#d62728", "share open (over 0.99)"),
+        "between_images": (0, "#2ca02c", "share of variance between images"),
+        "largest_temporal": (1, "#9467bd", "temporal, largest"),
+        "spatial_std": (1, "#ff7f0e", "spatial, standard deviation"),
+    }
     epochs = [epoch for epoch, _ in history]
-    for name, colour in (("mean", "#1f77b4"), ("shut", "#444444"), ("open", "#d62728")):
-        label = {"mean": "mean", "shut": "share shut (under 0.01)", "open": "share open (over 0.99)"}[name]
-        place = COLUMNS.index(name)
-        axis.plot(epochs, [values[place] for _, values in history], marker=".", color=colour, label=label)
-    axis.set(xlabel="epoch", ylim=(-0.03, 1.03))
-    axis.xaxis.get_major_locator().set_params(integer=True)
-    axis.set_title("Gate", loc="left", fontsize=11)
-    axis.grid(alpha=0.3)
-    axis.legend(fontsize=8)
-    hide_frame(axis)
+    for name, (panel, colour, label) in lines.items():
+        values = [row[COLUMNS.index(name)] for _, row in history]
+        if panel and not any(values):  # a score that the gate does without: 0 has no place on a logarithmic axis
+            continue
+        panels[panel].plot(epochs, values, marker=".", color=colour, label=label)
+    panels[0].set(ylim=(-0.03, 1.03))
+    panels[1].set(yscale="log")
+    for axis, title in zip(panels, ("Gate", "Scores, without their sign"), strict=True):
+        axis.set(xlabel="epoch")
+        axis.xaxis.get_major_locator().set_params(integer=True)
+        axis.set_title(title, loc="left", fontsize=11)
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize=8)
+    hide_frame(*panels)
     figure.savefig(file)
