@@ -29,7 +29,7 @@ if TYPE_CHECKING or not _waits:
     from .layers.encoder import DirectCoding, GatedAttentionCoding
     from .layers.lif import LIF
     from .layers.neuron import BatchNormLIF
-    from .layers.weight_decay import parameter_groups
+    from .layers.parameter_groups import parameter_groups
     from .runtime.graphed import graphed, ungraphed
     from .runtime.graphs import GraphedStep
 

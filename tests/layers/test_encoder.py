@@ -16,7 +16,7 @@ from timm_gac.layers.encoder import (
 )
 from timm_gac.layers.lif import LIF
 from timm_gac.layers.neuron import BatchNormLIF
-from timm_gac.layers.weight_decay import parameter_groups
+from timm_gac.layers.parameter_groups import parameter_groups
 
 T, B, C, H, W = 4, 3, 6, 5, 7
 SPECS = pytest.mark.parametrize("spec", [CIFAR, IMAGENET], ids=["cifar", "imagenet"])

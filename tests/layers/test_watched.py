@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import math
 import pickle
 import warnings
 
@@ -339,6 +340,35 @@ def test_parameter_groups_spare_gate_neurons_norms_and_biases() -> None:
     assert parameter_groups(own, 1e-3)[0]["params"] == []
     with pytest.raises(ValueError, match="weight_decay of at least 0"):
         parameter_groups(own, -1.0)
+
+
+def test_a_gate_may_have_a_rate_of_its_own_which_schedulers_scale() -> None:
+    model = network()
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    plain = parameter_groups(model, 1e-3)
+    assert parameter_groups(model, 1e-3, gate_lr=1.0) == plain and not [group for group in plain if "lr" in group]
+    decayed, others, gate = parameter_groups(model, 1e-3, lr=0.2, gate_lr=0.1)
+    assert decayed == plain[0] | {"lr": 0.2} and (others["weight_decay"], others["lr"]) == (0.0, 0.2)
+    assert {names[id(p)] for p in gate["params"]} == {name for name in names.values() if name.startswith("encoder.")}
+    assert (gate["weight_decay"], gate["lr"]) == (0.0, pytest.approx(0.02))
+    found = [p for group in (decayed, others, gate) for p in group["params"]]
+    assert len(found) == len({id(p) for p in found}) == len(names)
+    optimizer = torch.optim.SGD([decayed, others, gate])
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda epoch: 0.5**epoch)
+    optimizer.step()
+    scheduler.step()
+    assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([0.1, 0.1, 0.01])
+    model.encoder.requires_grad_(False)
+    for changes, message in (
+        (dict(lr=0.1, gate_lr=0.1), "a gate that learns with gate_lr=0.1, got none"),
+        (dict(gate_lr=0.1), "lr with gate_lr=0.1, a factor of it, got none"),
+        (dict(lr=-0.1), "lr of at least 0, got -0.1"),
+        (dict(lr=0.1, gate_lr=math.nan), "gate_lr of at least 0, got nan"),
+        (dict(lr=0.1, gate_lr=True), "gate_lr of at least 0, got True"),
+        (dict(gate_lr=None), "gate_lr of at least 0, got None"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            parameter_groups(model, 1e-3, **changes)
 
 
 @pytest.mark.parametrize("copied", [False, True], ids=["original", "copy"])

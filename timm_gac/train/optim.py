@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..layers.encoder import GatedAttentionCoding
 from ..layers.learned import LearnedValues
+from ..layers.parameter_groups import parameters_of
 from ..layers.weight_decay import expect_decay
 from .idle import refuse_idle_rate
 from .recipes import Recipe
@@ -42,8 +43,8 @@ def create_optimizer(
         groups = param_groups_layer_decay(
             model, weight_decay=recipe.weight_decay, no_weight_decay_list=tuple(skip), layer_decay=recipe.layer_decay
         )
-    neurons = _owned(model, LearnedValues)
-    gate = _owned(model, GatedAttentionCoding) - neurons  # an encoder's neuron is no part of its attention
+    neurons = parameters_of(model, LearnedValues)
+    gate = parameters_of(model, GatedAttentionCoding) - neurons  # an encoder's neuron is no part of its attention
     for name, parameters in (("gate_lr", gate), ("neuron_lr", neurons), ("gate_decay", gate)):
         value = getattr(recipe, name)
         if value == getattr(Recipe, name):
@@ -66,12 +67,6 @@ def create_optimizer(
     if recipe.gate_decay:
         expect_decay(optimizer)
     return optimizer
-
-
-def _owned(model: nn.Module, kind: type[nn.Module]) -> set[int]:
-    """Ids of the parameters of modules of one kind."""
-    owners = [module for module in model.modules() if isinstance(module, kind)]
-    return {id(parameter) for owner in owners for parameter in owner.parameters()}
 
 
 def _with_own(groups: list[dict[str, Any]], chosen: set[int], own: dict[str, float]) -> list[dict[str, Any]]:
