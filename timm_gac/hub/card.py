@@ -348,7 +348,7 @@ def _training(facts: Facts) -> str:
         parts.append(f"![Loss and accuracy by epoch]({CURVE})")
     for table, kept, chart, shown in (
         (RATES, "The firing rates", RATES_CHART, "Firing rate of each layer by epoch"),
-        (GATE, "What the gate did on some images", GATE_CHART, "Mean of the gate, shares shut and open, and its scores, by epoch"),
+        (GATE, "What the gate did on some images", GATE_CHART, "Gate and scores by epoch"),
     ):
         if table in facts.files:
             parts.append(f"{kept} at each evaluation: [{table}]({table}).")
