@@ -4,7 +4,7 @@ PREFIX names two tables of a run: PREFIX.csv, its metrics.csv, and PREFIX.gate.c
 learned gate does not have. results/gate_by_epoch.png is of four runs of results/epochs:
 
     E=results/epochs/cifar100_fast.int8_convs.40_epochs.gate_
-    python tools/draw_gates.py results/gate_by_epoch.png default=${E}full.seed1 "--gate-lr 0.1"=${E}slow \
+    python tools/draw_gates.py results/gate_by_epoch.png "default, seed 1"=${E}full.seed1 "--gate-lr 0.1"=${E}slow \
         "--gate-decay 1"=${E}decay "direct coding"=${E}direct
 """
 
@@ -19,7 +19,7 @@ from timm_gac.runtime.figures import hide_frame, new_figure
 PANELS = {
     "largest_temporal": "Largest temporal score",
     "spatial_std": "Deviation of the spatial scores",
-    "test_top1": "Top-1",
+    "test_top1": "Top-1 (%)",
 }
 
 
@@ -55,7 +55,9 @@ def draw(runs: dict[str, Path], out: Path) -> None:
         values = columns(metrics) | (columns(gate) if gate.exists() else {})
         for name, axis in panels.items():
             if any(values.get(name, [])):  # else there is no such score, and 0 has no place on a logarithmic axis
-                axis.plot(values[f"{name} epochs"], values[name], color=f"C{nth}", label=label, linewidth=1.5)
+                scale = 100 if name == "test_top1" else 1
+                drawn = [scale * value for value in values[name]]
+                axis.plot(values[f"{name} epochs"], drawn, color=f"C{nth}", label=label, linewidth=1.5)
     for name, axis in panels.items():
         axis.set(xlabel="epoch", yscale="linear" if name == "test_top1" else "log")
         axis.set_title(PANELS[name], loc="left", fontsize=10)

@@ -13,6 +13,7 @@ from PIL import Image
 
 from timm_gac import cli
 from timm_gac.cli.inspect import InspectConfig, run_inspect
+from timm_gac.cli.sources import open_images
 from timm_gac.hub import save_model_folder
 from timm_gac.runtime.files import check_csv
 
@@ -133,3 +134,14 @@ def test_inspect_replaces_and_removes_no_file_unasked(name: str, tmp_path: Path)
     with pytest.raises(ValueError, match="use --overwrite"):
         run_inspect("test_gac_msresnet", "examples/pictures/apple.png", InspectConfig(out=tmp_path))
     assert [(file.name, file.read_text(encoding="utf-8")) for file in tmp_path.iterdir()] == [(name, "mine")]
+
+
+@pytest.mark.parametrize("inside", ["", "model"], ids=["run", "model"])
+def test_the_folder_of_a_network_is_no_folder_of_pictures(inside: str, folder: Path, capsys) -> None:
+    given = folder / inside
+    Image.new("RGB", (8, 8)).save(given / "curve.png")
+    assert cli.main(["predict", str(given)]) == 2
+    error = " ".join(capsys.readouterr().err.split())
+    assert f"got '{given}', the folder of a network: name pictures, and the network as --model {given}" in error
+    with pytest.raises(ValueError, match="the folder of a network: name a folder of pictures here"):
+        open_images(str(given), timm.create_model("test_msresnet", num_classes=3), 1)

@@ -25,7 +25,7 @@ def test_a_line_where_a_run_has_values(tmp_path: Path, monkeypatch: pytest.Monke
     assert drawn == [
         {"full": ([2, 3], [8, 9])},
         {},
-        {"full": ([2, 3], [0.25, 0.5]), "direct": ([2, 3], [0.5, 0.75])},
+        {"full": ([2, 3], [25, 50]), "direct": ([2, 3], [50, 75])},
     ]
     assert (tmp_path / "out.png").read_bytes()[:4] == b"\x89PNG"
 

@@ -17,7 +17,8 @@ from safetensors.torch import load_file
 from timm_gac.analysis.evaluate import Evaluation
 from timm_gac.cli.main import main
 from timm_gac.models.training_options import TrainingOptions
-from timm_gac.train import RECIPES, Recipe, finish
+from timm_gac.runtime.figures import new_figure
+from timm_gac.train import RECIPES, Recipe, finish, runlog
 from timm_gac.train.loop import Trainer, train
 from timm_gac.train.optim import MovingAverage, create_optimizer, freeze_stages, learning_rate
 from timm_gac.train.options import parse
@@ -54,6 +55,26 @@ def test_a_run_leaves_what_is_promised(recipe: Recipe, tmp_path: Path) -> None:
     assert not list(run.rglob("*.p[kt]*"))  # no pickle
     with pytest.raises(ValueError, match="give --resume"):
         train(recipe, options(run))
+
+
+@pytest.mark.parametrize(
+    ("changes", "title"),
+    [
+        (dict(cutmix=1.0, label_smoothing=0.1), "Loss, targets mixed and smoothed"),
+        (dict(mixup=0.2), "Loss, targets mixed"),
+        (dict(label_smoothing=0.1), "Loss, targets smoothed"),
+        (dict(), "Loss"),
+    ],
+)
+def test_the_curve_says_what_the_targets_were(
+    changes: dict, title: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    figures = []
+    monkeypatch.setattr(runlog, "new_figure", lambda *size: figures.append(new_figure(*size)) or figures[-1])
+    rows = [{"epoch": "1", "train_loss": "2.5", "test_top1": "0.25"}]
+    runlog.write_curve(tmp_path / "curve.png", rows, Recipe(holdout=0.1, **changes))
+    loss, accuracy = figures[0].axes
+    assert loss.get_title() == title and accuracy.get_ylabel() == "top-1 on the validation set (%)"
 
 
 def test_the_last_line_says_what_storing_changed(

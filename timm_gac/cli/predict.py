@@ -14,7 +14,7 @@ from rich.text import Text
 
 from ..runtime.terminal import new_table, plain
 from .output import check_new_file, create_console
-from .sources import NetworkOptions, Options, check_positive, fold_network, open_pictures
+from .sources import NetworkOptions, Options, check_positive, fold_network, open_pictures, refuse_model_folder
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -102,6 +102,8 @@ def run_predict(paths: Sequence[Path], config: PredictConfig, console: Console |
     """
     if not paths:
         raise ValueError("expected at least one picture or folder of pictures, got none: timm-gac predict IMAGE")
+    for path in paths:
+        refuse_model_folder(path, f"name pictures, and the network as --model {path}")
     from ..hub import open_network
     from ..inference.predict import Prediction, predict
     from ..runtime.device import resolve_device

@@ -178,6 +178,20 @@ def open_pictures(files: Iterable[Path], model: Any, problems: list[str] | None 
     return torch.stack(rows)
 
 
+def refuse_model_folder(folder: Path, remedy: str) -> None:
+    """Refuse a network's folder where pictures are wanted: a run's holds some, its charts.
+
+    Args:
+        folder: What was given for pictures.
+        remedy: What to do instead, for the error message.
+
+    Raises:
+        ValueError: It is the folder of a model or of a run.
+    """
+    if any((folder / name).is_file() for name in ("model.safetensors", "model/model.safetensors")):
+        raise ValueError(f"expected pictures, got {str(folder)!r}, the folder of a network: {remedy}")
+
+
 def open_images(
     data: str, model: Any, limit: int, data_dir: str | None = None, split: Literal["train", "test"] = "test"
 ) -> Tensor:
@@ -203,6 +217,7 @@ def open_images(
     if data_dir and (path.is_dir() or path.suffix.lower() in SUFFIXES):
         raise ValueError(f"expected no --data-dir for pictures such as {data!r}, got {data_dir!r}: leave it out")
     if data and path.is_dir():  # Path("") is the current folder
+        refuse_model_folder(path, "name a folder of pictures here")
         if not (found := find_pictures(path)):
             raise ValueError(f"expected pictures in {data!r}, got none of {', '.join(SUFFIXES)}: check the folder")
         problems = list[str]()

@@ -37,7 +37,9 @@ def check_foldable(model: nn.Module) -> list[MSBlock | SpikingBlock]:
     if not isinstance(model, SpikingResNet):
         raise ValueError(f"expected a spiking network of this package, got {type(model).__name__}: see timm-gac models")
     if model.inference_only:
-        raise ValueError("expected a network with batch norm, got one that is folded or quantised: create it anew")
+        raise ValueError(
+            "expected a network with batch norm, got one folded or quantised already: take the one it was made of"
+        )
     _check_pair("conv1", model.conv1, "bn1", model.bn1, _NORM_FORWARDS)
     blocks: list[Any] = []
     for stage in STAGES:

@@ -35,6 +35,6 @@ def _look_once(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None
     if any(id(parameter) in gates for group in groups for parameter in group["params"]):
         warnings.warn(
             "expected no weight decay on GatedAttentionCoding, got an optimiser with some, which may silence its gate: "
-            "pass timm_gac.parameter_groups(model, weight_decay) to the optimiser",
+            "pass timm_gac.parameter_groups(model, weight_decay, lr=lr, gate_lr=0.1) to the optimiser",
             stacklevel=4,
         )

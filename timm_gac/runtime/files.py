@@ -115,7 +115,9 @@ def write_csv(path: Path, columns: Sequence[str], rows: Iterable[Mapping[str, An
     write_text(path, _csv_text(columns, rows, header=True))
 
 
-def check_new_folder(folder: Path, overwrite: bool, remedy: str = "choose another or allow overwriting") -> None:
+def check_new_folder(
+    folder: Path, overwrite: bool, remedy: str = "choose another or overwrite=True (--overwrite)"
+) -> None:
     """Refuse to write into a folder that holds files.
 
     Args:

@@ -123,24 +123,30 @@ def _warning(kind: str, gate: GateStatistics, recipe: Recipe) -> str:
 
 def _draw(file: Path, history: History) -> None:
     """Draw shares, the gate's mean among them, and the sizes of both scores, by epoch."""
+    from matplotlib.ticker import LogLocator, NullLocator
+
     figure = new_figure(9.2, 3.2, dpi=110)
     panels = figure.subplots(1, 2)
+    # Of a mask mean and open are the same, and may be one half as shut is: so lines of different widths.
     lines = {
-        "mean": (0, "#1f77b4", "mean"),
-        "shut": (0, "#444444", "share shut (under 0.01)"),
-        "open": (0, "#d62728", "share open (over 0.99)"),
-        "between_images": (0, "#2ca02c", "share of variance between images"),
-        "largest_temporal": (1, "#9467bd", "temporal, largest"),
-        "spatial_std": (1, "#ff7f0e", "spatial, standard deviation"),
+        "mean": (0, "#1f77b4", 4.5, "mean"),
+        "open": (0, "#d62728", 2.6, "share open (over 0.99)"),
+        "shut": (0, "#222222", 1.0, "share shut (under 0.01)"),
+        "between_images": (0, "#2ca02c", 1.5, "share of variance between images"),
+        "largest_temporal": (1, "#9467bd", 1.5, "temporal, largest"),
+        "spatial_std": (1, "#ff7f0e", 1.5, "spatial, standard deviation"),
     }
     epochs = [epoch for epoch, _ in history]
-    for name, (panel, colour, label) in lines.items():
+    for name, (panel, colour, width, label) in lines.items():
         values = [row[COLUMNS.index(name)] for _, row in history]
         if panel and not any(values):  # a score that the gate does without: 0 has no place on a logarithmic axis
             continue
-        panels[panel].plot(epochs, values, marker=".", color=colour, label=label)
+        panels[panel].plot(epochs, values, marker=".", color=colour, linewidth=width, label=label)
     panels[0].set(ylim=(-0.03, 1.03))
     panels[1].set(yscale="log")
+    panels[1].yaxis.set_major_locator(LogLocator(subs=(1, 3), numticks=20))  # 1, 3, 10, 30, ...
+    panels[1].yaxis.set_major_formatter("{x:g}")
+    panels[1].yaxis.set_minor_locator(NullLocator())
     for axis, title in zip(panels, ("Gate", "Scores, without their sign"), strict=True):
         axis.set(xlabel="epoch")
         axis.xaxis.get_major_locator().set_params(integer=True)

@@ -183,8 +183,7 @@ class Trainer:
         if state.main:
             write_metrics(self.options.out / "metrics.csv", state.rows)
             if evaluation is not None:
-                title = f"{self.recipe.model}, {self.recipe.dataset}"
-                write_curve(self.options.out / "curve.png", state.rows, title, self.recipe.eval_split)
+                write_curve(self.options.out / "curve.png", state.rows, self.recipe)
                 warnings = watch_rates(self.options.out, epoch + 1, evaluation, state.network)
                 warnings += watch_gate(self.options.out, epoch + 1, state.gate, self.recipe)
                 for warning in warnings:

@@ -163,13 +163,15 @@ def write_history(file: Path, names: list[str], history: History, form: str) -> 
     write_csv(file, columns, rows)
 
 
-def write_curve(file: Path, rows: list[dict[str, Any]], title: str, split: str = "test") -> None:
-    """Draw training loss and accuracy on the split ``test`` or ``validation`` over epochs."""
+def write_curve(file: Path, rows: list[dict[str, Any]], recipe: Recipe) -> None:
+    """Draw training loss, and accuracy on the recipe's ``test`` or ``validation`` split, over epochs."""
+    changed = {"mixed": recipe.mixup > 0 or recipe.cutmix > 0, "smoothed": recipe.label_smoothing > 0}
+    targets = " and ".join(name for name, is_so in changed.items() if is_so)
     figure = new_figure(8, 3.2)
     loss, accuracy = figure.subplots(1, 2)
     epochs = [int(row["epoch"]) for row in rows]
     loss.plot(epochs, [float(row["train_loss"]) for row in rows], color="#1f77b4")
-    loss.set(xlabel="epoch", ylabel="training loss (nats)", title="Loss, targets mixed and smoothed")
+    loss.set(xlabel="epoch", ylabel="training loss (nats)", title=f"Loss, targets {targets}" if targets else "Loss")
     tested = [row for row in rows if row["test_top1"] not in ("", None)]
     accuracy.plot(
         [int(row["epoch"]) for row in tested],
@@ -177,9 +179,9 @@ def write_curve(file: Path, rows: list[dict[str, Any]], title: str, split: str =
         marker=".",
         color="#d62728",
     )
-    accuracy.set(xlabel="epoch", ylabel=f"top-1 on the {split} set (%)", title="Accuracy")
+    accuracy.set(xlabel="epoch", ylabel=f"top-1 on the {recipe.eval_split} set (%)", title="Accuracy")
     for axes in (loss, accuracy):
         axes.grid(alpha=0.3)
     hide_frame(loss, accuracy)
-    figure.suptitle(title)
+    figure.suptitle(f"{recipe.model}, {recipe.dataset}")
     figure.savefig(file)
