@@ -134,6 +134,7 @@ class Trainer:
                     images = images.contiguous(memory_format=torch.channels_last)
                 state.train_step(images, targets, state.step)
                 state.step += 1
+                self.progress.step(state.step)
                 if state.step % self.options.log_steps == 0:
                     self._log()
                 # A checkpoint of an epoch's last step has the epoch's row and evaluation behind it.

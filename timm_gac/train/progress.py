@@ -16,6 +16,8 @@ from rich.progress import Progress as Bar
 from ..hub.config import is_ann
 from .recipes import Recipe
 
+_SPOKEN_AFTER = 10.0  # seconds without a line of an epoch, after which one says how long the run takes
+
 
 class _Console(Console):
     """A console that does not end the process when its reader has gone, as rich's own does."""
@@ -45,6 +47,8 @@ class Progress:
         self.images_per_s = 0.0
         self._console = _Console(quiet=not visible, soft_wrap=True)
         self._last = (time.monotonic(), done)
+        self._first: tuple[float, int] | None = None  # when the first step was done
+        self._silent = True
         self._accuracy = ""
         columns = (
             TextColumn("{task.description}"),
@@ -78,6 +82,21 @@ class Progress:
         """Show a line of text."""
         self._show(lambda: self._console.print(text, highlight=False, markup=False))
 
+    def step(self, step: int) -> None:
+        """Say once, where the first epoch is slow, how long the run takes; the first step, which prepares, is left out.
+
+        Args:
+            step: Steps done.
+        """
+        now = time.monotonic()
+        if self._first is None:
+            self._first = (now, step)
+        elif self._silent and now - self._first[0] >= _SPOKEN_AFTER:
+            self._silent = False
+            seconds = (now - self._first[0]) / (step - self._first[1])
+            minutes = seconds * (self.total - step) / 60
+            self.say(f"step {step:,} of {self.total:,}: {seconds:.2g} s a step, about {minutes:,.0f} min left")
+
     def update(self, step: int, loss: float, match: float, lr: float) -> None:
         """Show loss and share of matches since the last update."""
         now = time.monotonic()
@@ -90,6 +109,7 @@ class Progress:
 
     def epoch(self, row: dict[str, Any], minutes: float) -> None:
         """Show the row of metrics.csv of an epoch."""
+        self._silent = False
         test = ""
         if row["test_top1"]:
             self._accuracy = f", top-1 {float(row['test_top1']):.2%}"
